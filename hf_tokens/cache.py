@@ -1,0 +1,282 @@
+"""A cache layer that holds what is left of a sequence: valid per row and head, honest about the length it has seen, growing in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache, StaticLayer
+
+from .errors import UnsupportedError, explain
+
+FIRST_CAPACITY = 64
+
+
+@dataclass
+class Arrival:
+    """The tokens that the next `update` of a layer will bring.
+
+    Attributes:
+        origins: Place of each token in the sequence that the model was given, (b m).
+        filled: Tokens that are there at all, (b m) bool; None if all are.
+        fresh: Tokens that a surgery inserted, (b m) bool; None if none is.
+        total: Length of the given sequence once this chunk is in.
+    """
+
+    origins: Tensor
+    filled: Tensor | None
+    fresh: Tensor | None
+    total: int
+
+
+def join(old: Tensor | None, new: Tensor | None, old_like: Tensor, new_like: Tensor, default: bool) -> Tensor | None:
+    """Append flags of new entries to those of old ones; None stands for all of them at the default."""
+    if old is None and new is None:
+        return None
+    old = torch.full_like(old_like, default, dtype=torch.bool) if old is None else old
+    new = torch.full_like(new_like, default, dtype=torch.bool) if new is None else new
+    if old.dim() == 3:
+        new = new[:, None].expand(-1, old.shape[1], -1)
+    return torch.cat([old, new], dim=-1)
+
+
+class TokenCacheLayer(CacheLayerMixin):
+    """Keys and values of the tokens that this layer kept, (b k n e).
+
+    `get_seq_length` counts the tokens seen, not those kept, so that positions and masks of later turns stay those of the base model.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, window: int | None = None):
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._room: tuple[Tensor, Tensor] | None = None
+        self.origins: Tensor | None = None  # b n
+        self.filled: Tensor | None = None  # b n, or b k n
+        self.fresh: Tensor | None = None  # b n
+        self.seen = 0
+        self.arrival: Arrival | None = None
+        self.banks: set[int] = set()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device from the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @property
+    def length(self) -> int:
+        """Entries that are stored, filler included."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values."""
+        return 0 if self.keys is None else sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+    def expect(self, arrival: Arrival) -> None:
+        """Announce the tokens of the next `update`."""
+        self.arrival = arrival
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (b k m e); returns all that is stored."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, m = key_states.shape[0], key_states.shape[2]
+        arrival, self.arrival = self.arrival, None
+        if arrival is None:
+            if self.length != self.seen:
+                raise UnsupportedError(
+                    explain(
+                        "A cache that a surgery shortened is read by that surgery only",
+                        f"{self.length} entries of {self.seen} tokens and a model without it",
+                        "Start a new cache after switching the adapter off.",
+                    )
+                )
+            origins = torch.arange(self.seen, self.seen + m, device=key_states.device).expand(batch, m)
+            arrival = Arrival(origins, None, None, self.seen + m)
+        if self.origins is None:
+            self.origins = arrival.origins.new_empty(batch, 0)
+        self.filled = join(self.filled, arrival.filled, self.origins, arrival.origins, True)
+        self.fresh = join(self.fresh, arrival.fresh, self.origins, arrival.origins, False)
+        self.origins = torch.cat([self.origins, arrival.origins], dim=1)
+        self.seen = arrival.total
+        self._append(key_states, value_states)
+        keys, values = self.keys, self.values
+        self._slide()
+        return keys, values
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        if self.keys is None:
+            self.keys, self.values = k, v
+            return
+        if torch.is_grad_enabled() and (k.requires_grad or self.keys.requires_grad):
+            self.keys, self.values, self._room = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2), None
+            return
+        old, new = self.length, self.length + k.shape[2]
+        if self._room is None or self._room[0].shape[2] < new:
+            capacity = max(FIRST_CAPACITY, new + new // 2)
+            room = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
+            for buffer, stored in zip(room, (self.keys, self.values), strict=True):
+                buffer[:, :, :old] = stored
+            self._room = room
+        for buffer, states in zip(self._room, (k, v), strict=True):
+            buffer[:, :, old:new] = states
+        self.keys, self.values = (buffer[:, :, :new] for buffer in self._room)
+
+    def _slide(self) -> None:
+        """Free what no later query of a sliding window can see, once it is a good part of the store."""
+        if self.window is None or self.length <= 2 * self.window:
+            return
+        live = self.origins > self.seen - self.window
+        first = int(live.any(dim=0).long().argmax())
+        if first:
+            self._select(slice(first, None))
+
+    def _select(self, place: slice) -> None:
+        self.keys, self.values, self._room = self.keys[:, :, place].clone(), self.values[:, :, place].clone(), None
+        self.origins = self.origins[:, place]
+        self.filled = None if self.filled is None else self.filled[..., place]
+        self.fresh = None if self.fresh is None else self.fresh[:, place]
+
+    def keep(self, index: Tensor, filled: Tensor | None = None) -> None:
+        """Keep the entries of `index`, (b r), or (b k r) for each key head; `filled` marks those that count."""
+        per_head = index if index.dim() == 3 else index[:, None].expand(-1, self.keys.shape[1], -1)
+        wide = per_head[..., None]
+        self.keys = self.keys.gather(2, wide.expand(-1, -1, -1, self.keys.shape[3]))
+        self.values = self.values.gather(2, wide.expand(-1, -1, -1, self.values.shape[3]))
+        self._room = None
+        if self.filled is not None:
+            old = self.filled if self.filled.dim() == 3 or index.dim() == 2 else self.filled[:, None].expand(-1, index.shape[1], -1)
+            old = old.gather(-1, per_head if old.dim() == 3 else index)
+            filled = old if filled is None else filled & old
+        self.filled = filled
+        self.fresh = None if self.fresh is None else self._flat(self.fresh, index)
+        self.origins = self._flat(self.origins, index)
+
+    @staticmethod
+    def _flat(x: Tensor, index: Tensor) -> Tensor:
+        if index.dim() == 2:
+            return x.gather(-1, index)
+        source = x if x.dim() == 3 else x[:, None].expand(-1, index.shape[1], -1)
+        return source.gather(-1, index)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask as the base model would build it."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens seen; the number is zero or negative, as in transformers."""
+        if tokens_to_remove > 0:
+            raise UnsupportedError(explain("`crop` takes zero or a negative number", tokens_to_remove, "Pass -k to remove k tokens."))
+        self.seen = max(self.seen + tokens_to_remove, 0)
+        if self.origins is None or tokens_to_remove == 0:
+            return
+        live = self.origins < self.seen
+        if bool(live.all()):
+            return
+        self.filled = live if self.filled is None else (live if live.dim() == self.filled.dim() else live[:, None]) & self.filled
+        width = int(live.flatten(0, -2).any(dim=0).sum())
+        if bool(live.flatten(0, -2).any(dim=0)[:width].all()):
+            self._select(slice(0, width))
+        if bool(self.filled.all()):
+            self.filled = None
+
+    def _map_rows(self, change) -> None:
+        if self.keys is None:
+            return
+        self.keys, self.values, self._room = change(self.keys), change(self.values), None
+        self.origins = change(self.origins)
+        self.filled = None if self.filled is None else change(self.filled)
+        self.fresh = None if self.fresh is None else change(self.fresh)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._map_rows(lambda t: t[indices])
+
+    def offload(self) -> None:
+        """Move the states to the CPU."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the states back to the layer's device."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.keys is not None and self.keys.device != device:
+            self.keys, self.values = self.keys.to(device, non_blocking=True), self.values.to(device, non_blocking=True)
+            self._room = None
+
+
+def self_attention_cache(cache: object) -> Cache | None:
+    """The part of a model's cache that holds its own tokens."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache
+    return cache if isinstance(cache, Cache) else None
+
+
+def refuse(layer: CacheLayerMixin) -> UnsupportedError:
+    """The error for a cache layer whose tokens we cannot keep books of."""
+    return UnsupportedError(
+        explain(
+            "A surgery that changes the number of tokens needs a dynamic cache",
+            f"a cache of {type(layer).__name__}",
+            "Leave out `cache_implementation`, or pass `past_key_values=DynamicCache()`.",
+        )
+    )
+
+
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+OTHER_STATES = (cache_utils.LinearAttentionCacheLayerMixin, cache_utils.DummyLayer)
+
+
+def adopt(cache: Cache, last: int) -> None:
+    """Put our layers into a transformers cache, in place, up to layer `last`; stored states move over.
+
+    Raises:
+        UnsupportedError: The cache has a static, quantised or otherwise special attention layer.
+    """
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, TokenCacheLayer) or (isinstance(layer, OTHER_STATES) and not isinstance(layer, (DynamicLayer, StaticLayer))):
+            continue
+        if type(layer) not in PLAIN_LAYERS:
+            raise refuse(layer)
+        window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
+        if window is not None and layer.get_seq_length() >= window:
+            raise UnsupportedError(
+                explain("A cache can be taken over before its window is full", f"{layer.get_seq_length()} tokens", "Start a new cache.")
+            )
+        ours = TokenCacheLayer(window)
+        if layer.get_seq_length():
+            ours.update(layer.keys, layer.values)
+        cache.layers[index] = ours
+    while len(cache.layers) <= last:
+        cache.layers.append(TokenCacheLayer())

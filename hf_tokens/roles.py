@@ -1,0 +1,169 @@
+"""The roles and their verbs. A method is a config and one class with the one verb of one role; it asks for signals by argument name."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import MethodConfig
+from .token_map import TokenMap
+
+SIGNALS: dict[str, str] = {
+    "hidden": "the tokens of the stream at this site, (b m d)",
+    "queries": "queries of this block's self-attention, rotated, (b h m e)",
+    "keys": "keys of this block's self-attention, rotated, (b k m e); for a CacheCompressor all cached keys",
+    "values": "values of this block's self-attention, (b k m e); for a CacheCompressor all cached values",
+    "scores": "attention probabilities of this block without the matrix: an object with .columns() and .rows(index)",
+    "mask": "tokens that are real, neither padding nor filler, (b m) bool",
+    "sizes": "how many original tokens stand in each token, (b m)",
+    "positions": "place of each token in the sequence that the model was given, from 0 at the first real one, (b m)",
+    "fresh": "tokens that a TokenBank inserted, (b m) bool",
+    "prefix": "number of special tokens (class, distillation, registers) in front of a vision stream, int",
+    "visual": "tokens that come from an image or a video, (b m) bool",
+    "instruction": "real text tokens behind the last visual token, (b m) bool",
+    "attention_output": "what this block's self-attention returned for each token, (b m d)",
+    "mlp_output": "what this block's MLP returned for each token, (b m d)",
+    "kind": "kind of the stream: text, vision, audio, denoiser, ..., str",
+    "layer": "index of the block in its stream, int",
+    "layers": "number of blocks in the stream, int",
+    "part": "sublayer at hand of a FeatureCache: attention, cross_attention or mlp, str",
+    "step": "index of the denoising step, int",
+    "steps": "number of denoising steps, int, or None where the pipeline does not say",
+    "timestep": "timestep of the denoising step as the model got it, Tensor or None",
+    "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
+    "memory": "a dict shared by all blocks of the stream, emptied when a sequence (or a denoising run) begins",
+}
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a method may know about the block that it sits in."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer: int
+    layers: int
+    kind: str
+    causal: bool
+    outputs: int | None = None  # features that the model's head returns
+
+
+class Method(nn.Module, abc.ABC):
+    """Base of all roles. One instance stands in each block that the config names; its parameters and buffers are the adapter.
+
+    Class attributes:
+        kinds: Kinds of stream that the method supports; empty means every kind.
+        causal: True or False if the method needs a causal or a bidirectional stream; None if it takes both.
+        needs_image: The method needs visual tokens in a text stream.
+    """
+
+    role: ClassVar[str]
+    verb: ClassVar[str]
+    signals: ClassVar[tuple[str, ...]] = ()
+    site: ClassVar[str] = "block"
+    sites: ClassVar[tuple[str, ...]] = ("block",)
+    kinds: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[bool | None] = None
+    moves_tokens: ClassVar[bool] = True
+
+    def __init__(self, config: MethodConfig, dims: Dims):
+        super().__init__()
+        self.config, self.dims = config, dims
+        self.losses: list[Tensor] = []
+
+    @classmethod
+    def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
+        """Blocks that the method acts on when the config does not name them."""
+        return tuple(range(layers))
+
+    def add_loss(self, value: Tensor) -> None:
+        """Add an auxiliary loss, a scalar, to the model's own loss of this forward."""
+        self.losses.append(value)
+
+
+class TokenBank(Method):
+    """Tokens put into the stream.
+
+    The site says how long they stay: `input` inserts them once and keeps them until the stream ends, and calls the verb again at each
+    later block it sits in to rewrite them; `block` gives them to one block and takes them out behind it; `query` lets them only ask:
+    no token sees them, and what they gathered goes to `read`.
+    """
+
+    role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query")
+
+    @abc.abstractmethod
+    def tokens(self, *signals: Any) -> Tensor | None:
+        """The tokens for this block, (k d) or (b k d); None leaves the stream alone."""
+
+    def place(self, start: Tensor, end: Tensor) -> Tensor:
+        """Index of the token in front of which they go, (b), given each row's first real token and the end of its real tokens."""
+        return torch.zeros_like(start)
+
+    def read(self, summary: Tensor) -> Tensor | None:
+        """What the head's output gains from what the query tokens gathered in this block, summary (b k d) to (b o)."""
+        return None
+
+
+class TokenReducer(Method):
+    """Which tokens stay, join or vanish: `before` the block, in the `middle` (between attention and MLP), or `after` it."""
+
+    role, verb, site, sites = "TokenReducer", "assign", "after", ("before", "middle", "after")
+
+    @abc.abstractmethod
+    def assign(self, *signals: Any) -> TokenMap | None:
+        """The map of the tokens at this site; None changes nothing."""
+
+
+class TokenRouter(Method):
+    """Which tokens run a block; the rest skip it."""
+
+    role, verb = "TokenRouter", "route"
+
+    @abc.abstractmethod
+    def route(self, *signals: Any) -> Tensor | None:
+        """The gate of each token, (b m): a token at 0 skips the block, otherwise its update is multiplied by the gate."""
+
+
+class LayerRouter(Method):
+    """Whether a sample runs a block."""
+
+    role, verb = "LayerRouter", "route"
+
+    @abc.abstractmethod
+    def route(self, *signals: Any) -> Tensor | None:
+        """The gate of each sample, (b): a sample at 0 skips the block, otherwise its update is multiplied by the gate."""
+
+
+class CacheCompressor(Method):
+    """Which entries of the KV cache stay behind a prompt."""
+
+    role, verb, causal = "CacheCompressor", "score", True
+
+    @abc.abstractmethod
+    def score(self, *signals: Any) -> Tensor:
+        """The importance of each cached entry, (b n), or (b k n) for each key head; the highest stay."""
+
+    @abc.abstractmethod
+    def budget(self, length: int) -> int:
+        """How many of `length` entries stay in this block."""
+
+
+class FeatureCache(Method):
+    """What is computed again at a denoising step, and what is taken from an earlier one."""
+
+    role, verb, kinds, moves_tokens = "FeatureCache", "reuse", ("denoiser",), False
+
+    @abc.abstractmethod
+    def reuse(self, *signals: Any) -> Tensor | None:
+        """Tokens of this sublayer to compute at this step, indices (b r); None computes all of them."""
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The hard value exactly, with the gradient of the soft one."""
+    return hard + (soft - soft.detach())

@@ -1,0 +1,141 @@
+"""TokenMap: where each of n tokens goes. Select, merge, pool and insert are this one type, so the books are written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Gather whole rows: x (b ... n ...), index (b m) along `dim`; a batch of one in x is broadcast."""
+    if x.shape[0] == 1 and index.shape[0] > 1:
+        x = x.expand(index.shape[0], *x.shape[1:])
+    dim = dim % x.dim()
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    target = list(x.shape)
+    target[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(target))
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """A map of n tokens onto m slots, per row of the batch.
+
+    Attributes:
+        slot: Slot of every token, -1 where it vanishes, (b n).
+        source: Token whose place (position, mask row) each slot takes, (b m).
+        fresh: Slots that hold a token which was not there before, (b m); None if there are none.
+        filled: Slots that hold anything; False pads rows that keep fewer tokens, (b m); None if all do.
+    """
+
+    slot: Tensor
+    source: Tensor
+    fresh: Tensor | None = None
+    filled: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.slot.shape[1]
+
+    @property
+    def m(self) -> int:
+        return self.source.shape[1]
+
+    @classmethod
+    def identity(cls, n: int, batch: int, device: torch.device | None = None) -> TokenMap:
+        """Every token stays where it is."""
+        index = torch.arange(n, device=device).expand(batch, n)
+        return cls(index, index)
+
+    @classmethod
+    def keep(cls, n: int, index: Tensor) -> TokenMap:
+        """Keep the tokens of `index` (b m), in their order of appearance; the rest vanish."""
+        index = index.sort(dim=1).values
+        slot = torch.full((index.shape[0], n), -1, dtype=torch.long, device=index.device)
+        slot.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+        return cls(slot, index)
+
+    @classmethod
+    def select(cls, kept: Tensor) -> TokenMap:
+        """Keep the tokens marked in `kept` (b n) bool; rows may keep different numbers."""
+        count = kept.sum(dim=1)
+        m = int(count.max())
+        slot = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
+        source = kept.long().argsort(dim=1, descending=True, stable=True)[:, :m]
+        filled = torch.arange(m, device=kept.device) < count[:, None]
+        return cls(slot, source, filled=None if bool((count == m).all()) else filled)
+
+    @classmethod
+    def merge(cls, n: int, src: Tensor, dst: Tensor) -> TokenMap:
+        """Tokens `src` (b r) join tokens `dst` (b r), which must stay themselves."""
+        index = torch.arange(n, device=src.device).expand(src.shape[0], n)
+        into = index.scatter(1, src, dst)
+        stays = torch.ones_like(into, dtype=torch.bool).scatter(1, src, False)
+        rank = stays.cumsum(dim=1) - 1
+        source = stays.long().argsort(dim=1, descending=True, stable=True)[:, : n - src.shape[1]]
+        return cls(rank.gather(1, into), source)
+
+    @classmethod
+    def pool(cls, group: Tensor) -> TokenMap:
+        """Tokens with the same label in `group` (b n) become one; slots follow the first member; a label of -1 vanishes."""
+        n = group.shape[1]
+        index = torch.arange(n, device=group.device).expand_as(group)
+        dead = group < 0
+        label = torch.where(dead, n, group)
+        first = torch.full((group.shape[0], n + 1), n, dtype=torch.long, device=group.device)
+        first = first.scatter_reduce(1, label, index, reduce="amin").gather(1, label)  # b n
+        leads = (first == index) & ~dead
+        heads = cls.select(leads)
+        slot = torch.where(dead, -1, heads.slot.gather(1, first.clamp(max=n - 1)))
+        return cls(slot, heads.source, filled=heads.filled)
+
+    @classmethod
+    def insert(cls, n: int, at: int | Tensor, k: int, batch: int, device: torch.device | None = None) -> TokenMap:
+        """Open k fresh slots in front of token `at` (an int, or (b) per row; n appends at the end)."""
+        at = torch.as_tensor(at, device=device).expand(batch)[:, None]
+        index = torch.arange(n, device=device).expand(batch, n)
+        slot = torch.where(index >= at, index + k, index)
+        place = torch.arange(n + k, device=device).expand(batch, n + k)
+        fresh = (place >= at) & (place < at + k)
+        source = torch.where(place < at, place, torch.where(fresh, at, place - k)).clamp(max=n - 1)
+        return cls(slot, source, fresh=fresh)
+
+    def gather(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The row of each slot's source token: x (b n ...) to (b m ...)."""
+        return take(x, self.source, dim)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all tokens in each slot: x (b n d) to (b m d)."""
+        out = x.new_zeros(x.shape[0], self.m + 1, x.shape[2])  # the last slot collects what vanishes
+        slot = torch.where(self.slot < 0, self.m, self.slot)
+        return out.scatter_add(1, slot[..., None].expand_as(x), x)[:, : self.m]
+
+    def mean(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """The mean of all tokens in each slot, weighted by `sizes` (b n); empty slots are zero."""
+        weight = x.new_ones(x.shape[:2]) if sizes is None else sizes.to(x.dtype)
+        total = self.sum(weight[..., None])
+        return self.sum(x * weight[..., None]) / total.where(total > 0, 1)
+
+    def merges(self) -> bool:
+        """Whether any slot can hold more than one token."""
+        return self.n > self.m and not bool((self.slot < 0).any()) or bool(((self.slot >= 0).sum(1) > self.m).any())
+
+    def restore(self, y: Tensor, before: Tensor) -> Tensor:
+        """Back to n tokens: each takes its slot's row of y (b m d); one that vanished keeps its row of `before` (b n d)."""
+        out = take(y, self.slot.clamp(min=0))
+        gone = (self.slot < 0)[..., None]
+        return torch.where(gone, before.to(out.dtype), out)
+
+    def then(self, other: TokenMap) -> TokenMap:
+        """This map, then another one."""
+        slot = torch.where(self.slot < 0, -1, other.slot.gather(1, self.slot.clamp(min=0)))
+        fresh = None if self.fresh is None else self.fresh.gather(1, other.source)
+        if other.fresh is not None:
+            fresh = other.fresh if fresh is None else fresh | other.fresh
+        filled = None if self.filled is None else self.filled.gather(1, other.source)
+        if other.filled is not None:
+            filled = other.filled if filled is None else filled & other.filled
+        return TokenMap(slot, self.source.gather(1, other.source), fresh, filled)

@@ -1,0 +1,85 @@
+"""The torch reference: queries in chunks, so that memory grows with n and not with n squared."""
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # probabilities held at a time
+
+
+def probabilities(q: Tensor, k: Tensor, scaling: float, mask: Tensor | None, visible: Tensor | None) -> Tensor:
+    """softmax(q k^T * scaling + mask): q (b h c e), k (b g n e), mask (b|1 h|1 c n) bool or additive, visible (b h|1 c n) bool."""
+    groups = q.shape[1] // k.shape[1]
+    b, h, c, e = q.shape
+    scores = torch.matmul(q.reshape(b, k.shape[1], groups * c, e), k.transpose(-1, -2)).view(b, h, c, -1) * scaling
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.softmax(scores, dim=-1).nan_to_num(0.0)
+
+
+def causal_part(first: int, c: int, q_len: int, n: int, device: torch.device) -> Tensor:
+    """What queries first .. first + c of q_len see of n keys when the last query stands at the last key, (1 1 c n) bool."""
+    query = torch.arange(first, first + c, device=device) + (n - q_len)
+    return (torch.arange(n, device=device) <= query[:, None])[None, None]
+
+
+def attention_columns(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    weights: Tensor | None = None,
+    reduce: str = "sum",
+) -> Tensor:
+    """What every key receives from the queries, per query head.
+
+    Args:
+        q: Queries, (b h m e).
+        k: Keys, (b g n e), h a multiple of g.
+        scaling: Factor on the dot products.
+        mask: Bool (True is seen) or additive mask, (b|1 h|1 m n).
+        causal: Without a mask, whether query i sees only the keys up to its own place; the last query stands at the last key.
+        weights: How much each query counts, (b m); 0 leaves it out.
+        reduce: `sum` over queries or `max`.
+
+    Returns:
+        (b h n), float32 at least.
+    """
+    b, h, m, _ = q.shape
+    n = k.shape[2]
+    step = max(1, min(m, CHUNK_ELEMENTS // max(1, b * h * n)))
+    out: Tensor | None = None
+    for first in range(0, m, step):
+        part = slice(first, min(first + step, m))
+        rows = q[:, :, part]
+        seen = None if mask is None else (mask[:, :, part] if mask.shape[2] > 1 else mask)
+        visible = causal_part(first, rows.shape[2], m, n, q.device) if causal and mask is None else None
+        p = probabilities(rows, k, scaling, seen, visible)
+        if weights is not None:
+            p = p * weights[:, None, part, None].to(p.dtype)
+        part_out = p.sum(dim=2) if reduce == "sum" else p.amax(dim=2)
+        if out is None:
+            out = part_out
+        else:
+            out = out + part_out if reduce == "sum" else torch.maximum(out, part_out)
+    return out
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, index: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """The probabilities of chosen queries: index (b r) into q (b h m e), to (b h r n)."""
+    b, h, m, e = q.shape
+    wide = index[:, None, :, None]
+    rows = q.gather(2, wide.expand(b, h, -1, e))
+    n = k.shape[2]
+    seen = visible = None
+    if mask is not None:
+        seen = mask.expand(b, mask.shape[1], m, n).gather(2, wide.expand(b, mask.shape[1], -1, n))
+    elif causal:
+        visible = (torch.arange(n, device=q.device) <= index[..., None] + (n - m))[:, None]
+    return probabilities(rows, k, scaling, seen, visible)
