@@ -1,0 +1,68 @@
+"""Rows of data for what structure alone does not tell. A row names classes of the libraries, never a method."""
+
+import re
+
+# A module of such a class is an attention; what merely holds, feeds or pools one is left out by the second pattern.
+ATTENTION = re.compile(r"(attention|attn|mha)(v?\d+d?)?$", re.IGNORECASE)
+NOT_ATTENTION = re.compile(r"(pool|linear|lightning|delta|mamba)\w*(attention|attn)", re.IGNORECASE)
+# Child names under which an attention reads other tokens than its own stream's.
+CROSS = re.compile(r"(^|[._])(cross|enc_?dec|encoder_attn|crossattention|multihead_attn|attn_?2$|text_attn|src_attn)", re.IGNORECASE)
+CROSS_CLASS = re.compile(r"cross", re.IGNORECASE)
+NORM = re.compile(r"norm", re.IGNORECASE)
+
+# child name -> kind of stream, tried on every ancestor of the blocks, the nearest first
+KINDS = (
+    ("video", re.compile(r"(^|_)video|video(encoder|model)", re.IGNORECASE)),
+    ("audio", re.compile(r"audio|speech|sound|acoustic", re.IGNORECASE)),
+    ("vision", re.compile(r"vision|visual|image|pixel|(^|_)vit($|_)", re.IGNORECASE)),
+    ("text", re.compile(r"text|language|(^|_)llm?($|_)|(^|_)lm($|_)", re.IGNORECASE)),
+)
+MAIN_INPUTS = {
+    "input_ids": "text",
+    "pixel_values": "vision",
+    "pixel_values_videos": "video",
+    "input_features": "audio",
+    "input_values": "audio",
+    "audio_values": "audio",
+}
+
+# Names of a block's MLP and of the norm in front of it, the first that exists wins.
+MLPS = (
+    *("mlp", "feed_forward", "ffn", "ff", "moe", "block_sparse_moe", "feedforward"),
+    *("sparse_mlp", "img_mlp", "mlp_block", "MLP", "shared_mlp"),
+)
+MLP_NORMS = (
+    "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "pre_ff_layernorm",
+    "ffn_norm",
+    "ff_norm",
+    "ffn_layer_norm",
+    "norm_mlp",
+    "norm3",
+    "layer_norm2",
+    "layernorm_after",
+    "ln_2",
+    "norm2",
+    "img_norm2",
+    "norm_2",
+    "post_attention_layernorm",
+    "post_attention_norm",
+    "final_layer_norm",
+)
+# A block with one of these children normalises after its MLP, so that a `post_attention_*` norm of it is no norm before the MLP.
+POST_NORMS = ("post_feedforward_layernorm",)
+
+ATTRIBUTES = {
+    "heads": ("num_heads", "num_attention_heads", "heads", "n_heads", "n_head", "num_q_heads", "attention_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "inner_kv_heads"),
+    "head_dim": ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_kv"),
+    "width": ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "inner_dim", "emb_dim"),
+}
+HEADS = ("lm_head", "classifier", "score", "cls", "qa_outputs", "head", "proj_out", "conv_out")
+
+CAUSAL_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
+OPEN_MASKS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_mask")
+
+# Where the order of registration is not the order of the calls.
+CALLED_BEFORE = {"mid_block": "up_blocks"}

@@ -1,0 +1,284 @@
+"""A tiny model of every family in Transformers and Diffusers, with random weights and inputs that fit it.
+
+>>> specimen = build("llama")
+>>> [tuple(out.shape) for out in specimen.run()][0]
+(2, 16, 99)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row
+
+BATCH, TOKENS, VOCAB = 2, 16, 99
+
+
+@dataclass
+class Specimen:
+    family: str
+    model: nn.Module
+    inputs: dict[str, Any]
+    hints: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, **more: Any) -> list[torch.Tensor]:
+        """The floating tensors that the model puts out, in order."""
+        with torch.no_grad():
+            return tensors(self.model(**{**self.inputs, **more}))
+
+
+def families(library: str | None = None) -> list[str]:
+    """The names of all families: of `"transformers"`, of `"diffusers"`, or of both."""
+    known = {"transformers": _transformers_families, "diffusers": _diffusers_families}
+    if library is not None and library not in known:
+        raise ValueError(f"library must be one of {sorted(known)} or None. Got {library!r}.")
+    return [family for name, listed in known.items() if library in (None, name) for family in listed()]
+
+
+def unbuildable() -> dict[str, str]:
+    """The families without a specimen, and why."""
+    return {family: UNBUILDABLE[family] for family in families() if family in UNBUILDABLE}
+
+
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Specimen:
+    if family in UNBUILDABLE:
+        raise ValueError(f"{family} has no specimen: {UNBUILDABLE[family]}.")
+    row = ROWS.get(family, Row())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _diffusers_model(family, row) if family.startswith("diffusers/") else _transformers_model(family, row)
+        liven(model)
+        model = model.to(dtype).eval()
+        inputs = _diffusers_inputs(model) if family.startswith("diffusers/") else _transformers_inputs(model)
+        inputs = {**inputs, **(row.inputs(model) if callable(row.inputs) else row.inputs)}
+    inputs = {name: _cast(value, dtype) for name, value in inputs.items() if value is not None}
+    return Specimen(family, model, inputs, {"tokens": TOKENS, "batch": BATCH})
+
+
+def tensors(output: Any) -> list[torch.Tensor]:
+    """The floating tensors in an output, flattened; caches are left out."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [t for name, value in output.items() if "past_key_values" not in name for t in tensors(value)]
+    if isinstance(output, (tuple, list)):
+        return [t for value in output for t in tensors(value)]
+    if is_dataclass(output):
+        return [t for f in fields(output) for t in tensors(getattr(output, f.name))]
+    return []
+
+
+@torch.no_grad()
+def liven(model: nn.Module) -> None:
+    """Give every weight a size at which each block moves the output: zero gates, tiny layer scales and small initialisers leave it dead."""
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() or parameter.numel() == 0:
+            continue
+        if parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1:
+            parameter.normal_(std=min(0.5, 1 / math.sqrt(parameter[0].numel())))
+        elif parameter.abs().max() < 0.1:
+            parameter.normal_(std=0.1)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+# ---- Transformers
+
+
+@cache
+def _class_names() -> dict[str, str]:
+    """model type -> name of the class that shows the family best"""
+    from transformers.models.auto import modeling_auto
+
+    names: dict[str, str] = {}
+    for mapping in PREFERRED:
+        for family, name in getattr(modeling_auto, mapping).items():
+            name = name if isinstance(name, str) else name[0]
+            names.setdefault(family, name)
+    return names
+
+
+@cache
+def _transformers_families() -> tuple[str, ...]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return tuple(sorted(CONFIG_MAPPING_NAMES))
+
+
+def _transformers_model(family: str, row: Row) -> nn.Module:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    name = row.model or _class_names().get(family)
+    if name is None:
+        raise ValueError(f"{family} is in no auto mapping of Transformers.")
+    model_cls = getattr(transformers, name, None) or _class_in_module(family, name)
+    config_cls = CONFIG_MAPPING[family]
+    small = tiny(config_cls(), sections=_splits_rotary(model_cls))
+    return model_cls(config_cls(**_merge(small, row.config)))
+
+
+def _splits_rotary(model_cls: type) -> bool:
+    """Whether the family's rotary tables are cut into sections, whose sizes must then follow the small heads."""
+    return "mrope_section" in inspect.getsource(inspect.getmodule(model_cls))
+
+
+def _class_in_module(family: str, name: str) -> type:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    module = model_type_to_module_name(family)
+    return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
+
+
+def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def tiny(config: Any, sections: bool = False) -> dict[str, Any]:
+    """The arguments that make a config of this class small: shrunk by the names of its attributes, sub configs too."""
+    from transformers import PreTrainedConfig
+
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    layers = {values[name] for name in values if _rule(NUMBERS, name) == ("layers", 4) and isinstance(values[name], int)}
+    small: dict[str, Any] = {}
+    taken = VOCAB
+    for name, value in values.items():
+        if isinstance(value, PreTrainedConfig):
+            given = {k: v for k, v in value.to_diff_dict().items() if not _of_every_layer(v, value)}
+            small[name] = {"model_type": value.model_type, **_plain(given), **tiny(value, sections)}
+        elif name == "rope_parameters" or name == "rope_scaling":
+            small[name] = _tiny_rope(value, sections)
+        elif re.search(r"token_(id|index|ids)$", name):
+            taken -= isinstance(value, int) and value >= 16
+            small[name] = _tiny_token(name, value, taken)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            small[name] = _tiny_number(name, value)
+        elif isinstance(value, (list, tuple)) and value and not (len(value) in layers and len(value) > 4):
+            small[name] = _tiny_list(name, value)
+    return {name: value for name, value in small.items() if value is not None and value is not values[name]}
+
+
+def _of_every_layer(value: Any, config: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == getattr(config, "num_hidden_layers", None)
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    drop = ("transformers_version", "model_type", "architectures")
+    return {name: value for name, value in given.items() if name not in drop and not isinstance(value, dict)}
+
+
+def _rule(rules: Any, name: str) -> Any:
+    for pattern, label, value in rules:
+        if pattern.search(name):
+            return label, value
+    return None
+
+
+def _tiny_number(name: str, value: int) -> int:
+    found = _rule(NUMBERS, name)
+    if found is None:
+        return value
+    label, small = found
+    if label == "layers":
+        return small if value > 1 else value
+    return min(value, small)
+
+
+def _tiny_list(name: str, value: Any) -> Any:
+    found = _rule(LISTS, name)
+    if found is not None:
+        return type(value)(found[1][: len(value)])
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return type(value)(_tiny_number(name, item) for item in value)
+    return value
+
+
+def _tiny_token(name: str, value: Any, taken: int) -> Any:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    if name in special:
+        return None if value is None else special[name]
+    return taken if isinstance(value, int) and value >= 16 else value
+
+
+def _tiny_rope(value: Any, sections: bool) -> Any:
+    if not isinstance(value, dict):
+        return value
+    small = {name: _tiny_rope(item, sections) for name, item in value.items()}
+    if "mrope_section" in small or sections and "rope_type" in small:
+        small["mrope_section"] = [2, 1, 1]
+    for name in ("long_factor", "short_factor"):
+        if name in small:
+            small[name] = [1.0] * 4
+    return small
+
+
+def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
+    names = set(inspect.signature(model.forward).parameters)
+    inputs: dict[str, Any] = {}
+    for name, make in INPUTS:
+        if name in names and name not in inputs:
+            inputs.update(make(model, inputs, names))
+    return inputs
+
+
+# ---- Diffusers
+
+
+@cache
+def _diffusers_families() -> tuple[str, ...]:
+    import diffusers
+    from diffusers.models import transformers, unets
+
+    names = {
+        name for package in (transformers, unets) for name, cls in vars(package).items()
+        if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
+    }
+    return tuple(f"diffusers/{name}" for name in sorted(names))
+
+
+def _diffusers_class(family: str) -> type:
+    from diffusers.models import transformers, unets
+
+    name = family.partition("/")[2]
+    return getattr(transformers, name, None) or getattr(unets, name)
+
+
+def _diffusers_model(family: str, row: Row) -> nn.Module:
+    cls = _diffusers_class(family)
+    defaults = {n: p.default for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is not p.empty}
+    small = {name: _tiny_diffusers(name, value) for name, value in defaults.items()}
+    changed = {name: value for name, value in small.items() if value != defaults[name]}
+    return cls(**_merge(changed, row.config))
+
+
+def _tiny_diffusers(name: str, value: Any) -> Any:
+    found = _rule(DIFFUSERS, name)
+    if found is None or value is None or isinstance(value, (bool, str)):
+        return value
+    small = found[1]
+    if isinstance(value, (list, tuple)) and isinstance(small, int):
+        return type(value)(min(item, small) if isinstance(item, int) else item for item in value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(small[: len(value)])
+    return min(value, small) if isinstance(value, (int, float)) and found[0] != "layers" else small
+
+
+def _diffusers_inputs(model: nn.Module) -> dict[str, Any]:
+    from hf_tokens.testing.zoo_rows import diffusers_inputs
+
+    return diffusers_inputs(model, tuple(inspect.signature(model.forward).parameters))
