@@ -1,0 +1,77 @@
+"""hf-tokens: learnable tokens, routers and compression hooks in pretrained Transformers and Diffusers models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .anatomy import Anatomy, Stream, anatomy
+from .api import aux_loss, calibrate, get_token_model, load, save_adapter, set_progress, unload
+from .config import MethodConfig, option
+from .errors import AdapterError, ConfigError, HFTokensError, UnsupportedError
+from .measure import measure
+from .registry import list_methods, method_info, register
+from .roles import (
+    CacheCompressor,
+    Dims,
+    FeatureCache,
+    LayerRouter,
+    Method,
+    TokenBank,
+    TokenReducer,
+    TokenRouter,
+    straight_through,
+)
+from .token_map import TokenMap
+from .tuner import HFTokensConfig, HFTokensModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "Anatomy",
+    "CacheCompressor",
+    "ConfigError",
+    "Dims",
+    "FeatureCache",
+    "HFTokensConfig",
+    "HFTokensError",
+    "HFTokensModel",
+    "LayerRouter",
+    "Method",
+    "MethodConfig",
+    "Stream",
+    "TokenBank",
+    "TokenMap",
+    "TokenReducer",
+    "TokenRouter",
+    "UnsupportedError",
+    "anatomy",
+    "aux_loss",
+    "calibrate",
+    "get_token_model",
+    "list_methods",
+    "load",
+    "measure",
+    "method_info",
+    "option",
+    "register",
+    "save_adapter",
+    "set_progress",
+    "straight_through",
+    "unload",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Configs and classes of methods, by name, without a list to keep."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    for info in list_methods():
+        if name in (info.config.__name__, info.cls.__name__):
+            return getattr(importlib.import_module(info.cls.__module__), name)
+    raise AttributeError(f"module 'hf_tokens' has no attribute {name!r}; methods: {[info.config.__name__ for info in list_methods()]}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for info in list_methods() for name in (info.config.__name__, info.cls.__name__))})

@@ -430,6 +430,22 @@ def _embeddings(model: nn.Module) -> str | None:
     return _path_of(found, model) if isinstance(found, nn.Module) else None
 
 
+def prefix_tokens(model: nn.Module, stream: Stream) -> int:
+    """How many special tokens (class, distillation, registers) an encoder of pictures puts in front of its patches."""
+    if stream.kind not in ("vision", "video"):
+        return 0
+    at, holder = stream.owner, model.get_submodule(stream.owner)
+    inside = set()
+    while True:
+        for name, value in holder.named_parameters():
+            if families.PREFIX.search(name) and not any(path in name for path in ("decoder", OWN)):
+                inside.add((id(value), value.shape[-2] if value.dim() == 3 else 1))
+        if inside or not at or _is_transformers(holder):
+            return sum(count for _, count in inside)
+        at = at.rpartition(".")[0]
+        holder = model.get_submodule(at)
+
+
 def _head(model: nn.Module) -> str | None:
     found = model.get_output_embeddings() if _is_transformers(model) else None
     if isinstance(found, nn.Module):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
+from hf_tokens_kernels import attention_columns, attention_rows
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from hf_tokens_kernels import attention_columns, attention_rows
 
 from .errors import UnsupportedError, explain
 
@@ -29,6 +27,7 @@ class Scores:
         q, k: Queries (b h m e) and keys (b g n e) of the call; the last m keys belong to the queries.
         mask: The mask of the call, (b|1 h|1 m n), or None.
         real: Queries that are real tokens, (b m) bool.
+        back: Brings what the call's keys received back to the tokens of the stream.
     """
 
     q: Tensor
@@ -37,19 +36,21 @@ class Scores:
     scaling: float
     causal: bool
     real: Tensor | None = None
-    queries: Tensor | None = field(default=None, repr=False)
+    back: Callable[[Tensor, int], Tensor] | None = None
 
     def columns(self, weights: Tensor | None = None, reduce: str = "sum") -> Tensor:
         """What each key receives: (b h n), over all real queries or those with a weight, (b m)."""
         if self.real is not None:
             weights = self.real.to(self.q.dtype) if weights is None else weights * self.real
         causal = self.causal and self.q.shape[2] > 1
-        return attention_columns(self.q, self.k, scaling=self.scaling, mask=self.mask, causal=causal, weights=weights, reduce=reduce)
+        out = attention_columns(self.q, self.k, scaling=self.scaling, mask=self.mask, causal=causal, weights=weights, reduce=reduce)
+        return out if self.back is None else self.back(out, 2)
 
     def rows(self, index: Tensor) -> Tensor:
         """The probabilities of chosen queries: index (b r) to (b h r n)."""
         causal = self.causal and self.q.shape[2] > 1
-        return attention_rows(self.q, self.k, index, scaling=self.scaling, mask=self.mask, causal=causal)
+        out = attention_rows(self.q, self.k, index, scaling=self.scaling, mask=self.mask, causal=causal)
+        return out if self.back is None else self.back(out, 3)
 
 
 class Tap(Protocol):

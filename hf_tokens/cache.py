@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,9 @@ class TokenCacheLayer(CacheLayerMixin):
         self.fresh: Tensor | None = None  # b n
         self.seen = 0
         self.arrival: Arrival | None = None
-        self.banks: set[int] = set()
+        self.banks: set[str] = set()  # token banks whose keys are stored
+        self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
+        self.memory: Any = None  # what the methods remember of this sequence
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first states."""
@@ -208,6 +211,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = change(self.origins)
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
+        self.first = None if self.first is None else change(self.first)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""

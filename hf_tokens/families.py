@@ -66,3 +66,6 @@ OPEN_MASKS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_
 
 # Where the order of registration is not the order of the calls.
 CALLED_BEFORE = {"mid_block": "up_blocks"}
+
+# Parameters that are special tokens in front of the patches of a picture.
+PREFIX = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")

@@ -104,11 +104,15 @@ def method_info(name: str, version: int | None = None) -> MethodInfo:
     if name not in METHODS:
         discover()
     if name not in METHODS:
-        raise ConfigError(explain(f"A method must be one of {sorted(METHODS)}", repr(name), "Install the package that has it, or fix the name."))
+        raise ConfigError(
+            explain(f"A method must be one of {sorted(METHODS)}", repr(name), "Install the package that has it, or fix the name.")
+        )
     versions = METHODS[name]
     version = max(versions) if version is None else version
     if version not in versions:
-        raise ConfigError(explain(f"Method {name!r} has versions {sorted(versions)}", version, "Update hf-tokens, or train the adapter again."))
+        raise ConfigError(
+            explain(f"Method {name!r} has versions {sorted(versions)}", version, "Update hf-tokens, or train the adapter again.")
+        )
     return versions[version]
 
 

@@ -6,10 +6,10 @@ import abc
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .config import MethodConfig
+from .errors import UnsupportedError, explain
 from .token_map import TokenMap
 
 SIGNALS: dict[str, str] = {
@@ -25,8 +25,13 @@ SIGNALS: dict[str, str] = {
     "prefix": "number of special tokens (class, distillation, registers) in front of a vision stream, int",
     "visual": "tokens that come from an image or a video, (b m) bool",
     "instruction": "real text tokens behind the last visual token, (b m) bool",
-    "attention_output": "what this block's self-attention returned for each token, (b m d)",
-    "mlp_output": "what this block's MLP returned for each token, (b m d)",
+    "attention_input": "what this block's self-attention got for each token, behind the norm, (b m d)",
+    "attention_output": "what this block's self-attention returned for each token, before the residual is added, (b m d)",
+    "mlp_input": "what this block's MLP got for each token, behind the norm, (b m d)",
+    "mlp_output": "what this block's MLP returned for each token, before the residual is added, (b m d)",
+    "influence": "for a FeatureCache: what each token gave in the self-attention that was last computed whole, mean over heads, (b n)",
+    "doubt": "for a FeatureCache: entropy of each token's cross-attention when it was last computed whole, mean over heads, (b n)",
+    "age": "for a FeatureCache: steps since each token of this sublayer was computed, 1 for the step before, (b n)",
     "kind": "kind of the stream: text, vision, audio, denoiser, ..., str",
     "layer": "index of the block in its stream, int",
     "layers": "number of blocks in the stream, int",
@@ -35,7 +40,8 @@ SIGNALS: dict[str, str] = {
     "steps": "number of denoising steps, int, or None where the pipeline does not say",
     "timestep": "timestep of the denoising step as the model got it, Tensor or None",
     "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
-    "memory": "a dict shared by all blocks of the stream, emptied when a sequence (or a denoising run) begins",
+    "prefill": "whether this pass brings a prompt or a whole sequence, and not one token of generation, bool",
+    "memory": "a dict shared by all blocks of the stream, emptied when a sequence begins; `.tokens` holds (b m ...) tensors that follow the tokens",
 }
 
 
@@ -51,6 +57,7 @@ class Dims:
     layers: int
     kind: str
     causal: bool
+    leads: bool = True  # whether this block is the first that the method acts on
     outputs: int | None = None  # features that the model's head returns
 
 
@@ -60,7 +67,12 @@ class Method(nn.Module, abc.ABC):
     Class attributes:
         kinds: Kinds of stream that the method supports; empty means every kind.
         causal: True or False if the method needs a causal or a bidirectional stream; None if it takes both.
-        needs_image: The method needs visual tokens in a text stream.
+        moves_tokens: The method changes the number of tokens or of cache entries.
+        caches: The method is right under cached generation; False makes the engine refuse a cache.
+        trains_dense: In training a router's skipped tokens run too, unseen by the others, so that the gate gets a gradient.
+        teaches: `teach` wants the last hidden states of the model without the adapter.
+        proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
+        decodes: A cache compressor speaks at each generated token too.
     """
 
     role: ClassVar[str]
@@ -71,11 +83,40 @@ class Method(nn.Module, abc.ABC):
     kinds: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[bool | None] = None
     moves_tokens: ClassVar[bool] = True
+    caches: ClassVar[bool] = True
+    trains_dense: ClassVar[bool] = False
+    teaches: ClassVar[bool] = False
+    proportional: bool = False
+    decodes: bool = False
+    key: str = ""
 
     def __init__(self, config: MethodConfig, dims: Dims):
         super().__init__()
         self.config, self.dims = config, dims
         self.losses: list[Tensor] = []
+        self._leader: tuple[Method, ...] = ()
+
+    @property
+    def leader(self) -> Method:
+        """The same method's instance in the first block that it acts on: the place of what all blocks share."""
+        return self._leader[0]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this instance is the leader."""
+        return self.dims.leads
+
+    def teach(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
+        """Compare the stream's last hidden states with those of the model without the adapter, (b n d) each, mask (b n)."""
+
+    @classmethod
+    def check(cls, config: MethodConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
+        """Refuse a config that does not fit a stream of `layers` blocks; called before anything is changed."""
+
+    @classmethod
+    def calibrate(cls, config: MethodConfig, records: dict[int, list]) -> MethodConfig:
+        """The config with knobs measured on data, given what the verb returned in each block (layer -> one entry a batch)."""
+        raise UnsupportedError(explain("`calibrate` needs a method that measures knobs on data", cls.__name__, "Leave it out."))
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
@@ -103,7 +144,7 @@ class TokenBank(Method):
 
     def place(self, start: Tensor, end: Tensor) -> Tensor:
         """Index of the token in front of which they go, (b), given each row's first real token and the end of its real tokens."""
-        return torch.zeros_like(start)
+        return start
 
     def read(self, summary: Tensor) -> Tensor | None:
         """What the head's output gains from what the query tokens gathered in this block, summary (b k d) to (b o)."""

@@ -29,12 +29,14 @@ class TokenMap:
         source: Token whose place (position, mask row) each slot takes, (b m).
         fresh: Slots that hold a token which was not there before, (b m); None if there are none.
         filled: Slots that hold anything; False pads rows that keep fewer tokens, (b m); None if all do.
+        joins: Whether a slot may hold several tokens.
     """
 
     slot: Tensor
     source: Tensor
     fresh: Tensor | None = None
     filled: Tensor | None = None
+    joins: bool = False
 
     @property
     def n(self) -> int:
@@ -60,9 +62,9 @@ class TokenMap:
 
     @classmethod
     def select(cls, kept: Tensor) -> TokenMap:
-        """Keep the tokens marked in `kept` (b n) bool; rows may keep different numbers."""
+        """Keep the tokens marked in `kept` (b n) bool; rows may keep different numbers, and there is at least one slot."""
         count = kept.sum(dim=1)
-        m = int(count.max())
+        m = max(1, int(count.max()))
         slot = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
         source = kept.long().argsort(dim=1, descending=True, stable=True)[:, :m]
         filled = torch.arange(m, device=kept.device) < count[:, None]
@@ -76,7 +78,7 @@ class TokenMap:
         stays = torch.ones_like(into, dtype=torch.bool).scatter(1, src, False)
         rank = stays.cumsum(dim=1) - 1
         source = stays.long().argsort(dim=1, descending=True, stable=True)[:, : n - src.shape[1]]
-        return cls(rank.gather(1, into), source)
+        return cls(rank.gather(1, into), source, joins=True)
 
     @classmethod
     def pool(cls, group: Tensor) -> TokenMap:
@@ -90,17 +92,23 @@ class TokenMap:
         leads = (first == index) & ~dead
         heads = cls.select(leads)
         slot = torch.where(dead, -1, heads.slot.gather(1, first.clamp(max=n - 1)))
-        return cls(slot, heads.source, filled=heads.filled)
+        return cls(slot, heads.source, filled=heads.filled, joins=True)
 
     @classmethod
-    def insert(cls, n: int, at: int | Tensor, k: int, batch: int, device: torch.device | None = None) -> TokenMap:
-        """Open k fresh slots in front of token `at` (an int, or (b) per row; n appends at the end)."""
+    def insert(
+        cls, n: int, at: int | Tensor, k: int, batch: int, device: torch.device | None = None, beside: Tensor | None = None
+    ) -> TokenMap:
+        """Open k fresh slots in front of token `at` (an int, or (b) per row; n appends at the end).
+
+        They take the place of token `beside` (b), by default that of `at`.
+        """
         at = torch.as_tensor(at, device=device).expand(batch)[:, None]
         index = torch.arange(n, device=device).expand(batch, n)
         slot = torch.where(index >= at, index + k, index)
         place = torch.arange(n + k, device=device).expand(batch, n + k)
         fresh = (place >= at) & (place < at + k)
-        source = torch.where(place < at, place, torch.where(fresh, at, place - k)).clamp(max=n - 1)
+        beside = at if beside is None else beside[:, None]
+        source = torch.where(fresh, beside, torch.where(place < at, place, place - k)).clamp(max=n - 1)
         return cls(slot, source, fresh=fresh)
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -119,9 +127,9 @@ class TokenMap:
         total = self.sum(weight[..., None])
         return self.sum(x * weight[..., None]) / total.where(total > 0, 1)
 
-    def merges(self) -> bool:
-        """Whether any slot can hold more than one token."""
-        return self.n > self.m and not bool((self.slot < 0).any()) or bool(((self.slot >= 0).sum(1) > self.m).any())
+    def apply(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """The tokens behind the map: the weighted mean of those that join, or the one that stays."""
+        return self.mean(x, sizes) if self.joins else self.gather(x)
 
     def restore(self, y: Tensor, before: Tensor) -> Tensor:
         """Back to n tokens: each takes its slot's row of y (b m d); one that vanished keeps its row of `before` (b n d)."""
@@ -138,4 +146,4 @@ class TokenMap:
         filled = None if self.filled is None else self.filled.gather(1, other.source)
         if other.filled is not None:
             filled = other.filled if filled is None else filled & other.filled
-        return TokenMap(slot, self.source.gather(1, other.source), fresh, filled)
+        return TokenMap(slot, self.source.gather(1, other.source), fresh, filled, self.joins or other.joins)

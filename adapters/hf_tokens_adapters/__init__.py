@@ -1,0 +1,1 @@
+"""The built-in methods of hf-tokens: one file, one paper, one verb."""

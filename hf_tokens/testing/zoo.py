@@ -245,7 +245,9 @@ def _diffusers_families() -> tuple[str, ...]:
     from diffusers.models import transformers, unets
 
     names = {
-        name for package in (transformers, unets) for name, cls in vars(package).items()
+        name
+        for package in (transformers, unets)
+        for name, cls in vars(package).items()
         if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
     }
     return tuple(f"diffusers/{name}" for name in sorted(names))

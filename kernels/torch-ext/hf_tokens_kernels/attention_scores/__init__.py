@@ -1,5 +1,5 @@
 """Sums and rows of attention probabilities, without the attention matrix."""
 
-from .reference import attention_columns, attention_rows
+from .reference import attention_columns, attention_entropy, attention_rows
 
-__all__ = ["attention_columns", "attention_rows"]
+__all__ = ["attention_columns", "attention_entropy", "attention_rows"]

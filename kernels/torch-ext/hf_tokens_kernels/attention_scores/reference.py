@@ -69,9 +69,7 @@ def attention_columns(
     return out
 
 
-def attention_rows(
-    q: Tensor, k: Tensor, index: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
+def attention_rows(q: Tensor, k: Tensor, index: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """The probabilities of chosen queries: index (b r) into q (b h m e), to (b h r n)."""
     b, h, m, e = q.shape
     wide = index[:, None, :, None]
@@ -83,3 +81,17 @@ def attention_rows(
     elif causal:
         visible = (torch.arange(n, device=q.device) <= index[..., None] + (n - m))[:, None]
     return probabilities(rows, k, scaling, seen, visible)
+
+
+def attention_entropy(q: Tensor, k: Tensor, *, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """How undecided every query is: the entropy of its probabilities in nats, q (b h m e) and k (b g n e) to (b h m)."""
+    b, h, m, _ = q.shape
+    n = k.shape[2]
+    step = max(1, min(m, CHUNK_ELEMENTS // max(1, b * h * n)))
+    parts = []
+    for first in range(0, m, step):
+        part = slice(first, min(first + step, m))
+        seen = None if mask is None else (mask[:, :, part] if mask.shape[2] > 1 else mask)
+        p = probabilities(q[:, :, part], k, scaling, seen, None)
+        parts.append(-torch.xlogy(p, p).sum(dim=-1))
+    return torch.cat(parts, dim=2)

@@ -1,0 +1,284 @@
+"""The doors: put a surgery into a model, load one, calibrate it, take it out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import MethodConfig
+from .errors import AdapterError, UnsupportedError, explain
+from .layer import BlockSurgery
+from .root import Root
+from .tuner import HFTokensConfig
+
+Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
+
+
+def adapter_config(methods: Methods, **kwargs: Any) -> HFTokensConfig:
+    """The PEFT config of one method or a stack of them."""
+    if isinstance(methods, HFTokensConfig):
+        return methods
+    if isinstance(methods, (str, dict, MethodConfig, PeftConfig)):
+        methods = [methods]
+    return HFTokensConfig(methods=list(methods), **kwargs)
+
+
+def denoiser(pipeline: Any) -> nn.Module | None:
+    """The denoiser of a diffusers pipeline; None for a plain model."""
+    if isinstance(pipeline, nn.Module):
+        return None
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, dict):
+        raise UnsupportedError(
+            explain(
+                "A surgery needs a torch module or a diffusers pipeline", type(pipeline).__name__, "Pass the model that holds the blocks."
+            )
+        )
+    found = next((components[name] for name in ("transformer", "unet") if components.get(name) is not None), None)
+    if found is None:
+        raise UnsupportedError(explain("A pipeline needs a `transformer` or a `unet`", sorted(components), "Pass the denoiser itself."))
+    return found
+
+
+def get_token_model(model: Any, methods: Methods, adapter_name: str = "default", **kwargs: Any) -> Any:
+    """Put methods into a model.
+
+    Args:
+        model: A Transformers or Diffusers model, a PeftModel, or a diffusers pipeline.
+        methods: A method's name, a config, or a list of them; a LoraConfig may stand among them.
+        adapter_name: Name of the adapter.
+        kwargs: Further arguments of `HFTokensConfig`, such as `modules_to_save` or `task_type`.
+
+    Returns:
+        A PeftModel, or the pipeline that came, with the methods in its denoiser.
+
+    Raises:
+        ConfigError: A method is unknown or a knob out of bounds.
+        UnsupportedError: The methods do not fit the model. The model is as it was.
+    """
+    config = adapter_config(methods, **kwargs)
+    inner = denoiser(model)
+    if inner is not None:
+        inject_adapter_in_model(config, inner, adapter_name)
+        return model
+    if isinstance(model, PeftModel) and all(c.peft_type == config.peft_type for c in model.peft_config.values()):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+        return model
+    return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def sides(model: Any) -> list[BlockSurgery]:
+    """Every surgery in a model or pipeline."""
+    module = denoiser(model) or model
+    return [m for m in module.modules() if isinstance(m, BlockSurgery)]
+
+
+def root_of(model: Any) -> Root:
+    """The root of the surgery in a model.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    found = sides(model)
+    if not found:
+        raise UnsupportedError(explain("This needs a model with a surgery", type(model).__name__, "Call get_token_model first."))
+    return found[0].runtime.root
+
+
+def aux_loss(model: Any) -> Tensor:
+    """The sum of the methods' losses in the last forward, for training loops that compute their own loss."""
+    losses = [loss for method in root_of(model).methods() for loss in method.losses]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def set_progress(model: Any, progress: float) -> None:
+    """Tell schedules how much of the training is done, in [0, 1]; a Trainer does it by itself."""
+    root_of(model).set_progress(progress)
+
+
+def unload(model: Any) -> Any:
+    """Take every surgery out of a model or pipeline; returns what was there before."""
+    if isinstance(model, PeftModel):
+        return model.unload()
+    inner = denoiser(model) or model
+    root = root_of(model)
+    for side in sides(model):
+        side.detach()
+    root.detach()
+    vars(inner).pop("peft_config", None)
+    if "_hf_peft_config_loaded" in vars(inner):
+        inner._hf_peft_config_loaded = False
+    return model
+
+
+@torch.no_grad()
+def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str = "default") -> dict[str, Any]:
+    """Measure on data the knobs that a method wants measured, and write them into its config.
+
+    Args:
+        model: A PeftModel with a surgery.
+        batches: Keyword arguments of the model's forward, one dict a batch.
+        adapter_name: The adapter to calibrate.
+
+    Returns:
+        The JSON form of every method that changed.
+    """
+    root, changed = root_of(model), {}
+    batches = list(batches)
+    if not batches:
+        raise UnsupportedError(explain("`calibrate` needs at least one batch", "none", "Pass the inputs of the model."))
+    was_training = model.training
+    model.eval()
+    for runtime in root.runtimes:
+        runtime.records = {}
+    try:
+        for batch in batches:
+            model(**{**batch, "use_cache": True})
+        for runtime in root.runtimes:
+            for key, records in group_records(runtime.records).items():
+                method = next(m for m in runtime.methods() if m.key == key)
+                config = type(method).calibrate(method.config, records)
+                for one in runtime.methods():
+                    if one.key == key:
+                        one.config = config
+                changed[key] = config.to_dict()
+    finally:
+        for runtime in root.runtimes:
+            runtime.records = None
+        model.train(was_training)
+    stack = model.peft_config[adapter_name].methods
+    for key, data in changed.items():
+        name, slot = key.rsplit(".", 1)
+        if name == adapter_name:
+            stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = data
+    return changed
+
+
+def group_records(records: dict[int, list]) -> dict[str, dict[int, list]]:
+    """Records by method: key -> layer -> values."""
+    out: dict[str, dict[int, list]] = {}
+    for layer, values in records.items():
+        for key, value in values:
+            out.setdefault(key, {}).setdefault(layer, []).append(value)
+    return out
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    repo: str | Path,
+    model: Any | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load an adapter from a folder or the Hub, and its base model unless one is given.
+
+    Args:
+        repo: Folder or Hub id of the adapter.
+        model: The base model or pipeline; None loads the one that the adapter names.
+        revision: Branch, tag or commit of the adapter.
+        token: Hub token.
+        adapter_name: Name of the adapter in the model.
+        is_trainable: Whether its parameters will be trained.
+        kwargs: Arguments of the base model's `from_pretrained`.
+
+    Raises:
+        AdapterError: A file is missing, damaged, or made for another base. A model that was passed is as it was.
+    """
+    folder = Path(repo)
+    if not folder.is_dir():
+        patterns = ["adapter_config.json", "adapter_model.safetensors"]
+        folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
+    check_files(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, HFTokensConfig):
+        raise AdapterError(explain("hf_tokens.load needs an adapter of type HF_TOKENS", config.peft_type, "Use peft for other adapters."))
+    if model is None:
+        model = base_model(config, **kwargs)
+    inner = denoiser(model)
+    if inner is not None:
+        return load_into(model, inner, folder, config, adapter_name)
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        model.set_adapter(adapter_name)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse an adapter whose files are missing or damaged, before anything is changed."""
+    weights = folder / "adapter_model.safetensors"
+    for path in (folder / "adapter_config.json", weights):
+        if not path.is_file():
+            raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                file.get_slice(key).get_shape()
+    except SafetensorError as error:
+        raise AdapterError(
+            explain(f"{weights.name} must be a whole safetensors file", f"one that says: {error}", "Download or save it again.")
+        ) from error
+
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def base_model(config: HFTokensConfig, **kwargs: Any) -> nn.Module:
+    """The base model that an adapter names."""
+    mapping = config.auto_mapping or {}
+    if config.base_model_name_or_path is None or "base_model_class" not in mapping and config.task_type is None:
+        raise AdapterError(explain("An adapter names its base model and class", config.base_model_name_or_path, "Pass `model=`."))
+    if "base_model_class" not in mapping:
+        cls = AUTO_CLASSES[getattr(config.task_type, "value", config.task_type)]
+        mapping = {"parent_library": "transformers", "base_model_class": cls}
+    library = importlib.import_module(mapping["parent_library"])
+    return getattr(library, mapping["base_model_class"]).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+
+
+def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensConfig, adapter_name: str) -> Any:
+    """Inject a saved adapter into a pipeline's denoiser."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(str(folder))
+    inject_adapter_in_model(config, inner, adapter_name)
+    set_peft_model_state_dict(inner, weights, adapter_name)
+    return pipeline
+
+
+def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
+    """Save the adapter of a PeftModel or of a pipeline's denoiser."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+        return
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    inner = denoiser(model) or model
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
+    save_file({key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
+    inner.peft_config[adapter_name].save_pretrained(str(folder))

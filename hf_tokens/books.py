@@ -1,0 +1,301 @@
+"""The books of one pass through a stream: which tokens are left, where they came from, and every per-token argument cut to fit them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedError, explain
+from .token_map import TokenMap, take
+
+# Arguments that belong to another sequence, to a sample, or to a step, never to the tokens of this stream.
+FOREIGN = re.compile(
+    r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|control|layer_head_mask|past|cache|use_cache|output_)"
+)
+CROSS = re.compile(r"encoder|cross|context|memory")
+EMBEDDING = re.compile(r"(^|_)(temb|emb|conditioning|modulation|adaln\w*)($|_)")
+SEGMENTS = re.compile(r"^cu_(seq|window)")
+
+
+@dataclass
+class Stored:
+    """What a block's cache already holds, as the mask needs it."""
+
+    origins: Tensor  # b s, or b k s
+    filled: Tensor | None  # b s, or b k s
+
+
+@dataclass(frozen=True)
+class Books:
+    """The tokens at one place of a stream.
+
+    Attributes:
+        n, batch: Length and batch of the sequence that entered.
+        start: Tokens that the cache saw before this pass.
+        rows: Entry token whose place each token takes, (b m).
+        slot: Where each entry token lives now, -1 where it is gone, (b n).
+        causal: Whether a token sees only what stands before it.
+        fresh: Inserted tokens, (b m) bool, or None.
+        filled: Tokens that are there at all, (b m) bool, or None for all.
+        sizes: How many entry tokens each token stands for, (b m), or None for one each.
+        context: Length of the second sequence that a joint block carries in front.
+        additive: Whether the backend wants masks to be added, not bool.
+        proportional: Whether a key counts by its size.
+    """
+
+    n: int
+    batch: int
+    start: int
+    rows: Tensor
+    slot: Tensor
+    causal: bool
+    fresh: Tensor | None = None
+    filled: Tensor | None = None
+    sizes: Tensor | None = None
+    context: int = 0
+    additive: bool = False
+    proportional: bool = False
+    untouched: bool = True
+    memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, hidden: Tensor, start: int, causal: bool, context: int, additive: bool) -> Books:
+        """Books of a sequence that nothing has changed yet, hidden (b n d)."""
+        batch, n = hidden.shape[:2]
+        rows = torch.arange(n, device=hidden.device).expand(batch, n)
+        return cls(n=n, batch=batch, start=start, rows=rows, slot=rows, causal=causal, context=context, additive=additive)
+
+    @property
+    def m(self) -> int:
+        return self.rows.shape[1]
+
+    def move(self, tokens: TokenMap) -> Books:
+        """The books behind a map of the tokens."""
+        gather = lambda flags: None if flags is None else flags.gather(1, tokens.source)
+        fresh, filled = gather(self.fresh), gather(self.filled)
+        if tokens.fresh is not None:
+            fresh = tokens.fresh if fresh is None else fresh | tokens.fresh
+            filled = None if filled is None else filled | tokens.fresh
+        if tokens.filled is not None:
+            filled = tokens.filled if filled is None else filled & tokens.filled
+        sizes = tokens.sum(self.all_sizes()[..., None])[..., 0]
+        if tokens.fresh is not None:
+            sizes = torch.where(tokens.fresh, 1.0, sizes)
+        slot = torch.where(self.slot < 0, -1, tokens.slot.gather(1, self.slot.clamp(min=0)))
+        rows = self.rows.gather(1, tokens.source)
+        return replace(self, rows=rows, slot=slot, fresh=fresh, filled=filled, sizes=sizes, untouched=False, memo={})
+
+    def cut(self, whole: Tensor, inside: Tensor) -> Tensor:
+        """The tokens that are left of a sequence (b n d) that someone outside changed; inserted ones stay as they are `inside` (b m d)."""
+        out = take(whole, self.rows)
+        return out if self.fresh is None else torch.where(self.fresh[..., None], inside.to(out), out)
+
+    def restore(self, tokens: Tensor, whole: Tensor) -> Tensor:
+        """The sequence (b n d) with the tokens (b m d) back in their places; one that is gone keeps its row of `whole`."""
+        out = take(tokens, self.slot.clamp(min=0))
+        return torch.where((self.slot < 0)[..., None], whole.to(out.dtype), out)
+
+    def all_sizes(self) -> Tensor:
+        """How many entry tokens each token stands for, (b m) float."""
+        return self.rows.new_ones(self.rows.shape, dtype=torch.float32) if self.sizes is None else self.sizes
+
+    def flags(self, flags: Tensor | None, default: bool) -> Tensor:
+        """A flag per token, with None spelled out."""
+        return torch.full_like(self.rows, default, dtype=torch.bool) if flags is None else flags
+
+    def uniform(self) -> bool:
+        """Whether every sample of the batch keeps the same places."""
+        return self.batch == 1 or bool((self.rows == self.rows[:1]).all())
+
+    # -- arguments ---------------------------------------------------------------------------------------------------
+
+    def realign(self, name: str, value: Any, stored: Stored | None) -> Any:
+        """A block's argument, cut and reordered for the tokens that are left."""
+        if isinstance(value, Tensor):
+            known = self.memo.get(id(value))
+            if known is not None and known[0] is value and stored is None:
+                return known[1]
+            out = self._tensor(name, value, stored)
+            if stored is None:
+                self.memo[id(value)] = (value, out)
+            return out
+        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+            return type(value)(self.realign(name, item, stored) for item in value)
+        if type(value) is dict:
+            return {key: self.realign(name, item, stored) for key, item in value.items()}
+        return value
+
+    def _tensor(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:
+        if SEGMENTS.match(name):
+            return torch.searchsorted(self.rows[0].contiguous(), value.to(self.rows.dtype)).to(value.dtype)
+        if FOREIGN.match(name) or value.dim() == 0:
+            return value
+        if self._is_mask(name, value):
+            return self.mask(name, value, stored)
+        axis = self._axis(name, value)
+        return value if axis is None else self._take(name, value, axis)
+
+    def _is_mask(self, name: str, value: Tensor) -> bool:
+        if "mask" not in name and "bias" not in name:
+            return False
+        seen = (self.n, self.start + self.n, self.n + self.context)
+        return value.dim() >= 2 and (value.shape[-1] in seen or value.dim() == 4 and value.shape[-2] == self.n)
+
+    def _axis(self, name: str, value: Tensor) -> int | None:
+        """The axis of a tensor that runs over the tokens of the stream; None if there is none."""
+        sizes = {self.n, self.n + self.context}
+        dims = [d for d in range(value.dim()) if value.shape[d] in sizes]
+        if (
+            value.dim() > 1
+            and 0 in dims
+            and value.shape[0] == self.batch
+            and (len(dims) > 1 or EMBEDDING.search(name) or CROSS.search(name))
+        ):
+            dims.remove(0)
+        if not dims or (EMBEDDING.search(name) and value.dim() < 3) or CROSS.search(name):
+            return None
+        if value.dim() == 2 and len(dims) == 2:
+            return 1 if value.shape[0] in (1, self.batch) and self.n != self.batch else 0
+        return dims[0]
+
+    def _take(self, name: str, value: Tensor, axis: int) -> Tensor:
+        index = self.rows
+        if value.shape[axis] != self.n:
+            front = torch.arange(self.context, device=index.device).expand(self.batch, self.context)
+            index = torch.cat([front, index + self.context], dim=1)
+        per_sample = axis > 0 and value.shape[0] in (1, self.batch)
+        if per_sample and (value.shape[0] == self.batch or value.dim() > axis + 1 or not self.uniform()):
+            return take(value, index, axis)
+        if not self.uniform():
+            if axis == 1 and value.dim() > 2 or value.dim() > 3:  # M-RoPE: sections x batch x tokens
+                lead = value.movedim(1, 0) if value.shape[1] in (1, self.batch) else None
+                if lead is not None:
+                    return take(lead, index, axis).movedim(0, 1)
+            raise UnsupportedError(
+                explain(
+                    f"A table that all samples share ({name}) needs the same tokens in each sample",
+                    f"a batch of {self.batch} that keeps different ones",
+                    "Run one sample at a time.",
+                )
+            )
+        return value.index_select(axis, index[0])
+
+    # -- masks -------------------------------------------------------------------------------------------------------
+
+    def mask(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:
+        """A mask (b|1 n), (b n n) or (b|1 h|1 n|1 n) over the full sequence, cut to the tokens that are left and those stored."""
+        if value.dim() == 3:
+            return self.mask(name, value[:, None], stored)[:, 0]
+        cross = CROSS.search(name) is not None
+        if value.dim() == 2:
+            if cross:
+                return value
+            out = take(value, self._columns(value.shape[-1], stored))
+            filled = self._filled(stored)
+            return out if filled is None or filled.dim() == 3 else hide(out, filled)
+        if self.context and not cross and value.shape[-1] == self.n + self.context:
+            return self._joint(value)
+        out = take(value, self.rows, 2) if value.shape[2] == self.n and (self.n > 1 or self.m != 1) else value
+        if cross:
+            return out
+        columns = self._columns(value.shape[-1], stored)
+        out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)
+        visible = self._visible(stored)
+        return self._weigh(out if visible is None else hide(out, visible))
+
+    def _weigh(self, mask: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+        """Add log(size) of each key to a mask (proportional attention)."""
+        if not self.proportional:
+            return mask
+        bias = self.all_sizes().log()[:, None, None]
+        if mask is None:
+            return bias.to(like.dtype)
+        if mask.dtype == torch.bool:
+            return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+        return mask + bias.to(mask.dtype)
+
+    def _take_heads(self, value: Tensor, columns: Tensor) -> Tensor:
+        b, k, s = columns.shape
+        wide = value.expand(b, k, *value.shape[2:]) if value.shape[1] == 1 else value
+        wide = wide.expand(b, *wide.shape[1:])
+        columns = columns.repeat_interleave(wide.shape[1] // k, dim=1)
+        return wide.gather(3, columns[:, :, None].expand(-1, -1, wide.shape[2], -1))
+
+    def _joint(self, value: Tensor) -> Tensor:
+        front = torch.arange(self.context, device=self.rows.device).expand(self.batch, self.context)
+        index = torch.cat([front, self.rows + self.context], dim=1)
+        out = take(value, index, 2) if value.shape[2] == value.shape[3] else value
+        return take(out, index, 3)
+
+    def _columns(self, width: int, stored: Stored | None) -> Tensor:
+        """Places in the full sequence of the keys that this block sees, (b s) or (b k s)."""
+        if stored is None:
+            return self.rows + (width - self.n if self.start and width != self.n else 0)
+        rows = self.rows + self.start
+        if stored.origins.dim() == 3:
+            rows = rows[:, None].expand(-1, stored.origins.shape[1], -1)
+        return torch.cat([stored.origins, rows], dim=-1)
+
+    def _filled(self, stored: Stored | None) -> Tensor | None:
+        """Keys that are there at all, (b s) or (b k s); None if all are."""
+        if stored is None:
+            return self.filled
+        if stored.filled is None and self.filled is None:
+            return None
+        old = torch.ones_like(stored.origins, dtype=torch.bool) if stored.filled is None else stored.filled
+        new = self.flags(self.filled, True)
+        return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1) if old.dim() == 3 else new], dim=-1)
+
+    def _visible(self, stored: Stored | None) -> Tensor | None:
+        """What the mask of the full sequence cannot know: filler, and the order of inserted tokens; (b 1|k 1|m s) bool, or None."""
+        filled, visible = self._filled(stored), None
+        if filled is not None:
+            visible = filled[:, None, None] if filled.dim() == 2 else filled[:, :, None]
+        if self.fresh is not None and self.causal:
+            place = torch.arange(self.m, device=self.rows.device)
+            later = place[None, :] > place[:, None]  # m m, query by key
+            either = self.fresh[:, :, None] | self.fresh[:, None, :]
+            order = ~(later & either)[:, None]  # b 1 m m
+            if stored is not None:
+                order = torch.nn.functional.pad(order, (stored.origins.shape[-1], 0), value=True)
+            visible = order if visible is None else order & visible
+        return visible
+
+    def implied_mask(self, hidden: Tensor, stored: Stored | None) -> Tensor | None:
+        """The mask where the model gave none: it relied on the order of the tokens, which may not be enough any more."""
+        filled = self._filled(stored)
+        if not self.causal:
+            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden), hidden)
+        past = stored is not None and stored.origins.shape[-1] > 0
+        if filled is None and (not past or self.m == 1):
+            return None
+        origins = self._columns(self.start + self.n, stored)
+        origins = origins[:, None] if origins.dim() == 2 else origins
+        seen = origins[:, :, None] <= (self.rows + self.start)[:, None, :, None]  # b 1|k m s
+        visible = self._visible(stored)
+        return self._dress(seen if visible is None else seen & visible, hidden)
+
+    def _dress(self, seen: Tensor, hidden: Tensor) -> Tensor:
+        seen = seen | ~seen.any(dim=-1, keepdim=True)
+        if not self.additive:
+            return seen
+        zeros = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+        return torch.where(seen, zeros, torch.finfo(hidden.dtype).min)
+
+
+def hide(mask: Tensor, visible: Tensor) -> Tensor:
+    """Take keys out of a bool, integer or additive mask; a query left with nothing sees everything, since no one reads it."""
+    if visible.dim() == 4 and visible.shape[1] > 1:
+        heads = max(mask.shape[1], visible.shape[1])
+        visible = visible.repeat_interleave(heads // visible.shape[1], dim=1)
+    visible = visible.expand(torch.broadcast_shapes(visible.shape, mask.shape))
+    if mask.dtype == torch.bool:
+        out = mask & visible
+        return out | ~out.any(dim=-1, keepdim=True)
+    if not mask.is_floating_point():
+        return mask * visible
+    return torch.where(visible, mask, torch.finfo(mask.dtype).min)

@@ -1,0 +1,270 @@
+"""What hangs on a block: its methods, its bound forward, and the hooks that hand out signals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import PREFIX, Scores, close_tap, open_tap
+from .errors import UnsupportedError, explain
+from .features import FeatureSites
+from .roles import FeatureCache, Method, TokenBank, TokenReducer
+from .signals import HOOKED, TAPPED, Moment
+
+if TYPE_CHECKING:
+    from .surgery import Runtime
+
+
+def wants(method: Method) -> set[str]:
+    """The hooks that a method needs on its block."""
+    needs = {HOOKED[name] for name in method.signals if name in HOOKED}
+    if TAPPED & set(method.signals) or isinstance(method, TokenBank) and method.site == "query":
+        needs.add("tap")
+    if isinstance(method, TokenReducer) and method.site == "middle":
+        needs.add("middle")
+    if isinstance(method, FeatureCache):
+        needs.add("features")
+    return needs
+
+
+class BlockSurgery(nn.Module, BaseTunerLayer):
+    """The child `hf_tokens` of a block. Base names and classes stay as they are; `detach` leaves nothing behind."""
+
+    adapter_layer_names = ("hf_tokens_methods",)
+    other_param_names = ()
+
+    def __init__(self, runtime: Runtime, index: int):
+        super().__init__()
+        stream = runtime.stream
+        block, attention = stream.blocks[index], stream.attention(index)
+        self.hf_tokens_methods = nn.ModuleDict()
+        self.runtime, self.index = runtime, index
+        self._block = (block,)  # a tuple keeps it from becoming a submodule
+        self._attention = () if attention is None else (attention,)
+        self.layer_idx = layer_index(block, attention)
+        self.checkpoints_itself = isinstance(block, GradientCheckpointingLayer)
+        self.in_features = self.out_features = stream.width
+        self.merged_adapters: list[str] = []
+        self._disable_adapters, self._active_adapter = False, []
+        self._handles: dict[str, list] = {}
+        self.captured: dict[str, Tensor] = {}
+        self.middle: dict[int, Any] = {}
+        self.listening, self.queries_only, self.moment = False, 0, None
+        self.heard_call: tuple | None = None
+        self.bare = False  # whether the block is known to return its hidden states and nothing else
+        self.features = FeatureSites(self)
+        self._acting: list[Method] = []
+        self._before = vars(block).get("forward")
+        block.forward = self.run
+        runtime.sides[index] = self
+        self.refresh()
+        self.train(block.training)
+
+    weight = property(lambda self: next(self.parameters(), None))
+    bias = None
+
+    @property
+    def block(self) -> nn.Module:
+        return self._block[0]
+
+    # -- the forward -------------------------------------------------------------------------------------------------
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward, as the model calls it."""
+        return self.runtime.run(self, args, kwargs)
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the block had."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+    def active(self) -> list[Method]:
+        """The methods that act now, in the order of the adapters and of their stacks."""
+        return self._acting
+
+    def refresh(self) -> None:
+        """Note which methods act; called whenever adapters are added, switched or deleted."""
+        names = [] if self._disable_adapters else [name for name in self.active_adapters if name in self.hf_tokens_methods]
+        self._acting = [method for name in names for method in self.hf_tokens_methods[name].values()]
+        self.taps = any("tap" in wants(method) for method in self._acting)
+        self.hears = {name for method in self._acting for name in method.signals if name in HOOKED}
+        self.features.refresh([method for method in self._acting if isinstance(method, FeatureCache)])
+        self.runtime.refresh()
+
+    def add(self, adapter: str, methods: dict[str, Method]) -> None:
+        """Put an adapter's methods into this block, with the hooks that they need."""
+        if methods:
+            self.hf_tokens_methods[adapter] = nn.ModuleDict(methods)
+        for need in sorted(set().union(*(wants(method) for method in methods.values()), set())):
+            if need not in self._handles:
+                self._handles[need] = getattr(self, f"_hook_{need}")()
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.train(self.block.training)
+
+    def detach(self) -> None:
+        """Take everything off the block."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        if "tap" in self._handles:
+            close_tap(self._attention[0])
+        self._handles.clear()
+        self.features.detach()
+        self.hf_tokens_methods.clear()
+        self.refresh()
+        if vars(self.block).get("forward") == self.run:
+            if self._before is None:
+                del self.block.forward
+            else:
+                self.block.forward = self._before
+        del self.block.hf_tokens
+
+    @property
+    def additive_mask(self) -> bool:
+        """Whether the block's backend adds its mask to the scores."""
+        config = self.runtime.stream.config
+        backend = config._attn_implementation if "_attn_implementation_internal" in vars(config or object) else None
+        return (backend or "").removeprefix(PREFIX) not in ("sdpa", "flex_attention")
+
+    @property
+    def drops_cache(self) -> bool:
+        """Whether the block throws its cache away: it does when it checkpoints itself."""
+        return self.checkpoints_itself and self.block.gradient_checkpointing and self.block.training
+
+    @property
+    def checkpointed_outside(self) -> bool:
+        """Whether the model checkpoints the call of the block, so that it comes again in the backward pass."""
+        return not self.checkpoints_itself and any(vars(m).get("gradient_checkpointing") is True for m in self.runtime.holders)
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def _hook_tap(self) -> list:
+        if not self._attention:
+            raise self._lacks("a self-attention module")
+        open_tap(self._attention[0], self)
+        return []
+
+    def _hook_attention(self) -> list:
+        if not self._attention:
+            raise self._lacks("a self-attention module")
+        return [self._attention[0].register_forward_hook(self._hear_attention, with_kwargs=True)]
+
+    def _hook_mlp(self) -> list:
+        mlp = self.runtime.stream.mlp(self.index)
+        if mlp is None:
+            raise self._lacks("an MLP of its own")
+        return [mlp.register_forward_hook(self._hear_mlp, with_kwargs=True)]
+
+    def _hook_middle(self) -> list:
+        norm, mlp = self.runtime.stream.mlp_norm(self.index), self.runtime.stream.mlp(self.index)
+        if norm is None or mlp is None:
+            raise self._lacks("a norm in front of its MLP")
+        return [norm.register_forward_pre_hook(self._enter_middle), mlp.register_forward_hook(self._leave_middle)]
+
+    def _hook_features(self) -> list:
+        self.features.attach()
+        return []
+
+    def _lacks(self, what: str) -> UnsupportedError:
+        path = self.runtime.stream.paths[self.index]
+        return UnsupportedError(
+            explain(f"This method needs {what} in the block", f"{type(self.block).__name__} at {path}", "Choose other layers.")
+        )
+
+    def _hear(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        if f"{name}_input" in self.hears or f"{name}_output" in self.hears:
+            given = args[0] if args else kwargs["hidden_states"]
+            self.captured[f"{name}_input"] = given
+            self.captured[f"{name}_output"] = output[0] if isinstance(output, tuple) else output
+
+    def _hear_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._hear("attention", args, kwargs, output)
+
+    def _hear_mlp(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._hear("mlp", args, kwargs, output)
+
+    def _enter_middle(self, module: nn.Module, args: tuple) -> tuple | None:
+        reducer = next((m for m in self._acting if isinstance(m, TokenReducer) and m.site == "middle"), None)
+        if reducer is None or self.moment is None:
+            return None
+        return (self.runtime.middle(self, reducer, args[0]), *args[1:])
+
+    def _leave_middle(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        held = next(iter(self.middle.values()), None)
+        if held is None or output.shape[1] != held.m:
+            return None
+        return held.restore(output, output.new_zeros(()).expand(len(output), held.n, output.shape[-1]))
+
+    # -- the attention call ------------------------------------------------------------------------------------------
+
+    def before(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Tokens that only ask lend no key and no value; they stand in front."""
+        p = self.queries_only
+        if p:
+            mask = mask[..., p:] if mask is not None and mask.shape[-1] == k.shape[2] else mask
+            k, v = k[:, :, p:], v[:, :, p:]
+        return q, k, v, mask
+
+    def seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None:
+        """Hold what the attention call got until the verbs have spoken."""
+        self.heard_call = (q, k, v, mask, scaling, causal)
+
+    def heard(self, name: str, moment: Moment) -> Any:
+        """A signal of the attention call, over the tokens of the stream."""
+        q, k, v, mask, scaling, causal = self.heard_call
+        if name == "scores":
+            whole = moment.whole_cache
+            return Scores(q, k, mask, scaling, causal, real=moment.local_real(q.shape[2]), back=None if whole else moment.from_local)
+        if moment.whole_cache:
+            return {"keys": moment.layer.keys, "values": moment.layer.values, "queries": q}[name]
+        return moment.from_local({"queries": q, "keys": k, "values": v}[name], 2)
+
+    # -- PEFT --------------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Switch to these adapters; the others keep still and frozen."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        super().enable_adapters(enabled)
+        self.refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        super().delete_adapter(adapter_name)
+        self.refresh()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """A stacked LoRA merges every tuner layer; ours has nothing to merge."""
+
+    def unmerge(self) -> None:
+        """See `merge`."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        like = next((p for name, p in self.block.named_parameters() if p.is_floating_point() and "hf_tokens" not in name), None)
+        if like is None or like.is_meta or adapter_name not in self.hf_tokens_methods:
+            return
+        methods = self.hf_tokens_methods[adapter_name]
+        if not any(p.is_meta for p in methods.parameters()):
+            methods.to(device or like.device, like.dtype)
+
+    def train(self, mode: bool = True) -> BlockSurgery:
+        """Train or evaluate; a Trainer that trains the model is found here and gets the schedule's callback."""
+        if mode:
+            self.runtime.found_in_training()
+        return super().train(mode)
+
+
+def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
+    """The cache slot of a block."""
+    for module in (attention, block, *block.modules()):
+        if module is not None and isinstance(vars(module).get("layer_idx"), int):
+            return vars(module)["layer_idx"]
+    return None

@@ -1,0 +1,74 @@
+"""What one forward costs: tokens that blocks computed, FLOPs, bytes of the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .anatomy import anatomy
+from .cache import self_attention_cache
+from .layer import BlockSurgery
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one forward.
+
+    Attributes:
+        tokens: Tokens computed, summed over all blocks and the batch.
+        flops: Floating point operations of matrix products and attention.
+        kv_bytes: Bytes of keys and values in the cache that the model returned; 0 without one.
+    """
+
+    tokens: int
+    flops: int
+    kv_bytes: int
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the keys and values in a cache."""
+    own = self_attention_cache(cache)
+    if own is None:
+        return 0
+    states = [t for layer in own.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in states)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, **inputs: Any) -> Cost:
+    """Run one forward and count what it cost.
+
+    Args:
+        model: A model with or without a surgery.
+        inputs: Keyword arguments of its forward.
+    """
+    counts: dict[int, int] = {}
+    handles, runtimes = [], []
+    for stream in anatomy(model).streams:
+        side = stream.blocks[0]._modules.get("hf_tokens")
+        if isinstance(side, BlockSurgery):
+            side.runtime.counts = {}
+            runtimes.append(side.runtime)
+            continue
+        for index, block in enumerate(stream.blocks):
+
+            def count(module: nn.Module, args: tuple, kwargs: dict, index: int = index, stream: Any = stream) -> None:
+                hidden = stream.bind(index, args, kwargs)
+                counts[id(module)] = counts.get(id(module), 0) + hidden.numel() // hidden.shape[-1]
+
+            handles.append(block.register_forward_pre_hook(count, with_kwargs=True))
+    try:
+        with FlopCounterMode(display=False) as counter:
+            output = model(**inputs)
+        tokens = sum(counts.values()) + sum(sum(v for k, v in r.counts.items() if isinstance(k, int)) for r in runtimes)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for runtime in runtimes:
+            runtime.counts = None
+    cache = output.get("past_key_values") if isinstance(output, dict) else None
+    return Cost(tokens=tokens, flops=counter.get_total_flops(), kv_bytes=kv_bytes(cache))

@@ -1,0 +1,220 @@
+"""The hooks on the whole model: what its inputs say before the blocks run, and what the loss gains behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .roles import Method
+from .surgery import Runtime
+
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+class Root:
+    """One per model, shared by its streams."""
+
+    def __init__(self, model: nn.Module, head: str | None):
+        self.model = model
+        self.runtimes: list[Runtime] = []
+        self._trainer: weakref.ref | None = None
+        self.teaching = False
+        self.handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.behind, with_kwargs=True),
+        ]
+        if head is not None:
+            self.handles.append(model.get_submodule(head).register_forward_hook(self.behind_head))
+        self.denoising = Denoising(model) if "diffusers" in sys.modules else None
+
+    @property
+    def trainer(self) -> Any:
+        return None if self._trainer is None else self._trainer()
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainer": None}
+
+    def methods(self) -> Iterator[Method]:
+        """Every active method."""
+        for runtime in self.runtimes:
+            yield from runtime.methods()
+
+    def set_progress(self, progress: float) -> None:
+        """Tell every stream how much of the training is done."""
+        for runtime in self.runtimes:
+            runtime.progress = progress
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+        if self.denoising is not None:
+            self.denoising.detach()
+
+    # -- before the model --------------------------------------------------------------------------------------------
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Read the inputs; in training, ask the model without the adapter first if a method wants to learn from it."""
+        if self.teaching:
+            return
+        for method in self.methods():
+            method.losses.clear()
+        spans = self._visual(args, kwargs)
+        step = None if self.denoising is None else self.denoising.step(args, kwargs)
+        for runtime in self.runtimes:
+            runtime.current, runtime.reads, runtime.final = None, None, None
+            runtime.inputs = {"visual": spans, **(step or {})}
+            if step is not None:
+                runtime.contexts = runtime.contexts if step["step"] else {k: v for k, v in runtime.contexts.items() if k != step["context"]}
+        pupils = [r for r in self.runtimes if module.training and torch.is_grad_enabled() and any(m.teaches for m in r.methods())]
+        for runtime in pupils:
+            runtime.keeps_final = True
+        if pupils:
+            self._teach(module, args, kwargs, pupils)
+
+    def _visual(self, args: tuple, kwargs: dict) -> Tensor | None:
+        config = getattr(self.model, "config", None)
+        tokens = [vars(config)[name] for name in IMAGE_TOKENS if isinstance(vars(config).get(name), int)] if config is not None else []
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not tokens or not isinstance(ids, Tensor) or ids.is_floating_point():
+            return None
+        spans = torch.isin(ids, torch.tensor(tokens, device=ids.device))
+        return spans if bool(spans.any()) else None
+
+    def _teach(self, module: nn.Module, args: tuple, kwargs: dict, pupils: list[Runtime]) -> None:
+        if kwargs.get("past_key_values") is not None:
+            return
+        with torch.no_grad(), self.without_adapters():
+            self.teaching = True
+            try:
+                module(*args, **{k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
+            finally:
+                self.teaching = False
+        for runtime in pupils:
+            runtime.taught = runtime.final
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base model for a moment."""
+        held = [(side, side._acting) for runtime in self.runtimes for side in runtime.sides.values()]
+        for side, _ in held:
+            side._acting = []
+        try:
+            yield
+        finally:
+            for side, acting in held:
+                side._acting = acting
+
+    # -- behind the model --------------------------------------------------------------------------------------------
+
+    def behind_head(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Add what query tokens read to the head's output."""
+        reads = [runtime.reads for runtime in self.runtimes if runtime.reads is not None]
+        if not reads or self.teaching:
+            return None
+        for runtime in self.runtimes:
+            runtime.reads = None
+        return output + sum(reads).to(output.dtype)
+
+    def behind(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Add the methods' losses to the model's own."""
+        if self.teaching:
+            return None
+        for runtime in self.runtimes:
+            if runtime.keeps_final and runtime.final is not None and runtime.taught is not None:
+                real = runtime.final_real
+                mask = real if real is not None else torch.ones(runtime.final.shape[:2], dtype=torch.bool, device=runtime.final.device)
+                for method in runtime.methods():
+                    if method.teaches and method.leads:
+                        method.teach(runtime.final, runtime.taught, mask)
+            runtime.keeps_final, runtime.taught, runtime.final = False, None, None
+        extra = [loss for method in self.methods() for loss in method.losses]
+        if not extra:
+            return None
+        total = torch.stack([loss.float() for loss in extra]).sum() * share(kwargs)
+        if isinstance(output, tuple):
+            return (output[0] + total.to(output[0].dtype), *output[1:]) if kwargs.get("labels") is not None else None
+        if isinstance(output, dict) and output.get("loss") is not None:
+            output["loss"] = output["loss"] + total.to(output["loss"].dtype)
+            return output
+        return None
+
+
+def share(kwargs: dict) -> float | Tensor:
+    """What part of an optimiser step this batch is: under accumulation the Trainer passes the number of targets of all its batches."""
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / items
+
+
+class Denoising:
+    """Which denoising step a call is: from the pipeline's cache context where it has one, else counted by the timestep."""
+
+    def __init__(self, model: nn.Module):
+        self.hook = None
+        self.last: dict[str, tuple[float, int]] = {}
+        self.model = model
+        if isinstance(model, sys.modules["diffusers"].ModelMixin):
+            from diffusers.hooks import HookRegistry
+
+            self.fresh = "_diffusers_hook" not in vars(model)
+            self.hook = context_hook()
+            HookRegistry.check_if_exists_or_initialize(model).register_hook(self.hook, HOOK)
+
+    def detach(self) -> None:
+        """Take the hook off."""
+        if self.hook is not None:
+            self.model._diffusers_hook.remove_hook(HOOK, recurse=False)
+            if self.fresh and not self.model._diffusers_hook.hooks:
+                del self.model._diffusers_hook
+            if "forward" in vars(self.model) and vars(self.model)["forward"] == type(self.model).forward.__get__(self.model):
+                del self.model.forward
+
+    def step(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """Context, step, steps and timestep of this call."""
+        if self.hook is None:
+            return None
+        given = self.hook.manager._context
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 and isinstance(args[1], (Tensor, int, float)) else None)
+        name = "default" if given is None else given.name
+        value = float(torch.as_tensor(timestep).flatten()[0]) if timestep is not None else 0.0
+        before = self.last.get(name)
+        index = 0 if before is None or value > before[0] else before[1] + (value < before[0])
+        steps = None
+        if given is not None and given.step_index is not None:
+            index, steps = given.step_index, given.num_inference_steps
+        self.last[name] = (value, index)
+        return {"context": name, "step": index, "steps": steps, "timestep": timestep}
+
+
+HOOK = "hf_tokens"
+
+
+def context_hook() -> Any:
+    """A diffusers hook that only listens to `cache_context`."""
+    from diffusers.hooks import ModelHook
+    from diffusers.hooks.hooks import BaseState, StateManager
+
+    class ContextHook(ModelHook):
+        _is_stateful = True
+
+        def __init__(self):
+            super().__init__()
+            self.manager = StateManager(BaseState)
+
+        def reset_state(self, module: nn.Module) -> nn.Module:
+            self.manager.reset()
+            return module
+
+    return ContextHook()

@@ -1,0 +1,144 @@
+"""Where each signal comes from. A verb names what it wants; nothing else is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .books import CROSS, Books
+from .cache import TokenCacheLayer
+from .errors import UnsupportedError, explain
+from .token_map import TokenMap, take
+
+if TYPE_CHECKING:
+    from .layer import BlockSurgery
+    from .surgery import Pass, Runtime
+
+# Signals that need a hook on the block's attention or MLP.
+TAPPED = {"queries", "keys", "values", "scores"}
+HOOKED = {"attention_input": "attention", "attention_output": "attention", "mlp_input": "mlp", "mlp_output": "mlp"}
+SPANS = {"visual", "instruction"}
+
+
+@dataclass
+class Moment:
+    """A place in a pass at which a verb is asked."""
+
+    runtime: Runtime
+    side: BlockSurgery
+    now: Pass
+    hidden: Tensor
+    layer: TokenCacheLayer | None
+    local: Books | None = None  # the tokens that the block really ran on: guests in front, then those routed to it
+    routed: TokenMap | None = None
+    whole_cache: bool = False
+
+    def local_real(self, queries: int) -> Tensor:
+        """Queries of the block's attention call that are real tokens, (b m) bool."""
+        books = self.local
+        flags = books.flags(books.filled, True) & ~books.flags(books.fresh, False)
+        return flags if self.now.padding is None else flags & self.now.padding.gather(1, books.rows)
+
+    def from_local(self, x: Tensor, dim: int) -> Tensor:
+        """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""
+        m = self.now.books.m if self.routed is None else self.routed.m
+        x = x.narrow(dim, x.shape[dim] - m, m)
+        if self.routed is None:
+            return x
+        gone = (self.routed.slot < 0).view(len(x), *[1] * (dim - 1), -1, *[1] * (x.dim() - dim - 1))
+        return take(x, self.routed.slot.clamp(min=0), dim).masked_fill(gone, 0)
+
+
+def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Tensor | None]:
+    """Real tokens of this chunk (b n) bool and the place of each row's first one (b), read from the block's own mask; None if all are real."""
+    for name, value in arguments.items():
+        if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.dim() not in (2, 3, 4):
+            continue
+        seen = value if value.dtype == torch.bool else value > (0 if not value.is_floating_point() else torch.finfo(value.dtype).min / 2)
+        if value.dim() > 2:
+            seen = seen.flatten(1, -2).any(dim=1)
+        if seen.shape[-1] < books.start + books.n or seen.shape[0] not in (1, books.batch):
+            continue
+        seen = seen.expand(books.batch, -1)
+        return seen[:, books.start : books.start + books.n], seen.long().argmax(dim=1)
+    return None, None
+
+
+def real(moment: Moment) -> Tensor:
+    """The `mask` signal."""
+    books = moment.now.books
+    flags = books.flags(books.filled, True)
+    return flags if moment.now.padding is None else flags & moment.now.padding.gather(1, books.rows)
+
+
+def positions(moment: Moment) -> Tensor:
+    """The `positions` signal."""
+    books, first = moment.now.books, moment.now.first
+    place = books.rows + books.start
+    return place if first is None else place - first[:, None]
+
+
+def span(moment: Moment, name: str) -> Tensor:
+    """A modality span of the tokens at this moment."""
+    spans = moment.runtime.inputs.get("visual")
+    books = moment.now.books
+    if spans is None:
+        if books.start:
+            return torch.zeros_like(books.rows, dtype=torch.bool)
+        raise UnsupportedError(
+            explain(
+                "This method acts on visual tokens",
+                "an input without any image or video token",
+                "Give the model an image, or disable the adapter.",
+            )
+        )
+    spans = spans.to(books.rows.device)
+    if spans.shape[1] != books.n:
+        return torch.zeros_like(books.rows, dtype=torch.bool)
+    visual = spans.gather(1, books.rows)
+    if name == "visual":
+        return visual & ~books.flags(books.fresh, False)
+    place = torch.arange(spans.shape[1], device=spans.device)
+    last = torch.where(spans, place, -1).amax(dim=1, keepdim=True)
+    behind = (books.rows > last) & (last >= 0)
+    return behind & real(moment)
+
+
+def tapped(name: str) -> Callable[[Moment], Any]:
+    """Queries, keys or values that this block's attention call saw; of the current tokens only, but for a CacheCompressor."""
+
+    def supply(moment: Moment) -> Tensor:
+        return moment.side.heard(name, moment)
+
+    return supply
+
+
+SUPPLY: dict[str, Callable[[Moment], Any]] = {
+    "hidden": lambda m: m.hidden,
+    "queries": tapped("queries"),
+    "keys": tapped("keys"),
+    "values": tapped("values"),
+    "scores": tapped("scores"),
+    "mask": real,
+    "sizes": lambda m: m.now.books.all_sizes(),
+    "positions": positions,
+    "fresh": lambda m: m.now.books.flags(m.now.books.fresh, False),
+    "prefix": lambda m: m.runtime.prefix,
+    "visual": lambda m: span(m, "visual"),
+    "instruction": lambda m: span(m, "instruction"),
+    **{name: (lambda m, name=name: m.side.captured[name]) for name in HOOKED},
+    "kind": lambda m: m.runtime.stream.kind,
+    "layer": lambda m: m.side.index,
+    "layers": lambda m: len(m.runtime.stream),
+    "step": lambda m: m.runtime.inputs["step"],
+    "steps": lambda m: m.runtime.inputs["steps"],
+    "timestep": lambda m: m.runtime.inputs["timestep"],
+    "part": lambda m: m.side.part,
+    "progress": lambda m: m.runtime.progress,
+    "prefill": lambda m: m.now.books.n > 1 or m.now.books.start == 0,
+    "memory": lambda m: m.now.memory,
+}

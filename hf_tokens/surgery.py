@@ -1,0 +1,553 @@
+"""One pass through a stream: the verbs speak around each block, which runs on the tokens that are left; the model gets back all of them.
+
+Outside of a block nothing changes: whoever reads a block's output (the next norm, a skip connection, `output_hidden_states`) sees the whole
+sequence. The tokens that are left travel from block to block beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .anatomy import Stream
+from .books import CROSS, Books, Stored
+from .cache import Arrival, TokenCacheLayer, adopt, self_attention_cache
+from .errors import UnsupportedError, explain
+from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
+from .signals import SUPPLY, Moment, padding
+from .token_map import TokenMap
+from .training import follow_trainer
+
+if TYPE_CHECKING:
+    from .layer import BlockSurgery
+    from .root import Root
+
+REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
+
+
+@cache
+def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the positional parameters of a block's forward."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(cls.forward).parameters.items() if p.kind in kinds)[1:]
+
+
+def find_cache(values: Iterable[Any]) -> Cache | None:
+    """The cache of a model's own tokens among the arguments of a block."""
+    return next((cache for value in values if (cache := self_attention_cache(value)) is not None), None)
+
+
+class Call:
+    """One call of a block, its arguments by name, its hidden states as (b n d)."""
+
+    def __init__(self, stream: Stream, index: int, args: tuple, kwargs: dict):
+        block = stream.blocks[index]
+        self.stream, self.index = stream, index
+        self.names = parameters(type(block))[: len(args)]
+        self.rest = args[len(self.names) :]
+        self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.hidden_name = stream.hidden_index(index).name
+        raw = self.raw = self.arguments[self.hidden_name]
+        self.packed = raw.dim() == 2
+        if raw.dim() not in (2, 3):
+            raise UnsupportedError(
+                explain(
+                    "A stream's tokens lie in (batch, tokens, width)",
+                    f"{tuple(raw.shape)} at {stream.paths[index]}",
+                    "Choose another stream.",
+                )
+            )
+        self.hidden: Tensor = raw[None] if self.packed else raw
+        context = stream.context_index(index)
+        value = None if context is None else self.arguments.get(context.name)
+        self.context = value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache among the arguments."""
+        return find_cache(self.arguments.values())
+
+    def run(self, inner: Callable, hidden: Tensor, books: Books, stored: Stored | None) -> Any:
+        """Call the block on these tokens with every argument cut to fit."""
+        original = self.pack(hidden)
+        if books.untouched and stored is None:
+            given = {**self.arguments, self.hidden_name: original}
+            return self._apply(inner, given)
+        given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
+        given[self.hidden_name] = original
+        name = self._mask_name()
+        if name is not None and given.get(name) is None and not self.packed:
+            given[name] = books.implied_mask(hidden, stored)
+        output = self._apply(inner, given)
+        return self._give_back(output, given)
+
+    def _mask_name(self) -> str | None:
+        names = parameters(type(self.stream.blocks[self.index]))
+        return next((name for name in (*self.arguments, *names) if "mask" in name and not CROSS.search(name) and "head" not in name), None)
+
+    def _apply(self, inner: Callable, given: dict) -> Any:
+        given = dict(given)
+        positional = [given.pop(name) for name in self.names]
+        return inner(*positional, *self.rest, **given)
+
+    def _give_back(self, output: Any, given: dict) -> Any:
+        """An argument that the block passes on leaves it as it came: the next block cuts it anew."""
+        if not isinstance(output, tuple):
+            return output
+        uncut = {id(cut): self.arguments[name] for name, cut in given.items() if isinstance(cut, Tensor) and name in self.arguments}
+        return tuple(uncut.get(id(item), item) for item in output)
+
+    def read(self, output: Any) -> Tensor:
+        """The hidden states in a block's output, (b m d)."""
+        hidden = self.stream.read(self.index, output)
+        return hidden[None] if self.packed else hidden
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """(b n d) in the layout of the model."""
+        return hidden[0] if self.packed else hidden
+
+    def write(self, output: Any, hidden: Tensor) -> Any:
+        """A block's output with other hidden states."""
+        return hidden if output is None else self.stream.write(self.index, output, hidden)
+
+
+def first_real(now: Pass, books: Books) -> Tensor:
+    """Index of each row's first real token among those that are left, (b)."""
+    flags = books.flags(books.filled, True)
+    flags = flags if now.padding is None else flags & now.padding.gather(1, books.rows)
+    return flags.long().argmax(dim=1)
+
+
+class Memory(dict):
+    """What blocks of one stream tell each other. `tokens` holds (b m ...) tensors that follow the tokens through every map."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens: dict[str, Tensor] = {}
+
+    def move(self, tokens: TokenMap) -> None:
+        """Let the per-token entries follow a map."""
+        self.tokens = {name: tokens.gather(value) for name, value in self.tokens.items()}
+
+
+@dataclass
+class Entry:
+    """What a block needs to be run again in a backward pass."""
+
+    came: weakref.ref
+    books: Books
+    inside: Tensor | None
+    given: Tensor | None
+    tokens: dict[str, Tensor]
+
+
+@dataclass
+class Pass:
+    """One pass through the stream.
+
+    Attributes:
+        books: The tokens that are left.
+        padding: Real tokens of the sequence that entered, (b n) bool; None if all are.
+        first: Place of each row's first real token in the whole sequence, (b); None if it is 0.
+        inside: The tokens that are left, behind the last block that ran, (b m d).
+        given: What the model got from that block.
+    """
+
+    books: Books
+    padding: Tensor | None
+    first: Tensor | None
+    memory: Memory
+    at: int = -1
+    layers: list[TokenCacheLayer] = field(default_factory=list)
+    inside: Tensor | None = None
+    given: Tensor | None = None
+
+
+class Runtime:
+    """The surgery of one stream: its blocks' layers, and the pass that is under way."""
+
+    def __init__(self, stream: Stream, prefix: int):
+        self.stream, self.prefix = stream, prefix
+        self.sides: dict[int, BlockSurgery] = {}
+        self.current: Pass | None = None
+        self.entries: dict[int, list[Entry]] = {}
+        self.progress = 1.0
+        self.inputs: dict[str, Any] = {}
+        self.reads: Tensor | None = None
+        self.counts: dict[int, int] | None = None
+        self.records: dict[int, list] | None = None
+        self.moves = False
+        self.root: Root | None = None
+        self.holders: list[nn.Module] = []  # the modules around the blocks, the model first
+        self.keeps_final = False
+        self.final: Tensor | None = None
+        self.final_real: Tensor | None = None
+        self.taught: Tensor | None = None
+        self.contexts: dict[str, dict] = {}
+
+    def methods(self) -> Iterator[Method]:
+        """Every active method of the stream."""
+        for side in self.sides.values():
+            yield from side.active()
+
+    # -- a block -----------------------------------------------------------------------------------------------------
+
+    def run(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
+        """A block's forward."""
+        methods = side.active()
+        if side.index == 0 and self.moves:
+            self._adopt(args, kwargs)
+        if not methods and (self.current is None or self.current.books.untouched) and not self._shortened(side, args, kwargs):
+            output = side.inner(*args, **kwargs)
+            if self.counts is not None:
+                hidden = self.stream.bind(side.index, args, kwargs)
+                self._count(side, hidden.numel() // hidden.shape[-1])
+            if self.keeps_final and side.index == len(self.stream) - 1:
+                self.final = self.stream.read(side.index, output)
+            return output
+        if torch._C._current_graph_task_id() != -1:
+            return self._replay(side, methods, args, kwargs)
+        try:
+            return self._run(side, methods, Call(self.stream, side.index, args, kwargs))
+        except BaseException:
+            self.current = None
+            raise
+
+    def refresh(self) -> None:
+        """Note whether any active method moves tokens of a causal stream."""
+        self.moves = self.stream.causal and any(method.moves_tokens for method in self.methods())
+
+    def _shortened(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
+        """Whether the block's cache holds fewer tokens than it has seen, so that its mask must be cut."""
+        if not self.moves or side.layer_idx is None:
+            return False
+        cache = find_cache((*args, *kwargs.values()))
+        layer = cache.layers[side.layer_idx] if cache is not None and side.layer_idx < len(cache.layers) else None
+        return isinstance(layer, TokenCacheLayer) and layer.length != layer.seen
+
+    def _adopt(self, args: tuple, kwargs: dict) -> None:
+        """Let our layers hold the cache from the first token on."""
+        cache = find_cache((*args, *kwargs.values()))
+        indices = [side.layer_idx for side in self.sides.values() if side.layer_idx is not None]
+        if cache is not None and indices:
+            adopt(cache, max(indices))
+
+    def _replay(self, side: BlockSurgery, methods: list[Method], args: tuple, kwargs: dict) -> Any:
+        """A checkpointed block is run again in the backward pass: with the books it had."""
+        call = Call(self.stream, side.index, args, kwargs)
+        raw = call.arguments[call.hidden_name]
+        held = self.entries.get(side.index, [])
+        known = next((entry for entry in held if entry.came() is raw), None)
+        if known is None:
+            raise UnsupportedError(
+                explain(
+                    "Gradient checkpointing of whole blocks must hand the block the same tensors again",
+                    f"other ones at {self.stream.paths[side.index]}",
+                    "Use non-reentrant checkpointing.",
+                )
+            )
+        memory = Memory()
+        memory.tokens = dict(known.tokens)
+        outside, now = self.current, Pass(known.books, None, None, memory, side.index - 1, [], known.inside, known.given)
+        now.padding, now.first = padding(call.arguments, known.books)
+        self.current = now
+        try:
+            return self._run(side, methods, call, replaying=True)
+        finally:
+            self.current = outside
+
+    def _run(self, side: BlockSurgery, methods: list[Method], call: Call, replaying: bool = False) -> Any:
+        now = self._enter(side, call)
+        if not replaying and torch.is_grad_enabled() and side.checkpointed_outside:
+            held = self.entries.setdefault(side.index, [])
+            held.append(Entry(weakref.ref(call.raw), now.books, now.inside, now.given, dict(now.memory.tokens)))
+            del held[:-REPLAYS]
+        layer = self._cache_layer(side, call, now)
+        moment = Moment(self, side, now, self._tokens_left(call, now), layer)
+        for method in methods:
+            if isinstance(method, TokenReducer) and method.site == "before":
+                self._reduce(method, moment)
+            elif isinstance(method, TokenBank) and method.site == "input":
+                self._insert(method, moment)
+        output, moment.hidden = self._block(side, methods, call, moment)
+        whole = moment.hidden if now.books.untouched else now.books.restore(moment.hidden, call.hidden)
+        behind = now.books
+        for method in methods:
+            if isinstance(method, TokenReducer) and method.site == "middle":
+                self._settle(method, moment)
+            elif isinstance(method, TokenReducer) and method.site == "after":
+                self._reduce(method, moment)
+            elif isinstance(method, CacheCompressor) and layer is not None:
+                self._compress(method, moment)
+        if now.books is not behind:
+            whole = now.books.restore(moment.hidden, whole)
+        side.captured.clear()
+        now.inside, now.given = moment.hidden, call.pack(whole)
+        if side.index == len(self.stream) - 1 and not replaying:
+            self._close(now, whole)
+        return call.write(output, now.given)
+
+    def _tokens_left(self, call: Call, now: Pass) -> Tensor:
+        """The tokens as the last block left them, unless someone outside changed the sequence since."""
+        if now.books.untouched:
+            return call.hidden
+        return now.inside if call.raw is now.given else now.books.cut(call.hidden, now.inside)
+
+    def _enter(self, side: BlockSurgery, call: Call) -> Pass:
+        now = self.current
+        if now is None or side.index <= now.at:
+            now = self.current = self._open(side, call)
+        if call.hidden.shape[1] != now.books.n:
+            raise UnsupportedError(
+                explain(
+                    f"The model may not change the number of tokens inside the stream {self.stream.name!r}",
+                    f"{call.hidden.shape[1]} where {now.books.n} were due, at {self.stream.paths[side.index]}",
+                    "Act on the blocks behind that place, or on another stream.",
+                )
+            )
+        now.at = side.index
+        return now
+
+    def _open(self, side: BlockSurgery, call: Call) -> Pass:
+        layers, start, memory = [], 0, Memory()
+        if self.moves:
+            cache = call.cache
+            if cache is not None:
+                known = {i: cache.layers[s.layer_idx] for i, s in self.sides.items() if s.layer_idx is not None}
+                known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
+                layers = list(known.values())
+                start = min((layer.seen for i, layer in known.items() if i >= side.index), default=0)  # blocks before have been run
+        if layers:
+            memory = layers[0].memory if start and layers[0].memory is not None else memory
+            layers[0].memory = memory
+            memory.tokens.clear()
+        books = Books.open(call.hidden, start, self.stream.causal, call.context, side.additive_mask)
+        real, first = padding(call.arguments, books)
+        if layers and start:
+            first = layers[0].first  # a sliding window hides it from later masks
+        elif layers:
+            layers[0].first = first
+        return Pass(books, real, first, memory, layers=layers)
+
+    def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
+        cache = call.cache if now.layers else None
+        if cache is None or side.layer_idx is None or side.drops_cache:
+            return None
+        layer = cache.layers[side.layer_idx]
+        return layer if isinstance(layer, TokenCacheLayer) else None
+
+    def _block(self, side: BlockSurgery, methods: list[Method], call: Call, moment: Moment) -> tuple[Any, Tensor]:
+        """Run the block on the tokens that are routed to it, between the tokens that are there for this block only."""
+        now, hidden, layer = moment.now, moment.hidden, moment.layer
+        gate, dense = self._gate(methods, moment)
+        books, x, routed = now.books, hidden, None
+        if gate is not None:
+            runs = (gate != 0) & books.flags(books.filled, True)
+            if dense:
+                books = replace(books, filled=runs, untouched=False, memo={})
+            elif not bool(runs.all()):
+                routed = TokenMap.select(runs)
+                books, x = books.move(routed), routed.gather(hidden)
+        if side.bare and books.m == 1 and books.filled is not None and not bool(books.filled.any()):  # nothing is left to compute
+            if layer is not None:
+                layer.seen = books.start + books.n
+            return None, hidden
+        guests: list[tuple[TokenBank, TokenMap]] = []
+        for method in methods:
+            if isinstance(method, TokenBank) and method.site != "input":
+                tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
+                if tokens is not None and self._admit(method, layer):
+                    opened = TokenMap.insert(x.shape[1], 0, tokens.shape[1], len(x), x.device, beside=first_real(now, books))
+                    x, books = torch.cat([tokens, x], dim=1), books.move(opened)
+                    guests.append((method, opened))
+        stored = self._expect(layer, books, now)
+        moment.local, moment.routed = books, routed
+        side.queries_only = sum(tokens.m - tokens.n for bank, tokens in guests if bank.site == "query")
+        side.moment = replace(moment, hidden=x)
+        with self._listen(side):
+            output = call.run(side.inner, x, books, stored)
+        self._count(side, x.shape[0] * x.shape[1])
+        side.bare = isinstance(output, Tensor)
+        y = call.read(output)
+        for bank, opened in reversed(guests):
+            k = opened.m - opened.n
+            summary, y = y[:, :k], y[:, k:]
+            read = bank.read(summary) if bank.site == "query" else None
+            if read is not None:
+                self.reads = read if self.reads is None else self.reads + read
+        if routed is not None:
+            y = routed.restore(y, hidden)
+        if gate is not None:
+            mixed = hidden + gate[..., None].to(y.dtype) * (y - hidden)
+            y = mixed if gate.requires_grad else torch.where((gate == 1)[..., None], y, mixed)
+        return output, y
+
+    @contextlib.contextmanager
+    def _listen(self, side: BlockSurgery):
+        side.listening = side.taps
+        try:
+            yield
+        finally:
+            side.listening, side.moment = False, None
+
+    def _count(self, side: BlockSurgery, tokens: int) -> None:
+        if self.counts is not None:
+            self.counts[side.index] = self.counts.get(side.index, 0) + tokens
+
+    # -- the verbs ---------------------------------------------------------------------------------------------------
+
+    def ask(self, method: Method, moment: Moment) -> Any:
+        """Call a method's verb with the signals that it names."""
+        moment = replace(moment, whole_cache=isinstance(method, CacheCompressor))
+        given = {name: SUPPLY[name](moment) for name in method.signals}
+        return getattr(method, method.verb)(**given)
+
+    def _gate(self, methods: list[Method], moment: Moment) -> tuple[Tensor | None, bool]:
+        gate, dense = None, False
+        for method in methods:
+            if isinstance(method, (TokenRouter, LayerRouter)):
+                one = self.ask(method, moment)
+                if one is None:
+                    continue
+                one = one[:, None].expand_as(moment.now.books.rows) if one.dim() == 1 else one
+                gate = one if gate is None else gate * one
+                dense |= method.training and torch.is_grad_enabled() and method.trains_dense
+        return gate, dense
+
+    def _reduce(self, method: TokenReducer, moment: Moment) -> None:
+        tokens = self.ask(method, moment)
+        if tokens is not None:
+            self._move(tokens, moment, tokens.apply(moment.hidden, moment.now.books.all_sizes()), method.proportional)
+
+    def _move(self, tokens: TokenMap, moment: Moment, hidden: Tensor, proportional: bool = False) -> None:
+        """Change the tokens for the rest of the stream."""
+        now = moment.now
+        now.memory.move(tokens)
+        books = now.books.move(tokens)
+        now.books = replace(books, proportional=True) if proportional else books
+        moment.hidden = hidden
+
+    def _settle(self, method: TokenReducer, moment: Moment) -> None:
+        """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
+        held = moment.side.middle.pop(id(method), None)
+        if held is not None:
+            self._move(held, moment, held.apply(moment.hidden, moment.now.books.all_sizes()), method.proportional)
+
+    def middle(self, side: BlockSurgery, method: TokenReducer, x: Tensor) -> Tensor:
+        """Between attention and MLP: the tokens that the MLP gets."""
+        moment = replace(side.moment, hidden=x)
+        tokens = self.ask(method, moment)
+        if tokens is None:
+            return x
+        side.middle[id(method)] = tokens
+        return tokens.apply(x, moment.now.books.all_sizes())
+
+    def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
+        tokens = self.ask(bank, moment)
+        if tokens is None or tokens.shape[-2] == 0:
+            return None
+        tokens = tokens.to(moment.hidden)
+        return tokens.expand(len(moment.hidden), -1, -1) if tokens.dim() == 2 else tokens
+
+    @staticmethod
+    def _admit(bank: TokenBank, layer: TokenCacheLayer | None) -> bool:
+        """Tokens whose keys the cache holds already are not given again."""
+        if layer is None or bank.site == "query":
+            return True
+        if bank.key in layer.banks:
+            return False
+        layer.banks.add(bank.key)
+        return True
+
+    def _insert(self, bank: TokenBank, moment: Moment) -> None:
+        now, hidden = moment.now, moment.hidden
+        mark = now.memory.tokens.get(bank.key)
+        there = mark is not None and mark.shape[1] == now.books.m
+        if not there and not self._admit_sequence(bank, now):
+            return
+        tokens = self._tokens(bank, moment)
+        if tokens is None:
+            return
+        if there:
+            place = mark.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
+            moment.hidden = hidden.scatter(1, place[..., None].expand_as(tokens), tokens)
+            return
+        real = SUPPLY["mask"](moment)
+        start = real.long().argmax(dim=1)
+        end = real.shape[1] - real.flip(1).long().argmax(dim=1)
+        opened = TokenMap.insert(now.books.m, bank.place(start, end), tokens.shape[1], len(hidden), hidden.device)
+        wide = opened.gather(hidden)
+        place = opened.fresh.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
+        self._move(opened, moment, wide.scatter(1, place[..., None].expand_as(tokens), tokens))
+        now.memory.tokens[bank.key] = opened.fresh
+
+    @staticmethod
+    def _admit_sequence(bank: TokenBank, now: Pass) -> bool:
+        if not now.layers:
+            return now.books.start == 0
+        if bank.key in now.layers[0].banks:
+            return False
+        now.layers[0].banks.add(bank.key)
+        return True
+
+    def _compress(self, method: CacheCompressor, moment: Moment) -> None:
+        layer, books = moment.layer, moment.now.books
+        if self.records is not None:
+            self.records.setdefault(moment.side.index, []).append((method.key, self.ask(method, moment).detach()))
+            return
+        if books.n == 1 and not method.decodes:
+            return
+        real = torch.ones_like(layer.origins, dtype=torch.bool) if layer.filled is None else layer.filled
+        first = moment.now.first
+        if first is not None:
+            real = real & (layer.origins >= first.view(-1, *[1] * (layer.origins.dim() - 1)))
+        lengths = real.sum(dim=-1)  # b, or b k
+        budgets = torch.tensor([method.budget(int(length)) for length in lengths.flatten()], device=lengths.device).view_as(lengths)
+        if bool((budgets >= lengths).all()) and bool(real.all()):
+            return
+        score = self.ask(method, moment)
+        if score.dim() == 3 and real.dim() == 2:
+            real, budgets = real[:, None].expand_as(score), budgets[:, None].expand(score.shape[:2])
+        score = score.masked_fill(~real, -torch.inf)
+        if layer.fresh is not None:
+            score = score.masked_fill(layer.fresh if score.dim() == layer.fresh.dim() else layer.fresh[:, None], torch.inf)
+        most = int(budgets.max())
+        index = score.topk(most, dim=-1).indices
+        kept = torch.arange(most, device=index.device) < budgets[..., None]
+        order = torch.where(kept, index, score.shape[-1]).sort(dim=-1)
+        filled = order.values < score.shape[-1]
+        layer.keep(order.values.clamp(max=score.shape[-1] - 1), None if bool(filled.all()) else filled)
+
+    # -- cache and end ----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _expect(layer: TokenCacheLayer | None, books: Books, now: Pass) -> Stored | None:
+        if layer is None:
+            return None
+        layer.expect(Arrival(books.rows + books.start, books.filled, books.fresh, books.start + books.n))
+        if layer.origins is None:
+            empty = books.rows.new_empty(books.batch, 0)
+            return None if books.untouched else Stored(empty, None)
+        whole = layer.filled is None and layer.length == layer.seen
+        return None if whole and books.untouched else Stored(layer.origins, layer.filled)
+
+    def _close(self, now: Pass, whole: Tensor) -> None:
+        for layer in now.layers:
+            layer.seen = now.books.start + now.books.n
+        self.current = None
+        if self.keeps_final:
+            self.final, self.final_real = whole, now.padding
+
+    def found_in_training(self) -> None:
+        """The model was set to training mode: follow the trainer that did it."""
+        if self.root is not None:
+            follow_trainer(self.root)
