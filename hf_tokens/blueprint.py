@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
 from .errors import UnsupportedError, explain
@@ -31,6 +31,9 @@ def read_json(model: str, file: str) -> dict[str, Any] | None:
             path = Path(hf_hub_download(model, file))
         except RemoteEntryNotFoundError:
             return None
+        except RepositoryNotFoundError:
+            remedy = "Check the name, or log in with `hf auth login` if it is private."
+            raise UnsupportedError(explain("A model to inspect must be on the Hub or in a folder", repr(model), remedy)) from None
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
