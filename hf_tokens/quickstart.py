@@ -157,14 +157,34 @@ def pieces(texts: list[str], tokenizer: Any, seq_len: int) -> list[torch.Tensor]
     return list(torch.tensor(ids)[: len(ids) // seq_len * seq_len].view(-1, seq_len))
 
 
+def paragraphs(text: str) -> set[str]:
+    """The paragraphs of a text that are long enough to be nobody else's by chance."""
+    return {" ".join(words) for words in map(str.split, text.split("\n\n")) if len(words) >= 12}
+
+
+def families(texts: list[str]) -> list[list[str]]:
+    """Texts in groups such that no paragraph stands in two groups; the largest group first."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for text in texts:
+        own = paragraphs(text)
+        kin = [group for group in groups if group[0] & own]
+        groups = [group for group in groups if not group[0] & own]
+        groups.append((own.union(*(seen for seen, _ in kin)), [t for _, members in kin for t in members] + [text]))
+    return sorted((members for _, members in groups), key=lambda members: -sum(map(len, members)))
+
+
+def split(topics: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Training and held-out texts. Topics quote each other, so those that share a paragraph stay on one side."""
+    largest, *others = families([topics[name] for name in sorted(topics)])
+    random.Random(0).shuffle(others)
+    held_out = others[: len(others) // 5]
+    return [text for group in [largest, *others[len(held_out) :]] for text in group], [text for group in held_out for text in group]
+
+
 def documentation(tokenizer: Any, seq_len: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Training and held-out pieces of Python's own documentation. A topic is in one of the two parts, never in both."""
-    names = sorted(pydoc_data.topics.topics)
-    random.Random(0).shuffle(names)
-    held_out = names[: len(names) // 5]
-    text = pydoc_data.topics.topics
-    train = pieces([text[name] for name in names[len(held_out) :]], tokenizer, seq_len)
-    return train, pieces([text[name] for name in held_out], tokenizer, seq_len)[:HELD_OUT_CHUNKS]
+    """Training pieces, and a few held-out pieces from all over the held-out topics, of Python's own documentation."""
+    train, held_out = (pieces(texts, tokenizer, seq_len) for texts in split(pydoc_data.topics.topics))
+    return train, held_out[:: max(1, len(held_out) // HELD_OUT_CHUNKS)][:HELD_OUT_CHUNKS]
 
 
 @torch.no_grad()
