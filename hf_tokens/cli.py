@@ -24,8 +24,8 @@ def inspect(model: Annotated[str, typer.Argument(help="Folder or Hub id of a Tra
     from .blueprint import blueprints
 
     for part, found in blueprints(model):
-        title = part or type(found).__name__
-        console().print(f"[bold]{title}[/]")
+        if part:
+            console().print(f"[bold]{part}[/]")
         console().print(str(hf_tokens.anatomy(found)), markup=False, highlight=False)
 
 
