@@ -32,7 +32,10 @@ class HiddenIndex:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One sequence of residual blocks; `paths` are relative to the unwrapped model."""
+    """One sequence of residual blocks; `paths` are relative to the unwrapped model.
+
+    `layout` is how the blocks hold their hidden states: "b n d" nearly everywhere, "n d" where the samples are packed into one row.
+    A mixer is "attention", "cross" (a block that attends to another sequence only) or "other" (a state space, a convolution, an MLP)."""
 
     name: str
     kind: str
@@ -44,6 +47,7 @@ class Stream:
     kv_heads: int
     head_dim: int
     causal: bool
+    layout: str
     mixers: tuple[str, ...] = field(repr=False)
     config: Any = field(repr=False)
 
@@ -107,7 +111,7 @@ class Anatomy:
             causal = "causal" if s.causal else "bidirectional"
             mixers = ", ".join(f"{n} {mixer}" for mixer, n in Counter(s.mixers).items())
             lines.append(f"  {s.name}: {len(s)} x {type(s.blocks[0]).__name__} in {s.owner or '(root)'}")
-            lines.append(f"    {s.kind}, {causal}, {shape}; {mixers}")
+            lines.append(f"    {s.kind}, {causal}, {shape}, {s.layout}; {mixers}")
             lines.append(f"    {s.paths[0]} .. {s.paths[-1]}")
             for label, module in (("attention", s.attention(0)), ("mlp", s.mlp(0)), ("mlp norm", s.mlp_norm(0))):
                 if module is not None:
@@ -228,7 +232,9 @@ def _is_layer(item: nn.Module) -> bool:
 
 def _has_own_attention(item: nn.Module) -> bool:
     """Whether an item attends by itself: it is no bare attention, and not all it attends with sits in lists of blocks inside of it."""
-    if isinstance(item, CONTAINERS) or _is_attention(type(item)) and not _holds_norm(item):
+    if isinstance(item, CONTAINERS) or families.NOT_BLOCK.search(type(item).__name__):
+        return False
+    if _is_attention(type(item)) and not _holds_norm(item):
         return False
     nested = [path for path, _ in _block_lists(item, "")]
     return any(not any(path.startswith(f"{inner}.") for inner in nested) for path, _ in _attentions(item))
@@ -267,7 +273,8 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        causal=_causal(line, attending, config),
+        causal=_causal(line, blocks[0], attending, config),
+        layout=_layout(type(blocks[0])),
         mixers=tuple(_mixer(block) for block in blocks),
         config=config,
     )
@@ -307,7 +314,10 @@ def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
             if pattern.search(path.rpartition(".")[2]) or pattern.search(type(module).__name__):
                 return kind
     nearest = next(module for _, module in reversed(line) if _is_transformers(module))
-    return families.MAIN_INPUTS.get(nearest.main_input_name) or families.MAIN_INPUTS.get(model.main_input_name, "other")
+    if nearest.main_input_name in _parameters(type(nearest)):
+        return families.MAIN_INPUTS.get(nearest.main_input_name, "other")
+    found = [kind for kind, pattern in families.KINDS if pattern.search(type(nearest).__name__)]
+    return found[0] if found else families.MAIN_INPUTS.get(model.main_input_name, "other")
 
 
 def _name(kind: str, line: list[tuple[str, nn.Module]], config: Any, root: Any) -> str:
@@ -320,16 +330,31 @@ def _name(kind: str, line: list[tuple[str, nn.Module]], config: Any, root: Any) 
     return kind
 
 
-def _causal(line: list[tuple[str, nn.Module]], attention: nn.Module, config: Any) -> bool:
-    """Which mask the nearest module that makes one makes; the attention's own flag where none does."""
+def _causal(line: list[tuple[str, nn.Module]], block: nn.Module, attention: nn.Module, config: Any) -> bool:
+    """Which mask the module that makes the blocks' mask makes; the attention's own flag where none does."""
+    known = families.CAUSAL.get(_qualified(type(block)))
+    if known is not None:
+        return known
+    flagged = any(getattr(attention, flag, False) is True for flag in ("is_causal", "is_decoder"))
     for _, module in reversed(line):
+        if _config(module) is not None and _config(module) is not config:
+            break  # a larger model masks its own stream, not this one
         names = _mask_functions(type(module))
         causal, both_ways = names & set(families.CAUSAL_MASKS), names & set(families.OPEN_MASKS)
-        if causal and both_ways:
-            return bool(getattr(attention, "is_causal", getattr(config, "is_decoder", False)))
         if causal or both_ways:
-            return bool(causal)
-    return bool(getattr(attention, "is_causal", False))
+            return flagged if causal and both_ways else bool(causal)
+    return flagged
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+def _layout(cls: type[nn.Module]) -> str:
+    for pattern, layout in families.LAYOUTS:
+        if pattern.search(_qualified(cls)):
+            return layout
+    return "n d" if "cu_seqlens" in _parameters(cls) else "b n d"
 
 
 @cache
@@ -350,12 +375,13 @@ def _width(attention: nn.Module) -> int | None:
     """The number of features that the first projection of an attention reads."""
     from transformers.pytorch_utils import Conv1D
 
-    for module in attention.modules():
-        if isinstance(module, Conv1D):
-            return module.weight.shape[0]
-        if isinstance(getattr(module, "in_features", None), int):
-            return module.in_features
-    return None
+    widths = {
+        name: module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+        for name, module in attention.named_modules()
+        if isinstance(module, Conv1D) or isinstance(getattr(module, "in_features", None), int)
+    }
+    queries = [width for name, width in widths.items() if families.QUERY.search(name)]
+    return next(iter(queries or widths.values()), None)
 
 
 def _mlp(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -366,11 +392,13 @@ def _mlp(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
         mlp = next((child for name, child in children.items() if name in ("DenseReluDense", "mlp")), None)
         return mlp, children.get("layer_norm") if mlp is not None else None
     mlp = next((children[name] for name in families.MLPS if name in children), None)
-    if mlp is None:
+    if mlp is None or isinstance(mlp, CONTAINERS):
         return None, None
+    if getattr(block, "use_parallel_residual", False) or families.POST_NORM_BLOCKS.search(_qualified(type(block))):
+        return mlp, None
     post = any(name in children for name in families.POST_NORMS)
-    names = [name for name in families.MLP_NORMS if name in children and not (post and name.startswith("post_attention"))]
-    return mlp, children[names[0]] if names else None
+    norms = [children[n] for n in families.MLP_NORMS if n in children and not (post and n.startswith("post_attention"))]
+    return mlp, norms[0] if norms and not isinstance(norms[0], CONTAINERS) else None
 
 
 @cache
@@ -383,7 +411,9 @@ def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
     names, known = _parameters(cls), _registered(cls)
     name = known.hidden_states_argument_name if known else "hidden_states"
     name = name if name in names else names[0]
-    returned = known.return_hidden_states_index if known else _returned(cls, name)
+    returned = _returned(cls, name)
+    if returned is None and known:
+        returned = known.return_hidden_states_index
     return HiddenIndex(name, names.index(name), returned or 0)
 
 
@@ -391,7 +421,9 @@ def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
 def context_index(cls: type[nn.Module]) -> HiddenIndex | None:
     names, known = _parameters(cls), _registered(cls)
     name = known.encoder_hidden_states_argument_name if known else "encoder_hidden_states"
-    returned = known.return_encoder_hidden_states_index if known else _returned(cls, name)
+    returned = _returned(cls, name)
+    if returned is None and known:
+        returned = known.return_encoder_hidden_states_index
     return HiddenIndex(name, names.index(name), returned) if returned is not None and name in names else None
 
 
@@ -406,7 +438,9 @@ def _registered(cls: type[nn.Module]) -> Any:
 
 
 def _returned(cls: type[nn.Module], name: str) -> int | None:
-    """The place of a variable in the tuple that a forward returns, read from its source; None where it returns no such tuple."""
+    """The place of a variable in the tuple that a forward returns; None where it returns no such tuple.
+
+    Read from the source, which holds for every class; Diffusers' notes cover a few, and one of them (Bria's) swaps the two."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
     for node in ast.walk(tree):
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):

@@ -8,6 +8,7 @@ NOT_ATTENTION = re.compile(r"(pool|linear|lightning|delta|mamba)\w*(attention|at
 # Child names under which an attention reads other tokens than its own stream's.
 CROSS = re.compile(r"(^|[._])(cross|enc_?dec|encoder_attn|crossattention|multihead_attn|attn_?2$|text_attn|src_attn)", re.IGNORECASE)
 CROSS_CLASS = re.compile(r"cross", re.IGNORECASE)
+QUERY = re.compile(r"(^|[._])(q|q_proj|q_lin|query|to_q|q_a_proj|qkv|wqkv|c_attn|attn_qkv|query_key_value|in_proj)$", re.IGNORECASE)
 NORM = re.compile(r"norm", re.IGNORECASE)
 
 # child name -> kind of stream, tried on every ancestor of the blocks, the nearest first
@@ -48,10 +49,29 @@ MLP_NORMS = (
     "norm_2",
     "post_attention_layernorm",
     "post_attention_norm",
-    "final_layer_norm",
+    "ln2",
 )
 # A block with one of these children normalises after its MLP, so that a `post_attention_*` norm of it is no norm before the MLP.
 POST_NORMS = ("post_feedforward_layernorm",)
+POST_NORM_BLOCKS = re.compile(r"modeling_openai\.Block|FastSpeech2|RTDetr")
+
+# A stage holds blocks and changes the resolution, with or without an attention of its own.
+NOT_BLOCK = re.compile(r"Stage$")
+# block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), time first
+LAYOUTS = (
+    (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer|Sam3ViTLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
+    (re.compile(r"VitDetLayer"), "b d h w"),
+    (re.compile(r"DeepseekV4Decoder|HYV4Decoder|Glm5NextTextDecoder"), "b n c d"),
+    (re.compile(r"Gemma3nTextDecoder"), "c b n d"),
+    (re.compile(r"XLNetLayer|modeling_fsmt"), "n b d"),
+)
+# block class -> what no mask function tells
+CAUSAL = {
+    "modeling_fsmt.EncoderLayer": False,
+    "modeling_fsmt.DecoderLayer": True,
+    "modeling_openai.Block": True,
+    "modeling_prophetnet.ProphetNetDecoderLayer": True,
+}
 
 ATTRIBUTES = {
     "heads": ("num_heads", "num_attention_heads", "heads", "n_heads", "n_head", "num_q_heads", "attention_heads"),

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row
+from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row, diffusers_inputs
 
 BATCH, TOKENS, VOCAB = 2, 16, 99
+NO_CLASS = "has no model class of its own: it is a part of another family's config"
 
 
 @dataclass
@@ -59,8 +60,7 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Spe
         model = _diffusers_model(family, row) if family.startswith("diffusers/") else _transformers_model(family, row)
         liven(model)
         model = model.to(dtype).eval()
-        inputs = _diffusers_inputs(model) if family.startswith("diffusers/") else _transformers_inputs(model)
-        inputs = {**inputs, **(row.inputs(model) if callable(row.inputs) else row.inputs)}
+        inputs = _diffusers_inputs(model, row) if family.startswith("diffusers/") else _transformers_inputs(model, row)
     inputs = {name: _cast(value, dtype) for name, value in inputs.items() if value is not None}
     return Specimen(family, model, inputs, {"tokens": TOKENS, "batch": BATCH})
 
@@ -121,11 +121,9 @@ def _transformers_model(family: str, row: Row) -> nn.Module:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    name = row.model or _class_names().get(family)
-    if name is None:
-        raise ValueError(f"{family} is in no auto mapping of Transformers.")
-    model_cls = getattr(transformers, name, None) or _class_in_module(family, name)
     config_cls = CONFIG_MAPPING[family]
+    name = row.model or _class_names().get(family) or _class_of_config(config_cls)
+    model_cls = getattr(transformers, name, None) or getattr(_modeling(config_cls), name)
     small = tiny(config_cls(), sections=_splits_rotary(model_cls))
     return model_cls(config_cls(**_merge(small, row.config)))
 
@@ -135,11 +133,23 @@ def _splits_rotary(model_cls: type) -> bool:
     return "mrope_section" in inspect.getsource(inspect.getmodule(model_cls))
 
 
-def _class_in_module(family: str, name: str) -> type:
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
+def _modeling(config_cls: type) -> Any:
+    return importlib.import_module(config_cls.__module__.replace("configuration_", "modeling_"))
 
-    module = model_type_to_module_name(family)
-    return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
+
+def _class_of_config(config_cls: type) -> str:
+    """The model class of a family that no auto mapping knows: the part of a larger one, such as its text tower."""
+    from transformers import PreTrainedModel
+
+    try:
+        listed = vars(_modeling(config_cls)).items()
+    except ModuleNotFoundError:
+        listed = ()
+    models = {name: cls for name, cls in listed if inspect.isclass(cls) and issubclass(cls, PreTrainedModel)}
+    names = [name for name, cls in models.items() if cls.config_class is config_cls and not name.endswith("PreTrainedModel")]
+    if not names:
+        raise ValueError(f"{config_cls.__name__} {NO_CLASS}")
+    return next((name for ending in ("ForCausalLM", "Model") for name in names if name.endswith(ending)), names[0])
 
 
 def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -166,11 +176,19 @@ def tiny(config: Any, sections: bool = False) -> dict[str, Any]:
         elif re.search(r"token_(id|index|ids)$", name):
             taken -= isinstance(value, int) and value >= 16
             small[name] = _tiny_token(name, value, taken)
+        elif name in ("num_key_value_heads", "num_kv_heads") and value in (None, _heads(values)):
+            small[name] = 4
+        elif name == "head_dim" and value is None:
+            small[name] = 8
         elif isinstance(value, int) and not isinstance(value, bool):
             small[name] = _tiny_number(name, value)
         elif isinstance(value, (list, tuple)) and value and not (len(value) in layers and len(value) > 4):
             small[name] = _tiny_list(name, value)
     return {name: value for name, value in small.items() if value is not None and value is not values[name]}
+
+
+def _heads(values: dict[str, Any]) -> Any:
+    return values.get("num_attention_heads", values.get("num_heads", -1))
 
 
 def _of_every_layer(value: Any, config: Any) -> bool:
@@ -202,7 +220,7 @@ def _tiny_number(name: str, value: int) -> int:
 def _tiny_list(name: str, value: Any) -> Any:
     found = _rule(LISTS, name)
     if found is not None:
-        return type(value)(found[1][: len(value)])
+        return type(value)((*found[1], *found[1][-1:] * len(value))[: len(value)])
     if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return type(value)(_tiny_number(name, item) for item in value)
     return value
@@ -227,11 +245,14 @@ def _tiny_rope(value: Any, sections: bool) -> Any:
     return small
 
 
-def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
+def _transformers_inputs(model: nn.Module, row: Row) -> dict[str, Any]:
     names = set(inspect.signature(model.forward).parameters)
     inputs: dict[str, Any] = {}
-    for name, make in INPUTS:
-        if name in names and name not in inputs:
+    for name, make in (*((n, None) for n in row.inputs if n not in dict(INPUTS)), *INPUTS):
+        if name in row.inputs:
+            value = row.inputs[name]
+            inputs[name] = value(model, inputs) if callable(value) else value
+        elif name in names and name not in inputs:
             inputs.update(make(model, inputs, names))
     return inputs
 
@@ -280,7 +301,8 @@ def _tiny_diffusers(name: str, value: Any) -> Any:
     return min(value, small) if isinstance(value, (int, float)) and found[0] != "layers" else small
 
 
-def _diffusers_inputs(model: nn.Module) -> dict[str, Any]:
-    from hf_tokens.testing.zoo_rows import diffusers_inputs
-
-    return diffusers_inputs(model, tuple(inspect.signature(model.forward).parameters))
+def _diffusers_inputs(model: nn.Module, row: Row) -> dict[str, Any]:
+    inputs = diffusers_inputs(model, tuple(inspect.signature(model.forward).parameters))
+    for name, value in row.inputs.items():
+        inputs[name] = value(model, inputs) if callable(value) else value
+    return inputs

@@ -16,7 +16,9 @@ SIDE, PATCH = 32, 8
 
 @dataclass(frozen=True)
 class Row:
-    """What a family needs beyond the rules: changes to its config, another class, other inputs (a dict, or a function of the model)."""
+    """What a family needs beyond the rules: changes to its config, another class, other inputs.
+
+    An input is a value, a function of the model and the inputs so far, or None where the rules must not make it."""
 
     config: Any = field(default_factory=dict)
     model: str | None = None
@@ -70,6 +72,7 @@ def _rules(*rows: tuple[str, str, Any]) -> tuple[tuple[re.Pattern, str, Any], ..
 NUMBERS = _rules(
     (r"^(text_|vision_|encoder_|decoder_|num_)*(hidden_layers|encoder_layers|decoder_layers|attention_layers|layers)$", "layers", 4),
     (r"^(n_layers?|depth|encoder_depth|num_blocks|n_blocks|encoder_num_layers|decoder_num_layers)$", "layers", 4),
+    (r"^(num_feat_extract_layers|encode_proj_layers)$", "kept", 10**9),
     (r"layers$", "some layers", 2),
     (r"depth$", "some layers", 2),
     (r"(num_key_value_heads|num_kv_heads|n_kv_heads|kv_heads|key_value_heads)$", "kv heads", 2),
@@ -80,7 +83,8 @@ NUMBERS = _rules(
     (r"rotary_dim$", "rotary", 8),
     (r"(intermediate_size|intermediate_dim|ffn_dim|d_ff|n_inner|mlp_dim|dim_feedforward|ffn_hidden_size|ffn_size)$", "mlp", 64),
     (r"(type_vocab_size)$", "types", 2),
-    (r"(vocab_size|codebook_size|vocab_size_per_layer_input)$", "vocab", VOCAB),
+    (r"codebook_size$", "codes", 64),
+    (r"(vocab_size|vocab_size_per_layer_input)$", "vocab", VOCAB),
     (r"(n_positions|n_ctx|position_embeddings|source_positions|target_positions|max_seq_len|max_sequence_length)$", "positions", 128),
     (r"(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts)$", "experts", 4),
     (r"(num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k)$", "top k", 2),
@@ -91,7 +95,9 @@ NUMBERS = _rules(
     (r"(mel_bins|num_mel_bins)$", "mel bins", 16),
     (r"(num_queries|num_query_tokens)$", "queries", 8),
     (r"(num_conv_pos_embedding_groups|num_conv_pos_embeddings)$", "conv", 4),
-    (r"(sliding_window|window_size|attention_window)$", "window", 8),
+    (r"(sliding_window|attention_window)$", "window", 8),
+    (r"window_size$", "window", SIDE),
+    (r"mm_tokens_per_image$", "placeholders", 4),
     (r"^num_labels$", "labels", 3),
     (r"(out_features|output_dim|out_dim|_dim|channels)$", "width", 32),
 )
@@ -101,7 +107,8 @@ LISTS = _rules(
     (r"^(image_size|img_size|input_size|sample_size)$", "image", (SIDE, SIDE)),
     (r"^(patch_size)$", "patch", (PATCH, PATCH)),
     (r"^(hidden_sizes|embed_dims|neck_hidden_sizes|embed_dim)$", "widths", (16, 32, 64, 64, 64, 64, 64)),
-    (r"^(conv_dim)$", "conv", (32,) * 16),
+    (r"^(conv_dim)$", "conv", (32,)),
+    (r"^vision_feature_layers?$", "layers", (-1, -2, -3)),
 )
 DIFFUSERS = _rules(
     (r"^(num_layers|num_single_layers|num_hidden_layers|n_layers|depth|num_mmdit_layers|num_single_dit_layers|mmdit_layers)$", "layers", 4),
@@ -173,18 +180,19 @@ def _takes_video(model: nn.Module) -> bool:
 
 def _packed_pixels(model: nn.Module, names: set[str]) -> dict[str, Any]:
     """Qwen2-VL's form: the patches of all images in one row, and how they lie."""
-    vision = _vision(model)
-    patch = _pair(vision.patch_size)[0]
-    temporal = getattr(vision, "temporal_patch_size", 1) or 1
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
     merge = _find(model, "spatial_merge_size", "merge_size", default=2)
     merge = merge if isinstance(merge, int) else merge[0]
     side = 2 * merge
     grid = torch.tensor([[1, side, side]] * BATCH)
-    pixels = torch.randn(int(grid.prod(-1).sum()), channels * temporal * patch * patch)
+    pixels = torch.randn(int(grid.prod(-1).sum()), _patch_numel(model))
     if "pixel_values" in names:
         return {"pixel_values": pixels, "image_grid_thw": grid}
     return {"hidden_states": pixels, "grid_thw": grid}
+
+
+def _patch_numel(model: nn.Module) -> int:
+    """The numbers in one patch: what a filter of the patch embedding reads."""
+    return next(p[0].numel() for name, p in model.named_parameters() if "patch" in name and p.ndim > 1)
 
 
 def _text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:

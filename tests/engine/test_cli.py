@@ -1,0 +1,81 @@
+"""The command line: what it shows, and that a user's mistake is one clear line and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig
+
+import hf_tokens
+from hf_tokens.blueprint import blueprints
+from hf_tokens.cli import main
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-tokens", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return call
+
+
+@pytest.fixture
+def config_only(tmp_path):
+    LlamaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_help_does_not_wait_for_torch():
+    script = "import sys, hf_tokens.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_inspect_needs_no_weights(cli, config_only):
+    code, out, _ = cli("inspect", config_only)
+    assert code == 0 and "LlamaForCausalLM" in out
+    ((part, model),) = blueprints(config_only)
+    assert part == "" and {p.device.type for p in model.parameters()} == {"meta"}
+    assert str(hf_tokens.anatomy(model)) in out
+
+
+def test_inspect_shows_every_model_of_a_pipeline(cli, tmp_path):
+    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
+    code, out, _ = cli("inspect", str(tmp_path))
+    assert code == 0 and out.startswith("unet")
+
+
+def test_every_method_is_listed_and_shows_its_knobs(cli):
+    code, out, _ = cli("list")
+    assert code == 0
+    for info in hf_tokens.list_methods():
+        assert info.name in out
+        code, card, _ = cli("show", info.name)
+        assert code == 0 and all(field.name in card for field, _ in info.config.knobs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "/no/such/folder"), "folder or a Hub id"),
+        (("inspect", "."), "config.json"),
+        (("show", "nothing"), "must be one of"),
+        (("list", "--role", "nothing"), "role must be one of"),
+        (("quickstart", "--model", "/no/such/folder"), "folder or a Hub id"),
+        (("quickstart", "--steps", "0"), "greater than or equal to 1"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_a_mistake_is_named_and_ends_with_2(cli, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli(*arguments)
+    assert code == 2 and words in err and "Traceback" not in err

@@ -1,0 +1,48 @@
+"""The main job from end to end on a tiny model: the same code that `make quickstart` runs, with a model that costs nothing."""
+
+import json
+import pydoc_data.topics
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_tokens.quickstart import Options, paragraphs, run, split
+
+pytest.importorskip("matplotlib", reason="un-skip when the extra `quickstart` is installed")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                         vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_the_main_job(folder):
+    output = folder / "output"
+    base, surgery, trained = run(Options(model=str(folder / "model"), steps=3, seq_len=48, output=output))
+    assert base.tokens == 4 * 48
+    assert surgery.tokens < base.tokens and surgery.kv_bytes < base.kv_bytes
+    assert {p.name for p in output.iterdir()} >= {"results.png", "results.json", "use_it.py", "adapter"}
+    assert {row["name"] for row in json.loads((output / "results.json").read_text())["rows"]} == {"base", "surgery", "trained"}
+    card = (output / "adapter" / "README.md").read_text()
+    assert "| trained |" in card and "{" not in card
+    assert (output / "adapter" / "adapter_model.safetensors").stat().st_size < (folder / "model" / "model.safetensors").stat().st_size
+
+
+def test_no_paragraph_is_on_both_sides():
+    topics = pydoc_data.topics.topics
+    train, held_out = split(topics)
+    assert sorted(train + held_out) == sorted(topics.values())
+    assert 0.1 < sum(map(len, held_out)) / sum(map(len, topics.values())) < 0.4
+    assert not set().union(*map(paragraphs, train)) & set().union(*map(paragraphs, held_out))
