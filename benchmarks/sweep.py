@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from hf_tokens import get_token_model
 from hf_tokens.anatomy import Anatomy, Stream, anatomy
-from hf_tokens.testing import zoo
+from hf_tokens.testing import probe_config, zoo
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 60
@@ -144,12 +145,41 @@ def check_mlp(specimen: zoo.Specimen, stream: Stream) -> str:
 
 def check_identity(specimen: zoo.Specimen, body: Anatomy) -> str:
     """Surgery at zero strength leaves the output as it is, and taking it out leaves the model as it was."""
-    return "-"
+    return _surgery(specimen, 0.0)
 
 
 def check_drop(specimen: zoo.Specimen, body: Anatomy) -> str:
-    """Dropping tokens at a middle block and restoring them at the exit keeps every shape."""
-    return "-"
+    """Dropping tokens at a middle block and restoring them at the exit keeps every shape and changes the values."""
+    return _surgery(specimen, 0.5)
+
+
+def _surgery(specimen: zoo.Specimen, strength: float) -> str:
+    before = _seeded(specimen)
+    model = get_token_model(specimen.model, probe_config(strength))
+    specimen.model.eval()
+    try:
+        during = _seeded(specimen)
+    finally:
+        model.unload()
+    after = _seeded(specimen)
+    if not _equal(before, after):
+        return "the base model is not back to the bit"
+    if [t.shape for t in before] != [t.shape for t in during]:
+        return "a shape changed"
+    if strength == 0:
+        return "ok" if _equal(before, during) else "zero strength is not the base output"
+    if not all(t.isfinite().all() for t in during):
+        return "the output is not finite"
+    return "no effect" if _equal(before, during) else "ok"
+
+
+def _seeded(specimen: zoo.Specimen) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return specimen.run()
+
+
+def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 STREAM_CHECKS = {"calls": check_calls, "alive": check_alive, "causal": check_causal, "mlp": check_mlp}

@@ -41,6 +41,19 @@ def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(name for name, p in inspect.signature(cls.forward).parameters.items() if p.kind in kinds)[1:]
 
 
+# How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "b n d": (lambda x: x, lambda x, came: x),
+    "n d": (lambda x: x[None], lambda x, came: x[0]),
+    "n b d": (lambda x: x.transpose(0, 1), lambda x, came: x.transpose(0, 1)),
+    "b n c d": (lambda x: x.flatten(2), lambda x, came: x.unflatten(2, came.shape[2:])),
+    "c b n d": (
+        lambda x: x.permute(1, 2, 0, 3).flatten(2),
+        lambda x, came: x.unflatten(2, (came.shape[0], came.shape[3])).permute(2, 0, 1, 3),
+    ),
+}
+
+
 def find_cache(values: Iterable[Any]) -> Cache | None:
     """The cache of a model's own tokens among the arguments of a block."""
     return next((cache for value in values if (cache := self_attention_cache(value)) is not None), None)
@@ -57,16 +70,16 @@ class Call:
         self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.hidden_name = stream.hidden_index(index).name
         raw = self.raw = self.arguments[self.hidden_name]
-        self.packed = raw.dim() == 2
-        if raw.dim() not in (2, 3):
+        self.layout = "b n d" if raw.dim() == 3 and stream.layout == "n d" else stream.layout
+        if self.layout not in LAYOUTS or raw.dim() != len(self.layout.split()):
             raise UnsupportedError(
                 explain(
-                    "A stream's tokens lie in (batch, tokens, width)",
-                    f"{tuple(raw.shape)} at {stream.paths[index]}",
+                    f"The tokens of a stream must lie as one of {sorted(LAYOUTS)}",
+                    f"{tuple(raw.shape)}, read as {stream.layout!r}, at {stream.paths[index]}",
                     "Choose another stream.",
                 )
             )
-        self.hidden: Tensor = raw[None] if self.packed else raw
+        self.hidden: Tensor = LAYOUTS[self.layout][0](raw)
         context = stream.context_index(index)
         value = None if context is None else self.arguments.get(context.name)
         self.context = value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
@@ -85,7 +98,7 @@ class Call:
         given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
         given[self.hidden_name] = original
         name = self._mask_name()
-        if name is not None and given.get(name) is None and not self.packed:
+        if name is not None and given.get(name) is None and self.layout != "n d":
             given[name] = books.implied_mask(hidden, stored)
         output = self._apply(inner, given)
         return self._give_back(output, given)
@@ -108,12 +121,11 @@ class Call:
 
     def read(self, output: Any) -> Tensor:
         """The hidden states in a block's output, (b m d)."""
-        hidden = self.stream.read(self.index, output)
-        return hidden[None] if self.packed else hidden
+        return LAYOUTS[self.layout][0](self.stream.read(self.index, output))
 
     def pack(self, hidden: Tensor) -> Tensor:
         """(b n d) in the layout of the model."""
-        return hidden[0] if self.packed else hidden
+        return LAYOUTS[self.layout][1](hidden, self.raw)
 
     def write(self, output: Any, hidden: Tensor) -> Any:
         """A block's output with other hidden states."""
@@ -456,6 +468,7 @@ class Runtime:
         if tokens is None or tokens.shape[-2] == 0:
             return None
         tokens = tokens.to(moment.hidden)
+        tokens = tokens.repeat(*[1] * (tokens.dim() - 1), moment.hidden.shape[-1] // tokens.shape[-1])  # one for each parallel stream
         return tokens.expand(len(moment.hidden), -1, -1) if tokens.dim() == 2 else tokens
 
     @staticmethod
