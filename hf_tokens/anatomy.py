@@ -474,7 +474,7 @@ def prefix_tokens(model: nn.Module, stream: Stream) -> int:
         for name, value in holder.named_parameters():
             if families.PREFIX.search(name) and not any(path in name for path in ("decoder", OWN)):
                 inside.add((id(value), value.shape[-2] if value.dim() == 3 else 1))
-        if inside or not at or _is_transformers(holder):
+        if inside or not at:
             return sum(count for _, count in inside)
         at = at.rpartition(".")[0]
         holder = model.get_submodule(at)

@@ -17,7 +17,7 @@ FOREIGN = re.compile(
     r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|control|layer_head_mask|past|cache|use_cache|output_)"
 )
 CROSS = re.compile(r"encoder|cross|context|memory")
-EMBEDDING = re.compile(r"(^|_)(temb|emb|conditioning|modulation|adaln\w*)($|_)")
+EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -43,6 +43,7 @@ class Books:
         filled: Tokens that are there at all, (b m) bool, or None for all.
         sizes: How many entry tokens each token stands for, (b m), or None for one each.
         context: Length of the second sequence that a joint block carries in front.
+        prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
     """
@@ -57,17 +58,18 @@ class Books:
     filled: Tensor | None = None
     sizes: Tensor | None = None
     context: int = 0
+    prefix: int = 0
     additive: bool = False
     proportional: bool = False
     untouched: bool = True
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, hidden: Tensor, start: int, causal: bool, context: int, additive: bool) -> Books:
+    def open(cls, hidden: Tensor, start: int, causal: bool, context: int = 0, prefix: int = 0, additive: bool = False) -> Books:
         """Books of a sequence that nothing has changed yet, hidden (b n d)."""
         batch, n = hidden.shape[:2]
         rows = torch.arange(n, device=hidden.device).expand(batch, n)
-        return cls(n=n, batch=batch, start=start, rows=rows, slot=rows, causal=causal, context=context, additive=additive)
+        return cls(n=n, batch=batch, start=start, rows=rows, slot=rows, causal=causal, context=context, prefix=prefix, additive=additive)
 
     @property
     def m(self) -> int:
@@ -147,7 +149,7 @@ class Books:
 
     def _axis(self, name: str, value: Tensor) -> int | None:
         """The axis of a tensor that runs over the tokens of the stream; None if there is none."""
-        sizes = {self.n, self.n + self.context}
+        sizes = {self.n, self.n + self.context, self.n - self.prefix}
         dims = [d for d in range(value.dim()) if value.shape[d] in sizes]
         if (
             value.dim() > 1
@@ -163,10 +165,14 @@ class Books:
         return dims[0]
 
     def _take(self, name: str, value: Tensor, axis: int) -> Tensor:
+        if value.shape[0] not in (1, self.batch) and axis > 0 and value.shape[0] % self.batch == 0 and not self.uniform():
+            return self._take(name, value.unflatten(0, (self.batch, -1)), axis + 1).flatten(0, 1)
         index = self.rows
-        if value.shape[axis] != self.n:
+        if value.shape[axis] == self.n + self.context and self.context:
             front = torch.arange(self.context, device=index.device).expand(self.batch, self.context)
             index = torch.cat([front, index + self.context], dim=1)
+        elif value.shape[axis] != self.n:
+            index = self._behind_prefix(name)
         per_sample = axis > 0 and value.shape[0] in (1, self.batch)
         if per_sample and (value.shape[0] == self.batch or value.dim() > axis + 1 or not self.uniform()):
             return take(value, index, axis)
@@ -175,19 +181,31 @@ class Books:
                 lead = value.movedim(1, 0) if value.shape[1] in (1, self.batch) else None
                 if lead is not None:
                     return take(lead, index, axis).movedim(0, 1)
-            raise UnsupportedError(
-                explain(
-                    f"A table that all samples share ({name}) needs the same tokens in each sample",
-                    f"a batch of {self.batch} that keeps different ones",
-                    "Run one sample at a time.",
-                )
-            )
+            raise self._unlike(name)
         return value.index_select(axis, index[0])
+
+    def _behind_prefix(self, name: str) -> Tensor:
+        """Rows of a table that has none for the special tokens in front."""
+        behind = self.rows >= self.prefix
+        if not bool((behind == behind[:1]).all()):
+            raise self._unlike(name)
+        return self.rows[:, behind[0]] - self.prefix
+
+    def _unlike(self, name: str) -> UnsupportedError:
+        return UnsupportedError(
+            explain(
+                f"A table that all samples share ({name}) needs the same tokens in each sample",
+                f"a batch of {self.batch} that keeps different ones",
+                "Run one sample at a time.",
+            )
+        )
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
     def mask(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:
         """A mask (b|1 n), (b n n) or (b|1 h|1 n|1 n) over the full sequence, cut to the tokens that are left and those stored."""
+        if value.dim() == 3 and value.shape[0] not in (1, self.batch):  # heads folded into the batch
+            return self.mask(name, value.unflatten(0, (self.batch, -1)), stored).flatten(0, 1)
         if value.dim() == 3:
             return self.mask(name, value[:, None], stored)[:, 0]
         cross = CROSS.search(name) is not None

@@ -70,7 +70,8 @@ class Call:
         self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.hidden_name = stream.hidden_index(index).name
         raw = self.raw = self.arguments[self.hidden_name]
-        self.layout = "b n d" if raw.dim() == 3 and stream.layout == "n d" else stream.layout
+        usual = {2: "n d", 3: "b n d"}
+        self.layout = usual.get(raw.dim(), stream.layout) if stream.layout in usual.values() else stream.layout
         if self.layout not in LAYOUTS or raw.dim() != len(self.layout.split()):
             raise UnsupportedError(
                 explain(
@@ -334,7 +335,8 @@ class Runtime:
         if self.moves:
             cache = call.cache
             if cache is not None:
-                known = {i: cache.layers[s.layer_idx] for i, s in self.sides.items() if s.layer_idx is not None}
+                slots = {i: s.layer_idx for i, s in self.sides.items() if s.layer_idx is not None and s.layer_idx < len(cache.layers)}
+                known = {i: cache.layers[slot] for i, slot in slots.items()}
                 known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
                 layers = list(known.values())
                 start = min((layer.seen for i, layer in known.items() if i >= side.index), default=0)  # blocks before have been run
@@ -342,7 +344,7 @@ class Runtime:
             memory = layers[0].memory if start and layers[0].memory is not None else memory
             layers[0].memory = memory
             memory.tokens.clear()
-        books = Books.open(call.hidden, start, self.stream.causal, call.context, side.additive_mask)
+        books = Books.open(call.hidden, start, self.stream.causal, call.context, self.prefix, side.additive_mask)
         real, first = padding(call.arguments, books)
         if layers and start:
             first = layers[0].first  # a sliding window hides it from later masks
@@ -354,7 +356,7 @@ class Runtime:
         cache = call.cache if now.layers else None
         if cache is None or side.layer_idx is None or side.drops_cache:
             return None
-        layer = cache.layers[side.layer_idx]
+        layer = cache.layers[side.layer_idx] if side.layer_idx < len(cache.layers) else None
         return layer if isinstance(layer, TokenCacheLayer) else None
 
     def _block(self, side: BlockSurgery, methods: list[Method], call: Call, moment: Moment) -> tuple[Any, Tensor]:
