@@ -1,7 +1,7 @@
 """What the engine costs and what it saves, on SmolLM2-135M: paired runs, ratios only.
 
-    python benchmarks/bench.py                 # 512 tokens, the table and results/bench.json
-    python benchmarks/bench.py --rounds 5
+python benchmarks/bench.py                 # 512 tokens, the table and results/bench.json
+python benchmarks/bench.py --rounds 5
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which model families hf-tokens reads: builds a tiny model of each, runs it, opens its anatomy and checks the anatomy against the calls.
 
-    python benchmarks/sweep.py                  # every family that results/sweep.jsonl does not hold yet, then the table results/sweep.md
-    python benchmarks/sweep.py --fresh          # every family
-    python benchmarks/sweep.py --family llama   # one, printed
-    python benchmarks/sweep.py --sample 40      # every n-th, so that 40 are run
+python benchmarks/sweep.py                  # every family that results/sweep.jsonl does not hold yet, then the table results/sweep.md
+python benchmarks/sweep.py --fresh          # every family
+python benchmarks/sweep.py --family llama   # one, printed
+python benchmarks/sweep.py --sample 40      # every n-th, so that 40 are run
 """
 
 from __future__ import annotations
@@ -167,7 +167,11 @@ def _surgery(specimen: zoo.Specimen, strength: float) -> str:
     if [t.shape for t in before] != [t.shape for t in during]:
         return "a shape changed"
     if strength == 0:
-        return "ok" if all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(before, during, strict=True)) else "zero strength is not the base"
+        return (
+            "ok"
+            if all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(before, during, strict=True))
+            else "zero strength is not the base"
+        )
     if not all(t.isfinite().all() for t in during):
         return "the output is not finite"
     return "no effect" if _equal(before, during) else "ok"
