@@ -165,24 +165,21 @@ class Books:
         return dims[0]
 
     def _take(self, name: str, value: Tensor, axis: int) -> Tensor:
-        if value.shape[0] not in (1, self.batch) and axis > 0 and value.shape[0] % self.batch == 0 and not self.uniform():
-            return self._take(name, value.unflatten(0, (self.batch, -1)), axis + 1).flatten(0, 1)
         index = self.rows
         if value.shape[axis] == self.n + self.context and self.context:
             front = torch.arange(self.context, device=index.device).expand(self.batch, self.context)
             index = torch.cat([front, index + self.context], dim=1)
         elif value.shape[axis] != self.n:
             index = self._behind_prefix(name)
-        per_sample = axis > 0 and value.shape[0] in (1, self.batch)
-        if per_sample and (value.shape[0] == self.batch or value.dim() > axis + 1 or not self.uniform()):
+        if axis > 0 and value.shape[0] in (1, self.batch):
             return take(value, index, axis)
-        if not self.uniform():
-            if axis == 1 and value.dim() > 2 or value.dim() > 3:  # M-RoPE: sections x batch x tokens
-                lead = value.movedim(1, 0) if value.shape[1] in (1, self.batch) else None
-                if lead is not None:
-                    return take(lead, index, axis).movedim(0, 1)
-            raise self._unlike(name)
-        return value.index_select(axis, index[0])
+        if axis == 2 and value.shape[1] in (1, self.batch):  # M-RoPE: sections x batch x tokens
+            return take(value.movedim(1, 0), index, axis).movedim(0, 1)
+        if self.uniform():
+            return value.index_select(axis, index[0])
+        if axis > 0 and value.shape[0] % self.batch == 0:  # heads folded into the batch
+            return take(value.unflatten(0, (self.batch, -1)), index, axis + 1).flatten(0, 1)
+        raise self._unlike(name)
 
     def _behind_prefix(self, name: str) -> Tensor:
         """Rows of a table that has none for the special tokens in front."""
