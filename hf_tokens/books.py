@@ -18,6 +18,7 @@ FOREIGN = re.compile(
 )
 CROSS = re.compile(r"encoder|cross|context|memory")
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
+SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -142,7 +143,7 @@ class Books:
         return value if axis is None else self._take(name, value, axis)
 
     def _is_mask(self, name: str, value: Tensor) -> bool:
-        if "mask" not in name and "bias" not in name:
+        if not re.search("mask|bias|alibi", name):
             return False
         seen = (self.n, self.start + self.n, self.n + self.context)
         return value.dim() >= 2 and (value.shape[-1] in seen or value.dim() == 4 and value.shape[-2] == self.n)
@@ -219,6 +220,8 @@ class Books:
             return out
         columns = self._columns(value.shape[-1], stored)
         out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)
+        if SLOPES.search(name):
+            return out
         visible = self._visible(stored)
         return self._weigh(out if visible is None else hide(out, visible))
 
