@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row, diffusers_inputs
+from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LAYER_LISTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row, diffusers_inputs
 
 BATCH, TOKENS, VOCAB = 2, 16, 99
 NO_CLASS = "has no model class of its own: it is a part of another family's config"
@@ -124,13 +124,16 @@ def _transformers_model(family: str, row: Row) -> nn.Module:
     config_cls = CONFIG_MAPPING[family]
     name = row.model or _class_names().get(family) or _class_of_config(config_cls)
     model_cls = getattr(transformers, name, None) or getattr(_modeling(config_cls), name)
-    small = tiny(config_cls(), sections=_splits_rotary(model_cls))
-    return model_cls(config_cls(**_merge(small, row.config)))
+    return model_cls(config_cls(**_merge(tiny(config_cls()), row.config)))
 
 
-def _splits_rotary(model_cls: type) -> bool:
+@cache
+def _splits_rotary(config_cls: type) -> bool:
     """Whether the family's rotary tables are cut into sections, whose sizes must then follow the small heads."""
-    return "mrope_section" in inspect.getsource(inspect.getmodule(model_cls))
+    try:
+        return "mrope_section" in inspect.getsource(_modeling(config_cls))
+    except ModuleNotFoundError:
+        return False
 
 
 def _modeling(config_cls: type) -> Any:
@@ -159,7 +162,7 @@ def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def tiny(config: Any, sections: bool = False) -> dict[str, Any]:
+def tiny(config: Any) -> dict[str, Any]:
     """The arguments that make a config of this class small: shrunk by the names of its attributes, sub configs too."""
     from transformers import PreTrainedConfig
 
@@ -170,12 +173,15 @@ def tiny(config: Any, sections: bool = False) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             given = {k: v for k, v in value.to_diff_dict().items() if not _of_every_layer(v, value)}
-            small[name] = {"model_type": value.model_type, **_plain(given), **tiny(value, sections)}
+            small[name] = {"model_type": value.model_type, **_plain(given), **tiny(value)}
         elif name == "rope_parameters" or name == "rope_scaling":
-            small[name] = _tiny_rope(value, sections)
+            small[name] = _tiny_rope(value, _splits_rotary(type(config)))
         elif re.search(r"token_(id|index|ids)$", name):
             taken -= isinstance(value, int) and value >= 16
             small[name] = _tiny_token(name, value, taken)
+        elif name in LAYER_LISTS and isinstance(value, (list, tuple)):
+            kinds = list(dict.fromkeys(value))
+            small[name] = [kinds[i % len(kinds)] for i in range(4)] if 1 < len(kinds) <= 4 else None
         elif name in ("num_key_value_heads", "num_kv_heads") and value in (None, _heads(values)):
             small[name] = 4
         elif name == "head_dim" and value is None:

@@ -101,6 +101,8 @@ NUMBERS = _rules(
     (r"^num_labels$", "labels", 3),
     (r"(out_features|output_dim|out_dim|_dim|channels)$", "width", 32),
 )
+# lists with an entry for every layer: one layer of each kind in turn
+LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
 LISTS = _rules(
     (r"^(depths|num_blocks_repeats)$", "depths", (2, 2, 2, 2)),
     (r"^(num_heads|num_attention_heads)$", "heads", (2, 4, 8, 8)),
@@ -171,11 +173,19 @@ def _pixels(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     shape = (BATCH, channels, height, width)
     if _takes_video(model):
         shape = (BATCH, _find(model, "num_frames", "frames_per_clip", default=4), *shape[1:])
-    return {"pixel_values": torch.randn(shape)}
+    if "spatial_shapes" in names:
+        patches = (height // PATCH) * (width // PATCH)
+        side = torch.tensor([[height // PATCH, width // PATCH]] * BATCH)
+        pixels = torch.randn(BATCH, patches, _patch_numel(model))
+        return {"pixel_values": pixels, "spatial_shapes": side, "pixel_attention_mask": torch.ones(BATCH, patches).long()}
+    made = {"pixel_values": torch.randn(shape)}
+    if "image_sizes" in names:
+        made["image_sizes"] = torch.tensor([[height, width]] * BATCH)
+    return made
 
 
 def _takes_video(model: nn.Module) -> bool:
-    return bool(re.search(r"video|vivit|timesformer", type(model).__name__, re.IGNORECASE)) and _find(model, "num_frames") is not None
+    return bool(re.search(r"video|vivit|timesformer|xclip", type(model).__name__, re.IGNORECASE)) and _find(model, "num_frames") is not None
 
 
 def _packed_pixels(model: nn.Module, names: set[str]) -> dict[str, Any]:
@@ -185,47 +195,61 @@ def _packed_pixels(model: nn.Module, names: set[str]) -> dict[str, Any]:
     side = 2 * merge
     grid = torch.tensor([[1, side, side]] * BATCH)
     pixels = torch.randn(int(grid.prod(-1).sum()), _patch_numel(model))
-    if "pixel_values" in names:
-        return {"pixel_values": pixels, "image_grid_thw": grid}
-    return {"hidden_states": pixels, "grid_thw": grid}
+    grid_name = "image_grid_thw" if "image_grid_thw" in names else "grid_thw"
+    return {"pixel_values" if "pixel_values" in names else "hidden_states": pixels, grid_name: grid}
 
 
 def _patch_numel(model: nn.Module) -> int:
     """The numbers in one patch: what a filter of the patch embedding reads."""
-    return next(p[0].numel() for name, p in model.named_parameters() if "patch" in name and p.ndim > 1)
+    return next(p[0].numel() for name, p in model.named_parameters() if "patch" in name and p.ndim > 1 and "position" not in name)
+
+
+def _tiles(model: nn.Module, inputs: dict) -> torch.Tensor:
+    """Images as stacks of tiles: b t c h w."""
+    height, width = _pair(_find(model, "image_size", default=SIDE))
+    return torch.randn(BATCH, 1, 3, height, width)
+
+
+def _clip_of_frames(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
+    if "pixel_values" in inputs:
+        return {}
+    height, width = _pair(_find(model, "image_size", "crop_size", default=SIDE))
+    return {"pixel_values_videos": torch.randn(BATCH, _find(model, "num_frames", "frames_per_clip", default=4), 3, height, width)}
 
 
 def _text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     ids = _tokens(model)
-    for token, getter in (
-        (("image_token_id", "image_token_index", "media_token_id"), "get_image_features"),
-        (("audio_token_id", "audio_token_index"), "get_audio_features"),
+    kinds = torch.zeros_like(ids)
+    for kind, (token, getter) in enumerate(
+        (
+            (("image_token_id", "image_token_index", "media_token_id", "image_patch_id"), "get_image_features"),
+            (("audio_token_id", "audio_token_index"), "get_audio_features"),
+        )
     ):
         count = _placeholders(model, inputs, getter)
         marker = _find(model, *token)
         if count and isinstance(marker, int):
             ids = torch.cat([ids[:, :2], torch.full((BATCH, count), marker), ids[:, 2:]], dim=1)
-    made = {"input_ids": ids}
-    if "mm_token_type_ids" in names:
-        made["mm_token_type_ids"] = (ids == _find(model, "image_token_id", "image_token_index", default=-1)).long()
-    return made
+            kinds = torch.cat([kinds[:, :2], torch.full((BATCH, count), 1 + 2 * kind), kinds[:, 2:]], dim=1)
+    return {"input_ids": ids} | ({"mm_token_type_ids": kinds} if "mm_token_type_ids" in names else {})
 
 
 def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
     """How many positions of the text one image or sound takes: asked of the model itself."""
     get = getattr(model, getter, None) or getattr(getattr(model, "model", None), getter, None)
-    if get is None or not inputs:
-        return 0
-    accepted = inspect.signature(get).parameters
-    given = {name: value for name, value in inputs.items() if name in accepted}
+    accepted = inspect.signature(get).parameters if get is not None else {}
+    mine = ("pixel", "image", "spatial", "qformer", "target", "high_res") if "image" in getter else ("input_features", "feature", "input_values", "audio")
+    given = {name: value for name, value in inputs.items() if name.startswith(mine) and (name in accepted or "args" in accepted)}
     if not given:
         return 0
     with torch.no_grad():
         out = get(**given)
-    out = getattr(out, "pooler_output", out) if getattr(out, "pooler_output", None) is not None else getattr(out, "last_hidden_state", out)
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(out, name, None) is not None:
+            out = getattr(out, name)
+            break
     parts = list(out) if isinstance(out, (tuple, list)) else [out]
-    rows = sum(part.shape[:-1].numel() for part in parts)
-    return rows // BATCH
+    return sum(part.shape[:-1].numel() for part in parts) // BATCH
 
 
 def _ones_like_text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
@@ -233,27 +257,39 @@ def _ones_like_text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str
 
 
 def _decoder_ids(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
-    if not model.config.is_encoder_decoder:
-        return {}
-    return {"decoder_input_ids": _tokens(model)}
+    return {"decoder_input_ids": _tokens(model)} if model.config.is_encoder_decoder else {}
+
+
+def _boxes(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
+    low = torch.randint(0, 40, (BATCH, TOKENS, 2))
+    return {"bbox": torch.cat([low, low + 20], dim=-1)}
 
 
 def _mel(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
-    bins = _find(model, "num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins", default=16)
-    frames = 2 * _find(model, "max_source_positions", default=32)
-    return {"input_features": torch.randn(BATCH, bins, frames)}
+    bins = _find(model, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size", "mel_bins", default=16)
+    frames = 2 * min(_find(model, "max_source_positions", default=32), 128)
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))), None)
+    reads_rows = isinstance(first, nn.Conv1d) and first.in_channels == bins and not re.search(r"^Speech2Text", type(model).__name__)
+    made = {"input_features": torch.randn(BATCH, bins, frames) if reads_rows else torch.randn(BATCH, frames, bins)}
+    for name in ("input_features_mask", "feature_attention_mask"):
+        if name in names:
+            made[name] = torch.ones(BATCH, frames).long()
+    return made
 
 
 def _wave(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
-    return {"input_values": torch.randn(BATCH, 4000)}
+    return {"input_values": torch.randn(BATCH, 4000)} if "input_features" not in inputs else {}
 
 
 INPUTS = (
     ("pixel_values", _pixels),
     ("grid_thw", _pixels),
+    ("pixel_values_videos", _clip_of_frames),
     ("input_features", _mel),
     ("input_values", _wave),
+    ("qformer_input_ids", lambda model, inputs, names: {"qformer_input_ids": _tokens(model)}),
     ("input_ids", _text),
+    ("bbox", _boxes),
     ("attention_mask", _ones_like_text),
     ("decoder_input_ids", _decoder_ids),
 )
@@ -291,5 +327,82 @@ def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]
     return {name: value for name, value in made.items() if name in names}
 
 
-ROWS: dict[str, Row] = {}
-UNBUILDABLE: dict[str, str] = {}
+# ---- the families that the rules do not fit
+
+
+def _noise(*shape: int) -> Any:
+    return lambda model, inputs: torch.randn(shape)
+
+
+def _ids(length: int = TOKENS, rows: int = BATCH) -> Any:
+    return lambda model, inputs: torch.randint(5, 60, (rows, length))
+
+
+def _ones(*shape: int) -> Any:
+    return lambda model, inputs: torch.ones(shape).long()
+
+
+_WAVE = {"input_values": _noise(BATCH, 1, 4000)}
+_TILES = {"pixel_values": _tiles, "pixel_attention_mask": _ones(BATCH, 1, SIDE, SIDE)}
+_ONE_TILE = {"image_grid_pinpoints": [[SIDE, SIDE]]}
+_TWO_TILES = {"pixel_values": _noise(BATCH, 2, 3, SIDE, SIDE), "image_sizes": _ones(BATCH, 2)}
+_RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+_DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": {**_RESNET, "out_features": ["stage4"]}}
+_SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
+_TIMM = "its image tower is a timm model, and timm is not installed"
+_SCIPY = "its class builds a loss that needs scipy, which is not installed"
+_PASTS = {
+    "past_values": _noise(BATCH, 19),
+    "past_time_features": _noise(BATCH, 19, 1),
+    "past_observed_mask": _ones(BATCH, 19),
+    "future_values": _noise(BATCH, 8),
+    "future_time_features": _noise(BATCH, 8, 1),
+}
+
+ROWS: dict[str, Row] = {
+    **{name: Row(inputs=_TILES) for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert", "granite_docling", "colmodernvbert")},
+    **{name: Row(config=_SERIES, inputs=_PASTS) for name in ("autoformer", "informer", "time_series_transformer")},
+    **{name: Row(inputs=_WAVE) for name in ("mimi_encoder", "pocket_tts_audio_tokenizer_encoder", "xcodec", "pe_audio", "pe_audio_encoder")},
+    **{name: Row(config=_DETR) for name in ("conditional_detr", "detr", "table-transformer", "dab-detr")},
+    "granitemoehybrid": Row(config={"layer_types": ["linear_attention", "full_attention"] * 2}),
+    "bamba": Row(config={"attn_layer_indices": [1, 3]}),
+    "jamba": Row(config={"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "llava_next": Row(config=_ONE_TILE, inputs=_TWO_TILES),
+    "llava_next_video": Row(config=_ONE_TILE, inputs=_TWO_TILES),
+    "llava_onevision": Row(config=_ONE_TILE, inputs=_TWO_TILES),
+    "xmod": Row(config={"default_language": "en_XX"}),
+    "lxmert": Row(inputs={"visual_feats": _noise(BATCH, 9, 32), "visual_pos": _noise(BATCH, 9, 4)}),
+    "decision_transformer": Row(
+        inputs={
+            "states": _noise(BATCH, 5, 17),
+            "actions": _noise(BATCH, 5, 4),
+            "rewards": _noise(BATCH, 5, 1),
+            "returns_to_go": _noise(BATCH, 5, 1),
+            "timesteps": _ones(BATCH, 5),
+        }
+    ),
+    "mobilebert": Row(config={"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}),
+    "patchtst": Row(inputs={"past_values": _noise(BATCH, 32, 1)}),
+    "patchtsmixer": Row(inputs={"past_values": _noise(BATCH, 32, 1)}),
+    "mistral4": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "ernie4_5_vl_moe": Row(config={"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}}),
+    "ernie4_5_vl_moe_text": Row(config={"rope_parameters": {"mrope_section": [1, 1, 2]}}),
+    "swin": Row(config={"window_size": 4}),
+    "donut-swin": Row(config={"window_size": 4}),
+    "seggpt": Row(
+        inputs={"prompt_pixel_values": lambda m, i: torch.randn_like(i["pixel_values"]), "prompt_masks": lambda m, i: i["pixel_values"] + 1}
+    ),
+    "gpt_neo": Row(config={"attention_types": [[["global", "local"], 2]]}),
+    "mamba2": Row(config={"num_heads": 8, "head_dim": 8, "n_groups": 1}),
+    "maskformer": Row(model="MaskFormerModel"),
+    "mask2former": Row(model="Mask2FormerModel"),
+    "oneformer": Row(model="OneFormerModel"),
+    "deepseek_v2": Row(config={"num_experts_per_tok": 2}),
+}
+UNBUILDABLE: dict[str, str] = {
+    **{name: _TIMM for name in ("omdet-turbo", "timm_backbone", "edgetam", "edgetam_vision_model", "fast_vlm", "gemma3n", "gemma3n_vision")},
+    **{name: _TIMM for name in ("perception_lm", "pe_audio_video", "pe_audio_video_encoder", "pe_video", "pe_video_encoder", "timm_wrapper")},
+    **{name: _SCIPY for name in ("eomt", "eomt_dinov3", "videomt", "inkling_mm_model", "inkling_vision")},
+    "dinat": "its attention needs natten, which is not installed",
+    "layoutlmv2": "its image tower needs detectron2, which is not installed",
+}
