@@ -46,8 +46,13 @@ def families(library: str | None = None) -> list[str]:
     return [family for name, listed in known.items() if library in (None, name) for family in listed()]
 
 
+def is_part(family: str) -> bool:
+    """Whether a family is only a part of another one, such as its text tower: no auto mapping of Transformers builds it."""
+    return not family.startswith("diffusers/") and family not in _class_names()
+
+
 def unbuildable() -> dict[str, str]:
-    """The families without a specimen, and why."""
+    """The families without a specimen, and why. What the installed libraries lack for them is a part of the answer."""
     return {family: UNBUILDABLE[family] for family in families() if family in UNBUILDABLE}
 
 
@@ -158,7 +163,9 @@ def _class_of_config(config_cls: type) -> str:
 def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in more.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        old = merged.get(key)
+        same_kind = isinstance(value, dict) and isinstance(old, dict) and value.get("model_type") in (None, old.get("model_type"))
+        merged[key] = _merge(old, value) if same_kind else value
     return merged
 
 
@@ -202,8 +209,11 @@ def _of_every_layer(value: Any, config: Any) -> bool:
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    drop = ("transformers_version", "model_type", "architectures")
-    return {name: value for name, value in given.items() if name not in drop and not isinstance(value, dict)}
+    drop = ("transformers_version", "model_type", "architectures", "out_indices", "stage_names")
+    kept = {name: value for name, value in given.items() if name not in drop and not isinstance(value, dict)}
+    if kept.get("out_features"):
+        kept["out_features"] = [f"stage{i}" for i in range(1, 5)][-len(kept["out_features"]) :]
+    return kept
 
 
 def _rule(rules: Any, name: str) -> Any:

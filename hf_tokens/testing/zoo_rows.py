@@ -91,7 +91,8 @@ NUMBERS = _rules(
     (r"(n_group|topk_group|num_expert_group)$", "groups", 1),
     (r"(image_size|img_size|input_size)$", "image", SIDE),
     (r"(patch_size)$", "patch", PATCH),
-    (r"(hidden_size|d_model|n_embd|embedding_size|width|hidden_channels)$", "width", 32),
+    (r"(hidden_size|d_model|n_embd|embedding_size|projection_size|width|hidden_channels)$", "width", 32),
+    (r"upsample_groups$", "width", 32),
     (r"(mel_bins|num_mel_bins)$", "mel bins", 16),
     (r"(num_queries|num_query_tokens)$", "queries", 8),
     (r"(num_conv_pos_embedding_groups|num_conv_pos_embeddings)$", "conv", 4),
@@ -110,6 +111,7 @@ LISTS = _rules(
     (r"^(patch_size)$", "patch", (PATCH, PATCH)),
     (r"^(hidden_sizes|embed_dims|neck_hidden_sizes|embed_dim)$", "widths", (16, 32, 64, 64, 64, 64, 64)),
     (r"^(conv_dim)$", "conv", (32,)),
+    (r"^encoder_in_channels$", "widths", (32, 64, 64)),
     (r"^vision_feature_layers?$", "layers", (-1, -2, -3)),
 )
 DIFFUSERS = _rules(
@@ -179,7 +181,9 @@ def _pixels(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
         pixels = torch.randn(BATCH, patches, _patch_numel(model))
         return {"pixel_values": pixels, "spatial_shapes": side, "pixel_attention_mask": torch.ones(BATCH, patches).long()}
     made = {"pixel_values": torch.randn(shape)}
-    if "image_sizes" in names:
+    getter = getattr(model, "get_image_features", None)
+    sizes = inspect.signature(getter).parameters.get("image_sizes") if getter is not None else None
+    if sizes is not None and sizes.default is sizes.empty:
         made["image_sizes"] = torch.tensor([[height, width]] * BATCH)
     return made
 
@@ -238,8 +242,10 @@ def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
     """How many positions of the text one image or sound takes: asked of the model itself."""
     get = getattr(model, getter, None) or getattr(getattr(model, "model", None), getter, None)
     accepted = inspect.signature(get).parameters if get is not None else {}
-    mine = ("pixel", "image", "spatial", "qformer", "target", "high_res") if "image" in getter else ("input_features", "feature", "input_values", "audio")
-    given = {name: value for name, value in inputs.items() if name.startswith(mine) and (name in accepted or "args" in accepted)}
+    image = ("pixel", "image", "spatial", "qformer", "target", "high_res")
+    mine = image if "image" in getter else ("input_features", "feature", "input_values", "audio", "pad")
+    fits = {name for name in inputs if name.startswith(mine) and (name in accepted or "args" in accepted)}
+    given = {name: inputs[name] for name in fits if inputs[name] is not None}
     if not given:
         return 0
     with torch.no_grad():
@@ -347,7 +353,8 @@ _TILES = {"pixel_values": _tiles, "pixel_attention_mask": _ones(BATCH, 1, SIDE, 
 _ONE_TILE = {"image_grid_pinpoints": [[SIDE, SIDE]]}
 _TWO_TILES = {"pixel_values": _noise(BATCH, 2, 3, SIDE, SIDE), "image_sizes": _ones(BATCH, 2)}
 _RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
-_DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": {**_RESNET, "out_features": ["stage4"]}}
+_DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone_config": {**_RESNET, "out_features": ["stage4"]}}
+_DEFORMABLE = {**_DETR, "backbone_config": {**_RESNET, "out_features": ["stage2", "stage3", "stage4"]}}
 _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 _TIMM = "its image tower is a timm model, and timm is not installed"
 _SCIPY = "its class builds a loss that needs scipy, which is not installed"
@@ -360,9 +367,9 @@ _PASTS = {
 }
 
 ROWS: dict[str, Row] = {
-    **{name: Row(inputs=_TILES) for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert", "granite_docling", "colmodernvbert")},
+    **{name: Row(inputs=_TILES) for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert", "colmodernvbert")},
     **{name: Row(config=_SERIES, inputs=_PASTS) for name in ("autoformer", "informer", "time_series_transformer")},
-    **{name: Row(inputs=_WAVE) for name in ("mimi_encoder", "pocket_tts_audio_tokenizer_encoder", "xcodec", "pe_audio", "pe_audio_encoder")},
+    **{name: Row(inputs=_WAVE) for name in ("mimi_encoder", "pocket_tts_audio_tokenizer_encoder", "pe_audio", "pe_audio_encoder")},
     **{name: Row(config=_DETR) for name in ("conditional_detr", "detr", "table-transformer", "dab-detr")},
     "granitemoehybrid": Row(config={"layer_types": ["linear_attention", "full_attention"] * 2}),
     "bamba": Row(config={"attn_layer_indices": [1, 3]}),
@@ -387,21 +394,77 @@ ROWS: dict[str, Row] = {
     "mistral4": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
     "ernie4_5_vl_moe": Row(config={"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}}),
     "ernie4_5_vl_moe_text": Row(config={"rope_parameters": {"mrope_section": [1, 1, 2]}}),
-    "swin": Row(config={"window_size": 4}),
-    "donut-swin": Row(config={"window_size": 4}),
+    "swin": Row(config={"window_size": 2, "image_size": 64}),
+    "donut-swin": Row(config={"window_size": 2, "image_size": 64}),
+    "mask2former": Row(model="Mask2FormerModel", config={"backbone_config": {"window_size": 2, "image_size": 64}}),
     "seggpt": Row(
-        inputs={"prompt_pixel_values": lambda m, i: torch.randn_like(i["pixel_values"]), "prompt_masks": lambda m, i: i["pixel_values"] + 1}
+        config={"image_size": (32, 16), "pretrain_image_size": 32, "intermediate_hidden_state_indices": (0, 1, 2, 3)},
+        inputs={name: _noise(BATCH, 3, 16, 16) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
     ),
+    "deformable_detr": Row(config=_DEFORMABLE),
+    "lfm2_moe": Row(config={"layer_types": ["conv", "full_attention"] * 2}),
+    "deepseek_ocr2": Row(config={"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}}),
+    "deepseek_ocr2_text": Row(config={"mlp_layer_types": ["dense", "sparse"] * 2}),
+    "esm": Row(config={"vocab_size": VOCAB, "mask_token_id": 4, "pad_token_id": 0}),
+    "diffusion_gemma_text": Row(config={"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
+    "diffusion_gemma": Row(config={"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}}),
+    "cohere_compass_text": Row(config={"layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "cohere_compass": Row(config={"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2}}),
+    "gemma4": Row(inputs={"pixel_values": None, "input_features": None}),
+    "gemma4_unified": Row(inputs={"pixel_values": None, "input_features": None}),
+    "embedding_gemma2": Row(inputs={"pixel_values": None, "input_features": None}),
+    "inkling2": Row(inputs={"pixel_values": None, "input_features": None}),
+    "musicgen": Row(model="MusicgenForConditionalGeneration"),
+    "musicgen_melody": Row(model="MusicgenMelodyForConditionalGeneration"),
+    "align": Row(config={"projection_dim": 64}),
+    "bridgetower": Row(config={"hidden_size": 64, "vision_config": {"hidden_size": 64}, "text_config": {"hidden_size": 64}}),
+    "sam": Row(config={"prompt_encoder_config": {"image_embedding_size": 4}}),
+    "sam_hq": Row(config={"prompt_encoder_config": {"image_embedding_size": 4}}),
+    "reformer": Row(config={"axial_pos_shape": (4, 4), "axial_pos_embds_dim": (16, 16)}),
+    "swin2sr": Row(config={"num_heads": [4, 4, 4, 4], "depths": [2, 2, 2, 2], "embed_dim": 32}),
+    "wav2vec2-bert": Row(config={"vocab_size": VOCAB}),
+    "wav2vec2-conformer": Row(config={"vocab_size": VOCAB}),
+    "aria": Row(config={"projector_patch_to_query_dict": {16: 4}}),
+    "chameleon": Row(config={"vocabulary_map": {"<image>": 98}}, inputs={"pixel_values": None}),
+    "emu3": Row(config={"vocabulary_map": {"<image>": 98, "<|extra_200|>": 97}}, inputs={"pixel_values": None}),
+    "qwen4_exp_text": Row(config={"token_budget": 16, "compress_ratio": 4}),
+    "neomme": Row(config={"head_dim": 16}),
+    "dpt": Row(config={"backbone_out_indices": [0, 1, 2, 3], "num_hidden_layers": 4}),
+    "tvp": Row(config={"max_img_size": 96, "visual_prompt_size": 16}),
+    "xlm": Row(),
+    "voxtral_realtime_text": Row(),
+    "step3p5": Row(config={"sliding_window": 8}),
+    "step3p7": Row(config={"text_config": {"sliding_window": 8}}),
+    "lilt": Row(config={"hidden_size": 48, "max_2d_position_embeddings": 128}),
+    "bros": Row(config={"dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 4, "dim_bbox_projection": 8}),
+    "layoutlmv3": Row(config={"coordinate_size": 4, "shape_size": 8, "hidden_size": 32}),
+    "moonshine": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "zamba": Row(config={"attention_hidden_size": 64, "attention_head_dim": 16}),
+    "kosmos-2": Row(inputs={"image_embeds_position_mask": None}),
+    "mllama": Row(inputs={"pixel_values": None}),
+    "siglip2_vision_model": Row(),
+    "videomt": Row(),
+    "pix2struct": Row(inputs={"flattened_patches": _noise(BATCH, 16, 8 * 8 * 3 + 2)}),
+    "kosmos-2.5": Row(inputs={}),
+    "timesfm": Row(inputs={"past_values": _noise(BATCH, 64)}),
+    "timesfm2_5": Row(inputs={"past_values": _noise(BATCH, 64)}),
+    "pi0": Row(inputs={"state": _noise(BATCH, 32)}),
+    "speech-encoder-decoder": Row(inputs={"input_features": None}),
+    "vjepa2": Row(config={"frames_per_clip": 4, "crop_size": 32}),
+    "lightglue": Row(inputs={"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}),
+    "superglue": Row(inputs={"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}),
+    "efficientloftr": Row(inputs={"pixel_values": _noise(1, 2, 1, 64, 64)}),
     "gpt_neo": Row(config={"attention_types": [[["global", "local"], 2]]}),
     "mamba2": Row(config={"num_heads": 8, "head_dim": 8, "n_groups": 1}),
     "maskformer": Row(model="MaskFormerModel"),
-    "mask2former": Row(model="Mask2FormerModel"),
     "oneformer": Row(model="OneFormerModel"),
     "deepseek_v2": Row(config={"num_experts_per_tok": 2}),
 }
 UNBUILDABLE: dict[str, str] = {
-    **{name: _TIMM for name in ("omdet-turbo", "timm_backbone", "edgetam", "edgetam_vision_model", "fast_vlm", "gemma3n", "gemma3n_vision")},
-    **{name: _TIMM for name in ("perception_lm", "pe_audio_video", "pe_audio_video_encoder", "pe_video", "pe_video_encoder", "timm_wrapper")},
+    **{name: _TIMM for name in ("omdet-turbo", "timm_backbone", "edgetam", "edgetam_vision_model", "fast_vlm", "gemma3n")},
+    **{name: _TIMM for name in ("perception_lm", "pe_audio_video", "pe_audio_video_encoder", "pe_video", "pe_video_encoder")},
+    **{name: _TIMM for name in ("timm_wrapper", "gemma3n_vision")},
+    "higgs_audio_v2_tokenizer": "it needs torchaudio, which is not installed",
     **{name: _SCIPY for name in ("eomt", "eomt_dinov3", "videomt", "inkling_mm_model", "inkling_vision")},
     "dinat": "its attention needs natten, which is not installed",
     "layoutlmv2": "its image tower needs detectron2, which is not installed",
