@@ -312,6 +312,8 @@ def _tiny_diffusers(name: str, value: Any) -> Any:
         return type(value)(min(item, small) if isinstance(item, int) else item for item in value)
     if isinstance(value, (list, tuple)):
         return type(value)(small[: len(value)])
+    if isinstance(small, tuple):
+        small = small[0]
     return min(value, small) if isinstance(value, (int, float)) and found[0] != "layers" else small
 
 

@@ -121,7 +121,7 @@ DIFFUSERS = _rules(
     (r"(num_attention_heads|n_heads|num_heads)$", "heads", 4),
     (r"(attention_head_dim|head_dim)$", "head dim", 8),
     (r"^(in_channels|out_channels|latent_channels?)$", "channels", 4),
-    (r"(axes_dims?|rope_dim|axes_dims_rope|rope_axes_dim)$", "rope", (4, 2, 2)),
+    (r"(axes_dims?|rope_dim|axes_dims_rope|rope_axes_dim|rope_dim_list)$", "rope", (4, 2, 2)),
     (r"(axes_lens)$", "rope", (64, 64, 64)),
     (r"(vocab_size)$", "vocab", VOCAB),
     (r"(ffn_dim|intermediate_size|ffn_hidden_size)$", "mlp", 64),
@@ -305,6 +305,8 @@ INPUTS = (
 
 
 def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    signature = inspect.signature(model.forward).parameters.values()
+    needed = {p.name for p in signature if p.default is p.empty}
     config = model.config
     side = 8
     channels = config.get("in_channels") or 4
@@ -321,16 +323,35 @@ def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]
         "class_labels": torch.tensor([1, 2]),
         "pooled_projections": torch.randn(BATCH, config.get("pooled_projection_dim") or 32),
     }
+    shared = torch.randn(BATCH, 32)
+    made |= {
+        "t": torch.tensor([0.3, 0.6]),
+        "r_timestep": torch.tensor([1, 2]),
+        "timestep_r": torch.tensor([0.1, 0.2]),
+        "encoder_attention_mask": torch.ones(BATCH, TOKENS).bool(),
+        "encoder_hidden_states_mask": torch.ones(BATCH, TOKENS).long(),
+        "mask": torch.ones(BATCH, TOKENS).long(),
+        "pooled_embeds": shared,
+        "proj_embedding": shared,
+        "pooled_text_emb": shared,
+        "original_size": torch.tensor([[8, 8]] * BATCH),
+        "target_size": torch.tensor([[8, 8]] * BATCH),
+        "crop_coords": torch.tensor([[0, 0]] * BATCH),
+        "fps": torch.tensor([4, 4]),
+        "num_frames": 4,
+    }
+    if config.get("guidance_embeds"):
+        made["guidance"] = torch.ones(BATCH)
     if packed:
         axes = len(config.get("axes_dims_rope") or (0, 0, 0))
         grid = torch.zeros(side, side, axes)
         grid[..., -2], grid[..., -1] = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         made |= {"img_ids": grid.flatten(0, 1), "txt_ids": torch.zeros(TOKENS, axes)}
-        if config.get("guidance_embeds"):
-            made["guidance"] = torch.ones(BATCH)
     if "class_labels" in names and not config.get("num_embeds_ada_norm"):
         made.pop("class_labels")
-    return {name: value for name, value in made.items() if name in names}
+    optional = ("encoder_attention_mask", "timestep_r", "num_frames", "mask")
+    wanted = set(names) - (set(optional) - needed)
+    return {name: value for name, value in made.items() if name in wanted}
 
 
 # ---- the families that the rules do not fit
@@ -451,6 +472,144 @@ ROWS: dict[str, Row] = {
     "pi0": Row(inputs={"state": _noise(BATCH, 32)}),
     "speech-encoder-decoder": Row(inputs={"input_features": None}),
     "vjepa2": Row(config={"frames_per_clip": 4, "crop_size": 32}),
+    "diffusers/AceStepTransformer1DModel": Row(
+        config={"in_channels": 12, "audio_acoustic_hidden_dim": 4, "encoder_hidden_size": 32},
+        inputs={"hidden_states": _noise(BATCH, 16, 4), "context_latents": _noise(BATCH, 16, 8), "timestep": _noise(BATCH), "timestep_r": _noise(BATCH)},
+    ),
+    "diffusers/BriaFiboTransformer2DModel": Row(
+        config={"text_encoder_dim": 16},
+        inputs={"text_encoder_layers": lambda model, inputs: [torch.randn(BATCH, TOKENS, 16)] * 8},
+    ),
+    **{
+        f"diffusers/{name}": Row(
+            config={"sample_width": 8, "sample_height": 8, "sample_frames": 13, "max_text_seq_length": TOKENS, "attention_head_dim": 16},
+            inputs={"hidden_states": _noise(BATCH, 4, 4, 8, 8)},
+        )
+        for name in ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+    },
+    "diffusers/CosmosTransformer3DModel": Row(
+        config={"attention_head_dim": 24, "max_size": (4, 8, 8), "text_embed_dim": 32, "concat_padding_mask": False},
+        inputs={"timestep": _noise(BATCH)},
+    ),
+    "diffusers/DreamLiteTransformer2DModel": Row(
+        config={"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32}, inputs={"hidden_states": _noise(BATCH, 32, 8, 8)}
+    ),
+    "diffusers/Transformer2DModel": Row(
+        config={"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32}, inputs={"hidden_states": _noise(BATCH, 32, 8, 8)}
+    ),
+    "diffusers/TransformerTemporalModel": Row(
+        config={"in_channels": 32, "num_layers": 4}, inputs={"hidden_states": _noise(8, 32, 4, 4), "num_frames": 4, "encoder_hidden_states": None}
+    ),
+    "diffusers/EasyAnimateTransformer3DModel": Row(config={"in_channels": 4, "out_channels": 4, "patch_size": 2}),
+    "diffusers/ErnieImageTransformer2DModel": Row(
+        inputs={"text_bth": _noise(BATCH, TOKENS, 32), "text_lens": lambda model, inputs: torch.tensor([TOKENS] * BATCH)}
+    ),
+    "diffusers/GlmImageTransformer2DModel": Row(
+        inputs={"prior_token_id": _ones(BATCH, 16), "prior_token_drop": lambda model, inputs: torch.zeros(BATCH, 16).bool()}
+    ),
+    "diffusers/HiDreamImageTransformer2DModel": Row(
+        config={"patch_size": 2, "caption_channels": [32, 32], "axes_dims_rope": (4, 4), "llama_layers": list(range(8)), "max_resolution": (16, 16)},
+        inputs={
+            "timesteps": lambda model, inputs: torch.tensor([10, 20]),
+            "encoder_hidden_states_t5": _noise(BATCH, TOKENS, 32),
+            "encoder_hidden_states_llama3": _noise(8, BATCH, TOKENS, 32),
+            "img_ids": None,
+        },
+    ),
+    "diffusers/HunyuanDiT2DModel": Row(
+        config={"in_channels": 4, "patch_size": 2, "text_len": TOKENS, "text_len_t5": 8, "use_style_cond_and_image_meta_size": False},
+        inputs={
+            "encoder_hidden_states_t5": _noise(BATCH, 8, 32),
+            "text_embedding_mask": _ones(BATCH, TOKENS),
+            "text_embedding_mask_t5": _ones(BATCH, 8),
+        },
+    ),
+    "diffusers/LatteTransformer3DModel": Row(config={"patch_size": 2, "in_channels": 4, "caption_channels": 32, "sample_size": 8}),
+    "diffusers/LuminaNextDiT2DModel": Row(config={"num_kv_heads": 2}),
+    "diffusers/OmniGenTransformer2DModel": Row(config={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "diffusers/PRXTransformer2DModel": Row(config={"axes_dim": [4, 4]}),
+    "diffusers/PriorTransformer": Row(config={"num_embeddings": TOKENS}, inputs={"hidden_states": _noise(BATCH, 32)}),
+    "diffusers/QwenImageTransformer2DModel": Row(
+        config={"in_channels": 16, "out_channels": 4},
+        inputs={"hidden_states": _noise(BATCH, 16, 16), "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH, "timestep": _noise(BATCH)},
+    ),
+    "diffusers/StableAudioDiTModel": Row(
+        config={"num_key_value_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "out_channels": 8},
+        inputs={
+            "hidden_states": _noise(BATCH, 8, 16),
+            "encoder_hidden_states": _noise(BATCH, TOKENS, 32),
+            "global_hidden_states": _noise(BATCH, 1, 32),
+            "rotary_embedding": lambda model, inputs: (torch.ones(17, 8), torch.zeros(17, 8)),
+        },
+    ),
+    "diffusers/StableAudio3DiTModel": Row(inputs={"hidden_states": _noise(BATCH, 32, 16), "global_hidden_states": _noise(BATCH, 32)}),
+    "diffusers/UNet1DModel": Row(inputs={"sample": _noise(BATCH, 2, 64)}),
+    "diffusers/UNetMotionModel": Row(inputs={"sample": _noise(BATCH, 4, 4, 8, 8)}),
+    "diffusers/UNetSpatioTemporalConditionModel": Row(
+        config={"projection_class_embeddings_input_dim": 96, "num_attention_heads": (4, 4, 4, 4), "block_out_channels": (32, 32, 32, 32)},
+        inputs={
+            "sample": _noise(BATCH, 4, 4, 8, 8),
+            "encoder_hidden_states": _noise(BATCH, 1, 32),
+            "added_time_ids": _noise(BATCH, 3),
+        },
+    ),
+    "diffusers/I2VGenXLUNet": Row(
+        inputs={
+            "sample": _noise(BATCH, 4, 4, 8, 8),
+            "image_latents": _noise(BATCH, 4, 4, 8, 8),
+            "image_embeddings": _noise(BATCH, 32),
+        }
+    ),
+    "diffusers/UVit2DModel": Row(
+        config={"sample_size": 8, "block_num_heads": 4},
+        inputs={"input_ids": _ids(64), "micro_conds": _noise(BATCH, 5)},
+    ),
+    "diffusers/WanVACETransformer3DModel": Row(
+        config={"vace_layers": [0, 2], "vace_in_channels": 8}, inputs={"control_hidden_states": _noise(BATCH, 8, 4, 8, 8)}
+    ),
+    "diffusers/ZImageTransformer2DModel": Row(
+        inputs={
+            "x": lambda model, inputs: [torch.randn(4, 1, 8, 8) for _ in range(BATCH)],
+            "cap_feats": lambda model, inputs: [torch.randn(TOKENS, 32) for _ in range(BATCH)],
+        }
+    ),
+    "diffusers/Kandinsky3UNet": Row(inputs={"encoder_attention_mask": _ones(BATCH, TOKENS)}),
+    "diffusers/Kandinsky5Transformer3DModel": Row(
+        inputs={
+            "hidden_states": _noise(1, 2, 8, 8, 4),
+            "encoder_hidden_states": _noise(1, TOKENS, 32),
+            "pooled_projections": _noise(1, 32),
+            "timestep": _noise(1),
+            "visual_rope_pos": lambda model, inputs: [torch.arange(2), torch.arange(4), torch.arange(4)],
+            "text_rope_pos": lambda model, inputs: torch.arange(TOKENS),
+        }
+    ),
+    "diffusers/T5FilmDecoder": Row(
+        config={"targets_length": 16},
+        inputs={
+            "encodings_and_masks": lambda model, inputs: [(torch.randn(BATCH, TOKENS, 32), torch.ones(BATCH, TOKENS))],
+            "decoder_input_tokens": _noise(BATCH, 16, 32),
+            "decoder_noise_time": lambda model, inputs: torch.tensor([0.3, 0.6]),
+        },
+    ),
+    "diffusers/StableCascadeUNet": Row(
+        config={
+            "block_out_channels": (32, 32),
+            "num_attention_heads": (4, 4),
+            "down_num_layers_per_block": (2, 2),
+            "up_num_layers_per_block": (2, 2),
+            "clip_text_pooled_in_channels": 32,
+        },
+        inputs={"timestep_ratio": _noise(BATCH), "clip_text_pooled": _noise(BATCH, 1, 32)},
+    ),
+    "diffusers/HunyuanImageTransformer2DModel": Row(config={"rope_axes_dim": (4, 4), "patch_size": (2, 2)}),
+    "diffusers/HunyuanVideo15Transformer3DModel": Row(
+        inputs={
+            "encoder_hidden_states_2": _noise(BATCH, TOKENS, 32),
+            "encoder_attention_mask_2": lambda model, inputs: torch.ones(BATCH, TOKENS).bool(),
+            "image_embeds": _noise(BATCH, 4, 32),
+        }
+    ),
     "lightglue": Row(inputs={"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}),
     "superglue": Row(inputs={"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}),
     "efficientloftr": Row(inputs={"pixel_values": _noise(1, 2, 1, 64, 64)}),
