@@ -36,6 +36,7 @@ MLP_NORMS = (
     "pre_feedforward_layernorm",
     "pre_mlp_layernorm",
     "pre_ff_layernorm",
+    "ffn_norm1",
     "ffn_norm",
     "ff_norm",
     "ffn_layer_norm",
@@ -62,7 +63,7 @@ NOT_BLOCK = re.compile(r"Stage$")
 # block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), time first
 LAYOUTS = (
     (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer|Sam3ViTLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
-    (re.compile(r"VitDetLayer"), "b d h w"),
+    (re.compile(r"VitDetLayer|Kandinsky3Attention"), "b d h w"),
     (re.compile(r"PatchTST"), "b c n d"),
     (re.compile(r"Lfm3VlVisionLayer"), "n d"),
     (re.compile(r"DeepseekV4Decoder|HYV4Decoder|Glm5NextTextDecoder"), "b n c d"),

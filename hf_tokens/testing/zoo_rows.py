@@ -318,7 +318,7 @@ def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]
     latent = torch.randn(BATCH, side * side, channels) if packed else torch.randn(BATCH, channels, *((4,) if video else ()), side, side)
     made: dict[str, Any] = {
         names[0]: latent,
-        "timestep": torch.tensor([10, 20]) if not packed else torch.tensor([0.3, 0.6]),
+        "timestep": torch.tensor([0.3, 0.6]) if packed else torch.tensor([10.0, 20.0]),
         "encoder_hidden_states": torch.randn(BATCH, TOKENS, text if isinstance(text, int) else text[0]),
         "class_labels": torch.tensor([1, 2]),
         "pooled_projections": torch.randn(BATCH, config.get("pooled_projection_dim") or 32),
@@ -338,7 +338,6 @@ def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]
         "target_size": torch.tensor([[8, 8]] * BATCH),
         "crop_coords": torch.tensor([[0, 0]] * BATCH),
         "fps": torch.tensor([4, 4]),
-        "num_frames": 4,
     }
     if config.get("guidance_embeds"):
         made["guidance"] = torch.ones(BATCH)
@@ -349,7 +348,7 @@ def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]
         made |= {"img_ids": grid.flatten(0, 1), "txt_ids": torch.zeros(TOKENS, axes)}
     if "class_labels" in names and not config.get("num_embeds_ada_norm"):
         made.pop("class_labels")
-    optional = ("encoder_attention_mask", "timestep_r", "num_frames", "mask")
+    optional = ("encoder_attention_mask", "timestep_r", "mask")
     wanted = set(names) - (set(optional) - needed)
     return {name: value for name, value in made.items() if name in wanted}
 
@@ -474,7 +473,12 @@ ROWS: dict[str, Row] = {
     "vjepa2": Row(config={"frames_per_clip": 4, "crop_size": 32}),
     "diffusers/AceStepTransformer1DModel": Row(
         config={"in_channels": 12, "audio_acoustic_hidden_dim": 4, "encoder_hidden_size": 32},
-        inputs={"hidden_states": _noise(BATCH, 16, 4), "context_latents": _noise(BATCH, 16, 8), "timestep": _noise(BATCH), "timestep_r": _noise(BATCH)},
+        inputs={
+            "hidden_states": _noise(BATCH, 16, 4),
+            "context_latents": _noise(BATCH, 16, 8),
+            "timestep": _noise(BATCH),
+            "timestep_r": _noise(BATCH),
+        },
     ),
     "diffusers/BriaFiboTransformer2DModel": Row(
         config={"text_encoder_dim": 16},
@@ -489,7 +493,7 @@ ROWS: dict[str, Row] = {
     },
     "diffusers/CosmosTransformer3DModel": Row(
         config={"attention_head_dim": 24, "max_size": (4, 8, 8), "text_embed_dim": 32, "concat_padding_mask": False},
-        inputs={"timestep": _noise(BATCH)},
+        inputs={"timestep": _noise(BATCH), "fps": None},
     ),
     "diffusers/DreamLiteTransformer2DModel": Row(
         config={"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32}, inputs={"hidden_states": _noise(BATCH, 32, 8, 8)}
@@ -498,9 +502,12 @@ ROWS: dict[str, Row] = {
         config={"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32}, inputs={"hidden_states": _noise(BATCH, 32, 8, 8)}
     ),
     "diffusers/TransformerTemporalModel": Row(
-        config={"in_channels": 32, "num_layers": 4}, inputs={"hidden_states": _noise(8, 32, 4, 4), "num_frames": 4, "encoder_hidden_states": None}
+        config={"in_channels": 32, "num_layers": 4},
+        inputs={"hidden_states": _noise(8, 32, 4, 4), "num_frames": 4, "encoder_hidden_states": None},
     ),
-    "diffusers/EasyAnimateTransformer3DModel": Row(config={"in_channels": 4, "out_channels": 4, "patch_size": 2}),
+    "diffusers/EasyAnimateTransformer3DModel": Row(
+        config={"in_channels": 4, "out_channels": 4, "patch_size": 2, "attention_head_dim": 16}
+    ),
     "diffusers/ErnieImageTransformer2DModel": Row(
         inputs={"text_bth": _noise(BATCH, TOKENS, 32), "text_lens": lambda model, inputs: torch.tensor([TOKENS] * BATCH)}
     ),
@@ -508,8 +515,15 @@ ROWS: dict[str, Row] = {
         inputs={"prior_token_id": _ones(BATCH, 16), "prior_token_drop": lambda model, inputs: torch.zeros(BATCH, 16).bool()}
     ),
     "diffusers/HiDreamImageTransformer2DModel": Row(
-        config={"patch_size": 2, "caption_channels": [32, 32], "axes_dims_rope": (4, 4), "llama_layers": list(range(8)), "max_resolution": (16, 16)},
+        config={
+            "patch_size": 2,
+            "caption_channels": [32, 32],
+            "axes_dims_rope": (4, 2, 2),
+            "llama_layers": list(range(8)),
+            "max_resolution": (16, 16),
+        },
         inputs={
+            "hidden_states": _noise(BATCH, 4, 8, 8),
             "timesteps": lambda model, inputs: torch.tensor([10, 20]),
             "encoder_hidden_states_t5": _noise(BATCH, TOKENS, 32),
             "encoder_hidden_states_llama3": _noise(8, BATCH, TOKENS, 32),
@@ -517,21 +531,66 @@ ROWS: dict[str, Row] = {
         },
     ),
     "diffusers/HunyuanDiT2DModel": Row(
-        config={"in_channels": 4, "patch_size": 2, "text_len": TOKENS, "text_len_t5": 8, "use_style_cond_and_image_meta_size": False},
+        config={"in_channels": 4, "patch_size": 2, "text_len": TOKENS, "text_len_t5": 8, "cross_attention_dim_t5": 32},
         inputs={
             "encoder_hidden_states_t5": _noise(BATCH, 8, 32),
             "text_embedding_mask": _ones(BATCH, TOKENS),
             "text_embedding_mask_t5": _ones(BATCH, 8),
+            "image_meta_size": _ones(BATCH, 6),
+            "style": lambda model, inputs: torch.zeros(BATCH).long(),
+            "image_rotary_emb": lambda model, inputs: (torch.ones(16, 8), torch.zeros(16, 8)),
         },
     ),
-    "diffusers/LatteTransformer3DModel": Row(config={"patch_size": 2, "in_channels": 4, "caption_channels": 32, "sample_size": 8}),
-    "diffusers/LuminaNextDiT2DModel": Row(config={"num_kv_heads": 2}),
-    "diffusers/OmniGenTransformer2DModel": Row(config={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "diffusers/LatteTransformer3DModel": Row(config={"patch_size": 2, "in_channels": 4, "caption_channels": 32, "video_length": 4}),
+    "diffusers/LuminaNextDiT2DModel": Row(
+        config={"num_kv_heads": 2},
+        inputs={
+            "encoder_mask": _ones(BATCH, TOKENS),
+            "image_rotary_emb": lambda model, inputs: torch.polar(torch.ones(16, 16, 4), torch.rand(16, 16, 4)),
+            "cross_attention_kwargs": lambda model, inputs: {},
+        },
+    ),
+    "diffusers/Lumina2Transformer2DModel": Row(config={"axes_dim_rope": (4, 2, 2)}),
+    "diffusers/OmniGenTransformer2DModel": Row(
+        config={"pad_token_id": 0, "rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
+        inputs={
+            "input_ids": _ids(),
+            "input_img_latents": lambda model, inputs: [],
+            "input_image_sizes": lambda model, inputs: {},
+            "attention_mask": _ones(BATCH, TOKENS + 17),
+            "position_ids": lambda model, inputs: torch.arange(TOKENS + 17).expand(BATCH, -1),
+        },
+    ),
+    "diffusers/AnyFlowTransformer3DModel": Row(inputs={"timestep": _noise(BATCH, 4), "r_timestep": _noise(BATCH, 4)}),
+    "diffusers/LTXVideoTransformer3DModel": Row(
+        inputs={"hidden_states": _noise(BATCH, 64, 4), "num_frames": 4, "height": 4, "width": 4, "timestep": _noise(BATCH)}
+    ),
+    "diffusers/LongCatAudioDiTTransformer": Row(
+        config={"dit_dim": 32, "dit_depth": 4, "dit_heads": 4, "dit_text_dim": 32, "latent_dim": 8},
+        inputs={"hidden_states": _noise(BATCH, 16, 8), "latent_cond": _noise(BATCH, 16, 8), "timestep": _noise(BATCH)},
+    ),
+    "diffusers/MiniMaxMusic3RVQDepthDecoder": Row(inputs={"inputs_embeds": _noise(BATCH, 8, 32)}),
+    "diffusers/MiniMaxMusic3Transformer1DModel": Row(
+        config={"rotary_dim": 8}, inputs={"hidden_states": _noise(BATCH, 4, 16), "encoder_hidden_states": _noise(BATCH, 16, 32)}
+    ),
+    "diffusers/NucleusMoEImageTransformer2DModel": Row(
+        config={"in_channels": 16, "out_channels": 4, "num_experts": 4},
+        inputs={"hidden_states": _noise(BATCH, 16, 16), "img_shapes": lambda model, inputs: [(1, 4, 4)] * BATCH, "timestep": _noise(BATCH)},
+    ),
+    "diffusers/Krea2Transformer2DModel": Row(
+        inputs={"hidden_states": _noise(BATCH, 16, 4), "position_ids": lambda model, inputs: torch.zeros(TOKENS + 16, 3)},
+    ),
+    "diffusers/SanaWMTransformer3DModel": Row(config={"image_size": 8}, inputs={"mask": _ones(BATCH, TOKENS)}),
+    "diffusers/WanAnimateTransformer3DModel": Row(config={"in_channels": 12, "latent_channels": 4}),
     "diffusers/PRXTransformer2DModel": Row(config={"axes_dim": [4, 4]}),
     "diffusers/PriorTransformer": Row(config={"num_embeddings": TOKENS}, inputs={"hidden_states": _noise(BATCH, 32)}),
     "diffusers/QwenImageTransformer2DModel": Row(
         config={"in_channels": 16, "out_channels": 4},
-        inputs={"hidden_states": _noise(BATCH, 16, 16), "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH, "timestep": _noise(BATCH)},
+        inputs={
+            "hidden_states": _noise(BATCH, 16, 16),
+            "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH,
+            "timestep": _noise(BATCH),
+        },
     ),
     "diffusers/StableAudioDiTModel": Row(
         config={"num_key_value_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "out_channels": 8},
@@ -543,8 +602,11 @@ ROWS: dict[str, Row] = {
         },
     ),
     "diffusers/StableAudio3DiTModel": Row(inputs={"hidden_states": _noise(BATCH, 32, 16), "global_hidden_states": _noise(BATCH, 32)}),
-    "diffusers/UNet1DModel": Row(inputs={"sample": _noise(BATCH, 2, 64)}),
-    "diffusers/UNetMotionModel": Row(inputs={"sample": _noise(BATCH, 4, 4, 8, 8)}),
+    "diffusers/UNet1DModel": Row(config={"extra_in_channels": 64}, inputs={"sample": _noise(BATCH, 2, 64)}),
+    "diffusers/UNetMotionModel": Row(
+        config={"num_attention_heads": 4, "motion_num_attention_heads": 4},
+        inputs={"sample": _noise(BATCH, 4, 4, 8, 8), "encoder_hidden_states": _noise(BATCH * 4, TOKENS, 32)},
+    ),
     "diffusers/UNetSpatioTemporalConditionModel": Row(
         config={"projection_class_embeddings_input_dim": 96, "num_attention_heads": (4, 4, 4, 4), "block_out_channels": (32, 32, 32, 32)},
         inputs={
@@ -561,8 +623,8 @@ ROWS: dict[str, Row] = {
         }
     ),
     "diffusers/UVit2DModel": Row(
-        config={"sample_size": 8, "block_num_heads": 4},
-        inputs={"input_ids": _ids(64), "micro_conds": _noise(BATCH, 5)},
+        config={"sample_size": 8, "block_num_heads": 4, "cond_embed_dim": 32, "micro_cond_encode_dim": 32, "micro_cond_embed_dim": 160},
+        inputs={"input_ids": lambda model, inputs: torch.randint(0, 60, (BATCH, 8, 8)), "micro_conds": _noise(BATCH, 5)},
     ),
     "diffusers/WanVACETransformer3DModel": Row(
         config={"vace_layers": [0, 2], "vace_in_channels": 8}, inputs={"control_hidden_states": _noise(BATCH, 8, 4, 8, 8)}
@@ -578,14 +640,14 @@ ROWS: dict[str, Row] = {
         inputs={
             "hidden_states": _noise(1, 2, 8, 8, 4),
             "encoder_hidden_states": _noise(1, TOKENS, 32),
-            "pooled_projections": _noise(1, 32),
+            "pooled_projections": _noise(1, 768),
             "timestep": _noise(1),
             "visual_rope_pos": lambda model, inputs: [torch.arange(2), torch.arange(4), torch.arange(4)],
             "text_rope_pos": lambda model, inputs: torch.arange(TOKENS),
         }
     ),
     "diffusers/T5FilmDecoder": Row(
-        config={"targets_length": 16},
+        config={"targets_length": 16, "input_dims": 32, "d_model": 32, "d_kv": 8, "d_ff": 64},
         inputs={
             "encodings_and_masks": lambda model, inputs: [(torch.randn(BATCH, TOKENS, 32), torch.ones(BATCH, TOKENS))],
             "decoder_input_tokens": _noise(BATCH, 16, 32),
