@@ -324,7 +324,7 @@ def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
 
 def _name(kind: str, line: list[tuple[str, nn.Module]], config: Any, root: Any) -> str:
     if getattr(config, "is_encoder_decoder", False) or getattr(root, "is_encoder_decoder", False):
-        for path, module in reversed(line):
+        for path, module in line:  # the outermost wins: the layers of a BERT that decodes are called `encoder`
             words = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
             for name in ("decoder", "encoder"):
                 if name in words.replace("encoderdecoder", ""):

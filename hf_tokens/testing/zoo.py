@@ -235,7 +235,7 @@ def _tiny_number(name: str, value: int) -> int:
 
 def _tiny_list(name: str, value: Any) -> Any:
     found = _rule(LISTS, name)
-    if found is not None:
+    if found is not None and not (found[0] == "patch" and len(value) > 3):
         return type(value)((*found[1], *found[1][-1:] * len(value))[: len(value)])
     if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return type(value)(_tiny_number(name, item) for item in value)

@@ -205,7 +205,8 @@ def _packed_pixels(model: nn.Module, names: set[str]) -> dict[str, Any]:
 
 def _patch_numel(model: nn.Module) -> int:
     """The numbers in one patch: what a filter of the patch embedding reads."""
-    return next(p[0].numel() for name, p in model.named_parameters() if "patch" in name and p.ndim > 1 and "position" not in name)
+    named = [(name, p[0].numel()) for name, p in model.named_parameters() if p.ndim > 1 and "pos" not in name]
+    return next(numel for part in ("patch", "vis") for name, numel in named if part in name)
 
 
 def _tiles(model: nn.Module, inputs: dict) -> torch.Tensor:
@@ -240,7 +241,7 @@ def _text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
 
 def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
     """How many positions of the text one image or sound takes: asked of the model itself."""
-    get = getattr(model, getter, None) or getattr(getattr(model, "model", None), getter, None)
+    get = next((getattr(module, getter) for module in model.modules() if hasattr(module, getter)), None)
     accepted = inspect.signature(get).parameters if get is not None else {}
     image = ("pixel", "image", "spatial", "qformer", "target", "high_res")
     mine = image if "image" in getter else ("input_features", "feature", "input_values", "audio", "pad")
@@ -275,7 +276,7 @@ def _mel(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     bins = _find(model, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size", "mel_bins", default=16)
     frames = 2 * min(_find(model, "max_source_positions", default=32), 128)
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))), None)
-    reads_rows = isinstance(first, nn.Conv1d) and first.in_channels == bins and not re.search(r"^Speech2Text", type(model).__name__)
+    reads_rows = isinstance(first, nn.Conv1d) and first.in_channels == bins and not re.search(r"^(Speech2Text|Wav2Vec2Bert|Seamless)", type(model).__name__)
     made = {"input_features": torch.randn(BATCH, bins, frames) if reads_rows else torch.randn(BATCH, frames, bins)}
     for name in ("input_features_mask", "feature_attention_mask"):
         if name in names:
@@ -284,7 +285,7 @@ def _mel(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
 
 
 def _wave(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
-    return {"input_values": torch.randn(BATCH, 4000)} if "input_features" not in inputs else {}
+    return {"input_values": torch.randn(BATCH, 4000)} if inputs.get("input_features") is None else {}
 
 
 INPUTS = (
@@ -378,6 +379,7 @@ _DEFORMABLE = {**_DETR, "backbone_config": {**_RESNET, "out_features": ["stage2"
 _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 _TIMM = "its image tower is a timm model, and timm is not installed"
 _SCIPY = "its class builds a loss that needs scipy, which is not installed"
+_ROPES = {name: {"rope_type": "default", "rope_theta": 10000.0} for name in ("sliding_attention", "full_attention")}
 _PASTS = {
     "past_values": _noise(BATCH, 19),
     "past_time_features": _noise(BATCH, 19, 1),
@@ -386,8 +388,55 @@ _PASTS = {
     "future_time_features": _noise(BATCH, 8, 1),
 }
 
+def _grid(model: nn.Module, inputs: dict) -> torch.Tensor:
+    return torch.tensor([[1, 4, 4]] * BATCH)
+
+
 ROWS: dict[str, Row] = {
     **{name: Row(inputs=_TILES) for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert", "colmodernvbert")},
+    **{name: Row(config={"image_token_id": 98}) for name in ("blip-2", "instructblip")},
+    "instructblipvideo": Row(config={"video_token_id": 98}, inputs={"pixel_values": _noise(BATCH, 4, 3, SIDE, SIDE)}),
+    "voxtral": Row(config={"audio_token_id": 98}),
+    "colqwen2": Row(inputs={"pixel_values": lambda model, inputs: torch.randn(BATCH, 16, _patch_numel(model)), "image_grid_thw": _grid}),
+    "zamba2": Row(config={"mamba_headdim": 8, "n_mamba_heads": 8, "attention_hidden_size": 64, "attention_head_dim": 16}),
+    "nemotron_h": Row(config={"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1}),
+    "nemo_speechlm": Row(config={"text_config": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1}}),
+    "glm4v_moe": Row(config={"text_config": {"rope_parameters": {"partial_rotary_factor": 1.0}}}),
+    "glm4v_moe_text": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "levit": Row(config={"patch_size": 16, "image_size": 64}),
+    "clvp": Row(config={name: {"hidden_size": 128} for name in ("text_config", "speech_config", "decoder_config")}),
+    "clvp_encoder": Row(config={"hidden_size": 128}),
+    "audio-spectrogram-transformer": Row(config={"max_length": 32}, inputs={"input_values": _noise(BATCH, 32, 16)}),
+    "musicgen_decoder": Row(inputs={"input_ids": _ids(rows=8), "attention_mask": _ones(BATCH, TOKENS)}),
+    "musicgen_melody_decoder": Row(inputs={"input_ids": _ids(rows=8), "attention_mask": _ones(BATCH, TOKENS)}),
+    "dia": Row(inputs={"decoder_input_ids": lambda model, inputs: torch.randint(5, 60, (BATCH, TOKENS, 9))}),
+    "dia_decoder": Row(inputs={"input_ids": lambda model, inputs: torch.randint(5, 60, (BATCH, TOKENS, 9))}),
+    "bros": Row(
+        config={"hidden_size": 64, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
+        inputs={"bbox": lambda model, inputs: torch.rand(BATCH, TOKENS, 8)},
+    ),
+    "lw_detr": Row(config={"backbone_config": {"num_windows": 4}}),
+    "lw_detr_vit": Row(config={"num_windows": 4}),
+    "llama4": Row(config={"vision_config": {"intermediate_size": 128}}),
+    "llama4_vision_model": Row(config={"intermediate_size": 128}),
+    "paddleocr_vl": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "image_grid_thw": _grid}),
+    "paddleocr_vl_vision": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "grid_thw": _grid}),
+    "kimi_k25": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "image_grid_thw": _grid}),
+    "kimi_k25_vision": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "grid_thw": _grid}),
+    "idefics": Row(inputs={"pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE), "image_attention_mask": _ones(BATCH, TOKENS, 1)}),
+    "qwen3_asr": Row(inputs={"input_features": _noise(BATCH, 16, 200), "input_features_mask": _ones(BATCH, 200)}),
+    "qwen3_asr_encoder": Row(inputs={"input_features": _noise(BATCH, 16, 200), "input_features_mask": _ones(BATCH, 200)}),
+    "qwen2_5_omni_thinker": Row(config={"vision_start_token_id": 93}, inputs={"input_features": None}),
+    "fuyu": Row(inputs={"pixel_values": None}),
+    "mimi": Row(inputs=_WAVE),
+    "mllama_vision_model": Row(
+        config={"intermediate_layers_indices": [0, 2], "vision_output_dim": 96},
+        inputs={
+            "pixel_values": lambda model, inputs: torch.randn(BATCH, 1, model.config.max_num_tiles, 3, SIDE, SIDE),
+            "aspect_ratio_ids": _ones(BATCH, 1),
+            "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.max_num_tiles).long(),
+        }
+    ),
     **{name: Row(config=_SERIES, inputs=_PASTS) for name in ("autoformer", "informer", "time_series_transformer")},
     **{name: Row(inputs=_WAVE) for name in ("mimi_encoder", "pocket_tts_audio_tokenizer_encoder", "pe_audio", "pe_audio_encoder")},
     **{name: Row(config=_DETR) for name in ("conditional_detr", "detr", "table-transformer", "dab-detr")},
@@ -418,24 +467,26 @@ ROWS: dict[str, Row] = {
     "donut-swin": Row(config={"window_size": 2, "image_size": 64}),
     "mask2former": Row(model="Mask2FormerModel", config={"backbone_config": {"window_size": 2, "image_size": 64}}),
     "seggpt": Row(
-        config={"image_size": (32, 16), "pretrain_image_size": 32, "intermediate_hidden_state_indices": (0, 1, 2, 3)},
+        config={"image_size": (32, 16), "pretrain_image_size": 32, "intermediate_hidden_state_indices": (1, 2, 3), "merge_index": 0},
         inputs={name: _noise(BATCH, 3, 16, 16) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
     ),
     "deformable_detr": Row(config=_DEFORMABLE),
     "lfm2_moe": Row(config={"layer_types": ["conv", "full_attention"] * 2}),
-    "deepseek_ocr2": Row(config={"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}}),
+    "deepseek_ocr2": Row(config={"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2}}),
     "deepseek_ocr2_text": Row(config={"mlp_layer_types": ["dense", "sparse"] * 2}),
     "esm": Row(config={"vocab_size": VOCAB, "mask_token_id": 4, "pad_token_id": 0}),
     "diffusion_gemma_text": Row(config={"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
     "diffusion_gemma": Row(config={"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}}),
-    "cohere_compass_text": Row(config={"layer_types": ["sliding_attention", "full_attention"] * 2}),
-    "cohere_compass": Row(config={"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2}}),
+    "cohere_compass_text": Row(config={"rope_parameters": _ROPES}),
+    "cohere_compass": Row(config={"text_config": {"rope_parameters": _ROPES}}),
     "gemma4": Row(inputs={"pixel_values": None, "input_features": None}),
     "gemma4_unified": Row(inputs={"pixel_values": None, "input_features": None}),
     "embedding_gemma2": Row(inputs={"pixel_values": None, "input_features": None}),
     "inkling2": Row(inputs={"pixel_values": None, "input_features": None}),
-    "musicgen": Row(model="MusicgenForConditionalGeneration"),
-    "musicgen_melody": Row(model="MusicgenMelodyForConditionalGeneration"),
+    "musicgen": Row(model="MusicgenForConditionalGeneration", inputs={"input_values": None, "decoder_input_ids": _ids(rows=8)}),
+    "musicgen_melody": Row(
+        model="MusicgenMelodyForConditionalGeneration", inputs={"input_features": None, "decoder_input_ids": _ids(rows=8)}
+    ),
     "align": Row(config={"projection_dim": 64}),
     "bridgetower": Row(config={"hidden_size": 64, "vision_config": {"hidden_size": 64}, "text_config": {"hidden_size": 64}}),
     "sam": Row(config={"prompt_encoder_config": {"image_embedding_size": 4}}),
@@ -456,12 +507,25 @@ ROWS: dict[str, Row] = {
     "step3p5": Row(config={"sliding_window": 8}),
     "step3p7": Row(config={"text_config": {"sliding_window": 8}}),
     "lilt": Row(config={"hidden_size": 48, "max_2d_position_embeddings": 128}),
-    "bros": Row(config={"dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 4, "dim_bbox_projection": 8}),
     "layoutlmv3": Row(config={"coordinate_size": 4, "shape_size": 8, "hidden_size": 32}),
-    "moonshine": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "moonshine": Row(
+        config={
+            "rope_parameters": {"partial_rotary_factor": 1.0},
+            "encoder_num_key_value_heads": 4,
+            "decoder_num_key_value_heads": 4,
+        }
+    ),
     "zamba": Row(config={"attention_hidden_size": 64, "attention_head_dim": 16}),
     "kosmos-2": Row(inputs={"image_embeds_position_mask": None}),
-    "mllama": Row(inputs={"pixel_values": None}),
+    "mllama": Row(
+        config={"vision_config": {"intermediate_layers_indices": [0, 2], "vision_output_dim": 96}},
+        inputs={
+            "pixel_values": lambda model, inputs: torch.randn(BATCH, 1, model.config.vision_config.max_num_tiles, 3, SIDE, SIDE),
+            "aspect_ratio_ids": _ones(BATCH, 1),
+            "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.vision_config.max_num_tiles).long(),
+            "cross_attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS, 1, model.config.vision_config.max_num_tiles).long(),
+        }
+    ),
     "siglip2_vision_model": Row(),
     "videomt": Row(),
     "pix2struct": Row(inputs={"flattened_patches": _noise(BATCH, 16, 8 * 8 * 3 + 2)}),
@@ -557,7 +621,7 @@ ROWS: dict[str, Row] = {
             "input_ids": _ids(),
             "input_img_latents": lambda model, inputs: [],
             "input_image_sizes": lambda model, inputs: {},
-            "attention_mask": _ones(BATCH, TOKENS + 17),
+            "attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS + 17, TOKENS + 17).bool(),
             "position_ids": lambda model, inputs: torch.arange(TOKENS + 17).expand(BATCH, -1),
         },
     ),
@@ -678,7 +742,7 @@ ROWS: dict[str, Row] = {
     "gpt_neo": Row(config={"attention_types": [[["global", "local"], 2]]}),
     "mamba2": Row(config={"num_heads": 8, "head_dim": 8, "n_groups": 1}),
     "maskformer": Row(model="MaskFormerModel"),
-    "oneformer": Row(model="OneFormerModel"),
+    "oneformer": Row(model="OneFormerModel", inputs={"task_inputs": _ids(77)}),
     "deepseek_v2": Row(config={"num_experts_per_tok": 2}),
 }
 UNBUILDABLE: dict[str, str] = {
