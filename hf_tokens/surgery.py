@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -303,6 +303,7 @@ class Runtime:
         if now.books is not behind:
             whole = now.books.restore(moment.hidden, whole)
         side.captured.clear()
+        side.heard_call = None
         now.inside, now.given = moment.hidden, call.pack(whole)
         if side.index == len(self.stream) - 1 and not replaying:
             self._close(now, whole)
@@ -374,6 +375,7 @@ class Runtime:
                 layer.seen = books.start + books.n
             return None, hidden
         guests: list[tuple[TokenBank, TokenMap]] = []
+        learns = x.requires_grad or torch.is_grad_enabled() and side.learns(call.arguments.values())
         for method in methods:
             if isinstance(method, TokenBank) and method.site != "input":
                 tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
@@ -381,11 +383,11 @@ class Runtime:
                     opened = TokenMap.insert(x.shape[1], 0, tokens.shape[1], len(x), x.device, beside=first_real(now, books))
                     x, books = torch.cat([tokens, x], dim=1), books.move(opened)
                     guests.append((method, opened))
+                    learns |= method.site != "query" and tokens.requires_grad
         stored = self._expect(layer, books, now)
         moment.local, moment.routed = books, routed
-        side.queries_only = sum(tokens.m - tokens.n for bank, tokens in guests if bank.site == "query")
-        side.moment = replace(moment, hidden=x)
-        with self._listen(side):
+        asking = sum(opened.m - opened.n for bank, opened in guests if bank.site == "query")
+        with self._listen(side, asking, replace(moment, hidden=x, now=replace(now))):
             output = call.run(side.inner, x, books, stored)
         self._count(side, x.shape[0] * x.shape[1])
         side.bare = isinstance(output, Tensor)
@@ -393,9 +395,11 @@ class Runtime:
         for bank, opened in reversed(guests):
             k = opened.m - opened.n
             summary, y = y[:, :k], y[:, k:]
-            read = bank.read(summary) if bank.site == "query" else None
-            if read is not None:
-                self.reads = read if self.reads is None else self.reads + read
+            if bank.site == "query":
+                read = bank.read(summary)
+                if read is not None:
+                    self.reads = read if self.reads is None else self.reads + read
+                y = y if learns else y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
         if routed is not None:
             y = routed.restore(y, hidden)
         if gate is not None:
@@ -404,12 +408,18 @@ class Runtime:
         return output, y
 
     @contextlib.contextmanager
-    def _listen(self, side: BlockSurgery):
-        side.listening = side.taps
+    def _listen(self, side: BlockSurgery, asking: int, moment: Moment) -> Iterator[None]:
+        """Open the hooks inside of the block while it runs, and again when its own checkpoint runs it in the backward pass."""
+        hearing = partial(side.hearing, side.taps, asking, moment)
+        checkpoint = vars(side.block).get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            side.block._gradient_checkpointing_func = lambda function, *args: checkpoint(hearing()(function), *args)
         try:
-            yield
+            with hearing():
+                yield
         finally:
-            side.listening, side.moment = False, None
+            if checkpoint is not None:
+                side.block._gradient_checkpointing_func = checkpoint
 
     def _count(self, side: BlockSurgery, tokens: int) -> None:
         if self.counts is not None:
@@ -450,18 +460,17 @@ class Runtime:
 
     def _settle(self, method: TokenReducer, moment: Moment) -> None:
         """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
-        held = moment.side.middle.pop(id(method), None)
+        held = moment.middle.get(id(method))
         if held is not None:
             self._move(held, moment, held.apply(moment.hidden, moment.now.books.all_sizes()), method.proportional)
 
     def middle(self, side: BlockSurgery, method: TokenReducer, x: Tensor) -> Tensor:
         """Between attention and MLP: the tokens that the MLP gets."""
-        moment = replace(side.moment, hidden=x)
-        tokens = self.ask(method, moment)
-        if tokens is None:
-            return x
-        side.middle[id(method)] = tokens
-        return tokens.apply(x, moment.now.books.all_sizes())
+        moment, held = replace(side.moment, hidden=x), side.moment.middle
+        if id(method) not in held:
+            held[id(method)] = self.ask(method, moment)
+        tokens = held[id(method)]
+        return x if tokens is None else tokens.apply(x, moment.now.books.all_sizes())
 
     def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
         tokens = self.ask(bank, moment)
