@@ -74,6 +74,7 @@ class Method(nn.Module, abc.ABC):
         needs_head: It adds to the output of the model's head, so it acts on the stream that the head reads.
         proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
         decodes: A cache compressor speaks at each generated token too.
+        exit: Number of blocks of the stream that run; those behind are left out. None runs all.
     """
 
     role: ClassVar[str]
@@ -90,6 +91,7 @@ class Method(nn.Module, abc.ABC):
     needs_head: ClassVar[bool] = False
     proportional: bool = False
     decodes: bool = False
+    exit: int | None = None
     key: str = ""
 
     def __init__(self, config: MethodConfig, dims: Dims):

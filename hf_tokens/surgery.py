@@ -197,7 +197,7 @@ class Runtime:
         self.reads: Tensor | None = None
         self.counts: dict[int, int] | None = None
         self.records: dict[int, list] | None = None
-        self.moves = False
+        self.moves, self.exit = False, len(stream)
         self.root: Root | None = None
         self.holders: list[nn.Module] = []  # the modules around the blocks, the model first
         self.keeps_final = False
@@ -218,7 +218,8 @@ class Runtime:
         methods = side.active()
         if side.index == 0 and self.moves:
             self._adopt(args, kwargs)
-        if not methods and (self.current is None or self.current.books.untouched) and not self._shortened(side, args, kwargs):
+        idle = not methods and side.index < self.exit and (self.current is None or self.current.books.untouched)
+        if idle and not self._shortened(side, args, kwargs):
             output = side.inner(*args, **kwargs)
             if self.counts is not None:
                 hidden = self.stream.bind(side.index, args, kwargs)
@@ -235,8 +236,9 @@ class Runtime:
             raise
 
     def refresh(self) -> None:
-        """Note whether any active method moves tokens of a causal stream."""
+        """Note whether any active method moves tokens of a causal stream, and where the stream ends for them."""
         self.moves = self.stream.causal and any(method.moves_tokens for method in self.methods())
+        self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
 
     def _shortened(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
         """Whether the block's cache holds fewer tokens than it has seen, so that its mask must be cut."""
@@ -330,7 +332,16 @@ class Runtime:
         now.at = side.index
         return now
 
+    def _refuse_cache(self, side: BlockSurgery, cache: Cache | None) -> None:
+        """A method that reads the whole sequence cannot be right for a part of it."""
+        seen = 0 if cache is None or side.layer_idx is None else cache.get_seq_length(side.layer_idx)
+        whole = sorted({type(method).__name__ for method in self.methods() if not method.caches})
+        if seen and whole:
+            rule = f"{', '.join(whole)} must see the whole sequence in one pass"
+            raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Call the model without `past_key_values`, not `generate`."))
+
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
+        self._refuse_cache(side, call.cache)
         layers, start, memory = [], 0, Memory()
         if self.moves:
             cache = call.cache
@@ -434,6 +445,8 @@ class Runtime:
         return getattr(method, method.verb)(**given)
 
     def _gate(self, methods: list[Method], moment: Moment) -> tuple[Tensor | None, bool]:
+        if moment.side.index >= self.exit:
+            return torch.zeros_like(moment.now.books.rows, dtype=moment.hidden.dtype), False
         gate, dense = None, False
         for method in methods:
             if isinstance(method, (TokenRouter, LayerRouter)):
@@ -501,12 +514,13 @@ class Runtime:
             return
         if there:
             place = mark.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
-            moment.hidden = hidden.scatter(1, place[..., None].expand_as(tokens), tokens)
+            moment.hidden = torch.where(mark[..., None], hidden.scatter(1, place[..., None].expand_as(tokens), tokens), hidden)
             return
         real = SUPPLY["mask"](moment)
         start = real.long().argmax(dim=1)
         end = real.shape[1] - real.flip(1).long().argmax(dim=1)
-        opened = TokenMap.insert(now.books.m, bank.place(start, end), tokens.shape[1], len(hidden), hidden.device)
+        at = bank.place(start, end)
+        opened = TokenMap.insert(now.books.m, at, tokens.shape[1], len(hidden), hidden.device, beside=torch.minimum(at, end - 1))
         wide = opened.gather(hidden)
         place = opened.fresh.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
         self._move(opened, moment, wide.scatter(1, place[..., None].expand_as(tokens), tokens))
