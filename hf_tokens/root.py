@@ -20,7 +20,7 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_
 
 
 class HeadHook:
-    """Calls `Root.behind_head`. A copy of the head alone, as PEFT makes for `modules_to_save`, keeps the root; one of the model has its own."""
+    """Calls `Root.behind_head`. A copy of the head alone (PEFT makes one for `modules_to_save`) keeps the root; a model's has its own."""
 
     def __init__(self, root: Root):
         self.root = root

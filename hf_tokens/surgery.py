@@ -403,6 +403,16 @@ class Runtime:
         self._count(side, x.shape[0] * x.shape[1])
         side.bare = isinstance(output, Tensor)
         y = call.read(output)
+        y = self._dismiss(guests, y, learns)
+        if routed is not None:
+            y = routed.restore(y, hidden)
+        if gate is not None:
+            mixed = hidden + gate[..., None].to(y.dtype) * (y - hidden)
+            y = mixed if gate.requires_grad else torch.where((gate == 1)[..., None], y, mixed)
+        return output, y
+
+    def _dismiss(self, guests: list[tuple[TokenBank, TokenMap]], y: Tensor, learns: bool) -> Tensor:
+        """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
         for bank, opened in reversed(guests):
             k = opened.m - opened.n
             summary, y = y[:, :k], y[:, k:]
@@ -411,12 +421,7 @@ class Runtime:
                 if read is not None:
                     self.reads = read if self.reads is None else self.reads + read
                 y = y if learns else y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
-        if routed is not None:
-            y = routed.restore(y, hidden)
-        if gate is not None:
-            mixed = hidden + gate[..., None].to(y.dtype) * (y - hidden)
-            y = mixed if gate.requires_grad else torch.where((gate == 1)[..., None], y, mixed)
-        return output, y
+        return y
 
     @contextlib.contextmanager
     def _listen(self, side: BlockSurgery, asking: int, moment: Moment) -> Iterator[None]:

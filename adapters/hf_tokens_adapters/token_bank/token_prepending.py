@@ -1,6 +1,7 @@
 """Token prepending: a causal model reads the end of a prompt before its start, by one token that carries the last one's state forward.
 
-Paper:   Token Prepending: A Training-Free Approach for Eliciting Better Sentence Embeddings from LLMs (Fu et al., ACL 2025), arXiv:2412.11556
+Paper:   Token Prepending: A Training-Free Approach for Eliciting Better Sentence Embeddings from LLMs (Fu et al., ACL 2025),
+         arXiv:2412.11556
 Maths:   h^0 = [h_1 .. h_{i-1}, pst, h_i .. h_n];  h^l = LLM^l(f(h^{l-1})) with f: h_i := h_n for start <= l <= end;
          the sentence's embedding is h_n^exit
 Differs: pst stands at the place of the token behind it and shifts no position; the paper lets all later tokens move on by one. It is
