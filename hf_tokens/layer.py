@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +54,6 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self._disable_adapters, self._active_adapter = False, []
         self._handles: dict[str, list] = {}
         self.captured: dict[str, Tensor] = {}
-        self.middle: dict[int, Any] = {}
         self.listening, self.queries_only, self.moment = False, 0, None
         self.heard_call: tuple | None = None
         self.bare = False  # whether the block is known to return its hidden states and nothing else
@@ -141,6 +142,21 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """Whether the model checkpoints the call of the block, so that it comes again in the backward pass."""
         return not self.checkpoints_itself and any(vars(m).get("gradient_checkpointing") is True for m in self.runtime.holders)
 
+    def learns(self, arguments: Iterable[Any]) -> bool:
+        """Whether a gradient is wanted of the block's own weights, or of what it is given."""
+        given = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+        return given or any(p.requires_grad for name, p in self.block.named_parameters() if not name.startswith("hf_tokens."))
+
+    @contextlib.contextmanager
+    def hearing(self, taps: bool, queries: int, moment: Moment) -> Iterator[None]:
+        """Let the hooks inside of the block work, for a call with so many tokens in front that only ask."""
+        held = self.listening, self.queries_only, self.moment
+        self.listening, self.queries_only, self.moment = taps, queries, moment
+        try:
+            yield
+        finally:
+            self.listening, self.queries_only, self.moment = held
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook_tap(self) -> list:
@@ -195,7 +211,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         return (self.runtime.middle(self, reducer, args[0]), *args[1:])
 
     def _leave_middle(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        held = next(iter(self.middle.values()), None)
+        held = None if self.moment is None else next(iter(self.moment.middle.values()), None)
         if held is None or output.shape[1] != held.m:
             return None
         return held.restore(output, output.new_zeros(()).expand(len(output), held.n, output.shape[-1]))

@@ -71,8 +71,10 @@ class Method(nn.Module, abc.ABC):
         caches: The method is right under cached generation; False makes the engine refuse a cache.
         trains_dense: In training a router's skipped tokens run too, unseen by the others, so that the gate gets a gradient.
         teaches: `teach` wants the last hidden states of the model without the adapter.
+        needs_head: It adds to the output of the model's head, so it acts on the stream that the head reads.
         proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
         decodes: A cache compressor speaks at each generated token too.
+        exit: Number of blocks of the stream that run; those behind are left out. None runs all.
     """
 
     role: ClassVar[str]
@@ -86,8 +88,10 @@ class Method(nn.Module, abc.ABC):
     caches: ClassVar[bool] = True
     trains_dense: ClassVar[bool] = False
     teaches: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = False
     proportional: bool = False
     decodes: bool = False
+    exit: int | None = None
     key: str = ""
 
     def __init__(self, config: MethodConfig, dims: Dims):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import weakref
 from collections.abc import Iterator
@@ -11,10 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedError, explain
 from .roles import Method
 from .surgery import Runtime
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+class HeadHook:
+    """Calls `Root.behind_head`. A copy of the head alone (PEFT makes one for `modules_to_save`) keeps the root; a model's has its own."""
+
+    def __init__(self, root: Root):
+        self.root = root
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return self.root.behind_head(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadHook:
+        return HeadHook(copy.deepcopy(self.root, memo) if id(self.root.model) in memo else self.root)
 
 
 class Root:
@@ -31,7 +46,7 @@ class Root:
             model.register_forward_hook(self.behind, with_kwargs=True),
         ]
         if head is not None:
-            self.handles.append(model.get_submodule(head).register_forward_hook(self.behind_head))
+            self.handles.append(model.get_submodule(head).register_forward_hook(HeadHook(self)))
         self.denoising = Denoising(model) if "diffusers" in sys.modules else None
 
     @property
@@ -121,13 +136,16 @@ class Root:
 
     # -- behind the model --------------------------------------------------------------------------------------------
 
-    def behind_head(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def behind_head(self, output: Tensor) -> Tensor | None:
         """Add what query tokens read to the head's output."""
         reads = [runtime.reads for runtime in self.runtimes if runtime.reads is not None]
         if not reads or self.teaching:
             return None
         for runtime in self.runtimes:
             runtime.reads = None
+        if output.shape != reads[0].shape:
+            rule = f"What query tokens read adds to a head with one output {tuple(reads[0].shape)} a sample"
+            raise UnsupportedError(explain(rule, tuple(output.shape), "Load the model with a classification head."))
         return output + sum(reads).to(output.dtype)
 
     def behind(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

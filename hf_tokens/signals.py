@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ class Moment:
     local: Books | None = None  # the tokens that the block really ran on: guests in front, then those routed to it
     routed: TokenMap | None = None
     whole_cache: bool = False
+    middle: dict[int, TokenMap | None] = field(default_factory=dict)  # maps between attention and MLP, by the method's id
 
     def local_real(self, queries: int) -> Tensor:
         """Queries of the block's attention call that are real tokens, (b m) bool."""

@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,7 +198,7 @@ class Runtime:
         self.reads: Tensor | None = None
         self.counts: dict[int, int] | None = None
         self.records: dict[int, list] | None = None
-        self.moves = False
+        self.moves, self.exit = False, len(stream)
         self.root: Root | None = None
         self.holders: list[nn.Module] = []  # the modules around the blocks, the model first
         self.keeps_final = False
@@ -219,7 +219,8 @@ class Runtime:
         methods = side.active()
         if side.index == 0 and self.moves:
             self._adopt(args, kwargs)
-        if not methods and (self.current is None or self.current.books.untouched) and not self._shortened(side, args, kwargs):
+        idle = not methods and side.index < self.exit and (self.current is None or self.current.books.untouched)
+        if idle and not self._shortened(side, args, kwargs):
             output = side.inner(*args, **kwargs)
             if self.counts is not None:
                 hidden = self.stream.bind(side.index, args, kwargs)
@@ -236,8 +237,9 @@ class Runtime:
             raise
 
     def refresh(self) -> None:
-        """Note whether any active method moves tokens of a causal stream."""
+        """Note whether any active method moves tokens of a causal stream, and where the stream ends for them."""
         self.moves = self.stream.causal and any(method.moves_tokens for method in self.methods())
+        self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
 
     def _shortened(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
         """Whether the block's cache holds fewer tokens than it has seen, so that its mask must be cut."""
@@ -304,6 +306,7 @@ class Runtime:
         if now.books is not behind:
             whole = now.books.restore(moment.hidden, whole)
         side.captured.clear()
+        side.heard_call = None
         now.inside, now.given = moment.hidden, call.pack(whole)
         if side.index == len(self.stream) - 1 and not replaying:
             self._close(now, whole)
@@ -330,7 +333,16 @@ class Runtime:
         now.at = side.index
         return now
 
+    def _refuse_cache(self, side: BlockSurgery, cache: Cache | None) -> None:
+        """A method that reads the whole sequence cannot be right for a part of it."""
+        seen = 0 if cache is None or side.layer_idx is None else cache.get_seq_length(side.layer_idx)
+        whole = sorted({type(method).__name__ for method in self.methods() if not method.caches})
+        if seen and whole:
+            rule = f"{', '.join(whole)} must see the whole sequence in one pass"
+            raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Call the model without `past_key_values`, not `generate`."))
+
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
+        self._refuse_cache(side, call.cache)
         layers, start, memory = [], 0, Memory()
         if self.moves:
             cache = call.cache
@@ -376,6 +388,7 @@ class Runtime:
                 layer.seen = books.start + books.n
             return None, hidden
         guests: list[tuple[TokenBank, TokenMap]] = []
+        learns = x.requires_grad or torch.is_grad_enabled() and side.learns(call.arguments.values())
         for method in methods:
             if isinstance(method, TokenBank) and method.site != "input":
                 tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
@@ -383,21 +396,16 @@ class Runtime:
                     opened = TokenMap.insert(x.shape[1], 0, tokens.shape[1], len(x), x.device, beside=first_real(now, books))
                     x, books = torch.cat([tokens, x], dim=1), books.move(opened)
                     guests.append((method, opened))
+                    learns |= method.site != "query" and tokens.requires_grad
         stored = self._expect(layer, books, now)
         moment.local, moment.routed = books, routed
-        side.queries_only = sum(tokens.m - tokens.n for bank, tokens in guests if bank.site == "query")
-        side.moment = replace(moment, hidden=x)
-        with self._listen(side):
+        asking = sum(opened.m - opened.n for bank, opened in guests if bank.site == "query")
+        with self._listen(side, asking, replace(moment, hidden=x, now=replace(now))):
             output = call.run(side.inner, x, books, stored)
         self._count(side, x.shape[0] * x.shape[1])
         side.bare = isinstance(output, Tensor)
         y = call.read(output)
-        for bank, opened in reversed(guests):
-            k = opened.m - opened.n
-            summary, y = y[:, :k], y[:, k:]
-            read = bank.read(summary) if bank.site == "query" else None
-            if read is not None:
-                self.reads = read if self.reads is None else self.reads + read
+        y = self._dismiss(guests, y, learns)
         if routed is not None:
             y = routed.restore(y, hidden)
         if gate is not None:
@@ -405,13 +413,31 @@ class Runtime:
             y = mixed if gate.requires_grad else torch.where((gate == 1)[..., None], y, mixed)
         return output, y
 
+    def _dismiss(self, guests: list[tuple[TokenBank, TokenMap]], y: Tensor, learns: bool) -> Tensor:
+        """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
+        for bank, opened in reversed(guests):
+            k = opened.m - opened.n
+            summary, y = y[:, :k], y[:, k:]
+            if bank.site == "query":
+                read = bank.read(summary)
+                if read is not None:
+                    self.reads = read if self.reads is None else self.reads + read
+                y = y if learns else y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
+        return y
+
     @contextlib.contextmanager
-    def _listen(self, side: BlockSurgery):
-        side.listening = side.taps
+    def _listen(self, side: BlockSurgery, asking: int, moment: Moment) -> Iterator[None]:
+        """Open the hooks inside of the block while it runs, and again when its own checkpoint runs it in the backward pass."""
+        hearing = partial(side.hearing, side.taps, asking, moment)
+        checkpoint = vars(side.block).get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            side.block._gradient_checkpointing_func = lambda function, *args: checkpoint(hearing()(function), *args)
         try:
-            yield
+            with hearing():
+                yield
         finally:
-            side.listening, side.moment = False, None
+            if checkpoint is not None:
+                side.block._gradient_checkpointing_func = checkpoint
 
     def _count(self, side: BlockSurgery, tokens: int) -> None:
         if self.counts is not None:
@@ -426,6 +452,8 @@ class Runtime:
         return getattr(method, method.verb)(**given)
 
     def _gate(self, methods: list[Method], moment: Moment) -> tuple[Tensor | None, bool]:
+        if moment.side.index >= self.exit:
+            return torch.zeros_like(moment.now.books.rows, dtype=moment.hidden.dtype), False
         gate, dense = None, False
         for method in methods:
             if isinstance(method, (TokenRouter, LayerRouter)):
@@ -452,18 +480,17 @@ class Runtime:
 
     def _settle(self, method: TokenReducer, moment: Moment) -> None:
         """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
-        held = moment.side.middle.pop(id(method), None)
+        held = moment.middle.get(id(method))
         if held is not None:
             self._move(held, moment, held.apply(moment.hidden, moment.now.books.all_sizes()), method.proportional)
 
     def middle(self, side: BlockSurgery, method: TokenReducer, x: Tensor) -> Tensor:
         """Between attention and MLP: the tokens that the MLP gets."""
-        moment = replace(side.moment, hidden=x)
-        tokens = self.ask(method, moment)
-        if tokens is None:
-            return x
-        side.middle[id(method)] = tokens
-        return tokens.apply(x, moment.now.books.all_sizes())
+        moment, held = replace(side.moment, hidden=x), side.moment.middle
+        if id(method) not in held:
+            held[id(method)] = self.ask(method, moment)
+        tokens = held[id(method)]
+        return x if tokens is None else tokens.apply(x, moment.now.books.all_sizes())
 
     def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
         tokens = self.ask(bank, moment)
@@ -494,12 +521,13 @@ class Runtime:
             return
         if there:
             place = mark.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
-            moment.hidden = hidden.scatter(1, place[..., None].expand_as(tokens), tokens)
+            moment.hidden = torch.where(mark[..., None], hidden.scatter(1, place[..., None].expand_as(tokens), tokens), hidden)
             return
         real = SUPPLY["mask"](moment)
         start = real.long().argmax(dim=1)
         end = real.shape[1] - real.flip(1).long().argmax(dim=1)
-        opened = TokenMap.insert(now.books.m, bank.place(start, end), tokens.shape[1], len(hidden), hidden.device)
+        at = bank.place(start, end)
+        opened = TokenMap.insert(now.books.m, at, tokens.shape[1], len(hidden), hidden.device, beside=torch.minimum(at, end - 1))
         wide = opened.gather(hidden)
         place = opened.fresh.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
         self._move(opened, moment, wide.scatter(1, place[..., None].expand_as(tokens), tokens))

@@ -132,6 +132,23 @@ def demand(info: MethodInfo) -> str:
     return f"a {causal}stream" + (f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else "")
 
 
+def head_outputs(found: Anatomy) -> int | None:
+    """Features that the model's head returns; None if it has no linear head."""
+    head = None if found.head is None else found.model.get_submodule(found.head)
+    head = head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head
+    return None if head is None else vars(head).get("out_features")
+
+
+def before_head(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+    """The stream among these that the model's head reads: the last that is called."""
+    chosen = [stream for stream in streams if stream is found.streams[-1]]
+    if not chosen or head_outputs(found) is None:
+        rule = f"Method {info.name!r} needs a linear head behind {demand(info)}"
+        came = f"{type(found.model).__name__} with {found.head or 'no head'} behind its stream {found.streams[-1].name}"
+        raise UnsupportedError(explain(rule, came, "Load it with a classification head, such as AutoModelForImageClassification."))
+    return chosen
+
+
 def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> list[Stream]:
     """The streams that a method acts on."""
     rule = f"Method {info.name!r} needs {demand(info)}"
@@ -144,11 +161,11 @@ def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> li
             )
         if not all(fits(info, s) for s in named):
             raise UnsupportedError(explain(rule, f"{config.stream!r}", f"The model has {here}."))
-        return named
+        return before_head(named, info, found) if info.cls.needs_head else named
     fitting = [s for s in found.streams if fits(info, s)]
     if not fitting:
         raise UnsupportedError(explain(rule, f"{type(found.model).__name__} with {here}", "Choose another method or model."))
-    return fitting
+    return before_head(fitting, info, found) if info.cls.needs_head else fitting
 
 
 def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
@@ -238,7 +255,6 @@ class HFTokensModel(BaseTuner):
 
     def _build(self, p: Placement, index: int, adapter_name: str):
         stream = p.stream
-        head = self._anatomy.head and self._anatomy.model.get_submodule(self._anatomy.head)
         dims = Dims(
             width=stream.width,
             heads=stream.heads,
@@ -249,7 +265,7 @@ class HFTokensModel(BaseTuner):
             kind=stream.kind,
             causal=stream.causal,
             leads=index == p.layers[0],
-            outputs=vars(head).get("out_features") if head is not None else None,
+            outputs=head_outputs(self._anatomy),
         )
         method = p.info.cls(p.config, dims)
         method.key = f"{adapter_name}.{p.slot}"

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from hf_tokens import TokenPrependingConfig, UnsupportedError, get_token_model
 
 # per case: prompt tokens n, position i* of <PST>, start layer, end layer k, exit layer M, layers L (layers count from 1)
 CASES = {
@@ -51,11 +53,11 @@ def attend(queries, keys, values):
     return torch.cat(out)
 
 
-def naive_layer(layer, hidden, theta):
+def naive_layer(layer, hidden, theta, positions):
     """A decoder layer, token after token: token t reads the tokens up to itself."""
     attention, width = layer.self_attn, layer.self_attn.head_dim
     keys, values, out = [], [], []
-    for position, x in enumerate(hidden):
+    for position, x in zip(positions, hidden, strict=True):
         normed = rms_norm(layer.input_layernorm, x)
         keys.append([rotate(key, position, theta) for key in heads_of(attention.k_proj, normed, width)])
         values.append(heads_of(attention.v_proj, normed, width))
@@ -68,18 +70,43 @@ def naive_layer(layer, hidden, theta):
     return out
 
 
-def naive(layers, embedded, pst, position, theta, *, start=2, end=8, exit=27):
+def layer_norm(layer, x):
+    mean = sum(x) / len(x)
+    variance = sum((value - mean) ** 2 for value in x) / len(x)
+    return (x - mean) / math.sqrt(variance + layer.eps) * layer.weight.double() + layer.bias.double()
+
+
+def naive_layer_gpt2(layer, hidden, theta, positions):
+    """The same for GPT-2, whose positions are learned and came with the embeddings; its linear layers hold W^T."""
+    linear = lambda module, x: x @ module.weight.double() + module.bias.double()
+    width, keys, values, out = layer.attn.head_dim, [], [], []
+    for x in hidden:
+        query, key, value = linear(layer.attn.c_attn, layer_norm(layer.ln_1, x)).chunk(3)
+        keys.append(list(key.split(width)))
+        values.append(list(value.split(width)))
+        x = x + linear(layer.attn.c_proj, attend(list(query.split(width)), keys, values))
+        inner = linear(layer.mlp.c_fc, layer_norm(layer.ln_2, x))
+        gelu = inner / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        out.append(x + linear(layer.mlp.c_proj, gelu))
+    return out
+
+
+def naive(layers, embedded, pst, position, theta, *, start=2, end=8, exit=27, shift=True, run=naive_layer):
     """h^0..h^M of one prompt, <PST> in it (n + 1 tokens); its embedding is the last token of the last of them.
 
     h^0 = [h_1 .. h_{i-1}, pst, h_i .. h_n];  h^l = LLM^l(f(h^{l-1})) with f: h_{i*} := h_n for start <= l <= end.
+    Without `shift`, <PST> stands where the token behind it stands (or the one before, at the end), and no other token moves.
     """
     hidden = [row.double() for row in embedded]
+    positions = list(range(len(hidden)))
+    positions.insert(position, min(position, len(hidden) - 1))
+    positions = list(range(len(hidden) + 1)) if shift else positions
     hidden.insert(position, pst.double())
     states = [torch.stack(hidden)]
     for number, layer in enumerate(layers[:exit], start=1):
         if start <= number <= end:
             hidden = [hidden[-1] if index == position else x for index, x in enumerate(hidden)]
-        hidden = naive_layer(layer, hidden, theta)
+        hidden = run(layer, hidden, theta, positions)
         states.append(torch.stack(hidden))
     return states
 
@@ -90,7 +117,48 @@ def tiny(layers, seed=0):
         vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.5, attn_implementation="sdpa",
     )  # fmt: skip
-    return LlamaModel(config).double().eval().requires_grad_(False)
+    return exact(LlamaModel(config).double().eval().requires_grad_(False))
+
+
+class ExactNorm(torch.nn.Module):
+    """RMSNorm without the way through float32."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class ExactRotary(torch.nn.Module):
+    """Rotary tables without the way through float32."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.theta, self.width = config.rope_parameters["rope_theta"], config.head_dim
+
+    def forward(self, x, position_ids):
+        powers = torch.arange(0, self.width, 2, dtype=torch.float64) / self.width
+        angles = position_ids[..., None] * self.theta**-powers
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def exact(model):
+    """A Llama whose arithmetic is float64 all through."""
+    for layer in model.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = ExactNorm(layer.input_layernorm), ExactNorm(layer.post_attention_layernorm)
+    model.rotary_emb = ExactRotary(model.config)
+    return model
+
+
+def tiny_gpt2(layers):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=11, n_embd=8, n_layer=layers, n_head=2, n_positions=32, initializer_range=0.5, attn_implementation="sdpa",
+    )  # fmt: skip
+    return GPT2Model(config).double().eval().requires_grad_(False)
 
 
 def sample(case):
@@ -125,8 +193,7 @@ def test_naive_is_the_model_with_one_overwritten_token(case):
     states = naive(model.layers, embedded, pst, position, model.config.rope_parameters["rope_theta"], **scope)
     assert len(states) == scope["exit"] + 1
     for got, expected in zip(states, by_the_model(model, embedded, pst, position, scope), strict=False):
-        # the norms of the model round through float32
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_naive_leaves_what_stands_before_the_token_as_it_is():
@@ -144,3 +211,107 @@ def test_naive_start_of_the_token_reaches_only_what_was_computed_from_it():
     other = naive(model.layers, embedded, pst + 1, position, theta, **scope)[-1]
     assert not torch.allclose(one[-1], other[-1])
     torch.testing.assert_close(one[:position], other[:position], rtol=0, atol=0)
+
+
+def test_naive_without_shift_differs_by_the_positions_behind_the_token():
+    model, embedded, pst, position, scope = sample("usual")
+    theta = model.config.rope_parameters["rope_theta"]
+    here, moved = (naive(model.layers, embedded, pst, position, theta, shift=shift, **scope)[-1] for shift in (False, True))
+    torch.testing.assert_close(here[:position], moved[:position], rtol=0, atol=0)
+    assert not torch.allclose(here[position:], moved[position:])
+
+
+FAMILIES = {
+    "rotary": (tiny, lambda model: model.layers, naive_layer),
+    "learned": (tiny_gpt2, lambda model: model.h, naive_layer_gpt2),
+}
+
+
+def prepended(family, case):
+    """A model with <PST>, the outputs that its layers will have, and a loop over one sample of embeddings (n d)."""
+    n, position, start, end, exit, layers = CASES[case]
+    build, blocks, run = FAMILIES[family]
+    base = build(layers)
+    torch.manual_seed(2)
+    model = get_token_model(base, TokenPrependingConfig(position=position, start=start, end=end, exit=exit))
+    pst = dict(model.named_buffers())[next(name for name, _ in model.named_buffers() if name.endswith(".pst"))][0]
+    outputs = []
+    for layer in blocks(base):
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out))
+    theta = base.config.rope_parameters["rope_theta"] if family == "rotary" else None
+
+    def loop(rows):
+        where = min(position, len(rows))
+        states = naive(blocks(base), rows, pst, where, theta, start=start, end=end, exit=exit, shift=False, run=run)
+        states = [torch.cat([state[:where], state[where + 1 :]]) for state in states[1:]]
+        return states + states[-1:] * (layers - exit)  # what lies behind the exit passes the tokens on
+
+    return model, outputs, loop
+
+
+def rows_of(base, family, lengths, place):
+    """Embeddings with positions in them (b n d), position ids and mask of prompts of these lengths, padded on one side."""
+    torch.manual_seed(1)
+    longest = max(lengths)
+    rows, ids, mask = torch.randn(len(lengths), longest, 8).double(), torch.zeros(len(lengths), longest).long(), []
+    for row, n in zip(ids, lengths, strict=True):
+        real = torch.arange(longest) < n if place == "right" else torch.arange(longest) >= longest - n
+        row[real] = torch.arange(n)
+        mask.append(real)
+    given = rows if family == "rotary" else rows + base.wpe(ids)
+    return rows, given, ids, torch.stack(mask)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_model_equals_naive(case, family):
+    model, outputs, loop = prepended(family, case)
+    rows, given, ids, _ = rows_of(model.base_model.model, family, [CASES[case][0]] * 2, "right")
+    model(inputs_embeds=rows, position_ids=ids)  # with the cache that a model makes by default
+    expected = [torch.stack(states) for states in zip(*map(loop, given), strict=True)]
+    assert len(outputs) == len(expected)
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", ["usual", "first of the prompt", "after the last token", "leaves after the first layer"])
+def test_padded_batch_equals_naive(case, side, family):
+    model, outputs, loop = prepended(family, case)
+    _, position, *_ = CASES[case]
+    lengths = [position + 3, 1, max(position, 1), 7]
+    rows, given, ids, mask = rows_of(model.base_model.model, family, lengths, side)
+    model(inputs_embeds=rows, attention_mask=mask.long(), position_ids=ids)
+    for index, real in enumerate(mask):
+        for got, want in zip(outputs, loop(given[index, real]), strict=True):
+            torch.testing.assert_close(got[index, real], want, rtol=1e-9, atol=1e-9)
+
+
+def test_hidden_states_hold_the_embedding_and_no_block_behind_the_exit_runs():
+    model, outputs, _ = prepended("rotary", "usual")
+    base, exit = model.base_model.model, CASES["usual"][4]
+    ran = []
+    for index, layer in enumerate(base.layers):
+        layer.mlp.register_forward_hook(lambda _, __, out, index=index: ran.append(index))
+    for _ in range(2):  # the first call learns that the blocks return their hidden states alone
+        ran.clear()
+        out = model(inputs_embeds=torch.randn(2, 6, 8).double(), output_hidden_states=True)
+    assert ran == list(range(exit))
+    torch.testing.assert_close(out.hidden_states[exit], outputs[-1], rtol=0, atol=0)
+    torch.testing.assert_close(out.last_hidden_state, base.norm(outputs[-1]), rtol=0, atol=0)
+
+
+def test_a_cache_with_tokens_and_generate_are_refused():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(tiny(3).config).eval()
+    model = get_token_model(base, TokenPrependingConfig(end=3))
+    ids = torch.randint(3, 11, (2, 5))
+    wanted = "TokenPrepending must see the whole sequence in one pass, got a cache of 5 tokens. Call the model without `past_key_values`"
+    cache = DynamicCache()
+    model(input_ids=ids, past_key_values=cache)
+    with pytest.raises(UnsupportedError, match=wanted):
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    with pytest.raises(UnsupportedError, match=wanted):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, pad_token_id=0)
+    torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids, use_cache=False).logits, rtol=0, atol=0)

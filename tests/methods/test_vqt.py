@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from hf_tokens import VQT, UnsupportedError, VQTConfig, get_token_model
 
 # per case: tokens n (class token among them), queries T, layers M, valid tokens (None: all), residual
 CASES = {
@@ -88,11 +90,14 @@ def naive_select(weight, fraction):
 
 def tiny(layers, seed=0):
     torch.manual_seed(seed)
-    config = ViTConfig(
+    return ViTModel(tiny_config(layers), add_pooling_layer=False).double().eval().requires_grad_(False)
+
+
+def tiny_config(layers):
+    return ViTConfig(
         hidden_size=8, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
-        attn_implementation="sdpa", initializer_range=0.5,
+        attn_implementation="sdpa", initializer_range=0.5, num_labels=3,
     )  # fmt: skip
-    return ViTModel(config, add_pooling_layer=False).double().eval().requires_grad_(False)
 
 
 def sample(case):
@@ -144,3 +149,130 @@ def test_naive_head_and_selection():
     assert naive_select(weight, 0.0) == []
     assert naive_select(weight, 1.0) == [0, 1, 2, 3]
     assert naive_features(torch.zeros(4), torch.zeros(3, 2, 4)).shape == (4 + 3 * 2 * 4,)
+
+
+def classifier(layers):
+    """A whole model whose `pixel_values` are the rows that its first block gets, so that any number of tokens can be tried."""
+    torch.manual_seed(0)
+    model = ViTForImageClassification(tiny_config(layers)).double().eval()
+    model.vit.embeddings.forward = lambda pixel_values, **_: pixel_values
+    return model
+
+
+def tuned(layers, config, **kwargs):
+    """A classifier with queries whose head does not start at zero, and its banks."""
+    base = classifier(layers)
+    torch.manual_seed(2)
+    model = get_token_model(base, config, **kwargs)
+    banks = [module for module in model.modules() if isinstance(module, VQT)]
+    for bank in banks:
+        torch.nn.init.normal_(bank.weight)
+    return model, base, banks
+
+
+def naive_logits(base, banks, hidden, valid, combine, class_index=0):
+    """W_1 on the class token behind the final norm, and W_2 on all summaries."""
+    last, summaries = naive(base.vit.layers, hidden, [bank.prompt.detach() for bank in banks], 2, valid)
+    if combine == "mean":
+        summaries = [[sum(layer) / len(layer)] for layer in summaries]
+    elif combine == "weighted":
+        summaries = [[sum(w * p for w, p in zip(bank.mix, layer, strict=True))] for bank, layer in zip(banks, summaries, strict=True)]
+    weight = torch.cat([bank.weight.detach() for bank in banks], dim=1)
+    class_token = layer_norm(base.vit.layernorm, last[class_index])
+    return linear(base.classifier, class_token) + weight @ naive_features(torch.empty(0), summaries)
+
+
+@pytest.mark.parametrize("combine", ["concat", "mean", "weighted"])
+@pytest.mark.parametrize("case", [name for name, row in CASES.items() if row[1]])
+def test_model_equals_naive(case, combine):
+    n, queries, layers, valid, _ = CASES[case]
+    model, base, banks = tuned(layers, VQTConfig(tokens=queries, combine=combine))
+    for bank in banks if combine == "weighted" else ():
+        torch.nn.init.normal_(bank.mix)
+    torch.manual_seed(1)
+    rows = torch.randn(2, n, 8).double()
+    mask = None if valid is None else (torch.arange(n) < valid).long().expand(2, n)
+    with torch.no_grad():
+        logits = model(pixel_values=rows, attention_mask=mask).logits
+        expected = torch.stack([naive_logits(base, banks, row, valid, combine) for row in rows])
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_padded_on_either_side_equal_naive():
+    model, base, banks = tuned(2, VQTConfig(tokens=3))
+    torch.manual_seed(1)
+    rows, mask = torch.randn(3, 7, 8).double(), torch.ones(3, 7, dtype=torch.long)
+    mask[0, 4:], mask[1, :5] = 0, 0
+    turned = [(rows[0], 4, 0), (rows[1].roll(-5, dims=0), 2, 2), (rows[2], None, 0)]  # naive wants the real tokens first
+    with torch.no_grad():
+        logits = model(pixel_values=rows, attention_mask=mask).logits
+        expected = torch.stack([naive_logits(base, banks, row, valid, "concat", at) for row, valid, at in turned])
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_queries_and_a_fresh_head_are_the_base():
+    rows = torch.randn(2, 5, 8).double()
+    expected = classifier(3)(pixel_values=rows).logits
+    for config in (VQTConfig(tokens=0), VQTConfig(tokens=0, combine="mean"), VQTConfig(tokens=2, combine="weighted")):
+        got = get_token_model(classifier(3), config)(pixel_values=rows).logits
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_group_lasso_and_selection_equal_naive():
+    rows, labels = torch.randn(2, 5, 8).double(), torch.tensor([0, 2])
+    plain, _, _ = tuned(2, VQTConfig(tokens=2))
+    model, base, banks = tuned(2, VQTConfig(tokens=2, lasso=0.1, fraction=0.4))
+    weight = torch.cat([bank.weight.detach() for bank in banks], dim=1)
+    grown = model.train()(pixel_values=rows, labels=labels).loss - plain.train()(pixel_values=rows, labels=labels).loss
+    assert grown.item() == pytest.approx(0.1 * naive_group_lasso(weight), rel=1e-6)  # the engine adds losses in float32
+
+    VQT.select(model)
+    kept = torch.cat([bank.kept for bank in banks])
+    assert kept.nonzero().flatten().tolist() == naive_select(weight, 0.4)
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=rows).logits
+        for bank in banks:
+            bank.weight[:, ~bank.kept] = 0
+        expected = torch.stack([naive_logits(base, banks, row, None, "concat") for row in rows])
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_gradients_stay_out_of_the_frozen_stream(reentrant):
+    """The gradient of each block's queries is that of the block alone on a constant input, checkpointed or not."""
+    model, base, banks = tuned(3, VQTConfig(tokens=2))
+    if reentrant is not None:
+        base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    rows = torch.randn(2, 5, 8).double()
+    streams = []
+    for block in base.vit.layers:
+        block.register_forward_hook(lambda _, __, out: streams.append(out))
+    model.train()(pixel_values=rows).logits.square().sum().backward()
+    assert not any(stream.requires_grad for stream in streams)
+
+    queries = [bank.prompt.detach().clone().requires_grad_() for bank in banks]
+    inputs = [rows, *streams[:-1]]
+    total = base.classifier(base.vit.layernorm(streams[-1])[:, 0])
+    for block, bank, p, hidden in zip(base.vit.layers, banks, queries, inputs, strict=True):
+        block.eval().requires_grad_(False)
+        summary = torch.stack([block_with_hidden_keys(type(block).forward.__get__(block), row, p, None)[1] for row in hidden])
+        total = total + summary.flatten(1) @ bank.weight.detach().T
+    total.square().sum().backward()
+    for bank, p in zip(banks, queries, strict=True):
+        torch.testing.assert_close(bank.prompt.grad, p.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_trained_copy_of_the_head_still_gets_what_was_read():
+    rows = torch.randn(2, 5, 8).double()
+    plain, _, _ = tuned(2, VQTConfig(tokens=2))
+    model, _, _ = tuned(2, VQTConfig(tokens=2), modules_to_save=["classifier"])
+    torch.testing.assert_close(model(pixel_values=rows).logits, plain(pixel_values=rows).logits, rtol=0, atol=0)
+
+
+def test_a_model_without_a_head_is_refused_and_left_alone():
+    base = tiny(2)
+    before = set(dict(base.named_modules()))
+    with pytest.raises(UnsupportedError, match="'vqt' needs a linear head .* got ViTModel with no head .* Load it with a classification"):
+        get_token_model(base, VQTConfig())
+    assert set(dict(base.named_modules())) == before
+    assert not any("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in base.modules())

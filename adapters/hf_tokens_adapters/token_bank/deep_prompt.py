@@ -1,6 +1,7 @@
 """Deep prompts: k learnable tokens in front of the sequence in every block, fresh ones in each.
 
-Paper:   P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks (Liu et al., ACL 2022), arXiv:2110.07602
+Paper:   P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks (Liu et al.,
+         ACL 2022), arXiv:2110.07602
 Maths:   [_, H_i] = L_i([P_i, H_{i-1}]),  P_i in R^{k x d};  what comes out at P_i is dropped
 Differs: the prompts are hidden states in front of each block, as in VPT-deep; the paper stores them as keys and values.
 

@@ -1,0 +1,71 @@
+"""Token prepending: a causal model reads the end of a prompt before its start, by one token that carries the last one's state forward.
+
+Paper:   Token Prepending: A Training-Free Approach for Eliciting Better Sentence Embeddings from LLMs (Fu et al., ACL 2025),
+         arXiv:2412.11556
+Maths:   h^0 = [h_1 .. h_{i-1}, pst, h_i .. h_n];  h^l = LLM^l(f(h^{l-1})) with f: h_i := h_n for start <= l <= end;
+         the sentence's embedding is h_n^exit
+Differs: pst stands at the place of the token behind it and shifts no position; the paper lets all later tokens move on by one. It is
+         never an existing token's embedding. Blocks behind `exit` do not run, so the model's last hidden state is its final norm of
+         h^exit; h^exit itself is `hidden_states[exit]`, and the embedding is its last real token.
+
+>>> from hf_tokens import TokenPrependingConfig, get_token_model
+>>> from hf_tokens.testing import zoo
+>>> specimen = zoo.build("llama")
+>>> model = get_token_model(specimen.model, TokenPrependingConfig(position=2, start=2, end=3, exit=3))
+>>> model(**specimen.inputs, output_hidden_states=True).hidden_states[3][:, -1].shape
+torch.Size([2, 32])
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_tokens import Dims, MethodConfig, TokenBank, option, register
+
+INITS = {
+    "gaussian": torch.randn,
+    "uniform": torch.rand,
+    "zeros": torch.zeros,
+    "ones": torch.ones,
+}
+
+
+@dataclass(frozen=True)
+class TokenPrependingConfig(MethodConfig):
+    tokens: int = option(1, ge=0, le=1, zero=0, help="Whether <PST> is inserted.")
+    position: int = option(1, ge=0, help="Tokens of each prompt in front of <PST>: those of the template before the text (paper: i* - 1).")
+    start: int = option(2, ge=2, help="First layer, counted from 1, whose input gets the last token's state at <PST>.")
+    end: int = option(8, ge=1, help="Last layer that gets it (paper: k); below `start`, none does.")
+    exit: int = option(27, ge=1, le=1000, zero=1000, help="Last layer that runs (paper: M).")
+    init: str = option("gaussian", choices=tuple(INITS), help="What the frozen vector of <PST> is drawn from.")
+
+
+@register("token-prepending", TokenPrependingConfig)
+class TokenPrepending(TokenBank):
+    site = "input"
+    kinds = ("text",)
+    causal = True
+    caches = False
+
+    def __init__(self, config: TokenPrependingConfig, dims: Dims):
+        super().__init__(config, dims)
+        if dims.leads:
+            self.register_buffer("pst", INITS[config.init](config.tokens, dims.width))
+
+    @classmethod
+    def default_layers(cls, config: TokenPrependingConfig, layers: int) -> tuple[int, ...]:
+        return (0, *range(config.start - 1, min(config.end, layers)))
+
+    @property
+    def exit(self) -> int:
+        return self.config.exit
+
+    def place(self, start: Tensor, end: Tensor) -> Tensor:
+        return torch.minimum(start + self.config.position, end)
+
+    def tokens(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        if self.leads or not self.config.tokens:
+            return self.leader.pst  # k d
+        last = mask.shape[1] - 1 - mask.flip(1).long().argmax(dim=1)  # b
+        return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]  # b 1 d
