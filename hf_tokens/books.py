@@ -17,7 +17,7 @@ FOREIGN = re.compile(
     r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|control|layer_head_mask|past|cache|use_cache|output_)"
 )
 CROSS = re.compile(r"encoder|cross|context|memory")
-EMBEDDING = re.compile(r"(^|_)(temb|emb|conditioning|modulation|adaln\w*)($|_)")
+EMBEDDING = re.compile(r"^(?!.*(rotary|rope)).*?(^|_)(temb|emb|conditioning|modulation|adaln\w*)($|_)")
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -205,7 +205,8 @@ class Books:
         columns = self._columns(value.shape[-1], stored)
         out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)
         visible = self._visible(stored)
-        return self._weigh(out if visible is None else hide(out, visible))
+        out = out if visible is None else hide(out, visible)
+        return self._weigh(out) if "mask" in name else out  # a bias comes beside a mask
 
     def _weigh(self, mask: Tensor | None, like: Tensor | None = None) -> Tensor | None:
         """Add log(size) of each key to a mask (proportional attention)."""

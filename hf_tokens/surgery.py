@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .layer import BlockSurgery
     from .root import Root
 
+BIAS = "position_bias"  # the relative bias that T5's blocks hand on
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
 
 
@@ -82,6 +83,7 @@ class Call:
         if books.untouched and stored is None:
             given = {**self.arguments, self.hidden_name: original}
             return self._apply(inner, given)
+        self._spell_out_bias(books)
         given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
         given[self.hidden_name] = original
         name = self._mask_name()
@@ -89,6 +91,13 @@ class Call:
             given[name] = books.implied_mask(hidden, stored)
         output = self._apply(inner, given)
         return self._give_back(output, given)
+
+    def _spell_out_bias(self, books: Books) -> None:
+        """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
+        attention = self.stream.attention(self.index)
+        if BIAS in parameters(type(self.stream.blocks[self.index])) and self.arguments.get(BIAS) is None and attention is not None:
+            if vars(attention).get("has_relative_attention_bias"):
+                self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
 
     def _mask_name(self) -> str | None:
         names = parameters(type(self.stream.blocks[self.index]))
