@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .anatomy import Stream
-from .books import CROSS, Books, Stored
+from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import Arrival, TokenCacheLayer, adopt, self_attention_cache
 from .errors import UnsupportedError, explain
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
@@ -328,6 +328,7 @@ class Runtime:
 
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
         layers, start, memory = [], 0, Memory()
+        self._refuse(side, call)
         if self.moves:
             cache = call.cache
             if cache is not None:
@@ -346,6 +347,18 @@ class Runtime:
         elif layers:
             layers[0].first = first
         return Pass(books, real, first, memory, layers=layers)
+
+    def _refuse(self, side: BlockSurgery, call: Call) -> None:
+        """Say what this call asks for that the methods cannot do."""
+        segments = [len(value) - 1 for name, value in call.arguments.items() if SEGMENTS.match(name) and isinstance(value, Tensor)]
+        if call.packed and max(segments, default=1) > 1:
+            rule = f"A surgery in the stream {self.stream.name!r}, which packs its samples into one row, takes one sample a call"
+            raise UnsupportedError(explain(rule, f"{max(segments)} segments", "Give the model one image, or name another stream."))
+        cache = call.cache
+        whole = [type(method).__name__ for method in self.methods() if not method.caches]
+        if whole and cache is not None and side.layer_idx is not None and cache.get_seq_length(side.layer_idx):
+            rule = f"{', '.join(whole)} must see the whole sequence in each pass"
+            raise UnsupportedError(explain(rule, "a cache that holds its beginning", "Pass `use_cache=False`."))
 
     def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
         cache = call.cache if now.layers else None

@@ -26,6 +26,7 @@ from .surgery import Runtime
 NAME = "HF_TOKENS"
 CHILD = "hf_tokens"
 PEFT_METHOD = "peft"
+LAYOUTS = ("b n d", "n d")  # samples in a batch, or packed into one row: what is packed is taken only where nothing else is, or by name
 
 
 def extend_peft_type() -> PeftType:
@@ -123,13 +124,14 @@ class Placement:
 def fits(info: MethodInfo, stream: Stream) -> bool:
     """Whether a method supports a stream."""
     cls = info.cls
-    return (not cls.kinds or stream.kind in cls.kinds) and cls.causal in (None, stream.causal)
+    return (not cls.kinds or stream.kind in cls.kinds) and cls.causal in (None, stream.causal) and stream.layout in LAYOUTS
 
 
 def demand(info: MethodInfo) -> str:
     """What streams a method supports, in words."""
     causal = {True: "causal ", False: "bidirectional ", None: ""}[info.cls.causal]
-    return f"a {causal}stream" + (f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else "")
+    kinds = f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else ""
+    return f"a {causal}stream{kinds} whose tokens lie in (batch, tokens, width)"
 
 
 def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> list[Stream]:
@@ -148,7 +150,7 @@ def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> li
     fitting = [s for s in found.streams if fits(info, s)]
     if not fitting:
         raise UnsupportedError(explain(rule, f"{type(found.model).__name__} with {here}", "Choose another method or model."))
-    return fitting
+    return [s for s in fitting if s.layout == LAYOUTS[0]] or fitting
 
 
 def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
