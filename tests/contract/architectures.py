@@ -66,6 +66,7 @@ class Architecture:
         if self.generates:
             model.generation_config.eos_token_id = None
             model.generation_config.pad_token_id = 0
+            model.generation_config.decoder_start_token_id = 1
         return model.eval(), inputs
 
     def read(self, output: Any) -> list[Tensor]:
@@ -126,9 +127,11 @@ def take_sample(name: str, value: Any, i: int) -> Any:
 
 def siglip() -> tuple[nn.Module, Inputs]:
     part = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
-    text = dict(**part, vocab_size=zoo.VOCAB, max_position_embeddings=32, projection_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    text = dict(**part, **special, vocab_size=zoo.VOCAB, max_position_embeddings=32, projection_size=32)
     config = transformers.SiglipConfig(text_config=text, vision_config=dict(**part, image_size=32, patch_size=8))
-    inputs = {"input_ids": torch.randint(5, 80, (BATCH, 16)), "attention_mask": torch.ones(BATCH, 16, dtype=torch.long)}
+    ids = torch.randint(5, 80, (BATCH, 16))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return transformers.SiglipModel(config), {**inputs, "pixel_values": torch.randn(BATCH, 3, 32, 32)}
 
 
@@ -157,8 +160,8 @@ def small_unet() -> tuple[nn.Module, Inputs]:
         attention_head_dim=4,
         norm_num_groups=4,
     )
-    inputs = {"sample": torch.randn(BATCH, 4, 8, 8), "timestep": torch.tensor([10, 10]), "encoder_hidden_states": torch.randn(BATCH, 16, 32)}
-    return model, inputs
+    context = torch.randn(BATCH, 16, 32)
+    return model, {"sample": torch.randn(BATCH, 4, 8, 8), "timestep": torch.tensor([10, 10]), "encoder_hidden_states": context}
 
 
 BOTH = ("left", "right")

@@ -93,8 +93,8 @@ def test_bad_values_are_refused_in_the_standard_words(config, field, hint):
         with pytest.raises(ConfigError) as caught:
             config(**{field.name: value})
         rule = "one of" if "choices" in field.metadata else "in"
-        wanted = f"{config.__name__}.{field.name} must be {rule} {interval(field.metadata)}, got {value!r}. Meaning: {field.metadata['help']}"
-        assert str(caught.value) == wanted
+        said, meaning = f"{config.__name__}.{field.name} must be {rule} {interval(field.metadata)}", field.metadata["help"]
+        assert str(caught.value) == f"{said}, got {value!r}. Meaning: {meaning}"
 
 
 @pytest.mark.parametrize(("config", "field", "hint"), knobs())
