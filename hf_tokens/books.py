@@ -223,7 +223,8 @@ class Books:
         if SLOPES.search(name):
             return out
         visible = self._visible(stored)
-        return self._weigh(out if visible is None else hide(out, visible))
+        out = out if visible is None else hide(out, visible)
+        return self._weigh(out) if "mask" in name else out  # a bias comes beside a mask
 
     def _weigh(self, mask: Tensor | None, like: Tensor | None = None) -> Tensor | None:
         """Add log(size) of each key to a mask (proportional attention)."""

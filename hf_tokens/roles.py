@@ -69,6 +69,7 @@ class Method(nn.Module, abc.ABC):
         causal: True or False if the method needs a causal or a bidirectional stream; None if it takes both.
         moves_tokens: The method changes the number of tokens or of cache entries.
         caches: The method is right under cached generation; False makes the engine refuse a cache.
+        packed: The method is right where several samples are packed into one row.
         trains_dense: In training a router's skipped tokens run too, unseen by the others, so that the gate gets a gradient.
         teaches: `teach` wants the last hidden states of the model without the adapter.
         needs_head: It adds to the output of the model's head, so it acts on the stream that the head reads.
@@ -86,6 +87,7 @@ class Method(nn.Module, abc.ABC):
     causal: ClassVar[bool | None] = None
     moves_tokens: ClassVar[bool] = True
     caches: ClassVar[bool] = True
+    packed: ClassVar[bool] = False
     trains_dense: ClassVar[bool] = False
     teaches: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .anatomy import Stream
-from .books import CROSS, Books, Stored
+from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import Arrival, TokenCacheLayer, adopt, self_attention_cache
 from .errors import UnsupportedError, explain
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .layer import BlockSurgery
     from .root import Root
 
+BIAS = "position_bias"  # the relative bias that T5's blocks hand on
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
 
 
@@ -42,9 +43,10 @@ def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 # How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
+PACKED = "n d"  # samples one behind the other in one row
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "b n d": (lambda x: x, lambda x, came: x),
-    "n d": (lambda x: x[None], lambda x, came: x[0]),
+    PACKED: (lambda x: x[None], lambda x, came: x[0]),
     "n b d": (lambda x: x.transpose(0, 1), lambda x, came: x.transpose(0, 1)),
     "b n c d": (lambda x: x.flatten(2), lambda x, came: x.unflatten(2, came.shape[2:])),
     "c b n d": (
@@ -96,6 +98,7 @@ class Call:
         if books.untouched and stored is None:
             given = {**self.arguments, self.hidden_name: original}
             return self._apply(inner, given)
+        self._spell_out_bias(books)
         given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
         given[self.hidden_name] = original
         name = self._mask_name()
@@ -103,6 +106,13 @@ class Call:
             given[name] = books.implied_mask(hidden, stored)
         output = self._apply(inner, given)
         return self._give_back(output, given)
+
+    def _spell_out_bias(self, books: Books) -> None:
+        """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
+        attention = self.stream.attention(self.index)
+        if BIAS in parameters(type(self.stream.blocks[self.index])) and self.arguments.get(BIAS) is None and attention is not None:
+            if vars(attention).get("has_relative_attention_bias"):
+                self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
 
     def _mask_name(self) -> str | None:
         names = parameters(type(self.stream.blocks[self.index]))
@@ -344,6 +354,7 @@ class Runtime:
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
         self._refuse_cache(side, call.cache)
         layers, start, memory = [], 0, Memory()
+        self._refuse_packed(call)
         if self.moves:
             cache = call.cache
             if cache is not None:
@@ -363,6 +374,13 @@ class Runtime:
         elif layers:
             layers[0].first = first
         return Pass(books, real, first, memory, layers=layers)
+
+    def _refuse_packed(self, call: Call) -> None:
+        """A method that thinks of one sample a row cannot be right for several in one."""
+        segments = [len(value) - 1 for name, value in call.arguments.items() if SEGMENTS.match(name) and isinstance(value, Tensor)]
+        if max(segments, default=1) > 1 and not all(method.packed for method in self.methods()):
+            rule = f"The stream {self.stream.name!r} packs its samples into one row, and these methods take one sample a call"
+            raise UnsupportedError(explain(rule, f"{max(segments)} segments", "Give the model one image, or name another stream."))
 
     def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
         cache = call.cache if now.layers else None
