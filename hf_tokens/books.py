@@ -47,6 +47,7 @@ class Books:
         prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
+        dtype: Of the tokens, and of a mask that is made for them.
     """
 
     n: int
@@ -62,6 +63,7 @@ class Books:
     prefix: int = 0
     additive: bool = False
     proportional: bool = False
+    dtype: torch.dtype = torch.float32
     untouched: bool = True
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
@@ -70,7 +72,7 @@ class Books:
         """Books of a sequence that nothing has changed yet, hidden (b n d)."""
         batch, n = hidden.shape[:2]
         rows = torch.arange(n, device=hidden.device).expand(batch, n)
-        return cls(n=n, batch=batch, start=start, rows=rows, slot=rows, causal=causal, context=context, prefix=prefix, additive=additive)
+        return cls(n, batch, start, rows, rows, causal, context=context, prefix=prefix, additive=additive, dtype=hidden.dtype)
 
     @property
     def m(self) -> int:
@@ -226,13 +228,13 @@ class Books:
         out = out if visible is None else hide(out, visible)
         return self._weigh(out) if "mask" in name else out  # a bias comes beside a mask
 
-    def _weigh(self, mask: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+    def _weigh(self, mask: Tensor | None) -> Tensor | None:
         """Add log(size) of each key to a mask (proportional attention)."""
         if not self.proportional:
             return mask
-        bias = self.all_sizes().log()[:, None, None]
+        bias = self.all_sizes().double().log()[:, None, None].to(self.dtype)
         if mask is None:
-            return bias.to(like.dtype)
+            return bias
         if mask.dtype == torch.bool:
             return torch.where(mask, bias, torch.finfo(bias.dtype).min)
         return mask + bias.to(mask.dtype)
@@ -288,7 +290,7 @@ class Books:
         """The mask where the model gave none: it relied on the order of the tokens, which may not be enough any more."""
         filled = self._filled(stored)
         if not self.causal:
-            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden), hidden)
+            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden))
         past = stored is not None and stored.origins.shape[-1] > 0
         if filled is None and (not past or self.m == 1):
             return None

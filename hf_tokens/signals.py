@@ -36,6 +36,7 @@ class Moment:
     local: Books | None = None  # the tokens that the block really ran on: guests in front, then those routed to it
     routed: TokenMap | None = None
     whole_cache: bool = False
+    mask: Tensor | None = None  # of the tokens at hand, where the block has no argument for it
     middle: dict[int, TokenMap | None] = field(default_factory=dict)  # maps between attention and MLP, by the method's id
 
     def local_real(self, queries: int) -> Tensor:
@@ -47,6 +48,9 @@ class Moment:
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""
         m = self.now.books.m if self.routed is None else self.routed.m
+        if x.shape[dim] < m:
+            rule = "What an attention computes can be read where one call holds all the tokens"
+            raise UnsupportedError(explain(rule, f"{x.shape[dim]} of {m}", "Give the model one image a call, or choose another stream."))
         x = x.narrow(dim, x.shape[dim] - m, m)
         if self.routed is None:
             return x
@@ -67,6 +71,18 @@ def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Ten
         seen = seen.expand(books.batch, -1)
         return seen[:, books.start : books.start + books.n], seen.long().argmax(dim=1)
     return None, None
+
+
+def views(arguments: dict[str, Any], books: Books, padding: Tensor | None) -> Tensor | None:
+    """The first token that each real one sees by the block's own mask, -1 for the others, (b n); None if all see the same."""
+    for name, value in arguments.items():
+        if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.shape[-2:] != (books.n, books.n):
+            continue
+        seen = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+        first = seen.reshape(-1, *seen.shape[-3:]).any(dim=1).long().argmax(dim=-1).expand(books.batch, -1)  # b n
+        first = first if padding is None else first.masked_fill(~padding, -1)
+        return None if bool((first == first.amax(dim=1, keepdim=True)).logical_or(first < 0).all()) else first
+    return None
 
 
 def real(moment: Moment) -> Tensor:

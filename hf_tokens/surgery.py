@@ -23,7 +23,7 @@ from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import Arrival, TokenCacheLayer, adopt, self_attention_cache
 from .errors import UnsupportedError, explain
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
-from .signals import SUPPLY, Moment, padding
+from .signals import SUPPLY, Moment, padding, views
 from .token_map import TokenMap
 from .training import follow_trainer
 
@@ -114,6 +114,13 @@ class Call:
             if vars(attention).get("has_relative_attention_bias"):
                 self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
 
+    def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
+        """The mask that these tokens need where the block has no argument for one."""
+        named = self._mask_name() is not None and self.layout != "n d"
+        if books.untouched or named or self.stream.causal or self.stream.attention(self.index) is None:
+            return None
+        return books.implied_mask(hidden, None)
+
     def _mask_name(self) -> str | None:
         names = parameters(type(self.stream.blocks[self.index]))
         return next((name for name in (*self.arguments, *names) if "mask" in name and not CROSS.search(name) and "head" not in name), None)
@@ -181,6 +188,7 @@ class Pass:
         books: The tokens that are left.
         padding: Real tokens of the sequence that entered, (b n) bool; None if all are.
         first: Place of each row's first real token in the whole sequence, (b); None if it is 0.
+        apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
         inside: The tokens that are left, behind the last block that ran, (b m d).
         given: What the model got from that block.
     """
@@ -191,6 +199,7 @@ class Pass:
     memory: Memory
     at: int = -1
     layers: list[TokenCacheLayer] = field(default_factory=list)
+    apart: Tensor | None = None
     inside: Tensor | None = None
     given: Tensor | None = None
 
@@ -369,16 +378,17 @@ class Runtime:
             memory.tokens.clear()
         books = Books.open(call.hidden, start, self.stream.causal, call.context, self.prefix, side.additive_mask)
         real, first = padding(call.arguments, books)
+        apart = None if self.stream.causal else views(call.arguments, books, real)
         if layers and start:
             first = layers[0].first  # a sliding window hides it from later masks
         elif layers:
             layers[0].first = first
-        return Pass(books, real, first, memory, layers=layers)
+        return Pass(books, real, first, memory, layers=layers, apart=apart)
 
     def _refuse_packed(self, call: Call) -> None:
         """A method that thinks of one sample a row cannot be right for several in one."""
         segments = [len(value) - 1 for name, value in call.arguments.items() if SEGMENTS.match(name) and isinstance(value, Tensor)]
-        if max(segments, default=1) > 1 and not all(method.packed for method in self.methods()):
+        if call.layout == PACKED and max(segments, default=1) > 1 and not all(method.packed for method in self.methods()):
             rule = f"The stream {self.stream.name!r} packs its samples into one row, and these methods take one sample a call"
             raise UnsupportedError(explain(rule, f"{max(segments)} segments", "Give the model one image, or name another stream."))
 
@@ -418,7 +428,10 @@ class Runtime:
         stored = self._expect(layer, books, now)
         moment.local, moment.routed = books, routed
         asking = sum(opened.m - opened.n for bank, opened in guests if bank.site == "query")
-        with self._listen(side, asking, replace(moment, hidden=x, now=replace(now))):
+        unsaid = call.unsaid_mask(x, books)
+        if unsaid is not None:
+            side.open_tap()
+        with self._listen(side, asking, replace(moment, hidden=x, now=replace(now), mask=unsaid)):
             output = call.run(side.inner, x, books, stored)
         self._count(side, x.shape[0] * x.shape[1])
         side.bare = isinstance(output, Tensor)
@@ -446,7 +459,7 @@ class Runtime:
     @contextlib.contextmanager
     def _listen(self, side: BlockSurgery, asking: int, moment: Moment) -> Iterator[None]:
         """Open the hooks inside of the block while it runs, and again when its own checkpoint runs it in the backward pass."""
-        hearing = partial(side.hearing, side.taps, asking, moment)
+        hearing = partial(side.hearing, side.taps or moment.mask is not None, asking, moment)
         checkpoint = vars(side.block).get("_gradient_checkpointing_func")
         if checkpoint is not None:
             side.block._gradient_checkpointing_func = lambda function, *args: checkpoint(hearing()(function), *args)
@@ -491,10 +504,19 @@ class Runtime:
     def _move(self, tokens: TokenMap, moment: Moment, hidden: Tensor, proportional: bool = False) -> None:
         """Change the tokens for the rest of the stream."""
         now = moment.now
+        if tokens.joins and now.apart is not None:
+            self._check_joins(tokens, now.apart.gather(1, now.books.rows))
         now.memory.move(tokens)
         books = now.books.move(tokens)
         now.books = replace(books, proportional=True) if proportional else books
         moment.hidden = hidden
+
+    def _check_joins(self, tokens: TokenMap, view: Tensor) -> None:
+        into = tokens.gather(view).gather(1, tokens.slot.clamp(min=0))
+        if bool(((into != view) & (tokens.slot >= 0) & (into >= 0) & (view >= 0)).any()):
+            rule = f"Tokens that join must see the same tokens, in the stream {self.stream.name!r}"
+            remedy = "Give the model one image a call, or choose a method that joins no tokens."
+            raise UnsupportedError(explain(rule, "a mask that keeps them apart", remedy))
 
     def _settle(self, method: TokenReducer, moment: Moment) -> None:
         """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
