@@ -79,6 +79,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.arrival: Arrival | None = None
         self.banks: set[str] = set()  # token banks whose keys are stored
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
+        self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b), if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -220,6 +221,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
         self.first = None if self.first is None else change(self.first)
+        self.shares = None if self.shares is None else change(self.shares)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 def wants(method: Method) -> set[str]:
     """The hooks that a method needs on its block."""
-    needs = {HOOKED[name] for name in method.signals if name in HOOKED}
-    if TAPPED & set(method.signals) or isinstance(method, TokenBank) and method.site == "query":
+    needs = {HOOKED[name] for name in (*method.signals, *method.observes) if name in HOOKED}
+    if TAPPED & {*method.signals, *method.observes} or isinstance(method, TokenBank) and method.site == "query":
         needs.add("tap")
     if isinstance(method, TokenReducer) and method.site == "middle":
         needs.add("middle")
@@ -93,7 +93,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         names = [] if self._disable_adapters else [name for name in self.active_adapters if name in self.hf_tokens_methods]
         self._acting = [method for name in names for method in self.hf_tokens_methods[name].values()]
         self.taps = any("tap" in wants(method) for method in self._acting)
-        self.hears = {name for method in self._acting for name in method.signals if name in HOOKED}
+        self.hears = {name for method in self._acting for name in (*method.signals, *method.observes) if name in HOOKED}
         self.features.refresh([method for method in self._acting if isinstance(method, FeatureCache)])
         self.runtime.refresh()
 

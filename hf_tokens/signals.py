@@ -85,8 +85,24 @@ def views(arguments: dict[str, Any], books: Books, padding: Tensor | None) -> Te
     return None
 
 
+def stored(moment: Moment) -> Tensor:
+    """Cached entries that are real, (b n) or (b k n) bool."""
+    layer, now = moment.layer, moment.now
+    flags = torch.ones_like(layer.origins, dtype=torch.bool) if layer.filled is None else layer.filled
+    lead = (-1, *[1] * (layer.origins.dim() - 2))
+    if now.first is not None:
+        flags = flags & (layer.origins >= now.first.view(*lead, 1))
+    if now.padding is not None:
+        place = layer.origins - now.books.start
+        here = now.padding.view(lead[0], *lead[1:], now.books.n).expand(*place.shape[:-1], -1)
+        flags = flags & ((place < 0) | here.gather(-1, place.clamp(min=0)))
+    return flags
+
+
 def real(moment: Moment) -> Tensor:
     """The `mask` signal."""
+    if moment.whole_cache:
+        return stored(moment)
     books = moment.now.books
     flags = books.flags(books.filled, True)
     return flags if moment.now.padding is None else flags & moment.now.padding.gather(1, books.rows)
@@ -95,8 +111,8 @@ def real(moment: Moment) -> Tensor:
 def positions(moment: Moment) -> Tensor:
     """The `positions` signal."""
     books, first = moment.now.books, moment.now.first
-    place = books.rows + books.start
-    return place if first is None else place - first[:, None]
+    place = moment.layer.origins if moment.whole_cache else books.rows + books.start
+    return place if first is None else place - first.view(-1, *[1] * (place.dim() - 1))
 
 
 def span(moment: Moment, name: str) -> Tensor:
@@ -147,7 +163,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "prefix": lambda m: m.runtime.prefix,
     "visual": lambda m: span(m, "visual"),
     "instruction": lambda m: span(m, "instruction"),
-    **{name: (lambda m, name=name: m.side.captured[name]) for name in HOOKED},
+    **{name: (lambda m, name=name: m.from_local(m.side.captured[name], 1)) for name in HOOKED},
     "kind": lambda m: m.runtime.stream.kind,
     "layer": lambda m: m.side.index,
     "layers": lambda m: len(m.runtime.stream),
@@ -156,6 +172,6 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "timestep": lambda m: m.runtime.inputs["timestep"],
     "part": lambda m: m.side.part,
     "progress": lambda m: m.runtime.progress,
-    "prefill": lambda m: m.now.books.n > 1 or m.now.books.start == 0,
+    "prefill": lambda m: m.now.prefill,
     "memory": lambda m: m.now.memory,
 }

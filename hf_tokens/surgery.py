@@ -23,7 +23,7 @@ from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import Arrival, TokenCacheLayer, adopt, self_attention_cache
 from .errors import UnsupportedError, explain
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
-from .signals import SUPPLY, Moment, padding, views
+from .signals import HOOKED, SUPPLY, TAPPED, Moment, padding, stored, views
 from .token_map import TokenMap
 from .training import follow_trainer
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .root import Root
 
 BIAS = "position_bias"  # the relative bias that T5's blocks hand on
+EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
+OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
 
 
@@ -163,6 +165,7 @@ class Memory(dict):
     def __init__(self):
         super().__init__()
         self.tokens: dict[str, Tensor] = {}
+        self.prompted = False  # whether the last pass of the sequence brought a prompt
 
     def move(self, tokens: TokenMap) -> None:
         """Let the per-token entries follow a map."""
@@ -202,6 +205,18 @@ class Pass:
     apart: Tensor | None = None
     inside: Tensor | None = None
     given: Tensor | None = None
+    waiting: dict[str, list[tuple[Method, Moment, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def prefill(self) -> bool:
+        """Whether this pass brings a prompt or a whole sequence, and not one token of generation."""
+        return self.books.n > 1 or self.books.start == 0
+
+    def seen(self) -> Tensor:
+        """Real tokens of each row up to the end of this pass, (b)."""
+        here = self.books.rows.new_full((self.books.batch,), self.books.n) if self.padding is None else self.padding.sum(dim=1)
+        before = self.books.start if self.first is None or not self.books.start else self.books.start - self.first
+        return here + before
 
 
 class Runtime:
@@ -315,13 +330,7 @@ class Runtime:
         output, moment.hidden = self._block(side, methods, call, moment)
         whole = moment.hidden if now.books.untouched else now.books.restore(moment.hidden, call.hidden)
         behind = now.books
-        for method in methods:
-            if isinstance(method, TokenReducer) and method.site == "middle":
-                self._settle(method, moment)
-            elif isinstance(method, TokenReducer) and method.site == "after":
-                self._reduce(method, moment)
-            elif isinstance(method, CacheCompressor) and layer is not None:
-                self._compress(method, moment)
+        self._behind(methods, moment)
         if now.books is not behind:
             whole = now.books.restore(moment.hidden, whole)
         side.captured.clear()
@@ -330,6 +339,20 @@ class Runtime:
         if side.index == len(self.stream) - 1 and not replaying:
             self._close(now, whole)
         return call.write(output, now.given)
+
+    def _behind(self, methods: list[Method], moment: Moment) -> None:
+        """What the methods say and hear behind a block."""
+        ran = moment.local is not None
+        for method in methods:
+            if ran and method.observes:
+                method.observe(**{name: SUPPLY[name](moment) for name in method.observes})
+        for method in methods:
+            if isinstance(method, TokenReducer) and method.site == "middle":
+                self._settle(method, moment)
+            elif isinstance(method, TokenReducer) and method.site == "after" and (ran or not OF_THE_BLOCK & set(method.signals)):
+                self._reduce(method, moment)
+            elif isinstance(method, CacheCompressor) and moment.layer is not None and ran:
+                self._compress(method, moment)
 
     def _tokens_left(self, call: Call, now: Pass) -> Tensor:
         """The tokens as the last block left them, unless someone outside changed the sequence since."""
@@ -379,6 +402,7 @@ class Runtime:
         books = Books.open(call.hidden, start, self.stream.causal, call.context, self.prefix, side.additive_mask)
         real, first = padding(call.arguments, books)
         apart = None if self.stream.causal else views(call.arguments, books, real)
+        self._admit_prompt(memory, books)
         if layers and start:
             first = layers[0].first  # a sliding window hides it from later masks
         elif layers:
@@ -391,6 +415,20 @@ class Runtime:
         if call.layout == PACKED and max(segments, default=1) > 1 and not all(method.packed for method in self.methods()):
             rule = f"The stream {self.stream.name!r} packs its samples into one row, and these methods take one sample a call"
             raise UnsupportedError(explain(rule, f"{max(segments)} segments", "Give the model one image, or name another stream."))
+
+    def _admit_prompt(self, memory: Memory, books: Books) -> None:
+        """A prompt that comes right behind another one is a chunk of one prompt."""
+        prompt = books.n > 1 or books.start == 0
+        whole = [type(method).__name__ for method in self.methods() if not method.chunks]
+        if prompt and books.start and memory.prompted and whole:
+            raise UnsupportedError(
+                explain(
+                    "Methods that look at a prompt as a whole must get it in one pass",
+                    f"{', '.join(sorted(set(whole)))} and a prompt in chunks",
+                    "Leave out `prefill_chunk_size`, or pass the whole prompt to the model at once.",
+                )
+            )
+        memory.prompted = prompt
 
     def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
         cache = call.cache if now.layers else None
@@ -583,28 +621,63 @@ class Runtime:
         return True
 
     def _compress(self, method: CacheCompressor, moment: Moment) -> None:
-        layer, books = moment.layer, moment.now.books
+        layer, now = moment.layer, moment.now
         if self.records is not None:
-            self.records.setdefault(moment.side.index, []).append((method.key, self.ask(method, moment).detach()))
+            self.records.setdefault(moment.side.index, []).append((method.key, self._score(method, moment).detach()))
             return
-        if books.n == 1 and not method.decodes:
+        if not now.prefill and not method.decodes:
             return
-        real = torch.ones_like(layer.origins, dtype=torch.bool) if layer.filled is None else layer.filled
-        first = moment.now.first
-        if first is not None:
-            real = real & (layer.origins >= first.view(-1, *[1] * (layer.origins.dim() - 1)))
+        real = stored(moment)
+        if method.allots and now.prefill:
+            now.waiting.setdefault(method.key, []).append((method, moment, self._score(method, moment)))
+            if moment.side.index == max(i for i, s in self.sides.items() if any(m.key == method.key for m in s.active())):
+                self._allot(method, now.waiting.pop(method.key))
+            return
         lengths = real.sum(dim=-1)  # b, or b k
-        budgets = torch.tensor([method.budget(int(length)) for length in lengths.flatten()], device=lengths.device).view_as(lengths)
-        if bool((budgets >= lengths).all()) and bool(real.all()):
-            return
-        score = self.ask(method, moment)
+        seen = now.seen().view(-1, *[1] * (lengths.dim() - 1)).expand_as(lengths)
+        if method.allots:
+            budgets = (layer.shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
+        else:
+            pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
+            budgets = torch.tensor([min(n, method.budget(n, s)) for n, s in pairs], device=lengths.device).view_as(lengths)
+        if self._overfull(layer, lengths, budgets):
+            self._evict(layer, self.ask(method, moment), real, budgets)
+
+    def _score(self, method: CacheCompressor, moment: Moment) -> Tensor:
+        """The score of every entry, -inf where there is none."""
+        score, real = self.ask(method, moment), stored(moment)
+        return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
+
+    @staticmethod
+    def _overfull(layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
+        """Whether rows have more real entries than they may, or more room than any of them needs."""
+        return bool((budgets < lengths).any()) or int(lengths.max()) < layer.length
+
+    def _allot(self, method: CacheCompressor, waiting: list[tuple[Method, Moment, Tensor]]) -> None:
+        """Every block has scored its entries: share them out."""
+        real = {m.side.index: stored(m) for _, m, _ in waiting}
+        scores = {m.side.index: score for _, m, score in waiting}
+        budgets = method.leader.allot(scores)
+        for _, moment, score in waiting:
+            layer = moment.side.index
+            lengths = real[layer].sum(dim=-1)
+            allowed = budgets[layer].minimum(lengths)
+            moment.layer.shares = allowed.double() / moment.now.seen()
+            if self._overfull(moment.layer, lengths, allowed):
+                self._evict(moment.layer, score, real[layer], allowed)
+
+    @staticmethod
+    def _evict(layer: TokenCacheLayer, score: Tensor, real: Tensor, budgets: Tensor) -> None:
+        """Keep the highest of the real entries, as many as each row (b) or head (b k) may have; of two equal ones the earlier."""
         if score.dim() == 3 and real.dim() == 2:
             real, budgets = real[:, None].expand_as(score), budgets[:, None].expand(score.shape[:2])
+        if score.dim() == 2 and real.dim() == 3:
+            score = score[:, None].expand_as(real)
         score = score.masked_fill(~real, -torch.inf)
         if layer.fresh is not None:
             score = score.masked_fill(layer.fresh if score.dim() == layer.fresh.dim() else layer.fresh[:, None], torch.inf)
-        most = int(budgets.max())
-        index = score.topk(most, dim=-1).indices
+        most = max(1, int(budgets.max()))
+        index = score.argsort(dim=-1, descending=True, stable=True)[..., :most]
         kept = torch.arange(most, device=index.device) < budgets[..., None]
         order = torch.where(kept, index, score.shape[-1]).sort(dim=-1)
         filled = order.values < score.shape[-1]
