@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from hf_tokens import (
     FTP,
@@ -211,17 +212,6 @@ def test_decoding_threshold():
 # -- the method in a model -------------------------------------------------------------------------------------------
 
 
-def gpt2(layers=4, seed=0):
-    """A tiny GPT-2 in float64: its arithmetic stays there."""
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 50, "n_positions": 64, "n_embd": 12, "n_layer": layers, "n_head": 3}
-    config = GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    model = GPT2LMHeadModel(config).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 def routed(layers=4, seed=0, **knobs):
     """A GPT-2 with FTP in it, and the router's weights, set far enough apart that tokens differ."""
     model = get_token_model(gpt2(layers, seed), FTPConfig(**knobs)).eval()
@@ -237,44 +227,14 @@ def routed(layers=4, seed=0, **knobs):
     return model, tuple(p.detach() for p in (leader.w1, leader.b1, leader.w2, leader.b2))
 
 
-def hand_blocks(base):
-    """The blocks of a GPT-2 by hand, as `naive` wants them."""
-
-    def block(layer):
-        def call(hidden, positions):
-            b, m = base.transformer.h[layer], len(hidden)
-            q, k, v = b.attn.c_attn(b.ln_1(hidden)).view(m, 3, b.attn.num_heads, -1).permute(1, 2, 0, 3)
-            logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-            attention = logits.masked_fill(~torch.ones(m, m).tril().bool(), -torch.inf).softmax(-1)
-            hidden = hidden + b.attn.c_proj((attention @ v).transpose(0, 1).reshape(m, -1))
-            return hidden + b.mlp(b.ln_2(hidden)), attention
-
-        return call
-
-    return [block(layer) for layer in range(len(base.transformer.h))]
-
-
 @torch.no_grad()
-def by_hand(base, ids, mask, sparsity, weights, strict):
+def all_rows(base, ids, mask, sparsity, weights, strict):
     """Last hidden states before the final norm (b n d) and routes per row."""
     rows = []
     for row, real in zip(ids, mask, strict=True):
         place = (real.long().cumsum(0) - 1).clamp(min=0)
-        x = base.transformer.wte(row) + base.transformer.wpe(place)
-        rows.append(naive(x, real.tolist(), hand_blocks(base), sparsity, weights, strict))
+        rows.append(naive(embed(base, row, place), real.tolist(), blocks(base), sparsity, weights, strict))
     return rows
-
-
-def batch(lengths, side="left", seed=0):
-    """Random ids of rows of these lengths, padded on one side."""
-    draw = torch.Generator().manual_seed(seed)
-    n = max(lengths)
-    mask = torch.stack([torch.arange(n) < k if side == "right" else torch.arange(n) >= n - k for k in lengths])
-    return torch.randint(3, 50, (len(lengths), n), generator=draw) * mask, mask
-
-
-def positions(mask):
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -299,9 +259,9 @@ def test_model_is_the_loop(lengths, sparsity, strict, side, cached):
     with torch.no_grad():
         out = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=cached).logits
     skipped = 0
-    for row, (hidden, routes) in enumerate(by_hand(base, ids, mask, sparsity, weights, strict)):
+    for row, (hidden, routes) in enumerate(all_rows(base, ids, mask, sparsity, weights, strict)):
         with torch.no_grad():
-            expected = base.lm_head(base.transformer.ln_f(hidden))
+            expected = lm_head(base, hidden)
         torch.testing.assert_close(out[row][mask[row]], expected[mask[row]], **CLOSE)
         skipped += sum(run.count(False) for run, _ in routes)
     assert skipped or sum(sparsity) == 0 or max(lengths) == 1
@@ -333,25 +293,26 @@ def test_static_router_runs_the_first_and_the_newest():
 @torch.no_grad()
 def decode_by_hand(base, ids, mask, sparsity, weights, strict, steps, threshold):
     """Greedy tokens of one row: the prompt routed once, then the decode rule, with each block's own list of entries."""
-    (_, routes), = by_hand(base, ids[None], mask[None], sparsity, weights, strict)
+    (_, routes), = all_rows(base, ids[None], mask[None], sparsity, weights, strict)
     real = ids[mask]
-    states = base.transformer.wte(real) + base.transformer.wpe(torch.arange(len(real)))
-    entries, blocks = [], hand_blocks(base)
-    for block, (run, _) in zip(blocks, routes, strict=True):
+    states = embed(base, real, torch.arange(len(real)))
+    entries, logits = [], []
+    for block, (run, _) in zip(blocks(base), routes, strict=True):
         entries.append(states[torch.tensor(run)])
         if any(run):
             states = states.clone()
-            states[torch.tensor(run)] = block(entries[-1], None)[0]
+            states[torch.tensor(run)] = block(entries[-1])[0]
     out = []
     for step in range(steps):
-        out.append(int(base.lm_head(base.transformer.ln_f(states[-1])).argmax()))
-        x = base.transformer.wte(torch.tensor(out[-1])) + base.transformer.wpe(torch.tensor(len(real) + step))
+        logits.append(lm_head(base, states[-1]))
+        out.append(int(logits[-1].argmax()))
+        x = embed(base, torch.tensor(out[-1]), torch.tensor(len(real) + step))
         for layer, runs in enumerate(decodes(sparsity, threshold)):
             if runs:
                 entries[layer] = torch.cat([entries[layer], x[None]])
-                x = blocks[layer](entries[layer], None)[0][-1]
+                x = blocks(base)[layer](entries[layer])[0][-1]
         states = x[None]
-    return out, [len(e) for e in entries]
+    return out, torch.stack(logits), [len(e) for e in entries]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.1])
@@ -359,11 +320,13 @@ def test_generation_with_cache_is_the_decode_rule(threshold):
     sparsity, lengths = (0.2, 0.6, 0.0, 0.45), (13, 7, 1)
     model, weights = routed(sparsities=sparsity, strict=True, threshold=threshold)
     ids, mask = batch(lengths)
-    got = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    got, logits, cache = greedy(model, ids, mask, 6)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :], got)
     for row in range(len(lengths)):
-        expected, held = decode_by_hand(model.get_base_model(), ids[row], mask[row], sparsity, weights, True, 6, threshold)
-        assert got.sequences[row, ids.shape[1] :].tolist() == expected
-        kept = [int(layer.filled[row].sum()) if layer.filled is not None else layer.length for layer in got.past_key_values.layers]
+        expected, told, held = decode_by_hand(model.get_base_model(), ids[row], mask[row], sparsity, weights, True, 6, threshold)
+        assert got[row].tolist() == expected
+        torch.testing.assert_close(logits[row], told, **CLOSE)
+        kept = [int(layer.filled[row].sum()) if layer.filled is not None else layer.length for layer in cache.layers]
         pads = [0 if asked else ids.shape[1] - lengths[row] for asked in sparsity]  # an unrouted block stores the padding, unseen
         runs = decodes(sparsity, threshold)
         assert kept == [h - run + pad for h, run, pad in zip(held, runs, pads, strict=True)]
@@ -394,15 +357,11 @@ def test_losses_are_those_of_the_loop(strict):
         knobs = {"guide_weight": 0.0, "sparsity_weight": 0.0, "distillation_weight": 0.0, weights_of: 2.0}
         model, weights = routed(sparsities=sparsity, strict=strict, **knobs)
         base = model.get_base_model()
-        base.config.attn_pdrop = 0.0
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         set_progress(model.train(), 0.25)
         output = model(**given, labels=ids)
         expected = 0.0
-        students = by_hand(base, ids, mask, sparsity, weights, strict)
-        teachers = by_hand(base, ids, mask, (0.0,) * 4, weights, strict)
+        students = all_rows(base, ids, mask, sparsity, weights, strict)
+        teachers = all_rows(base, ids, mask, (0.0,) * 4, weights, strict)
         for row, ((student, routes), (teacher, _)) in enumerate(zip(students, teachers, strict=True)):
             terms = losses(routes, sparsity, student, teacher, mask[row].tolist())
             expected += terms[unit] * 2.0 * (0.75 if unit == 0 else 1.0) / len(ids)
@@ -428,9 +387,6 @@ def test_training_with_trainer_trains_the_router(tmp_path):
 def test_training_computes_what_evaluation_does():
     model, _ = routed(sparsities=(0.3, 0.45, 0.0, 0.7))
     ids, mask = batch((11, 8))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
     with torch.no_grad():
         expected = model.eval()(**given).logits
