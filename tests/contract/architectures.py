@@ -67,6 +67,7 @@ class Architecture:
             model.generation_config.eos_token_id = None
             model.generation_config.pad_token_id = 0
             model.generation_config.decoder_start_token_id = 1
+            model.generation_config.suppress_tokens = list(range(80, zoo.VOCAB))  # the places of images among them
         return model.eval(), inputs
 
     def read(self, output: Any) -> list[Tensor]:
