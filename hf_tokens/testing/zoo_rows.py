@@ -276,7 +276,8 @@ def _mel(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     bins = _find(model, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size", "mel_bins", default=16)
     frames = 2 * min(_find(model, "max_source_positions", default=32), 128)
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))), None)
-    reads_rows = isinstance(first, nn.Conv1d) and first.in_channels == bins and not re.search(r"^(Speech2Text|Wav2Vec2Bert|Seamless)", type(model).__name__)
+    conv_is_inside = re.search(r"^(Speech2Text|Wav2Vec2Bert|Seamless)", type(model).__name__)
+    reads_rows = isinstance(first, nn.Conv1d) and first.in_channels == bins and not conv_is_inside
     made = {"input_features": torch.randn(BATCH, bins, frames) if reads_rows else torch.randn(BATCH, frames, bins)}
     for name in ("input_features_mask", "feature_attention_mask"):
         if name in names:
@@ -394,6 +395,9 @@ def _grid(model: nn.Module, inputs: dict) -> torch.Tensor:
 
 ROWS: dict[str, Row] = {
     **{name: Row(inputs=_TILES) for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert", "colmodernvbert")},
+    **{name: Row(config={"num_key_value_heads": 2}) for name in ("llama", "qwen2", "qwen2_moe", "olmo2", "phi3", "starcoder2")},
+    "llava": Row(config={"text_config": {"num_key_value_heads": 2}}),
+    "qwen2_vl": Row(config={"text_config": {"num_key_value_heads": 2}}),
     **{name: Row(config={"image_token_id": 98}) for name in ("blip-2", "instructblip")},
     "instructblipvideo": Row(config={"video_token_id": 98}, inputs={"pixel_values": _noise(BATCH, 4, 3, SIDE, SIDE)}),
     "voxtral": Row(config={"audio_token_id": 98}),
