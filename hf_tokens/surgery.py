@@ -335,10 +335,11 @@ class Runtime:
             whole = now.books.restore(moment.hidden, whole)
         side.captured.clear()
         side.heard_call = None
-        now.inside, now.given = moment.hidden, call.pack(whole)
+        given = call.pack(whole)
+        now.inside, now.given = (None, None) if now.books.untouched else (moment.hidden, given)
         if side.index == len(self.stream) - 1 and not replaying:
             self._close(now, whole)
-        return call.write(output, now.given)
+        return call.write(output, given)
 
     def _behind(self, methods: list[Method], moment: Moment) -> None:
         """What the methods say and hear behind a block."""

@@ -1,6 +1,5 @@
 """The command line: what it shows, and that a user's mistake is one clear line and exit code 2."""
 
-import subprocess
 import sys
 
 import pytest
