@@ -380,6 +380,9 @@ class HFTokensModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> nn.Module:
         if merge:
             self.merge_adapter()
+        for name, module in list(self.model.named_modules()):  # PEFT would leave the trained copies of `modules_to_save` in the model
+            if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= self.peft_config.keys():
+                self.model.set_submodule(name, module.original_module)
         with contextlib.suppress(AttributeError):  # the config of a nested PeftModel is a property without a deleter
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         self._detach()
