@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from .anatomy import Anatomy, Stream, anatomy
-from .api import aux_loss, calibrate, get_token_model, load, save_adapter, set_progress, unload
+from .api import aux_loss, calibrate, get_token_model, load, save_adapter, set_method, set_progress, unload
 from .config import MethodConfig, option
 from .errors import AdapterError, ConfigError, HFTokensError, UnsupportedError
 from .measure import measure
@@ -22,6 +22,7 @@ from .roles import (
     TokenRouter,
     straight_through,
 )
+from .search import search_shares
 from .token_map import TokenMap
 from .tuner import HFTokensConfig, HFTokensModel
 
@@ -57,6 +58,8 @@ __all__ = [
     "option",
     "register",
     "save_adapter",
+    "search_shares",
+    "set_method",
     "set_progress",
     "straight_through",
     "unload",

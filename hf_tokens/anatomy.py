@@ -259,6 +259,8 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
         attending = next(module for block in blocks for _, module in _attentions(block))
     config = next((_config(module) for _, module in reversed(line) if _config(module) is not None), None)
     width = _width(attending) or _number(config, "width")
+    if families.CONCATENATES.search(type(attending).__name__):
+        width //= 2
     heads = _number(attending, "heads") or _number(config, "heads") or 1
     head_dim = _number(attending, "head_dim") or width // heads
     kv_heads = _number(attending, "kv_heads") or heads // (getattr(attending, "num_key_value_groups", None) or 1)
@@ -322,7 +324,7 @@ def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
 
 def _name(kind: str, line: list[tuple[str, nn.Module]], config: Any, root: Any) -> str:
     if getattr(config, "is_encoder_decoder", False) or getattr(root, "is_encoder_decoder", False):
-        for path, module in reversed(line):
+        for path, module in line:  # the outermost wins: the layers of a BERT that decodes are called `encoder`
             words = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
             for name in ("decoder", "encoder"):
                 if name in words.replace("encoderdecoder", ""):
@@ -474,7 +476,7 @@ def prefix_tokens(model: nn.Module, stream: Stream) -> int:
         for name, value in holder.named_parameters():
             if families.PREFIX.search(name) and not any(path in name for path in ("decoder", OWN)):
                 inside.add((id(value), value.shape[-2] if value.dim() == 3 else 1))
-        if inside or not at or _is_transformers(holder):
+        if inside or not at:
             return sum(count for _, count in inside)
         at = at.rpartition(".")[0]
         holder = model.get_submodule(at)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import MethodConfig
 from .errors import AdapterError, UnsupportedError, explain
 from .layer import BlockSurgery
+from .roles import Method
 from .root import Root
 from .tuner import HFTokensConfig
 
@@ -146,21 +147,55 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
         for runtime in root.runtimes:
             for key, records in group_records(runtime.records).items():
                 method = next(m for m in runtime.methods() if m.key == key)
-                config = type(method).calibrate(method.config, records)
-                for one in runtime.methods():
-                    if one.key == key:
-                        one.config = config
-                changed[key] = config.to_dict()
+                changed[key] = type(method).calibrate(method.config, records)
     finally:
         for runtime in root.runtimes:
             runtime.records = None
         model.train(was_training)
+    for key, config in changed.items():
+        rewrite(model, key, config)
+    return {key: config.to_dict() for key, config in changed.items()}
+
+
+def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") -> None:
+    """Give a method that is in a model another config; its parameters stay.
+
+    Args:
+        model: A PeftModel with a surgery.
+        config: The new config; the first method of this kind in the adapter takes it.
+        adapter_name: The adapter.
+
+    Raises:
+        UnsupportedError: The adapter has no such method, or the config acts on other blocks.
+    """
+    found = [method for method in instances(model, adapter_name) if type(method.config) is type(config)]
+    if not found:
+        raise UnsupportedError(
+            explain(f"Adapter {adapter_name!r} must have the method {config.method!r}", "one without it", "Add it with get_token_model.")
+        )
+    old, key = found[0].config, found[0].key
+    if (config.layers, config.stream) != (old.layers, old.stream):
+        raise UnsupportedError(explain("A method stays in its blocks", f"layers={config.layers}", "Take the surgery out and start again."))
+    for method in found:
+        if method.key == key:
+            method.check(config, method.dims.kind, method.dims.layers, tuple(m.dims.layer for m in found if m.key == key))
+    rewrite(model, key, config)
+
+
+def instances(model: Any, adapter_name: str) -> list[Method]:
+    """Every method of an adapter, in every block."""
+    held = [side.hf_tokens_methods for side in sides(model)]
+    return [method for methods in held if adapter_name in methods for method in methods[adapter_name].values()]
+
+
+def rewrite(model: Any, key: str, config: MethodConfig) -> None:
+    """Write a method's config into all its instances and into the adapter's config."""
+    adapter_name, slot = key.rsplit(".", 1)
+    for method in instances(model, adapter_name):
+        if method.key == key:
+            method.config = config
     stack = model.peft_config[adapter_name].methods
-    for key, data in changed.items():
-        name, slot = key.rsplit(".", 1)
-        if name == adapter_name:
-            stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = data
-    return changed
+    stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = config.to_dict()
 
 
 def group_records(records: dict[int, list]) -> dict[str, dict[int, list]]:

@@ -17,7 +17,8 @@ FOREIGN = re.compile(
     r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|control|layer_head_mask|past|cache|use_cache|output_)"
 )
 CROSS = re.compile(r"encoder|cross|context|memory")
-EMBEDDING = re.compile(r"(^|_)(temb|emb|conditioning|modulation|adaln\w*)($|_)")
+EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
+SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -43,8 +44,10 @@ class Books:
         filled: Tokens that are there at all, (b m) bool, or None for all.
         sizes: How many entry tokens each token stands for, (b m), or None for one each.
         context: Length of the second sequence that a joint block carries in front.
+        prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
+        dtype: Of the tokens, and of a mask that is made for them.
     """
 
     n: int
@@ -57,17 +60,19 @@ class Books:
     filled: Tensor | None = None
     sizes: Tensor | None = None
     context: int = 0
+    prefix: int = 0
     additive: bool = False
     proportional: bool = False
+    dtype: torch.dtype = torch.float32
     untouched: bool = True
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, hidden: Tensor, start: int, causal: bool, context: int, additive: bool) -> Books:
+    def open(cls, hidden: Tensor, start: int, causal: bool, context: int = 0, prefix: int = 0, additive: bool = False) -> Books:
         """Books of a sequence that nothing has changed yet, hidden (b n d)."""
         batch, n = hidden.shape[:2]
         rows = torch.arange(n, device=hidden.device).expand(batch, n)
-        return cls(n=n, batch=batch, start=start, rows=rows, slot=rows, causal=causal, context=context, additive=additive)
+        return cls(n, batch, start, rows, rows, causal, context=context, prefix=prefix, additive=additive, dtype=hidden.dtype)
 
     @property
     def m(self) -> int:
@@ -140,14 +145,14 @@ class Books:
         return value if axis is None else self._take(name, value, axis)
 
     def _is_mask(self, name: str, value: Tensor) -> bool:
-        if "mask" not in name and "bias" not in name:
+        if not re.search("mask|bias|alibi", name):
             return False
         seen = (self.n, self.start + self.n, self.n + self.context)
         return value.dim() >= 2 and (value.shape[-1] in seen or value.dim() == 4 and value.shape[-2] == self.n)
 
     def _axis(self, name: str, value: Tensor) -> int | None:
         """The axis of a tensor that runs over the tokens of the stream; None if there is none."""
-        sizes = {self.n, self.n + self.context}
+        sizes = {self.n, self.n + self.context, self.n - self.prefix}
         dims = [d for d in range(value.dim()) if value.shape[d] in sizes]
         if (
             value.dim() > 1
@@ -164,30 +169,43 @@ class Books:
 
     def _take(self, name: str, value: Tensor, axis: int) -> Tensor:
         index = self.rows
-        if value.shape[axis] != self.n:
+        if value.shape[axis] == self.n + self.context and self.context:
             front = torch.arange(self.context, device=index.device).expand(self.batch, self.context)
             index = torch.cat([front, index + self.context], dim=1)
-        per_sample = axis > 0 and value.shape[0] in (1, self.batch)
-        if per_sample and (value.shape[0] == self.batch or value.dim() > axis + 1 or not self.uniform()):
+        elif value.shape[axis] != self.n:
+            index = self._behind_prefix(name)
+        if axis > 0 and value.shape[0] in (1, self.batch):
             return take(value, index, axis)
-        if not self.uniform():
-            if axis == 1 and value.dim() > 2 or value.dim() > 3:  # M-RoPE: sections x batch x tokens
-                lead = value.movedim(1, 0) if value.shape[1] in (1, self.batch) else None
-                if lead is not None:
-                    return take(lead, index, axis).movedim(0, 1)
-            raise UnsupportedError(
-                explain(
-                    f"A table that all samples share ({name}) needs the same tokens in each sample",
-                    f"a batch of {self.batch} that keeps different ones",
-                    "Run one sample at a time.",
-                )
+        if axis == 2 and value.shape[1] in (1, self.batch):  # M-RoPE: sections x batch x tokens
+            return take(value.movedim(1, 0), index, axis).movedim(0, 1)
+        if self.uniform():
+            return value.index_select(axis, index[0])
+        if axis > 0 and value.shape[0] % self.batch == 0:  # heads folded into the batch
+            return take(value.unflatten(0, (self.batch, -1)), index, axis + 1).flatten(0, 1)
+        raise self._unlike(name)
+
+    def _behind_prefix(self, name: str) -> Tensor:
+        """Rows of a table that has none for the special tokens in front."""
+        behind = self.rows >= self.prefix
+        if not bool((behind == behind[:1]).all()):
+            raise self._unlike(name)
+        return self.rows[:, behind[0]] - self.prefix
+
+    def _unlike(self, name: str) -> UnsupportedError:
+        return UnsupportedError(
+            explain(
+                f"A table that all samples share ({name}) needs the same tokens in each sample",
+                f"a batch of {self.batch} that keeps different ones",
+                "Run one sample at a time.",
             )
-        return value.index_select(axis, index[0])
+        )
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
     def mask(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:
         """A mask (b|1 n), (b n n) or (b|1 h|1 n|1 n) over the full sequence, cut to the tokens that are left and those stored."""
+        if value.dim() == 3 and value.shape[0] not in (1, self.batch):  # heads folded into the batch
+            return self.mask(name, value.unflatten(0, (self.batch, -1)), stored).flatten(0, 1)
         if value.dim() == 3:
             return self.mask(name, value[:, None], stored)[:, 0]
         cross = CROSS.search(name) is not None
@@ -204,16 +222,19 @@ class Books:
             return out
         columns = self._columns(value.shape[-1], stored)
         out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)
+        if SLOPES.search(name):
+            return out
         visible = self._visible(stored)
-        return self._weigh(out if visible is None else hide(out, visible))
+        out = out if visible is None else hide(out, visible)
+        return self._weigh(out) if "mask" in name else out  # a bias comes beside a mask
 
-    def _weigh(self, mask: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+    def _weigh(self, mask: Tensor | None) -> Tensor | None:
         """Add log(size) of each key to a mask (proportional attention)."""
         if not self.proportional:
             return mask
-        bias = self.all_sizes().log()[:, None, None]
+        bias = self.all_sizes().double().log()[:, None, None].to(self.dtype)
         if mask is None:
-            return bias.to(like.dtype)
+            return bias
         if mask.dtype == torch.bool:
             return torch.where(mask, bias, torch.finfo(bias.dtype).min)
         return mask + bias.to(mask.dtype)
@@ -269,7 +290,7 @@ class Books:
         """The mask where the model gave none: it relied on the order of the tokens, which may not be enough any more."""
         filled = self._filled(stored)
         if not self.causal:
-            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden), hidden)
+            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden))
         past = stored is not None and stored.origins.shape[-1] > 0
         if filled is None and (not past or self.m == 1):
             return None

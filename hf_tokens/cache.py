@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
 
 from .errors import UnsupportedError, explain
 
@@ -71,6 +79,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.arrival: Arrival | None = None
         self.banks: set[str] = set()  # token banks whose keys are stored
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
+        self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b), if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -212,6 +221,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
         self.first = None if self.first is None else change(self.first)
+        self.shares = None if self.shares is None else change(self.shares)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -259,20 +269,27 @@ def refuse(layer: CacheLayerMixin) -> UnsupportedError:
 
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-OTHER_STATES = (cache_utils.LinearAttentionCacheLayerMixin, cache_utils.DummyLayer)
+STATELESS = (cache_utils.DummyLayer,)
 
 
-def adopt(cache: Cache, last: int) -> None:
+def adopt(cache: Cache, last: int) -> bool:
     """Put our layers into a transformers cache, in place, up to layer `last`; stored states move over.
 
+    Returns:
+        Whether the books of the cache can be kept. If not, a sequence may be run once with it, and not be continued.
+
     Raises:
-        UnsupportedError: The cache has a static, quantised or otherwise special attention layer.
+        UnsupportedError: The cache is static, or it holds states of layers that we cannot take over.
     """
+    strange = [layer for layer in cache.layers if not isinstance(layer, (TokenCacheLayer, *STATELESS)) and type(layer) not in PLAIN_LAYERS]
+    attending = [layer for layer in strange if isinstance(layer, CacheLayerMixin)]
+    if any(isinstance(layer, StaticLayer) or layer.get_seq_length() for layer in attending):
+        raise refuse(attending[0])
+    if attending or type(cache) is not DynamicCache:
+        return False
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, TokenCacheLayer) or (isinstance(layer, OTHER_STATES) and not isinstance(layer, (DynamicLayer, StaticLayer))):
-            continue
         if type(layer) not in PLAIN_LAYERS:
-            raise refuse(layer)
+            continue
         window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
         if window is not None and layer.get_seq_length() >= window:
             raise UnsupportedError(
@@ -284,3 +301,4 @@ def adopt(cache: Cache, last: int) -> None:
         cache.layers[index] = ours
     while len(cache.layers) <= last:
         cache.layers.append(TokenCacheLayer())
+    return True

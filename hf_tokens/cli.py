@@ -47,7 +47,7 @@ def list_methods(role: Annotated[str | None, typer.Option(help="Only the methods
 @app.command()
 def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list`.")]) -> None:
     """The card of a method: what it claims, its paper, its maths and every knob."""
-    from .config import interval
+    from .cards import knob_rows
     from .registry import method_info
 
     info = method_info(method)
@@ -56,10 +56,7 @@ def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list
     for heading, text in (("", info.claim), ("Paper", info.paper), ("Maths", info.maths), ("Differs", info.differs)):
         if text:
             out.print(f"{heading + ': ' if heading else ''}{text}", markup=False, highlight=False)
-    bounded = ("ge", "gt", "le", "lt", "choices")
-    bound = lambda field: interval(field.metadata) if any(key in field.metadata for key in bounded) else ""
-    rows = [[field.name, repr(field.default), bound(field), field.metadata["help"]] for field, _ in info.config.knobs()]
-    out.print(grid([f"knobs of {info.config.__name__}", "default", "allowed", "meaning"], rows))
+    out.print(grid([f"knobs of {info.config.__name__}", "default", "allowed", "meaning"], knob_rows(info)))
 
 
 @app.command()

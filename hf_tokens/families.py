@@ -36,6 +36,7 @@ MLP_NORMS = (
     "pre_feedforward_layernorm",
     "pre_mlp_layernorm",
     "pre_ff_layernorm",
+    "ffn_norm1",
     "ffn_norm",
     "ff_norm",
     "ffn_layer_norm",
@@ -55,12 +56,16 @@ MLP_NORMS = (
 POST_NORMS = ("post_feedforward_layernorm",)
 POST_NORM_BLOCKS = re.compile(r"modeling_openai\.Block|FastSpeech2|RTDetr")
 
+# An attention of these reads the hidden states and the embeddings side by side.
+CONCATENATES = re.compile(r"^Zamba")
 # A stage holds blocks and changes the resolution, with or without an attention of its own.
 NOT_BLOCK = re.compile(r"Stage$")
 # block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), time first
 LAYOUTS = (
     (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer|Sam3ViTLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
-    (re.compile(r"VitDetLayer"), "b d h w"),
+    (re.compile(r"VitDetLayer|Kandinsky3Attention|Florence2VisionBlock"), "b d h w"),
+    (re.compile(r"PatchTST"), "b c n d"),
+    (re.compile(r"Lfm3VlVisionLayer"), "n d"),
     (re.compile(r"DeepseekV4Decoder|HYV4Decoder|Glm5NextTextDecoder"), "b n c d"),
     (re.compile(r"Gemma3nTextDecoder"), "c b n d"),
     (re.compile(r"XLNetLayer|modeling_fsmt"), "n b d"),
@@ -70,6 +75,9 @@ CAUSAL = {
     "modeling_fsmt.EncoderLayer": False,
     "modeling_fsmt.DecoderLayer": True,
     "modeling_openai.Block": True,
+    "modeling_imagegpt.ImageGPTBlock": True,
+    "modeling_blip_text.BlipTextLayer": True,
+    "modeling_t5gemma2.T5Gemma2DecoderLayer": True,
     "modeling_prophetnet.ProphetNetDecoderLayer": True,
 }
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 def wants(method: Method) -> set[str]:
     """The hooks that a method needs on its block."""
-    needs = {HOOKED[name] for name in method.signals if name in HOOKED}
-    if TAPPED & set(method.signals) or isinstance(method, TokenBank) and method.site == "query":
+    needs = {HOOKED[name] for name in (*method.signals, *method.observes) if name in HOOKED}
+    if TAPPED & {*method.signals, *method.observes} or isinstance(method, TokenBank) and method.site == "query":
         needs.add("tap")
     if isinstance(method, TokenReducer) and method.site == "middle":
         needs.add("middle")
@@ -93,7 +93,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         names = [] if self._disable_adapters else [name for name in self.active_adapters if name in self.hf_tokens_methods]
         self._acting = [method for name in names for method in self.hf_tokens_methods[name].values()]
         self.taps = any("tap" in wants(method) for method in self._acting)
-        self.hears = {name for method in self._acting for name in method.signals if name in HOOKED}
+        self.hears = {name for method in self._acting for name in (*method.signals, *method.observes) if name in HOOKED}
         self.features.refresh([method for method in self._acting if isinstance(method, FeatureCache)])
         self.runtime.refresh()
 
@@ -157,6 +157,11 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         finally:
             self.listening, self.queries_only, self.moment = held
 
+    def open_tap(self) -> None:
+        """Hear the attention call from now on, as for a method that asks for it."""
+        if "tap" not in self._handles:
+            self._handles["tap"] = self._hook_tap()
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook_tap(self) -> list:
@@ -219,7 +224,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
     # -- the attention call ------------------------------------------------------------------------------------------
 
     def before(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Tokens that only ask lend no key and no value; they stand in front."""
+        """Tokens that only ask lend no key and no value; they stand in front. A block without an argument for a mask gets it here."""
+        mask = self.moment.mask if mask is None else mask
         p = self.queries_only
         if p:
             mask = mask[..., p:] if mask is not None and mask.shape[-1] == k.shape[2] else mask
@@ -228,10 +234,14 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     def seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None:
         """Hold what the attention call got until the verbs have spoken."""
-        self.heard_call = (q, k, v, mask, scaling, causal)
+        self.heard_call = (q, k, v, mask, scaling, causal) if self.taps else None
 
     def heard(self, name: str, moment: Moment) -> Any:
         """A signal of the attention call, over the tokens of the stream."""
+        if self.heard_call is None:
+            rule = "Queries, keys and scores need an attention that calls the attention interface of Transformers"
+            remedy = "Choose another model, or a method that does not look at attention."
+            raise UnsupportedError(explain(rule, type(self._attention[0]).__name__, remedy))
         q, k, v, mask, scaling, causal = self.heard_call
         if name == "scores":
             whole = moment.whole_cache

@@ -61,12 +61,14 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
         known = METHODS.setdefault(name, {})
         if version in known and known[version].cls.__qualname__ != cls.__qualname__:
             raise ConfigError(explain("A method is registered once per version", f"{name!r} v{version} again", "Choose another name."))
-        signals = tuple(p for p in inspect.signature(getattr(cls, cls.verb)).parameters if p != "self")
-        if unknown := sorted(set(signals) - SIGNALS.keys()):
-            raise ConfigError(explain(f"{cls.__name__}.{cls.verb} may ask for {sorted(SIGNALS)}", unknown, "Rename the arguments."))
+        words = getattr(cls, cls.verb), cls.observe
+        signals, observes = (tuple(p for p in inspect.signature(word).parameters if p != "self") for word in words)
+        for word, names in ((cls.verb, signals), ("observe", observes)):
+            if unknown := sorted(set(names) - SIGNALS.keys()):
+                raise ConfigError(explain(f"{cls.__name__}.{word} may ask for {sorted(SIGNALS)}", unknown, "Rename the arguments."))
         doc = inspect.getdoc(inspect.getmodule(cls)) or ""
         card = read_card(doc)
-        cls.signals, config.method, config.version = signals, name, version
+        cls.signals, cls.observes, config.method, config.version = signals, observes, name, version
         known[version] = MethodInfo(name=name, version=version, role=cls.role, cls=cls, config=config, doc=doc, **card)
         return cls
 

@@ -18,9 +18,9 @@ SIGNALS: dict[str, str] = {
     "keys": "keys of this block's self-attention, rotated, (b k m e); for a CacheCompressor all cached keys",
     "values": "values of this block's self-attention, (b k m e); for a CacheCompressor all cached values",
     "scores": "attention probabilities of this block without the matrix: an object with .columns() and .rows(index)",
-    "mask": "tokens that are real, neither padding nor filler, (b m) bool",
+    "mask": "tokens (for a CacheCompressor: entries) that are real, neither padding nor filler, (b m) bool",
     "sizes": "how many original tokens stand in each token, (b m)",
-    "positions": "place of each token in the sequence that the model was given, from 0 at the first real one, (b m)",
+    "positions": "place of each token (for a CacheCompressor: entry) in the given sequence, from 0 at the first real one, (b m)",
     "fresh": "tokens that a TokenBank inserted, (b m) bool",
     "prefix": "number of special tokens (class, distillation, registers) in front of a vision stream, int",
     "visual": "tokens that come from an image or a video, (b m) bool",
@@ -69,29 +69,36 @@ class Method(nn.Module, abc.ABC):
         causal: True or False if the method needs a causal or a bidirectional stream; None if it takes both.
         moves_tokens: The method changes the number of tokens or of cache entries.
         caches: The method is right under cached generation; False makes the engine refuse a cache.
+        packed: The method is right where several samples are packed into one row.
         trains_dense: In training a router's skipped tokens run too, unseen by the others, so that the gate gets a gradient.
         teaches: `teach` wants the last hidden states of the model without the adapter.
         needs_head: It adds to the output of the model's head, so it acts on the stream that the head reads.
         proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
         decodes: A cache compressor speaks at each generated token too.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
+        chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one.
+        allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
     """
 
     role: ClassVar[str]
     verb: ClassVar[str]
     signals: ClassVar[tuple[str, ...]] = ()
+    observes: ClassVar[tuple[str, ...]] = ()
     site: ClassVar[str] = "block"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     kinds: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[bool | None] = None
     moves_tokens: ClassVar[bool] = True
     caches: ClassVar[bool] = True
+    packed: ClassVar[bool] = False
     trains_dense: ClassVar[bool] = False
     teaches: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
     proportional: bool = False
     decodes: bool = False
     exit: int | None = None
+    chunks: ClassVar[bool] = True
+    allots: bool = False
     key: str = ""
 
     def __init__(self, config: MethodConfig, dims: Dims):
@@ -110,6 +117,9 @@ class Method(nn.Module, abc.ABC):
         """Whether this instance is the leader."""
         return self.dims.leads
 
+    def observe(self) -> None:
+        """Hear what the block did: called behind a block that ran, with the signals that it names, in a method that defines it."""
+
     def teach(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
         """Compare the stream's last hidden states with those of the model without the adapter, (b n d) each, mask (b n)."""
 
@@ -119,7 +129,10 @@ class Method(nn.Module, abc.ABC):
 
     @classmethod
     def calibrate(cls, config: MethodConfig, records: dict[int, list]) -> MethodConfig:
-        """The config with knobs measured on data, given what the verb returned in each block (layer -> one entry a batch)."""
+        """The config with knobs measured on data, given what the verb returned in each block (layer -> one entry a batch).
+
+        A CacheCompressor's scores are -inf where a row has no entry.
+        """
         raise UnsupportedError(explain("`calibrate` needs a method that measures knobs on data", cls.__name__, "Leave it out."))
 
     @classmethod
@@ -195,8 +208,16 @@ class CacheCompressor(Method):
         """The importance of each cached entry, (b n), or (b k n) for each key head; the highest stay."""
 
     @abc.abstractmethod
-    def budget(self, length: int) -> int:
-        """How many of `length` entries stay in this block."""
+    def budget(self, length: int, seen: int) -> int:
+        """How many of `length` entries of a row stay in this block, once the model has seen so many real tokens of it."""
+
+    def allot(self, scores: dict[int, Tensor]) -> dict[int, Tensor]:
+        """If `allots`: how many entries stay in each block behind a prompt, (b) by layer; each row keeps that share while it decodes.
+
+        Args:
+            scores: What `score` returned in each block, (b n), -inf where a row has no entry.
+        """
+        raise NotImplementedError
 
 
 class FeatureCache(Method):

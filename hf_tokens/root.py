@@ -40,6 +40,7 @@ class Root:
         self.runtimes: list[Runtime] = []
         self._trainer: weakref.ref | None = None
         self.teaching = False
+        self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.behind, with_kwargs=True),
@@ -70,7 +71,10 @@ class Root:
             runtime.progress = progress
 
     def detach(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model; its parameters are trainable again where they were (some kernels differ by that)."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.trainable:
+                parameter.requires_grad_(self.trainable[name])
         for handle in self.handles:
             handle.remove()
         if self.denoising is not None:

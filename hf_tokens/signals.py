@@ -36,6 +36,7 @@ class Moment:
     local: Books | None = None  # the tokens that the block really ran on: guests in front, then those routed to it
     routed: TokenMap | None = None
     whole_cache: bool = False
+    mask: Tensor | None = None  # of the tokens at hand, where the block has no argument for it
     middle: dict[int, TokenMap | None] = field(default_factory=dict)  # maps between attention and MLP, by the method's id
 
     def local_real(self, queries: int) -> Tensor:
@@ -47,6 +48,9 @@ class Moment:
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""
         m = self.now.books.m if self.routed is None else self.routed.m
+        if x.shape[dim] < m:
+            rule = "What an attention computes can be read where one call holds all the tokens"
+            raise UnsupportedError(explain(rule, f"{x.shape[dim]} of {m}", "Give the model one image a call, or choose another stream."))
         x = x.narrow(dim, x.shape[dim] - m, m)
         if self.routed is None:
             return x
@@ -69,8 +73,36 @@ def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Ten
     return None, None
 
 
+def views(arguments: dict[str, Any], books: Books, padding: Tensor | None) -> Tensor | None:
+    """The first token that each real one sees by the block's own mask, -1 for the others, (b n); None if all see the same."""
+    for name, value in arguments.items():
+        if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.shape[-2:] != (books.n, books.n):
+            continue
+        seen = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+        first = seen.reshape(-1, *seen.shape[-3:]).any(dim=1).long().argmax(dim=-1).expand(books.batch, -1)  # b n
+        first = first if padding is None else first.masked_fill(~padding, -1)
+        return None if bool((first == first.amax(dim=1, keepdim=True)).logical_or(first < 0).all()) else first
+    return None
+
+
+def stored(moment: Moment) -> Tensor:
+    """Cached entries that are real, (b n) or (b k n) bool."""
+    layer, now = moment.layer, moment.now
+    flags = torch.ones_like(layer.origins, dtype=torch.bool) if layer.filled is None else layer.filled
+    lead = (-1, *[1] * (layer.origins.dim() - 2))
+    if now.first is not None:
+        flags = flags & (layer.origins >= now.first.view(*lead, 1))
+    if now.padding is not None:
+        place = layer.origins - now.books.start
+        here = now.padding.view(lead[0], *lead[1:], now.books.n).expand(*place.shape[:-1], -1)
+        flags = flags & ((place < 0) | here.gather(-1, place.clamp(min=0)))
+    return flags
+
+
 def real(moment: Moment) -> Tensor:
     """The `mask` signal."""
+    if moment.whole_cache:
+        return stored(moment)
     books = moment.now.books
     flags = books.flags(books.filled, True)
     return flags if moment.now.padding is None else flags & moment.now.padding.gather(1, books.rows)
@@ -79,8 +111,8 @@ def real(moment: Moment) -> Tensor:
 def positions(moment: Moment) -> Tensor:
     """The `positions` signal."""
     books, first = moment.now.books, moment.now.first
-    place = books.rows + books.start
-    return place if first is None else place - first[:, None]
+    place = moment.layer.origins if moment.whole_cache else books.rows + books.start
+    return place if first is None else place - first.view(-1, *[1] * (place.dim() - 1))
 
 
 def span(moment: Moment, name: str) -> Tensor:
@@ -131,7 +163,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "prefix": lambda m: m.runtime.prefix,
     "visual": lambda m: span(m, "visual"),
     "instruction": lambda m: span(m, "instruction"),
-    **{name: (lambda m, name=name: m.side.captured[name]) for name in HOOKED},
+    **{name: (lambda m, name=name: m.from_local(m.side.captured[name], 1)) for name in HOOKED},
     "kind": lambda m: m.runtime.stream.kind,
     "layer": lambda m: m.side.index,
     "layers": lambda m: len(m.runtime.stream),
@@ -140,6 +172,6 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "timestep": lambda m: m.runtime.inputs["timestep"],
     "part": lambda m: m.side.part,
     "progress": lambda m: m.runtime.progress,
-    "prefill": lambda m: m.now.books.n > 1 or m.now.books.start == 0,
+    "prefill": lambda m: m.now.prefill,
     "memory": lambda m: m.now.memory,
 }

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .anatomy import Stream
-from .books import CROSS, Books, Stored
+from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import Arrival, TokenCacheLayer, adopt, self_attention_cache
 from .errors import UnsupportedError, explain
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
-from .signals import SUPPLY, Moment, padding
+from .signals import HOOKED, SUPPLY, TAPPED, Moment, padding, stored, views
 from .token_map import TokenMap
 from .training import follow_trainer
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .layer import BlockSurgery
     from .root import Root
 
+BIAS = "position_bias"  # the relative bias that T5's blocks hand on
+EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
+OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
 
 
@@ -42,9 +45,10 @@ def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 # How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
+PACKED = "n d"  # samples one behind the other in one row
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "b n d": (lambda x: x, lambda x, came: x),
-    "n d": (lambda x: x[None], lambda x, came: x[0]),
+    PACKED: (lambda x: x[None], lambda x, came: x[0]),
     "n b d": (lambda x: x.transpose(0, 1), lambda x, came: x.transpose(0, 1)),
     "b n c d": (lambda x: x.flatten(2), lambda x, came: x.unflatten(2, came.shape[2:])),
     "c b n d": (
@@ -70,7 +74,8 @@ class Call:
         self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.hidden_name = stream.hidden_index(index).name
         raw = self.raw = self.arguments[self.hidden_name]
-        self.layout = "b n d" if raw.dim() == 3 and stream.layout == "n d" else stream.layout
+        usual = {2: "n d", 3: "b n d"}
+        self.layout = usual.get(raw.dim(), stream.layout) if stream.layout in usual.values() else stream.layout
         if self.layout not in LAYOUTS or raw.dim() != len(self.layout.split()):
             raise UnsupportedError(
                 explain(
@@ -95,6 +100,7 @@ class Call:
         if books.untouched and stored is None:
             given = {**self.arguments, self.hidden_name: original}
             return self._apply(inner, given)
+        self._spell_out_bias(books)
         given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
         given[self.hidden_name] = original
         name = self._mask_name()
@@ -102,6 +108,20 @@ class Call:
             given[name] = books.implied_mask(hidden, stored)
         output = self._apply(inner, given)
         return self._give_back(output, given)
+
+    def _spell_out_bias(self, books: Books) -> None:
+        """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
+        attention = self.stream.attention(self.index)
+        if BIAS in parameters(type(self.stream.blocks[self.index])) and self.arguments.get(BIAS) is None and attention is not None:
+            if vars(attention).get("has_relative_attention_bias"):
+                self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
+
+    def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
+        """The mask that these tokens need where the block has no argument for one."""
+        named = self._mask_name() is not None and self.layout != "n d"
+        if books.untouched or named or self.stream.causal or self.stream.attention(self.index) is None:
+            return None
+        return books.implied_mask(hidden, None)
 
     def _mask_name(self) -> str | None:
         names = parameters(type(self.stream.blocks[self.index]))
@@ -145,6 +165,7 @@ class Memory(dict):
     def __init__(self):
         super().__init__()
         self.tokens: dict[str, Tensor] = {}
+        self.prompted = False  # whether the last pass of the sequence brought a prompt
 
     def move(self, tokens: TokenMap) -> None:
         """Let the per-token entries follow a map."""
@@ -170,6 +191,7 @@ class Pass:
         books: The tokens that are left.
         padding: Real tokens of the sequence that entered, (b n) bool; None if all are.
         first: Place of each row's first real token in the whole sequence, (b); None if it is 0.
+        apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
         inside: The tokens that are left, behind the last block that ran, (b m d).
         given: What the model got from that block.
     """
@@ -180,8 +202,21 @@ class Pass:
     memory: Memory
     at: int = -1
     layers: list[TokenCacheLayer] = field(default_factory=list)
+    apart: Tensor | None = None
     inside: Tensor | None = None
     given: Tensor | None = None
+    waiting: dict[str, list[tuple[Method, Moment, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def prefill(self) -> bool:
+        """Whether this pass brings a prompt or a whole sequence, and not one token of generation."""
+        return self.books.n > 1 or self.books.start == 0
+
+    def seen(self) -> Tensor:
+        """Real tokens of each row up to the end of this pass, (b)."""
+        here = self.books.rows.new_full((self.books.batch,), self.books.n) if self.padding is None else self.padding.sum(dim=1)
+        before = self.books.start if self.first is None or not self.books.start else self.books.start - self.first
+        return here + before
 
 
 class Runtime:
@@ -295,13 +330,7 @@ class Runtime:
         output, moment.hidden = self._block(side, methods, call, moment)
         whole = moment.hidden if now.books.untouched else now.books.restore(moment.hidden, call.hidden)
         behind = now.books
-        for method in methods:
-            if isinstance(method, TokenReducer) and method.site == "middle":
-                self._settle(method, moment)
-            elif isinstance(method, TokenReducer) and method.site == "after":
-                self._reduce(method, moment)
-            elif isinstance(method, CacheCompressor) and layer is not None:
-                self._compress(method, moment)
+        self._behind(methods, moment)
         if now.books is not behind:
             whole = now.books.restore(moment.hidden, whole)
         side.captured.clear()
@@ -310,6 +339,20 @@ class Runtime:
         if side.index == len(self.stream) - 1 and not replaying:
             self._close(now, whole)
         return call.write(output, now.given)
+
+    def _behind(self, methods: list[Method], moment: Moment) -> None:
+        """What the methods say and hear behind a block."""
+        ran = moment.local is not None
+        for method in methods:
+            if ran and method.observes:
+                method.observe(**{name: SUPPLY[name](moment) for name in method.observes})
+        for method in methods:
+            if isinstance(method, TokenReducer) and method.site == "middle":
+                self._settle(method, moment)
+            elif isinstance(method, TokenReducer) and method.site == "after" and (ran or not OF_THE_BLOCK & set(method.signals)):
+                self._reduce(method, moment)
+            elif isinstance(method, CacheCompressor) and moment.layer is not None and ran:
+                self._compress(method, moment)
 
     def _tokens_left(self, call: Call, now: Pass) -> Tensor:
         """The tokens as the last block left them, unless someone outside changed the sequence since."""
@@ -343,10 +386,12 @@ class Runtime:
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
         self._refuse_cache(side, call.cache)
         layers, start, memory = [], 0, Memory()
+        self._refuse_packed(call)
         if self.moves:
             cache = call.cache
             if cache is not None:
-                known = {i: cache.layers[s.layer_idx] for i, s in self.sides.items() if s.layer_idx is not None}
+                slots = {i: s.layer_idx for i, s in self.sides.items() if s.layer_idx is not None and s.layer_idx < len(cache.layers)}
+                known = {i: cache.layers[slot] for i, slot in slots.items()}
                 known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
                 layers = list(known.values())
                 start = min((layer.seen for i, layer in known.items() if i >= side.index), default=0)  # blocks before have been run
@@ -354,19 +399,42 @@ class Runtime:
             memory = layers[0].memory if start and layers[0].memory is not None else memory
             layers[0].memory = memory
             memory.tokens.clear()
-        books = Books.open(call.hidden, start, self.stream.causal, call.context, side.additive_mask)
+        books = Books.open(call.hidden, start, self.stream.causal, call.context, self.prefix, side.additive_mask)
         real, first = padding(call.arguments, books)
+        apart = None if self.stream.causal else views(call.arguments, books, real)
+        self._admit_prompt(memory, books)
         if layers and start:
             first = layers[0].first  # a sliding window hides it from later masks
         elif layers:
             layers[0].first = first
-        return Pass(books, real, first, memory, layers=layers)
+        return Pass(books, real, first, memory, layers=layers, apart=apart)
+
+    def _refuse_packed(self, call: Call) -> None:
+        """A method that thinks of one sample a row cannot be right for several in one."""
+        segments = [len(value) - 1 for name, value in call.arguments.items() if SEGMENTS.match(name) and isinstance(value, Tensor)]
+        if call.layout == PACKED and max(segments, default=1) > 1 and not all(method.packed for method in self.methods()):
+            rule = f"The stream {self.stream.name!r} packs its samples into one row, and these methods take one sample a call"
+            raise UnsupportedError(explain(rule, f"{max(segments)} segments", "Give the model one image, or name another stream."))
+
+    def _admit_prompt(self, memory: Memory, books: Books) -> None:
+        """A prompt that comes right behind another one is a chunk of one prompt."""
+        prompt = books.n > 1 or books.start == 0
+        whole = [type(method).__name__ for method in self.methods() if not method.chunks]
+        if prompt and books.start and memory.prompted and whole:
+            raise UnsupportedError(
+                explain(
+                    "Methods that look at a prompt as a whole must get it in one pass",
+                    f"{', '.join(sorted(set(whole)))} and a prompt in chunks",
+                    "Leave out `prefill_chunk_size`, or pass the whole prompt to the model at once.",
+                )
+            )
+        memory.prompted = prompt
 
     def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
         cache = call.cache if now.layers else None
         if cache is None or side.layer_idx is None or side.drops_cache:
             return None
-        layer = cache.layers[side.layer_idx]
+        layer = cache.layers[side.layer_idx] if side.layer_idx < len(cache.layers) else None
         return layer if isinstance(layer, TokenCacheLayer) else None
 
     def _block(self, side: BlockSurgery, methods: list[Method], call: Call, moment: Moment) -> tuple[Any, Tensor]:
@@ -398,7 +466,10 @@ class Runtime:
         stored = self._expect(layer, books, now)
         moment.local, moment.routed = books, routed
         asking = sum(opened.m - opened.n for bank, opened in guests if bank.site == "query")
-        with self._listen(side, asking, replace(moment, hidden=x, now=replace(now))):
+        unsaid = call.unsaid_mask(x, books)
+        if unsaid is not None:
+            side.open_tap()
+        with self._listen(side, asking, replace(moment, hidden=x, now=replace(now), mask=unsaid)):
             output = call.run(side.inner, x, books, stored)
         self._count(side, x.shape[0] * x.shape[1])
         side.bare = isinstance(output, Tensor)
@@ -426,7 +497,7 @@ class Runtime:
     @contextlib.contextmanager
     def _listen(self, side: BlockSurgery, asking: int, moment: Moment) -> Iterator[None]:
         """Open the hooks inside of the block while it runs, and again when its own checkpoint runs it in the backward pass."""
-        hearing = partial(side.hearing, side.taps, asking, moment)
+        hearing = partial(side.hearing, side.taps or moment.mask is not None, asking, moment)
         checkpoint = vars(side.block).get("_gradient_checkpointing_func")
         if checkpoint is not None:
             side.block._gradient_checkpointing_func = lambda function, *args: checkpoint(hearing()(function), *args)
@@ -471,10 +542,19 @@ class Runtime:
     def _move(self, tokens: TokenMap, moment: Moment, hidden: Tensor, proportional: bool = False) -> None:
         """Change the tokens for the rest of the stream."""
         now = moment.now
+        if tokens.joins and now.apart is not None:
+            self._check_joins(tokens, now.apart.gather(1, now.books.rows))
         now.memory.move(tokens)
         books = now.books.move(tokens)
         now.books = replace(books, proportional=True) if proportional else books
         moment.hidden = hidden
+
+    def _check_joins(self, tokens: TokenMap, view: Tensor) -> None:
+        into = tokens.gather(view).gather(1, tokens.slot.clamp(min=0))
+        if bool(((into != view) & (tokens.slot >= 0) & (into >= 0) & (view >= 0)).any()):
+            rule = f"Tokens that join must see the same tokens, in the stream {self.stream.name!r}"
+            remedy = "Give the model one image a call, or choose a method that joins no tokens."
+            raise UnsupportedError(explain(rule, "a mask that keeps them apart", remedy))
 
     def _settle(self, method: TokenReducer, moment: Moment) -> None:
         """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
@@ -541,28 +621,63 @@ class Runtime:
         return True
 
     def _compress(self, method: CacheCompressor, moment: Moment) -> None:
-        layer, books = moment.layer, moment.now.books
+        layer, now = moment.layer, moment.now
         if self.records is not None:
-            self.records.setdefault(moment.side.index, []).append((method.key, self.ask(method, moment).detach()))
+            self.records.setdefault(moment.side.index, []).append((method.key, self._score(method, moment).detach()))
             return
-        if books.n == 1 and not method.decodes:
+        if not now.prefill and not method.decodes:
             return
-        real = torch.ones_like(layer.origins, dtype=torch.bool) if layer.filled is None else layer.filled
-        first = moment.now.first
-        if first is not None:
-            real = real & (layer.origins >= first.view(-1, *[1] * (layer.origins.dim() - 1)))
+        real = stored(moment)
+        if method.allots and now.prefill:
+            now.waiting.setdefault(method.key, []).append((method, moment, self._score(method, moment)))
+            if moment.side.index == max(i for i, s in self.sides.items() if any(m.key == method.key for m in s.active())):
+                self._allot(method, now.waiting.pop(method.key))
+            return
         lengths = real.sum(dim=-1)  # b, or b k
-        budgets = torch.tensor([method.budget(int(length)) for length in lengths.flatten()], device=lengths.device).view_as(lengths)
-        if bool((budgets >= lengths).all()) and bool(real.all()):
-            return
-        score = self.ask(method, moment)
+        seen = now.seen().view(-1, *[1] * (lengths.dim() - 1)).expand_as(lengths)
+        if method.allots:
+            budgets = (layer.shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
+        else:
+            pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
+            budgets = torch.tensor([min(n, method.budget(n, s)) for n, s in pairs], device=lengths.device).view_as(lengths)
+        if self._overfull(layer, lengths, budgets):
+            self._evict(layer, self.ask(method, moment), real, budgets)
+
+    def _score(self, method: CacheCompressor, moment: Moment) -> Tensor:
+        """The score of every entry, -inf where there is none."""
+        score, real = self.ask(method, moment), stored(moment)
+        return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
+
+    @staticmethod
+    def _overfull(layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
+        """Whether rows have more real entries than they may, or more room than any of them needs."""
+        return bool((budgets < lengths).any()) or int(lengths.max()) < layer.length
+
+    def _allot(self, method: CacheCompressor, waiting: list[tuple[Method, Moment, Tensor]]) -> None:
+        """Every block has scored its entries: share them out."""
+        real = {m.side.index: stored(m) for _, m, _ in waiting}
+        scores = {m.side.index: score for _, m, score in waiting}
+        budgets = method.leader.allot(scores)
+        for _, moment, score in waiting:
+            layer = moment.side.index
+            lengths = real[layer].sum(dim=-1)
+            allowed = budgets[layer].minimum(lengths)
+            moment.layer.shares = allowed.double() / moment.now.seen()
+            if self._overfull(moment.layer, lengths, allowed):
+                self._evict(moment.layer, score, real[layer], allowed)
+
+    @staticmethod
+    def _evict(layer: TokenCacheLayer, score: Tensor, real: Tensor, budgets: Tensor) -> None:
+        """Keep the highest of the real entries, as many as each row (b) or head (b k) may have; of two equal ones the earlier."""
         if score.dim() == 3 and real.dim() == 2:
             real, budgets = real[:, None].expand_as(score), budgets[:, None].expand(score.shape[:2])
+        if score.dim() == 2 and real.dim() == 3:
+            score = score[:, None].expand_as(real)
         score = score.masked_fill(~real, -torch.inf)
         if layer.fresh is not None:
             score = score.masked_fill(layer.fresh if score.dim() == layer.fresh.dim() else layer.fresh[:, None], torch.inf)
-        most = int(budgets.max())
-        index = score.topk(most, dim=-1).indices
+        most = max(1, int(budgets.max()))
+        index = score.argsort(dim=-1, descending=True, stable=True)[..., :most]
         kept = torch.arange(most, device=index.device) < budgets[..., None]
         order = torch.where(kept, index, score.shape[-1]).sort(dim=-1)
         filled = order.values < score.shape[-1]

@@ -21,12 +21,11 @@ from .layer import BlockSurgery
 from .registry import MethodInfo, method_config, method_info
 from .roles import Dims, LayerRouter, TokenRouter
 from .root import Root
-from .surgery import Runtime
+from .surgery import LAYOUTS, PACKED, Runtime
 
 NAME = "HF_TOKENS"
 CHILD = "hf_tokens"
 PEFT_METHOD = "peft"
-
 
 def extend_peft_type() -> PeftType:
     """Add HF_TOKENS to PEFT's closed enum."""
@@ -123,13 +122,14 @@ class Placement:
 def fits(info: MethodInfo, stream: Stream) -> bool:
     """Whether a method supports a stream."""
     cls = info.cls
-    return (not cls.kinds or stream.kind in cls.kinds) and cls.causal in (None, stream.causal)
+    return (not cls.kinds or stream.kind in cls.kinds) and cls.causal in (None, stream.causal) and stream.layout in LAYOUTS
 
 
 def demand(info: MethodInfo) -> str:
     """What streams a method supports, in words."""
     causal = {True: "causal ", False: "bidirectional ", None: ""}[info.cls.causal]
-    return f"a {causal}stream" + (f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else "")
+    kinds = f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else ""
+    return f"a {causal}stream{kinds} whose tokens lie as one of {sorted(LAYOUTS)}"
 
 
 def head_outputs(found: Anatomy) -> int | None:
@@ -165,6 +165,7 @@ def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> li
     fitting = [s for s in found.streams if fits(info, s)]
     if not fitting:
         raise UnsupportedError(explain(rule, f"{type(found.model).__name__} with {here}", "Choose another method or model."))
+    fitting = [s for s in fitting if s.layout != PACKED or info.cls.packed] or fitting  # what is packed only where nothing else is
     return before_head(fitting, info, found) if info.cls.needs_head else fitting
 
 
@@ -231,6 +232,10 @@ class HFTokensModel(BaseTuner):
         self._blocks = {id(p.stream.blocks[i]): (p.stream, i) for p in self._plan for i in range(len(p.stream))}
         peft_config.target_modules = sorted(names[block] for block in self._blocks)
         return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: HFTokensConfig) -> None:
+        if peft_config.modules_to_save:  # nothing else of ours can be tied, and not every model says what is
+            super()._check_tied_modules(model, peft_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if id(target) not in self._blocks:

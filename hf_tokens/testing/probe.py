@@ -23,7 +23,7 @@ class ProbeInsertConfig(MethodConfig):
 class ProbeInsert(TokenBank):
     """Learnable tokens that enter at the middle block and stay until the exit."""
 
-    site = "input"
+    site, packed = "input", True
 
     def __init__(self, config: ProbeInsertConfig, dims: Dims):
         super().__init__(config, dims)
@@ -48,7 +48,7 @@ class ProbeDropConfig(MethodConfig):
 class ProbeDrop(TokenReducer):
     """Drops tokens by their position alone, so that a padded, chunked or cached run drops the same ones."""
 
-    site = "before"
+    site, packed = "before", True
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:

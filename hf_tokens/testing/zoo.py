@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row, diffusers_inputs
+from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LAYER_LISTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row, diffusers_inputs
 
 BATCH, TOKENS, VOCAB = 2, 16, 99
 NO_CLASS = "has no model class of its own: it is a part of another family's config"
@@ -46,8 +46,13 @@ def families(library: str | None = None) -> list[str]:
     return [family for name, listed in known.items() if library in (None, name) for family in listed()]
 
 
+def is_part(family: str) -> bool:
+    """Whether a family is only a part of another one, such as its text tower: no auto mapping of Transformers builds it."""
+    return not family.startswith("diffusers/") and family not in _class_names()
+
+
 def unbuildable() -> dict[str, str]:
-    """The families without a specimen, and why."""
+    """The families without a specimen, and why. What the installed libraries lack for them is a part of the answer."""
     return {family: UNBUILDABLE[family] for family in families() if family in UNBUILDABLE}
 
 
@@ -124,13 +129,16 @@ def _transformers_model(family: str, row: Row) -> nn.Module:
     config_cls = CONFIG_MAPPING[family]
     name = row.model or _class_names().get(family) or _class_of_config(config_cls)
     model_cls = getattr(transformers, name, None) or getattr(_modeling(config_cls), name)
-    small = tiny(config_cls(), sections=_splits_rotary(model_cls))
-    return model_cls(config_cls(**_merge(small, row.config)))
+    return model_cls(config_cls(**_merge(tiny(config_cls()), row.config)))
 
 
-def _splits_rotary(model_cls: type) -> bool:
+@cache
+def _splits_rotary(config_cls: type) -> bool:
     """Whether the family's rotary tables are cut into sections, whose sizes must then follow the small heads."""
-    return "mrope_section" in inspect.getsource(inspect.getmodule(model_cls))
+    try:
+        return "mrope_section" in inspect.getsource(_modeling(config_cls))
+    except ModuleNotFoundError:
+        return False
 
 
 def _modeling(config_cls: type) -> Any:
@@ -155,11 +163,13 @@ def _class_of_config(config_cls: type) -> str:
 def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in more.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        old = merged.get(key)
+        same_kind = isinstance(value, dict) and isinstance(old, dict) and value.get("model_type") in (None, old.get("model_type"))
+        merged[key] = _merge(old, value) if same_kind else value
     return merged
 
 
-def tiny(config: Any, sections: bool = False) -> dict[str, Any]:
+def tiny(config: Any) -> dict[str, Any]:
     """The arguments that make a config of this class small: shrunk by the names of its attributes, sub configs too."""
     from transformers import PreTrainedConfig
 
@@ -170,12 +180,15 @@ def tiny(config: Any, sections: bool = False) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             given = {k: v for k, v in value.to_diff_dict().items() if not _of_every_layer(v, value)}
-            small[name] = {"model_type": value.model_type, **_plain(given), **tiny(value, sections)}
+            small[name] = {"model_type": value.model_type, **_plain(given), **tiny(value)}
         elif name == "rope_parameters" or name == "rope_scaling":
-            small[name] = _tiny_rope(value, sections)
+            small[name] = _tiny_rope(value, _splits_rotary(type(config)))
         elif re.search(r"token_(id|index|ids)$", name):
             taken -= isinstance(value, int) and value >= 16
             small[name] = _tiny_token(name, value, taken)
+        elif name in LAYER_LISTS and isinstance(value, (list, tuple)):
+            kinds = list(dict.fromkeys(value))
+            small[name] = [kinds[i % len(kinds)] for i in range(4)] if 1 < len(kinds) <= 4 else None
         elif name in ("num_key_value_heads", "num_kv_heads") and value in (None, _heads(values)):
             small[name] = 4
         elif name == "head_dim" and value is None:
@@ -196,8 +209,11 @@ def _of_every_layer(value: Any, config: Any) -> bool:
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    drop = ("transformers_version", "model_type", "architectures")
-    return {name: value for name, value in given.items() if name not in drop and not isinstance(value, dict)}
+    drop = ("transformers_version", "model_type", "architectures", "out_indices", "stage_names")
+    kept = {name: value for name, value in given.items() if name not in drop and not isinstance(value, dict)}
+    if kept.get("out_features"):
+        kept["out_features"] = [f"stage{i}" for i in range(1, 5)][-len(kept["out_features"]) :]
+    return kept
 
 
 def _rule(rules: Any, name: str) -> Any:
@@ -219,7 +235,7 @@ def _tiny_number(name: str, value: int) -> int:
 
 def _tiny_list(name: str, value: Any) -> Any:
     found = _rule(LISTS, name)
-    if found is not None:
+    if found is not None and not (found[0] == "patch" and len(value) > 3):
         return type(value)((*found[1], *found[1][-1:] * len(value))[: len(value)])
     if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return type(value)(_tiny_number(name, item) for item in value)
@@ -298,6 +314,8 @@ def _tiny_diffusers(name: str, value: Any) -> Any:
         return type(value)(min(item, small) if isinstance(item, int) else item for item in value)
     if isinstance(value, (list, tuple)):
         return type(value)(small[: len(value)])
+    if isinstance(small, tuple):
+        small = small[0]
     return min(value, small) if isinstance(value, (int, float)) and found[0] != "layers" else small
 
 

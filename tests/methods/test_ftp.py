@@ -4,6 +4,21 @@ import math
 
 import pytest
 import torch
+from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
+from transformers import DynamicCache, Trainer, TrainingArguments
+
+from hf_tokens import (
+    FTP,
+    ConfigError,
+    FTPConfig,
+    UnsupportedError,
+    aux_loss,
+    get_token_model,
+    measure,
+    search_shares,
+    set_method,
+    set_progress,
+)
 
 
 def static(count, sparsity):
@@ -192,3 +207,219 @@ def test_sparsity_loss_is_one_sided():
 
 def test_decoding_threshold():
     assert decodes([0.0, 0.5, 0.51, 1.0]) == [True, True, False, False]
+
+
+# -- the method in a model -------------------------------------------------------------------------------------------
+
+
+def routed(layers=4, seed=0, **knobs):
+    """A GPT-2 with FTP in it, and the router's weights, set far enough apart that tokens differ."""
+    model = get_token_model(gpt2(layers, seed), FTPConfig(**knobs)).eval()
+    leader = next(module for module in model.modules() if isinstance(module, FTP))
+    if knobs.get("router") == "static":
+        return model, None
+    draw = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in leader.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+        grid = torch.tensor([(i / 12, 1 / 12, i / 12, 0.4) for i in range(12)], dtype=torch.float64)
+        leader.b2.sub_(((grid @ leader.w1.T + leader.b1).relu() @ leader.w2.T + leader.b2).median())
+    return model, tuple(p.detach() for p in (leader.w1, leader.b1, leader.w2, leader.b2))
+
+
+@torch.no_grad()
+def all_rows(base, ids, mask, sparsity, weights, strict):
+    """Last hidden states before the final norm (b n d) and routes per row."""
+    rows = []
+    for row, real in zip(ids, mask, strict=True):
+        place = (real.long().cumsum(0) - 1).clamp(min=0)
+        rows.append(naive(embed(base, row, place), real.tolist(), blocks(base), sparsity, weights, strict))
+    return rows
+
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+MODELS = [
+    pytest.param((12,), (0.0, 0.25, 0.5, 0.3), False, "left", id="the paper's router"),
+    pytest.param((17, 12, 5), (0.3, 0.45, 0.0, 0.7), True, "left", id="odd sizes, exact counts, padded"),
+    pytest.param((17, 9, 1), (0.3, 0.45, 0.0, 0.7), False, "left", id="rows keep different numbers"),
+    pytest.param((3, 11, 17), (0.3, 0.45, 0.2, 0.7), False, "right", id="padded on the right"),
+    pytest.param((1,), (0.0, 0.5, 0.9, 0.2), True, "left", id="one token"),
+    pytest.param((8, 6), (0.0, 1.0, 0.5, 0.5), True, "left", id="a block skipped whole"),
+    pytest.param((8, 6), (1.0, 1.0, 1.0, 1.0), True, "left", id="everything skipped"),
+    pytest.param((8, 6), (0.0, 0.0, 0.0, 0.0), False, "left", id="nothing to skip"),
+]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("lengths", "sparsity", "strict", "side"), MODELS)
+def test_model_is_the_loop(lengths, sparsity, strict, side, cached):
+    model, weights = routed(sparsities=sparsity, strict=strict)
+    base = model.get_base_model()
+    ids, mask = batch(lengths, side)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=cached).logits
+    skipped = 0
+    for row, (hidden, routes) in enumerate(all_rows(base, ids, mask, sparsity, weights, strict)):
+        with torch.no_grad():
+            expected = lm_head(base, hidden)
+        torch.testing.assert_close(out[row][mask[row]], expected[mask[row]], **CLOSE)
+        skipped += sum(run.count(False) for run, _ in routes)
+    assert skipped or sum(sparsity) == 0 or max(lengths) == 1
+
+
+def test_skipped_tokens_are_not_computed_and_leave_no_entry():
+    sparsity = (0.0, 0.25, 0.5, 0.75)
+    model, _ = routed(sparsities=sparsity, strict=True)
+    ids, _ = batch((16,))
+    cost = measure(model, input_ids=ids, use_cache=True)
+    with model.disable_adapter():
+        whole = measure(model, input_ids=ids, use_cache=True)
+    assert cost.tokens == 16 + 12 + 8 + 4
+    assert cost.kv_bytes == whole.kv_bytes * 40 // 64
+    assert cost.flops < whole.flops
+
+
+def test_static_router_runs_the_first_and_the_newest():
+    model, _ = routed(layers=1, sparsity=0.5, router="static")
+    ids, _ = batch((9,))
+    changed = ids.clone()
+    changed[0, 1:5] = 3
+    with torch.no_grad():
+        first, second = model(ids).logits[0], model(changed).logits[0]
+    assert [bool(torch.equal(a, b)) for a, b in zip(first, second, strict=True)] == [True, *[False] * 4, *[True] * 4]
+    assert not any("hf_tokens" in name for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+def decode_by_hand(base, ids, mask, sparsity, weights, strict, steps, threshold):
+    """Greedy tokens of one row: the prompt routed once, then the decode rule, with each block's own list of entries."""
+    (_, routes), = all_rows(base, ids[None], mask[None], sparsity, weights, strict)
+    real = ids[mask]
+    states = embed(base, real, torch.arange(len(real)))
+    entries, logits = [], []
+    for block, (run, _) in zip(blocks(base), routes, strict=True):
+        entries.append(states[torch.tensor(run)])
+        if any(run):
+            states = states.clone()
+            states[torch.tensor(run)] = block(entries[-1])[0]
+    out = []
+    for step in range(steps):
+        logits.append(lm_head(base, states[-1]))
+        out.append(int(logits[-1].argmax()))
+        x = embed(base, torch.tensor(out[-1]), torch.tensor(len(real) + step))
+        for layer, runs in enumerate(decodes(sparsity, threshold)):
+            if runs:
+                entries[layer] = torch.cat([entries[layer], x[None]])
+                x = blocks(base)[layer](entries[layer])[0][-1]
+        states = x[None]
+    return out, torch.stack(logits), [len(e) for e in entries]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.1])
+def test_generation_with_cache_is_the_decode_rule(threshold):
+    sparsity, lengths = (0.2, 0.6, 0.0, 0.45), (13, 7, 1)
+    model, weights = routed(sparsities=sparsity, strict=True, threshold=threshold)
+    ids, mask = batch(lengths)
+    got, logits, cache = greedy(model, ids, mask, 6)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :], got)
+    for row in range(len(lengths)):
+        expected, told, held = decode_by_hand(model.get_base_model(), ids[row], mask[row], sparsity, weights, True, 6, threshold)
+        assert got[row].tolist() == expected
+        torch.testing.assert_close(logits[row], told, **CLOSE)
+        kept = [int(layer.filled[row].sum()) if layer.filled is not None else layer.length for layer in cache.layers]
+        pads = [0 if asked else ids.shape[1] - lengths[row] for asked in sparsity]  # an unrouted block stores the padding, unseen
+        runs = decodes(sparsity, threshold)
+        assert kept == [h - run + pad for h, run, pad in zip(held, runs, pads, strict=True)]
+    assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, num_beams=3, do_sample=False).shape == (3, 18)
+
+
+def test_prompt_in_chunks_is_refused_and_a_second_turn_is_not():
+    model, _ = routed(sparsity=0.4)
+    ids, _ = batch((12,))
+    cache = DynamicCache()
+    model(ids[:, :6], past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="one pass"):
+        model(ids[:, 6:], past_key_values=cache)
+    cache = DynamicCache()
+    with torch.no_grad():
+        for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+            out = model(part, past_key_values=cache).logits
+    assert out.shape[1] == 5
+    assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_losses_are_those_of_the_loop(strict):
+    sparsity, lengths = (0.3, 0.0, 0.45, 0.7), (13, 6)
+    ids, mask = batch(lengths)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    for weights_of, unit in (("guide_weight", 0), ("sparsity_weight", 1), ("distillation_weight", 2)):
+        knobs = {"guide_weight": 0.0, "sparsity_weight": 0.0, "distillation_weight": 0.0, weights_of: 2.0}
+        model, weights = routed(sparsities=sparsity, strict=strict, **knobs)
+        base = model.get_base_model()
+        set_progress(model.train(), 0.25)
+        output = model(**given, labels=ids)
+        expected = 0.0
+        students = all_rows(base, ids, mask, sparsity, weights, strict)
+        teachers = all_rows(base, ids, mask, (0.0,) * 4, weights, strict)
+        for row, ((student, routes), (teacher, _)) in enumerate(zip(students, teachers, strict=True)):
+            terms = losses(routes, sparsity, student, teacher, mask[row].tolist())
+            expected += terms[unit] * 2.0 * (0.75 if unit == 0 else 1.0) / len(ids)
+        assert aux_loss(model).item() == pytest.approx(expected, abs=1e-9)
+        labelled = output.loss.item()
+        plain = base.loss_function(output.logits, ids, vocab_size=50).item()
+        assert labelled == pytest.approx(plain + expected, abs=1e-5)
+
+
+def test_training_with_trainer_trains_the_router(tmp_path):
+    model, _ = routed(sparsity=0.4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids, _ = batch((9, 9, 9, 9))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=0.1, report_to=[], use_cpu=True)
+    Trainer(model=model, args=args, train_dataset=data).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("hf_tokens" in name for name in moved)
+    assert {name.rsplit(".", 1)[1] for name in moved} == {"w1", "b1", "w2", "b2"}
+
+
+def test_training_computes_what_evaluation_does():
+    model, _ = routed(sparsities=(0.3, 0.45, 0.0, 0.7))
+    ids, mask = batch((11, 8))
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
+    with torch.no_grad():
+        expected = model.eval()(**given).logits
+    trained = model.train()(**given).logits
+    torch.testing.assert_close(trained[mask], expected[mask], **CLOSE)
+
+
+def test_search_finds_the_block_that_minds_least():
+    model, _ = routed(layers=3, sparsity=0.5, router="static", strict=True)
+    ids, _ = batch((12, 12))
+    tried = []
+
+    @torch.no_grad()
+    def loss(shares):
+        tried.append(shares)
+        set_method(model, FTPConfig(sparsity=0.5, router="static", strict=True, sparsities=shares))
+        return model(ids, labels=ids).loss.item()
+
+    best = search_shares(loss, 3, 0.5, population=8, generations=4, seed=1)
+    assert all(sum(shares) / 3 == pytest.approx(0.5, abs=1e-12) and 0 <= min(shares) <= max(shares) <= 1 for shares in tried)
+    assert loss(best) <= loss((0.5, 0.5, 0.5))
+    assert loss(best) == min(loss(shares) for shares in list(tried))
+    assert tuple(model.peft_config["default"].methods[0]["sparsities"]) == tried[-1]
+
+
+def test_zero_strength_is_the_base():
+    model, _ = routed(sparsity=0.3)
+    zero = get_token_model(gpt2(), FTPConfig(sparsity=0.3).at_zero()).eval()
+    ids, mask = batch((9, 4))
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(zero(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+
+
+def test_sparsities_must_fit_the_depth():
+    with pytest.raises(ConfigError, match="one value for each of 4 blocks"):
+        get_token_model(gpt2(), FTPConfig(sparsities=(0.1, 0.2)))

@@ -4,6 +4,10 @@ import math
 
 import pytest
 import torch
+from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
+from transformers import DynamicCache
+
+from hf_tokens import ConfigError, PrefixKVConfig, UnsupportedError, calibrate, get_token_model, load, measure
 
 
 def importance(attention, mask):
@@ -171,3 +175,150 @@ def test_naive_averages_configurations():
 
 def test_naive_drops_at_the_distance():
     assert naive([[0.25] * 4], [True] * 4, [0.5], steps=4, distance=1) == [[0, 4, 6, 7]]
+
+
+# -- the method in a model -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prompt_by_hand(base, ids):
+    """Of one row without padding: importance of every layer, inputs of every block, hidden states behind the last."""
+    x, shares, inputs = embed(base, ids, torch.arange(len(ids))), [], []
+    for block in blocks(base):
+        inputs.append(x)
+        x, attention = block(x)
+        shares.append(importance(attention, [True] * len(ids)))
+    return shares, inputs, x
+
+
+@torch.no_grad()
+def decode_by_hand(base, ids, ratios, steps, distance):
+    """Greedy tokens and logits of one row that attends, in each block, to what the loop holds, and what it holds at the end."""
+    shares, inputs, states = prompt_by_hand(base, ids)
+    out, logits = [], []
+    for step in range(steps):
+        logits.append(lm_head(base, states[-1]))
+        out.append(int(logits[-1].argmax()))
+        if step == steps - 1:
+            break
+        x = embed(base, torch.tensor(out[-1]), torch.tensor(len(ids) + step))
+        held = naive(shares, [True] * len(ids), ratios, step, distance)
+        for layer, block in enumerate(blocks(base)):
+            inputs[layer] = torch.cat([inputs[layer], x[None]])
+            x = block(torch.cat([inputs[layer][held[layer]], x[None]]))[0][-1]
+        states = x[None]
+    return out, torch.stack(logits), naive(shares, [True] * len(ids), ratios, steps - 1, distance)
+
+
+def held_in(cache, row, first):
+    """Places, counted from the row's first real token, of what each layer of a cache holds."""
+    flags = [torch.ones_like(la.origins[row], dtype=torch.bool) if la.filled is None else la.filled[row] for la in cache.layers]
+    places = [(layer.origins[row] - first)[flag] for layer, flag in zip(cache.layers, flags, strict=True)]
+    return [[p for p in place.tolist() if p >= 0] for place in places]
+
+
+RATIOS = (0.31, 0.55, 1.0, 0.08)
+MODELS = [
+    pytest.param((12,), {"budget": 0.5}, id="the paper's half"),
+    pytest.param((17, 9, 4), {"ratios": RATIOS, "distance": 4}, id="odd sizes, padded"),
+    pytest.param((11, 6, 1), {"budget": 0.4, "online": True, "distance": 3}, id="rows keep different numbers"),
+    pytest.param((1,), {"budget": 0.5, "distance": 1}, id="one key"),
+    pytest.param((9, 5), {"budget": 1.0}, id="nothing to evict"),
+    pytest.param((9, 5), {"budget": 0.01, "distance": 2}, id="one key a layer"),
+    pytest.param((9, 5), {"budget": 0.01, "online": True, "distance": 2}, id="one key a layer, online"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "knobs"), MODELS)
+def test_model_is_the_loop(lengths, knobs):
+    base = gpt2()
+    for layer, block in enumerate(base.transformer.h):
+        torch.nn.init.normal_(block.attn.c_attn.weight, std=0.3 * (layer + 1))
+    model = get_token_model(base, PrefixKVConfig(**knobs)).eval()
+    ids, mask = batch(lengths)
+    steps, distance = 9, knobs.get("distance", 25)
+    got, logits, cache = greedy(model, ids, mask, steps)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=steps, do_sample=False)[:, ids.shape[1] :], got)
+    for row, length in enumerate(lengths):
+        real, first = ids[row, -length:], ids.shape[1] - length
+        shares, _, _ = prompt_by_hand(base, real)
+        ratios = knobs.get("ratios", (knobs.get("budget"),) * 4)
+        if knobs.get("online"):
+            ratios = [size / length for size in sizes(shares, [True] * length, knobs["budget"])]
+        tokens, told, held = decode_by_hand(base, real, ratios, steps, distance)
+        assert held_in(cache, row, first) == held
+        assert got[row].tolist() == tokens
+        torch.testing.assert_close(logits[row], told, rtol=1e-9, atol=1e-9)
+
+
+def test_calibration_finds_the_configuration_of_the_loop(tmp_path):
+    base = gpt2()
+    model = get_token_model(base, PrefixKVConfig(budget=0.4))
+    batches, samples = [], []
+    for seed, lengths in enumerate([(13, 8), (9, 9)]):
+        ids, mask = batch(lengths, seed=seed)
+        batches.append({"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)})
+        samples += [(prompt_by_hand(base, ids[row, -n:])[0], [True] * n) for row, n in enumerate(lengths)]
+    found = calibrate(model, batches)["default.0"]["ratios"]
+    assert found == pytest.approx(configuration(samples, 0.4), abs=1e-12)
+    model.save_pretrained(tmp_path)
+    ids, mask = batch((14,))
+    again = load(tmp_path, gpt2())
+    assert again.peft_config["default"].methods[0]["ratios"] == pytest.approx(found)
+    cache = again(ids, use_cache=True).past_key_values
+    assert [layer.length for layer in cache.layers] == [held_back(14, ratio) for ratio in found]
+
+
+def test_padding_on_the_right_takes_no_entry():
+    model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5)).eval()
+    ids, mask = batch((11, 4), "right")
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    alone = model(ids[1:, :4], use_cache=True).past_key_values
+    assert held_in(cache, 1, 0) == held_in(alone, 0, 0)
+
+
+def test_memory_is_freed():
+    model = get_token_model(gpt2(), PrefixKVConfig(ratios=(0.25, 0.5, 0.75, 1.0))).eval()
+    ids, _ = batch((16,))
+    cost = measure(model, input_ids=ids, use_cache=True)
+    with model.disable_adapter():
+        whole = measure(model, input_ids=ids, use_cache=True)
+    assert cost.kv_bytes == whole.kv_bytes * 40 // 64
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_beams_are_those_of_each_row_alone(online):
+    model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5, online=online, distance=2)).eval()
+    ids, mask = batch((10, 6))
+    given = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    together = model.generate(input_ids=ids, attention_mask=mask, **given)
+    for row, n in enumerate((10, 6)):
+        alone = model.generate(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], **given)
+        assert together[row, 10:].tolist() == alone[0, n:].tolist()
+
+
+def test_prompt_in_chunks_is_refused_and_a_second_turn_is_not():
+    model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5)).eval()
+    ids, _ = batch((13,))
+    cache = DynamicCache()
+    model(ids[:, :6], past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="one pass"):
+        model(ids[:, 6:], past_key_values=cache)
+    cache = DynamicCache()
+    with torch.no_grad():
+        for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+            model(part, past_key_values=cache)
+    assert cache.get_seq_length() == 13
+    assert [layer.length for layer in cache.layers] == [6] * 4
+
+
+def test_zero_strength_is_the_base():
+    model = get_token_model(gpt2(), PrefixKVConfig(budget=0.3, ratios=RATIOS, online=True).at_zero()).eval()
+    ids, mask = batch((9, 4))
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**given), gpt2().generate(**given))
+
+
+def test_ratios_must_fit_the_blocks():
+    with pytest.raises(ConfigError, match="one value for each of 2 blocks"):
+        get_token_model(gpt2(), PrefixKVConfig(ratios=RATIOS, layers=(0, -1)))

@@ -1,0 +1,97 @@
+"""PrefixKV: every layer keeps the fewest keys that hold the same share of its attention, so each layer gets a cache of its own size.
+
+Paper:   PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient Generation (Wang et al.,
+         NeurIPS 2025), arXiv:2412.03409
+Maths:   I_l = mean_h sum_q A_l[h, q, :] / |.|_1, sorted;  o_l(p) = min {o : the first o of I_l sum to p};  R_l = o_l(p) / n for the
+         largest p, by binary search, with sum_l o_l(p) <= r L n;  decoding drops the entry at a fixed distance whenever a layer outgrows R_l
+Differs: without calibration (`hf_tokens.calibrate`) and `online` every layer keeps the share r. A layer keeps one key at least. The paper
+         states no default of r and the distance; the pruning that it cites uses 25. A later turn of a chat scores all by its own queries.
+
+>>> from hf_tokens import PrefixKVConfig, calibrate, get_token_model, measure
+>>> from hf_tokens.testing import zoo
+>>> base = zoo.build("gpt2")
+>>> model = get_token_model(base.model, PrefixKVConfig(budget=0.25))
+>>> round(sum(calibrate(model, [base.inputs])["default.0"]["ratios"]), 2) <= 4 * 0.25
+True
+>>> measure(model, **base.inputs, use_cache=True).kv_bytes <= 4 * 2 * 2 * 16 * 32 * 4 // 2
+True
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_tokens import CacheCompressor, ConfigError, MethodConfig, option, register
+
+ROUNDS = 60  # of the binary search: p is then exact in float64
+
+
+@dataclass(frozen=True)
+class PrefixKVConfig(MethodConfig):
+    budget: float = option(0.5, gt=0, le=1, zero=1.0, help="Share of all keys that stay (paper: compression ratio r).")
+    ratios: tuple[float, ...] = option((), gt=0, le=1, zero=(), help="Share in each of its blocks (paper: R_l), as calibration found it.")
+    online: bool = option(False, help="Search the shares anew for each sample, at the end of its prompt.")
+    distance: int = option(25, ge=1, help="Entries between the newest one and the one that goes while decoding.")
+
+
+def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:
+    """Keys that each layer keeps, (b), of scores (b n) that are -inf where there is no key: the largest p whose prefixes fit the budget."""
+    held, count = {}, {}
+    for layer, score in scores.items():
+        there = score.isfinite()
+        order = score.double().masked_fill(~there, 0).sort(dim=1, descending=True).values
+        held[layer] = order.cumsum(dim=1) / order.sum(dim=1, keepdim=True)
+        count[layer] = there.sum(dim=1)
+    budget = (ratio * sum(count.values()) + 1e-9).floor().clamp(min=len(scores))  # b
+
+    def prefixes(p: Tensor) -> dict[int, Tensor]:
+        found = {layer: (share < p[:, None] - 1e-12).sum(dim=1) + 1 for layer, share in held.items()}
+        return {layer: torch.where(p >= 1, count[layer], size.minimum(count[layer])) for layer, size in found.items()}
+
+    high = torch.ones_like(budget, dtype=torch.float64)
+    low = (sum(prefixes(high).values()) <= budget).double()
+    for _ in range(ROUNDS):
+        p = (low + high) / 2
+        fits = sum(prefixes(p).values()) <= budget
+        low, high = torch.where(fits, p, low), torch.where(fits, high, p)
+    return prefixes(low)
+
+
+@register("prefixkv", PrefixKVConfig)
+class PrefixKV(CacheCompressor):
+    chunks = False
+    decodes = True
+    allots = property(lambda self: self.config.online)
+
+    @classmethod
+    def check(cls, config: PrefixKVConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
+        if len(config.ratios) not in (0, len(chosen)):
+            raise ConfigError(f"PrefixKVConfig.ratios must have one value for each of {len(chosen)} blocks. Got {len(config.ratios)}.")
+
+    @classmethod
+    def calibrate(cls, config: PrefixKVConfig, records: dict[int, list[Tensor]]) -> PrefixKVConfig:
+        found = {layer: [] for layer in sorted(records)}
+        for batch in zip(*(records[layer] for layer in found), strict=True):
+            scores = dict(zip(found, batch, strict=True))
+            for layer, size in sizes(scores, config.budget).items():
+                found[layer] += (size / scores[layer].isfinite().sum(dim=1).double()).tolist()
+        return dataclasses.replace(config, ratios=tuple(sum(shares) / len(shares) for shares in found.values()))
+
+    def score(self, scores: object, mask: Tensor, prefill: bool) -> Tensor:
+        if prefill:
+            return scores.columns().mean(dim=1)  # b n
+        behind = mask.flip(-1).cumsum(dim=-1).flip(-1) - 1  # real entries after each one
+        aged = torch.where(behind >= self.config.distance, behind, 2 * mask.shape[-1] - behind)
+        return aged.to(torch.float64)
+
+    def budget(self, length: int, seen: int) -> int:
+        c, dims = self.config, self.dims
+        blocks = sorted(range(dims.layers) if c.layers is None else {layer % dims.layers for layer in c.layers})
+        share = c.ratios[blocks.index(dims.layer)] if c.ratios else c.budget
+        return min(length, max(1, math.floor(share * seen + 1e-9)))
+
+    def allot(self, scores: dict[int, Tensor]) -> dict[int, Tensor]:
+        return sizes(scores, self.config.budget)

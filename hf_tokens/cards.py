@@ -1,0 +1,104 @@
+"""The generated pages: a card for each method, their index, and the table in the README. `python -m hf_tokens.cards [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from .config import interval
+from .registry import MethodInfo, list_methods
+
+ROOT = Path(__file__).resolve().parents[1]
+BOUNDS = ("ge", "gt", "le", "lt", "choices")
+START, END = "<!-- methods -->", "<!-- /methods -->"
+NOT_MEASURED = "Not measured on a real model yet."
+
+
+def knob_rows(info: MethodInfo) -> list[list[str]]:
+    """Name, default, allowed values and meaning of every knob."""
+    allowed = lambda meta: interval(meta) if any(key in meta for key in BOUNDS) else ""
+    return [[field.name, repr(field.default), allowed(field.metadata), field.metadata["help"]] for field, _ in info.config.knobs()]
+
+
+def table_row(cells: list[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def streams(info: MethodInfo) -> str:
+    """The streams that a method supports, in words."""
+    causal = {True: "causal ", False: "bidirectional ", None: ""}[info.cls.causal]
+    return causal + (", ".join(info.cls.kinds) if info.cls.kinds else "any kind")
+
+
+def example(info: MethodInfo) -> str:
+    """The doctest of a method's card as a plain script."""
+    lines = re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", info.doc, flags=re.MULTILINE)
+    return "\n".join(lines)
+
+
+def measured(info: MethodInfo) -> str:
+    """What the benchmarks found, with the command that did it."""
+    path = ROOT / "benchmarks" / "results" / "methods.json"
+    found = json.loads(path.read_text()).get(info.name) if path.is_file() else None
+    if found is None:
+        return NOT_MEASURED
+    head = [table_row(found["columns"]), table_row(["---"] * len(found["columns"]))]
+    return "\n".join([f"`{found['command']}`, {found['setting']}:", "", *head, *map(table_row, found["rows"])])
+
+
+def method_card(info: MethodInfo, template: str) -> str:
+    """The card of one method."""
+    return template.format(
+        name=info.name,
+        claim=info.claim,
+        role=info.role,
+        version=info.version,
+        streams=streams(info),
+        paper=info.paper,
+        maths=info.maths,
+        differs=info.differs,
+        config=info.config.__name__,
+        knobs="\n".join(map(table_row, knob_rows(info))),
+        example=example(info),
+        measured=measured(info),
+    )
+
+
+def overview(methods: list[MethodInfo], folder: str) -> str:
+    """The table of all methods."""
+    rows = [[f"[{i.name}]({folder}{i.name}.md)", i.role, i.claim.split(":", 1)[-1].strip().rstrip("."), i.paper] for i in methods]
+    return "\n".join([table_row(["method", "role", "what it does", "paper"]), table_row(["---"] * 4), *map(table_row, rows)])
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page with its text."""
+    methods = [info for info in list_methods() if not info.cls.__module__.startswith("hf_tokens.")]
+    cards = ROOT / "model_cards"
+    template = (cards / "template.md").read_text()
+    out = {cards / f"{info.name}.md": method_card(info, template) for info in methods}
+    out[cards / "INDEX.md"] = f"# Methods\n\n{overview(methods, '')}\n"
+    readme = ROOT / "README.md"
+    head, _, rest = readme.read_text().partition(START)
+    out[readme] = f"{head}{START}\n{overview(methods, 'model_cards/')}\n{END}{rest.partition(END)[2]}"
+    return out
+
+
+def main() -> None:
+    """Write the pages, or with --check say which are not up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is out of date")
+    check = parser.parse_args().check
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        print(path.relative_to(ROOT))
+        if not check:
+            path.write_text(pages()[path])
+    sys.exit(bool(check and stale))
+
+
+if __name__ == "__main__":
+    main()

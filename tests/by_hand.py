@@ -1,0 +1,66 @@
+"""A tiny GPT-2 in float64, where its arithmetic stays, and the same model by hand: block by block, one sample at a time."""
+
+import math
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+def gpt2(layers=4, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 50, "n_positions": 64, "n_embd": 12, "n_layer": layers, "n_head": 3}
+    still = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **still, pad_token_id=0, bos_token_id=1, eos_token_id=None)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def blocks(base):
+    """Functions hidden (m d) -> (hidden m d, attention h m m), one a block; a token sees itself and those in front of it."""
+
+    def block(b):
+        def call(hidden, positions=None):
+            m = len(hidden)
+            q, k, v = b.attn.c_attn(b.ln_1(hidden)).view(m, 3, b.attn.num_heads, -1).permute(1, 2, 0, 3)
+            logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+            attention = logits.masked_fill(~torch.ones(m, m).tril().bool(), -torch.inf).softmax(-1)
+            hidden = hidden + b.attn.c_proj((attention @ v).transpose(0, 1).reshape(m, -1))
+            return hidden + b.mlp(b.ln_2(hidden)), attention
+
+        return call
+
+    return [block(b) for b in base.transformer.h]
+
+
+def embed(base, ids, positions):
+    return base.transformer.wte(ids) + base.transformer.wpe(positions)
+
+
+def lm_head(base, hidden):
+    return base.lm_head(base.transformer.ln_f(hidden))
+
+
+def batch(lengths, side="left", seed=0):
+    """Random ids of rows of these lengths, padded on one side, and their mask."""
+    draw = torch.Generator().manual_seed(seed)
+    n = max(lengths)
+    mask = torch.stack([torch.arange(n) < k if side == "right" else torch.arange(n) >= n - k for k in lengths])
+    return torch.randint(3, 50, (len(lengths), n), generator=draw) * mask, mask
+
+
+def positions(mask):
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def greedy(model, ids, mask, steps):
+    """Tokens (b steps), their logits (b steps v) in the model's own dtype, and the cache, of greedy decoding with it."""
+    mask, place, cache, tokens, logits = mask.clone(), positions(mask), None, [], []
+    for _ in range(steps):
+        out = model(ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1])
+        tokens.append(logits[-1].argmax(-1))
+        ids, place, cache = tokens[-1][:, None], place[:, -1:] + 1, out.past_key_values
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.bool)], dim=1)
+    return torch.stack(tokens, 1), torch.stack(logits, 1), cache

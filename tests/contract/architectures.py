@@ -1,0 +1,199 @@
+"""The architectures that every method meets: one row each, tiny, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_tokens.testing import zoo
+
+BATCH = zoo.BATCH
+PADS = 5  # padding tokens of the second row
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
+SHARED = ("img_ids", "txt_ids")  # tables that all samples of a batch share
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family and what its model can do.
+
+    Attributes:
+        family: Name in the zoo.
+        streams: Kind of each stream, a star behind the causal ones.
+        pads: Sides on which its text may be padded.
+        generates: Whether it generates text.
+        tensors: Names of the outputs to compare, where a sample's outputs are not all of them.
+        timesteps: The timesteps of three denoising steps.
+        make: Builds the model and its inputs where the zoo does not.
+    """
+
+    family: str
+    streams: tuple[str, ...]
+    pads: tuple[str, ...] = ()
+    generates: bool = False
+    tensors: tuple[str, ...] = ()
+    timesteps: tuple[float, ...] = ()
+    make: Callable[[], tuple[nn.Module, Inputs]] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.family.rpartition("/")[2]
+
+    @property
+    def library(self) -> str:
+        return "diffusers" if self.family.startswith("diffusers/") else "transformers"
+
+    def build(self) -> tuple[nn.Module, Inputs]:
+        """The model in eval mode and a batch of two; the same ones at every call."""
+        if self.make is None:
+            specimen = zoo.build(self.family)
+            model, inputs = specimen.model, dict(specimen.inputs)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model, inputs = self.make()
+                zoo.liven(model)
+        if "decoder_input_ids" in inputs:  # another length than the encoder's, so that no test mixes them up
+            inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :11]
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if self.generates:
+            model.generation_config.eos_token_id = None
+            model.generation_config.pad_token_id = 0
+            model.generation_config.decoder_start_token_id = 1
+            model.generation_config.suppress_tokens = list(range(80, zoo.VOCAB))  # the places of images among them
+        return model.eval(), inputs
+
+    def read(self, output: Any) -> list[Tensor]:
+        """The tensors that a sample's outputs are."""
+        return [output[name] for name in self.tensors] if self.tensors else zoo.tensors(output)
+
+    def calls(self, inputs: Inputs) -> list[Inputs]:
+        """The calls that make one use of the model: a forward, or some denoising steps."""
+        if not self.timesteps:
+            return [inputs]
+        moments = [torch.full((len(inputs["timestep"]),), value, dtype=inputs["timestep"].dtype) for value in self.timesteps]
+        return [{**inputs, "timestep": moment} for moment in moments]
+
+    def run(self, model: nn.Module, inputs: Inputs, **more: Any) -> list[Tensor]:
+        return [tensor for call in self.calls(inputs) for tensor in self.read(model(**call, **more))]
+
+    def padded(self, inputs: Inputs, side: str) -> Inputs:
+        """The batch with its second row padded, and positions where the model takes them."""
+        out = {name: value.clone() if name in PER_TOKEN else value for name, value in inputs.items()}
+        n = inputs["input_ids"].shape[1]
+        fill = {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0}
+        for name in PER_TOKEN:
+            if name in inputs:
+                row, filler = inputs[name][1, : n - PADS], torch.full((PADS,), fill[name])
+                out[name][1] = torch.cat([filler, row] if side == "left" else [row, filler])
+        return self.with_positions(out)
+
+    def with_positions(self, inputs: Inputs) -> Inputs:
+        """Positions counted from each row's first real token, for models that do not count them so themselves."""
+        if self.name not in POSITIONS:
+            return inputs
+        return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
+
+    def alone(self, inputs: Inputs, i: int, pads: int = 0) -> Inputs:
+        """Sample i without the others, and its text without the last `pads` tokens."""
+        out = {name: take_sample(name, value, i) for name, value in inputs.items()}
+        if pads:
+            out |= {name: out[name][:, :-pads] for name in PER_TOKEN if name in out}
+        return self.with_positions(out)
+
+    def real(self, inputs: Inputs, i: int, side: str) -> tuple[int, slice]:
+        """Length of the padded text, and where the tokens of sample i stand in it."""
+        n, pads = inputs["input_ids"].shape[1], PADS * i
+        return n, slice(pads, n) if side == "left" else slice(0, n - pads)
+
+    def sample(self, tensors: list[Tensor], i: int, n: int = 0, pads: slice | None = None) -> list[Tensor]:
+        """Sample i of a batch's outputs; where they run over the n text tokens, the real ones."""
+        rows = [tensor.chunk(BATCH)[i] for tensor in tensors]
+        return rows if pads is None else [row[:, pads] if row.dim() > 2 and row.shape[1] == n else row for row in rows]
+
+
+POSITIONS = ("gpt2", "bert")
+
+
+def take_sample(name: str, value: Any, i: int) -> Any:
+    return value if name in SHARED or not isinstance(value, Tensor) else value.chunk(BATCH)[i]
+
+
+def siglip() -> tuple[nn.Module, Inputs]:
+    part = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    text = dict(**part, **special, vocab_size=zoo.VOCAB, max_position_embeddings=32, projection_size=32)
+    config = transformers.SiglipConfig(text_config=text, vision_config=dict(**part, image_size=32, patch_size=8))
+    ids = torch.randint(5, 80, (BATCH, 16))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return transformers.SiglipModel(config), {**inputs, "pixel_values": torch.randn(BATCH, 3, 32, 32)}
+
+
+def idefics3() -> tuple[nn.Module, Inputs]:
+    part = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+    text = dict(**part, model_type="llama", num_key_value_heads=2, vocab_size=zoo.VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = transformers.Idefics3Config(
+        text_config=text, vision_config=dict(**part, image_size=32, patch_size=8), image_token_id=90, scale_factor=2, pad_token_id=0
+    )
+    ids = torch.randint(5, 80, (BATCH, 18))
+    ids[:, 2:6] = 90  # 16 patches, shuffled into 4 tokens
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(BATCH, 1, 3, 32, 32)}
+    return transformers.Idefics3ForConditionalGeneration(config), inputs
+
+
+def small_unet() -> tuple[nn.Module, Inputs]:
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    context = torch.randn(BATCH, 16, 32)
+    return model, {"sample": torch.randn(BATCH, 4, 8, 8), "timestep": torch.tensor([10, 10]), "encoder_hidden_states": context}
+
+
+BOTH = ("left", "right")
+INTEGERS, SHARES = (900, 500, 100), (0.9, 0.5, 0.1)
+ROWS = (
+    Architecture("llama", ("text*",), BOTH, generates=True),
+    Architecture("qwen2", ("text*",), BOTH, generates=True),
+    Architecture("gpt2", ("text*",), BOTH, generates=True),
+    Architecture("gemma3", ("vision", "text*"), BOTH, generates=True),
+    Architecture("mixtral", ("text*",), BOTH, generates=True),
+    Architecture("bert", ("text",), BOTH),
+    Architecture("t5", ("text", "text*"), BOTH, generates=True),
+    Architecture("whisper", ("audio", "text*"), generates=True),
+    Architecture("vit", ("vision",)),
+    Architecture("deit", ("vision",)),
+    Architecture("dinov2_with_registers", ("vision",)),
+    Architecture("clip", ("text*", "vision"), ("right",), tensors=("text_embeds", "image_embeds")),
+    Architecture("siglip", ("text", "vision"), tensors=("text_embeds", "image_embeds"), make=siglip),
+    Architecture("llava", ("vision", "text*"), BOTH, generates=True, tensors=("logits",)),
+    Architecture("qwen2_vl", ("vision", "text*"), BOTH, generates=True),
+    Architecture("idefics3", ("vision", "text*"), BOTH, generates=True, tensors=("logits",), make=idefics3),
+    Architecture("diffusers/UNet2DConditionModel", ("denoiser",) * 4, timesteps=INTEGERS, make=small_unet),
+    Architecture("diffusers/DiTTransformer2DModel", ("denoiser",), timesteps=INTEGERS),
+    Architecture("diffusers/SD3Transformer2DModel", ("denoiser",), timesteps=INTEGERS),
+    Architecture("diffusers/FluxTransformer2DModel", ("denoiser", "denoiser"), timesteps=SHARES),
+    Architecture("diffusers/PixArtTransformer2DModel", ("denoiser",), timesteps=INTEGERS),
+)
+ARCHITECTURES = {row.name: row for row in ROWS}
+
+
+@cache
+def built(name: str) -> tuple[nn.Module, Inputs]:
+    """The model and inputs of an architecture, made once and never changed."""
+    return ARCHITECTURES[name].build()

@@ -1,0 +1,242 @@
+"""Pairs of a method and an architecture: which ones the engine accepts, the model with the surgery in it, and what a model is made of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from contract.architectures import ARCHITECTURES, Architecture, Inputs, built
+from peft import LoraConfig, PeftModel
+from tolerances import differs
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_tokens import HFTokensConfig, UnsupportedError, anatomy, get_token_model, list_methods, measure
+from hf_tokens.anatomy import Stream
+from hf_tokens.config import MethodConfig
+from hf_tokens.measure import Cost
+from hf_tokens.registry import MethodInfo
+from hf_tokens.testing.probe import ProbeInsertConfig
+from hf_tokens.tuner import plan
+
+STIR = 0.1  # adapters start from zeros here and there; a test of what they do must not
+METHODS = {info.name: info for info in list_methods()}
+
+
+@cache
+def found(architecture: str) -> Any:
+    return anatomy(built(architecture)[0])
+
+
+def half_way(field: dataclasses.Field) -> Any:
+    """A value between a knob's zero and its other bound."""
+    meta, zero = field.metadata, field.metadata["zero"]
+    others = [meta[key] for key in ("ge", "gt", "le", "lt") if key in meta and meta[key] != zero]
+    if not isinstance(zero, (int, float)) or isinstance(zero, bool) or not others:
+        return field.default
+    return type(zero)((zero + others[-1]) / 2)
+
+
+def strong(config: type[MethodConfig]) -> Iterator[MethodConfig]:
+    """Configs that should do something, mildest first: the defaults; all blocks; and the knobs with a zero half way from it."""
+    yield config()
+    yield config(layers=(0, 1, 2, 3))
+    half = {field.name: half_way(field) for field, _ in config.knobs() if "zero" in field.metadata}
+    yield config(**half)
+    yield config(**half, layers=(0, 1, 2, 3))
+
+
+@torch.no_grad()
+def stir(model: nn.Module) -> nn.Module:
+    """Move every adapter parameter away from where it starts."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter_parameters(model).values():
+        parameter.add_(STIR * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if ".hf_tokens." in name or "lora_" in name}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    ours = adapter_parameters(model)
+    return {name: p for name, p in model.named_parameters() if name not in ours}
+
+
+def lora(stream: Stream, **more: Any) -> LoraConfig:
+    """A LoRA on every projection of the stream's attentions."""
+    targets = {
+        name.rpartition(".")[2]: module
+        for i in range(len(stream))
+        if stream.attention(i) is not None
+        for name, module in stream.attention(i).named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not name[-1].isdigit()
+    }
+    transposed = any(isinstance(module, Conv1D) for module in targets.values())
+    return LoraConfig(r=2, target_modules=sorted(targets), fan_in_fan_out=transposed, **more)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method on an architecture."""
+
+    method: str
+    architecture: str
+
+    @property
+    def info(self) -> MethodInfo:
+        return METHODS[self.method]
+
+    @property
+    def row(self) -> Architecture:
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def inputs(self) -> Inputs:
+        return built(self.architecture)[1]
+
+    @property
+    def acts_on_text(self) -> bool:
+        """Whether the method sits in a causal text stream of a model that generates."""
+        return self.row.generates and any(s.kind == "text" and s.causal for s in self.streams())
+
+    def base(self) -> nn.Module:
+        return copy.deepcopy(built(self.architecture)[0])
+
+    def streams(self) -> list[Stream]:
+        """The streams that the method acts on."""
+        return [p.stream for p in plan(found(self.architecture), HFTokensConfig(methods=[self.info.config()]))]
+
+    @cached_property
+    def config(self) -> MethodConfig:
+        """The mildest config that changes the model's cost or its outputs."""
+        return config_of(self)
+
+    def attach(self, *more: Any, config: MethodConfig | None = None, train: bool = False, stirred: bool = True, **kwargs: Any) -> Any:
+        """A fresh base with the surgery in it; the same one at every call."""
+        torch.manual_seed(0)
+        model = get_token_model(self.base().train(train), [config or self.config, *more], **kwargs)
+        return stir(model) if stirred else model
+
+    def run(self, model: nn.Module, inputs: Inputs | None = None) -> list[Tensor]:
+        """What the model puts out; a cache compressor needs a token after the prompt to show."""
+        inputs = self.inputs if inputs is None else inputs
+        with torch.no_grad():
+            if self.info.role == "CacheCompressor":
+                return generate(model, inputs, 3)
+            return self.row.run(model, inputs)
+
+
+PAIRS = [Pair(method, architecture) for method in METHODS for architecture in ARCHITECTURES]
+
+
+def generate(model: nn.Module, inputs: Inputs, new: int = 4, **more: Any) -> list[Tensor]:
+    """The tokens and logits of a greedy generation."""
+    given = {name: value for name, value in inputs.items() if name not in ("position_ids", "decoder_input_ids")}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = model.generate(
+            **given, max_new_tokens=new, min_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
+        )
+    return [out.sequences, *(out.logits or ())]
+
+
+@cache
+def planned(pair: Pair) -> str | None:
+    """Why the engine refuses a pair before it touches the model; None if it does not."""
+    try:
+        plan(found(pair.architecture), HFTokensConfig(methods=[pair.info.config()]))
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+@cache
+def refused(pair: Pair) -> str | None:
+    """Why the engine refuses a pair when it sees the model or the first inputs; None if it does not."""
+    try:
+        pair.run(pair.attach(config=pair.info.config()))
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+@cache
+def config_of(pair: Pair) -> MethodConfig:
+    for config in strong(pair.info.config):
+        if saves(pair, config):
+            return config
+    return pair.info.config()
+
+
+# role -> the costs that must fall; a role that is not here adds tokens and must change the outputs
+FALLS = {
+    "TokenReducer": ("tokens", "flops"),
+    "TokenRouter": ("tokens", "flops"),
+    "LayerRouter": ("tokens", "flops"),
+    "CacheCompressor": ("kv_bytes",),
+    "FeatureCache": ("flops",),
+}
+
+
+def cost(pair: Pair, model: nn.Module, inputs: Inputs) -> Cost:
+    """The cost of one use of the model: of the last denoising step where there are some."""
+    calls = pair.row.calls(inputs)
+    with torch.no_grad():
+        for call in calls[:-1]:
+            model(**call)
+    more = {"use_cache": True} if pair.acts_on_text else {}
+    return measure(model, **calls[-1], **more)
+
+
+def saves(pair: Pair, config: MethodConfig) -> bool:
+    """Whether a method does what its role promises with this config."""
+    base, model = pair.base(), pair.attach(config=config)
+    falls = FALLS.get(pair.info.role)
+    if falls is None:
+        return differs(pair.run(model), pair.run(base))
+    before, after = cost(pair, base, pair.inputs), cost(pair, model, pair.inputs)
+    return all(getattr(after, name) < getattr(before, name) for name in falls)
+
+
+PARTNER = ProbeInsertConfig(tokens=2)  # another method to stack on, one that every architecture takes
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a surgery could leave behind: modules, attributes, hooks, configs, and the bits of every tensor."""
+    seen: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            seen[f"{path}:{name}"] = trace(value)
+        seen[f"{path}:type"] = type(module)
+    for path, tensor in model.state_dict().items():
+        seen[f"{path}:bits"] = tensor.clone()
+    return seen
+
+
+def trace(value: Any) -> Any:
+    """A value that can be compared later."""
+    if isinstance(value, dict):
+        return {key: trace(item) for key, item in value.items()}
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if type(value).__name__.endswith("Config"):
+        return {key: trace(item) for key, item in vars(value).items()}
+    return type(value)
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What is there now and was not, or is gone, or changed."""
+    same = lambda a, b: torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+    keys = sorted(before.keys() | after.keys())
+    return [key for key in keys if key not in before or key not in after or not same(before[key], after[key])]
+
+
+def unwrapped(model: Any) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

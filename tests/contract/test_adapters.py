@@ -1,0 +1,131 @@
+"""An adapter's life: saved and loaded, stacked with others and with a LoRA, switched, deleted, and taken out without a trace."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from contract.pairs import PARTNER, adapter_parameters, difference, lora, snapshot, stir
+from peft import PeftModel, get_peft_model
+from tolerances import all_equal, differs
+
+import hf_tokens
+from hf_tokens import HFTokensConfig, get_token_model
+from hf_tokens.layer import BlockSurgery
+
+SECOND_TIME = "ignore:You are trying to modify a model with PEFT for a second time"  # what nesting is
+
+
+def nothing_left(pair, base):
+    assert not any(isinstance(module, BlockSurgery) for module in base.modules())
+    clean = pair.base()
+    clean.load_state_dict(base.state_dict())
+    assert not difference(snapshot(pair.base()), snapshot(base))
+    all_equal(pair.run(base), pair.run(pair.base()), "unloaded")
+
+
+def test_save_and_load(pair, tmp_path):
+    model = pair.attach()
+    want = pair.run(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 200_000
+    all_equal(pair.run(PeftModel.from_pretrained(pair.base(), tmp_path).eval()), want, "PeftModel.from_pretrained")
+    again = hf_tokens.load(tmp_path, pair.base(), adapter_name="other")
+    all_equal(pair.run(again.eval()), want, "hf_tokens.load")
+    assert set(adapter_parameters(again)) == {name.replace(".default.", ".other.") for name in adapter_parameters(model)}
+
+
+def test_disabled_is_the_base_to_the_bit(pair):
+    model = pair.attach()
+    on = pair.run(model)
+    with model.disable_adapter():
+        all_equal(pair.run(model), pair.run(pair.base()), "disabled")
+    all_equal(pair.run(model), on, "enabled again")
+
+
+def test_unload_leaves_nothing(pair):
+    model = pair.attach()
+    pair.run(model)
+    nothing_left(pair, model.unload())
+
+
+def test_a_deepcopy_lives_its_own_life(pair):
+    model = pair.attach()
+    want = pair.run(model)
+    twin = copy.deepcopy(model)
+    all_equal(pair.run(twin), want, "copy")
+    base = model.unload()
+    all_equal(pair.run(twin), want, "copy after the original was unloaded")
+    nothing_left(pair, base)
+    nothing_left(pair, twin.unload())
+
+
+def test_two_adapters_switch_and_delete(pair):
+    model = pair.attach()
+    first = pair.run(model)
+    model.add_adapter("second", HFTokensConfig(methods=[PARTNER]))
+    all_equal(pair.run(model), first, "with a second adapter beside it")
+    model.set_adapter("second")
+    stir(model)
+    assert differs(pair.run(model), first)
+    other = pair.attach(adapter_name="only", config=PARTNER, stirred=False)
+    other.load_state_dict({k.replace(".second.", ".only."): v for k, v in model.state_dict().items() if ".default." not in k}, strict=True)
+    all_equal(pair.run(model), pair.run(other), "second")
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert not any(".second." in name for name in model.state_dict())
+    model.delete_adapter("default")
+    all_equal(pair.run(model.base_model.model), pair.run(pair.base()), "deleted")
+    nothing_left(pair, model.unload())
+
+
+def test_a_stack_of_two_methods_and_a_lora(pair, tmp_path):
+    alone = pair.run(pair.attach())
+    model = pair.attach(PARTNER, lora(pair.streams()[0]))
+    want = pair.run(model)
+    assert differs(want, alone) and all(t.isfinite().all() for t in want)
+    names = list(adapter_parameters(model))
+    assert any("lora_A" in name for name in names) and any(".hf_tokens." in name for name in names)
+    model.save_pretrained(tmp_path)
+    all_equal(pair.run(PeftModel.from_pretrained(pair.base(), tmp_path).eval()), want, "loaded")
+    with model.disable_adapter():
+        all_equal(pair.run(model), pair.run(pair.base()), "disabled")
+    all_equal(pair.run(model), want, "enabled again")
+    nothing_left(pair, model.unload())
+
+
+def nested(pair, surgery_outside):
+    """The surgery around a LoRA, or in it."""
+    config, base = lora(pair.streams()[0]), pair.base()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(*SECOND_TIME.split(":", 1))
+        if surgery_outside:
+            inner = get_peft_model(base, config, adapter_name="lora")
+            torch.manual_seed(0)
+            return get_token_model(inner, pair.config, adapter_name="tokens"), inner
+        torch.manual_seed(0)
+        inner = get_token_model(base, pair.config, adapter_name="tokens")
+        return get_peft_model(inner, config, adapter_name="lora"), inner
+
+
+@pytest.mark.parametrize("surgery_outside", [True, False], ids=["outside", "inside"])
+def test_a_lora_nested_in_both_orders(pair, surgery_outside, tmp_path):
+    model, inner = nested(pair, surgery_outside)
+    model.eval()
+    all_equal(pair.run(model), pair.run(pair.attach(stirred=False)), "a LoRA at its start changes nothing")
+    stir(model)
+    want = pair.run(model)
+    assert differs(want, pair.run(pair.attach()))
+    model.save_pretrained(tmp_path)
+    again, _ = nested(pair, surgery_outside)
+    again.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k or ".hf_tokens." in k}, strict=False)
+    all_equal(pair.run(again.eval()), want, "state dict")
+    if surgery_outside:
+        all_equal(pair.run(PeftModel.from_pretrained(inner_of(pair, model), tmp_path / "tokens").eval()), want, "file")
+
+
+def inner_of(pair, model):
+    """The LoRA model without the surgery around it."""
+    unloaded = copy.deepcopy(model).unload()
+    assert not any(isinstance(module, BlockSurgery) for module in unloaded.modules())
+    return unloaded

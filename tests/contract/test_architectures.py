@@ -1,0 +1,36 @@
+"""What the table of architectures says about them is so without any surgery: it is the yardstick of the contract."""
+
+import pytest
+import torch
+from contract.architectures import ARCHITECTURES, BATCH, PADS, built
+from tolerances import all_close
+
+from hf_tokens import anatomy
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def row(request):
+    return ARCHITECTURES[request.param]
+
+
+def test_streams(row):
+    model, _ = built(row.name)
+    assert tuple(s.kind + "*" * s.causal for s in anatomy(model).streams) == row.streams
+
+
+@torch.no_grad()
+def test_a_batch_is_each_sample_alone(row):
+    model, inputs = built(row.name)
+    whole = row.run(model, inputs)
+    for i in range(BATCH):
+        all_close(row.sample(whole, i), row.run(model, row.alone(inputs, i)), row.name)
+
+
+@pytest.mark.parametrize(("name", "side"), [(name, side) for name, row in ARCHITECTURES.items() for side in row.pads])
+@torch.no_grad()
+def test_padding(name, side):
+    row, (model, inputs) = ARCHITECTURES[name], built(name)
+    whole = row.run(model, row.padded(inputs, side))
+    for i in range(BATCH):
+        real = row.sample(whole, i, *row.real(inputs, i, side))
+        all_close(real, row.run(model, row.alone(inputs, i, PADS * i)), f"{name} {i}")

@@ -1,0 +1,75 @@
+"""One forward: the outside of the model does not change, zero strength is the base, and a batch is each sample alone."""
+
+import re
+
+import pytest
+import torch
+from contract.architectures import BATCH, PADS
+from contract.pairs import difference, planned, refused, saves, snapshot, unwrapped
+from tolerances import all_close, all_equal
+
+from hf_tokens import UnsupportedError, get_token_model
+
+WORDS = r"(?s)^.+, got .+\. .+\.$"  # rule, value that came, remedy
+
+
+def test_supported_or_refused(any_pair):
+    base, row = any_pair.base(), any_pair.row
+    before, trainable = snapshot(base), [p.requires_grad for p in base.parameters()]
+    at_once = planned(any_pair) is not None
+    reason = planned(any_pair) or refused(any_pair)
+    if reason is None:
+        want, have = row.run(base, any_pair.inputs), row.run(any_pair.attach(), any_pair.inputs)
+        assert [t.shape for t in have] == [t.shape for t in want]
+        assert all(t.isfinite().all() for t in have)
+        return
+    try:
+        model = get_token_model(base, any_pair.info.config())
+    except UnsupportedError as error:
+        assert [p.requires_grad for p in base.parameters()] == trainable
+        caught = error
+    else:
+        assert not at_once
+        with pytest.raises(UnsupportedError) as info:
+            any_pair.run(model)
+        with model.disable_adapter(), torch.no_grad():
+            all_equal(row.run(model, any_pair.inputs), row.run(any_pair.base(), any_pair.inputs), "disabled")
+        caught, base = info.value, model.unload()
+    assert re.match(WORDS, str(caught))
+    assert not difference(before, snapshot(unwrapped(base)))
+
+
+def test_it_does_what_its_role_promises(pair):
+    assert saves(pair, pair.config), f"{pair.config} saves nothing on {pair.architecture}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zero_strength_is_the_base(pair, dtype):
+    if dtype == torch.bfloat16 and pair.row.library == "diffusers":
+        return
+    cast = lambda value: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    inputs = {name: cast(value) for name, value in pair.inputs.items()}
+    model = pair.attach(config=pair.config.at_zero(), stirred=False).to(dtype)
+    all_close(pair.run(model, inputs), pair.run(pair.base().to(dtype), inputs), "zero strength")
+
+
+def test_a_batch_is_each_sample_alone(pair):
+    model = pair.attach()
+    try:
+        whole = pair.row.run(model, pair.inputs)
+    except UnsupportedError:
+        return
+    for i in range(BATCH):
+        all_close(pair.row.sample(whole, i), pair.row.run(model, pair.row.alone(pair.inputs, i)), f"sample {i}")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_is_each_sample_alone(pair, side):
+    row, model = pair.row, pair.attach()
+    if side not in row.pads:
+        return
+    whole = row.run(model, row.padded(pair.inputs, side))
+    for i in range(BATCH):
+        real = row.sample(whole, i, *row.real(pair.inputs, i, side))
+        all_close(real, row.run(model, row.alone(pair.inputs, i, PADS * i)), f"{side} padding, sample {i}")
