@@ -276,11 +276,10 @@ def test_model_equals_naive(case, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [[7, 1, 3, 4], [2, 1]], ids=["long and short", "shorter than the template"])
 @pytest.mark.parametrize("case", ["usual", "first of the prompt", "after the last token", "leaves after the first layer"])
-def test_padded_batch_equals_naive(case, side, family):
+def test_padded_batch_equals_naive(case, lengths, side, family):
     model, outputs, loop = prepended(family, case)
-    _, position, *_ = CASES[case]
-    lengths = [position + 3, 1, max(position, 1), 7]
     rows, given, ids, mask = rows_of(model.base_model.model, family, lengths, side)
     model(inputs_embeds=rows, attention_mask=mask.long(), position_ids=ids)
     for index, real in enumerate(mask):
@@ -307,7 +306,7 @@ def test_a_cache_with_tokens_and_generate_are_refused():
     base = LlamaForCausalLM(tiny(3).config).eval()
     model = get_token_model(base, TokenPrependingConfig(end=3))
     ids = torch.randint(3, 11, (2, 5))
-    wanted = "TokenPrepending must see the whole sequence in one pass, got a cache of 5 tokens. Call the model without `past_key_values`"
+    wanted = "TokenPrepending must see the whole sequence in one pass, got a cache of 5 tokens. Pass no `past_key_values`, and `use_cache"
     cache = DynamicCache()
     model(input_ids=ids, past_key_values=cache)
     with pytest.raises(UnsupportedError, match=wanted):
