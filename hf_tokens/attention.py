@@ -119,6 +119,11 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
     return backend
 
 
+def tapped_now(attention: nn.Module) -> bool:
+    """Whether the model's backend is still a tapped one."""
+    return attention.config._attn_implementation.startswith(PREFIX)
+
+
 def close_tap(attention: nn.Module) -> None:
     """Give a self-attention module its own backend back."""
     vars(attention).pop(TAP, None)

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import PREFIX, Scores, close_tap, open_tap
+from .attention import PREFIX, Scores, close_tap, open_tap, tapped_now
 from .errors import UnsupportedError, explain
 from .features import FeatureSites
 from .roles import FeatureCache, Method, TokenBank, TokenReducer
@@ -158,8 +158,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             self.listening, self.queries_only, self.moment = held
 
     def open_tap(self) -> None:
-        """Hear the attention call from now on, as for a method that asks for it."""
-        if "tap" not in self._handles:
+        """Hear the attention call from now on, whatever backend someone has switched to since."""
+        if "tap" not in self._handles or not tapped_now(self._attention[0]):
             self._handles["tap"] = self._hook_tap()
 
     # -- hooks -------------------------------------------------------------------------------------------------------
@@ -234,15 +234,23 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     def seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None:
         """Hold what the attention call got until the verbs have spoken."""
-        self.heard_call = (q, k, v, mask, scaling, causal) if self.taps else None
+        self.heard_call = (q, k, v, mask, scaling, causal)
+
+    def attention_call(self) -> tuple:
+        """What the attention call of this block got.
+
+        Raises:
+            UnsupportedError: There was none that we could hear.
+        """
+        if self.heard_call is None:
+            rule = "Queries, keys, scores and masks of our own need an attention that calls the attention interface of Transformers"
+            remedy = "Choose another model, or a method that looks at no attention and keeps as many tokens in each sample."
+            raise UnsupportedError(explain(rule, type(self._attention[0]).__name__, remedy))
+        return self.heard_call
 
     def heard(self, name: str, moment: Moment) -> Any:
         """A signal of the attention call, over the tokens of the stream."""
-        if self.heard_call is None:
-            rule = "Queries, keys and scores need an attention that calls the attention interface of Transformers"
-            remedy = "Choose another model, or a method that does not look at attention."
-            raise UnsupportedError(explain(rule, type(self._attention[0]).__name__, remedy))
-        q, k, v, mask, scaling, causal = self.heard_call
+        q, k, v, mask, scaling, causal = self.attention_call()
         if name == "scores":
             whole = moment.whole_cache
             return Scores(q, k, mask, scaling, causal, real=moment.local_real(q.shape[2]), back=None if whole else moment.from_local)

@@ -468,10 +468,12 @@ class Runtime:
         moment.local, moment.routed = books, routed
         asking = sum(opened.m - opened.n for bank, opened in guests if bank.site == "query")
         unsaid = call.unsaid_mask(x, books)
-        if unsaid is not None:
+        if unsaid is not None or side.taps:
             side.open_tap()
         with self._listen(side, asking, replace(moment, hidden=x, now=replace(now), mask=unsaid)):
             output = call.run(side.inner, x, books, stored)
+        if unsaid is not None:
+            side.attention_call()
         self._count(side, x.shape[0] * x.shape[1])
         side.bare = isinstance(output, Tensor)
         y = call.read(output)
