@@ -5,7 +5,23 @@ from itertools import combinations
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTModel
+from hf_tokens_adapters.token_reducer.atc import ATC
+from peft import LoraConfig
+from transformers import (
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from hf_tokens import ATCConfig, anatomy, get_token_model, load, measure
 
 LINKAGES = ("single", "complete", "average")
 
@@ -96,26 +112,47 @@ def proportional_attention(query, keys, values, sizes, heads):
     return out
 
 
-def naive_block(block, hidden, sizes, heads, rate=None, linkage="average", prefix=1, valid=None):
-    """A ViT block that merges between attention and MLP; rate None merges nothing. Returns hidden and sizes."""
+def parts(block):
+    """The two norms of a block, and what its two updates are multiplied by."""
+    names = dict(block.named_children())
+    if "norm1" in names:
+        return block.norm1, block.norm2, block.layer_scale1.lambda1.double(), block.layer_scale2.lambda1.double()
+    return block.layernorm_before, block.layernorm_after, 1, 1
+
+
+def naive_block(block, hidden, sizes, heads, rate=None, linkage="average", prefix=1, valid=None, proportional=True):
+    """A ViT block that merges between attention and MLP; rate None merges nothing. Returns hidden, sizes and clusters."""
     valid = hidden.shape[0] if valid is None else valid
-    normed = [layer_norm(block.layernorm_before, x.double()) for x in hidden]
+    before, after, first, second = parts(block)
+    normed = [layer_norm(before, x.double()) for x in hidden]
     keys = [linear(block.attention.k_proj, x) for x in normed]
     values = [linear(block.attention.v_proj, x) for x in normed]
-    rows = []
+    rows, clusters = [], [[token] for token in range(len(hidden))]
+    counts = sizes if proportional else torch.ones_like(sizes)
     for x, start in zip(normed, hidden, strict=True):
         query = linear(block.attention.q_proj, x)
-        mixed = proportional_attention(query, keys[:valid], values[:valid], sizes[:valid], heads)
-        rows.append(start.double() + linear(block.attention.o_proj, mixed))
+        mixed = proportional_attention(query, keys[:valid], values[:valid], counts[:valid], heads)
+        rows.append(start.double() + first * linear(block.attention.o_proj, mixed))
     middle = torch.stack(rows)
     if rate is not None:
         split = torch.stack(keys).unflatten(-1, (heads, -1)).transpose(0, 1)  # h n d
-        _, middle, sizes = naive(split, middle, sizes, rate, linkage, prefix, valid)
+        clusters, middle, sizes = naive(split, middle, sizes, rate, linkage, prefix, valid)
     out = []
     for x in middle:
-        inner = linear(block.mlp.fc1, layer_norm(block.layernorm_after, x))
-        out.append(x + linear(block.mlp.fc2, inner * (1 + torch.erf(inner / math.sqrt(2))) / 2))
-    return torch.stack(out), sizes
+        inner = linear(block.mlp.fc1, layer_norm(after, x))
+        out.append(x + second * linear(block.mlp.fc2, inner * (1 + torch.erf(inner / math.sqrt(2))) / 2))
+    return torch.stack(out), sizes, clusters
+
+
+def naive_stream(blocks, hidden, heads, rates, **knobs):
+    """What every token of one sample has behind each block, that of the cluster that it is in (layers n d), and the sizes at the end."""
+    sizes, members, outputs = torch.ones(len(hidden)).double(), [[token] for token in range(len(hidden))], []
+    for layer, block in enumerate(blocks):
+        hidden, sizes, clusters = naive_block(block, hidden, sizes, heads, rates.get(layer), **knobs)
+        members = [[token for inner in cluster for token in members[inner]] for cluster in clusters]
+        place = {token: slot for slot, cluster in enumerate(members) for token in cluster}
+        outputs.append(torch.stack([hidden[place[token]] for token in sorted(place)]))
+    return torch.stack(outputs), sizes
 
 
 def tiny(layers, seed=0):
@@ -218,6 +255,198 @@ def test_naive_block_merges_between_attention_and_mlp():
     block = tiny(1).layers[0]
     torch.manual_seed(1)
     hidden = torch.randn(7, 8).double()
-    out, sizes = naive_block(block, hidden, torch.ones(7), 2, rate=0.5)
+    out, sizes, _ = naive_block(block, hidden, torch.ones(7), 2, rate=0.5)
     assert out.shape == (4, 8)
     assert float(sizes.sum()) == 7
+
+
+# per case: layers of the model, picture (height, width), config, prefix
+MODELS = {
+    "defaults": (4, (12, 8), {}),
+    "odd sizes": (3, (20, 12), {"layers": (0, 2), "keep_rate": 0.7}),
+    "every block": (3, (12, 12), {"layers": (0, 1, 2), "keep_rate": 0.6}),
+    "to one token at once": (2, (12, 8), {"layers": (0,), "keep_rate": 0.01}),
+    "on, with one token left": (3, (12, 8), {"layers": (0, 1), "keep_rate": 0.2}),
+    "in the last block": (2, (12, 8), {"layers": (-1,), "keep_rate": 0.5}),
+    "keep rate 1": (2, (12, 8), {"layers": (0, 1), "keep_rate": 1.0}),
+    "one patch": (2, (4, 4), {"layers": (0, 1)}),
+    "not proportional": (3, (12, 8), {"layers": (0, 1), "proportional_attention": False}),
+    "single linkage": (3, (12, 8), {"layers": (0, 1), "linkage": "single"}),
+    "complete linkage": (3, (12, 8), {"layers": (0, 1), "linkage": "complete"}),
+}
+
+
+def pictures(height, width, batch=2, seed=3):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def blocks_of(model):
+    return anatomy(model).streams[0].blocks
+
+
+def inside(model, pixels, **more):
+    """What enters the first block, and what comes out of each block, (layers b n d)."""
+    with torch.no_grad():
+        states = model(pixels, output_hidden_states=True, **more).hidden_states
+    return states[0], torch.stack(states[1:])
+
+
+def expected(model, entering, config, prefix, valid=None):
+    """`naive_stream` for every sample, (layers b n d)."""
+    blocks, heads = blocks_of(model), anatomy(model).streams[0].heads
+    layers = config.layers or ATC.default_layers(config, len(blocks))
+    rates = {layer % len(blocks): config.keep_rate for layer in layers}
+    knobs = {"linkage": config.linkage, "prefix": prefix, "proportional": config.proportional_attention}
+    return torch.stack([naive_stream(blocks, sample, heads, rates, **knobs)[0] for sample in entering], dim=1)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_vit_is_the_loop(case):
+    layers, size, knobs = MODELS[case]
+    config, model = ATCConfig(**knobs), tiny(layers)
+    pixels = pictures(*size)
+    base = inside(model, pixels, interpolate_pos_encoding=True)[1]
+    surgery = get_token_model(model, config)
+    entering, got = inside(surgery, pixels, interpolate_pos_encoding=True)
+    want = expected(model, entering, config, 1)
+    close(got, want)
+    assert torch.equal(got, base) == (config.keep_rate == 1 or entering.shape[1] == 2)
+    with torch.no_grad():
+        last = surgery(pixels, interpolate_pos_encoding=True).last_hidden_state
+    close(last, torch.stack([torch.stack([layer_norm(model.layernorm, x) for x in sample]) for sample in want[-1]]))
+
+
+SMALL = dict(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, patch_size=4, initializer_range=0.5, attn_implementation="sdpa")
+PREFIXED = {
+    "class and distillation": (DeiTModel, DeiTConfig(intermediate_size=12, image_size=12, **SMALL), 2),
+    "class": (Dinov2Model, Dinov2Config(image_size=12, layerscale_value=0.7, **SMALL), 1),
+    "class and registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(image_size=12, num_register_tokens=3, **SMALL), 4),
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXED)
+def test_special_tokens_stay_alone(kind):
+    cls, settings, prefix = PREFIXED[kind]
+    torch.manual_seed(0)
+    model = cls(settings).double().eval().requires_grad_(False)
+    for parameter in model.embeddings.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    config = ATCConfig(keep_rate=0.4, layers=(0, 1))
+    entering, got = inside(get_token_model(model, config), pictures(12, 12))
+    assert entering.shape[1] == 9 + prefix
+    close(got, expected(model, entering, config, prefix))
+    alone = [len({tuple(token) for token in got[-1, 0].tolist()[:end]}) for end in (prefix, None)]
+    assert alone == [prefix, prefix + 2]  # 9 patches to 4 to 2
+
+
+def test_dense_head_gets_every_place():
+    torch.manual_seed(0)
+    settings = Dinov2Config(image_size=12, out_features=["stage1", "stage3"], reshape_hidden_states=True, **SMALL)
+    model = Dinov2Backbone(settings).double().eval().requires_grad_(False)
+    pixels = pictures(12, 16)
+    shapes = [tuple(m.shape) for m in model(pixels).feature_maps]
+    config = ATCConfig(keep_rate=0.3, layers=(0, 1))
+    entering = []
+    handle = blocks_of(model)[0].register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    maps = get_token_model(model, config)(pixels).feature_maps
+    handle.remove()
+    assert [tuple(m.shape) for m in maps] == shapes == [(2, 8, 3, 4)] * 2
+    want = expected(model, entering[0], config, 1)
+    for got, layer in zip(maps, (0, 2), strict=True):
+        normed = torch.stack([torch.stack([layer_norm(model.layernorm, x) for x in sample]) for sample in want[layer]])
+        close(got.flatten(2).mT, normed[:, 1:])
+
+
+def test_padding_is_not_clustered():
+    torch.manual_seed(0)
+    settings = Siglip2VisionConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2, patch_size=2, num_patches=16,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    model = Siglip2VisionModel(settings).double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    surgery = get_token_model(model, ATCConfig(keep_rate=0.5, layers=(0, 1)))
+    shapes = torch.tensor([[3, 5], [2, 3], [1, 1]])
+    patches = torch.randn(3, 15, 12).double()
+    mask = (torch.arange(15) < shapes.prod(dim=1, keepdim=True)).long()
+    with torch.no_grad():
+        whole = surgery(patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
+        for row, n in enumerate(shapes.prod(dim=1)):
+            part = slice(row, row + 1)
+            alone = surgery(patches[part, :n], pixel_attention_mask=mask[part, :n], spatial_shapes=shapes[part]).last_hidden_state
+            close(whole[part, :n], alone)
+
+
+# per case: knobs, tokens of a picture (one class token), tokens that are left behind each of 4 blocks
+COUNTS = {
+    "keep rate": ({"keep_rate": 0.5, "layers": (1, 2)}, 10, [10, 6, 4, 4]),
+    "a number": ({"keep_rate": 1.0, "merged": 2}, 10, [8, 6, 4, 2]),
+    "a falling number": ({"keep_rate": 1.0, "merged": 2, "schedule": "decrease"}, 10, [6, 4, 3, 3]),
+    "more than there are": ({"keep_rate": 1.0, "merged": 50}, 10, [2, 2, 2, 2]),
+    "both": ({"keep_rate": 0.5, "merged": 1, "layers": (0,)}, 10, [5, 5, 5, 5]),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_number_of_tokens_that_stay(case):
+    knobs, n, left = COUNTS[case]
+    model = get_token_model(tiny(4), ATCConfig(**knobs))
+    got = inside(model, pictures(12, 12, batch=1), interpolate_pos_encoding=True)[1]
+    assert [len({tuple(token) for token in layer[0].tolist()}) for layer in got] == left
+    cost = measure(model, pixel_values=pictures(12, 12, batch=1), interpolate_pos_encoding=True)
+    assert cost.tokens == sum([n, *left[:-1]])
+
+
+def test_default_layers_of_the_paper():
+    assert ATC.default_layers(ATCConfig(), 12) == (3, 6, 9)
+    assert ATC.default_layers(ATCConfig(merged=16), 12) == tuple(range(12))
+
+
+def test_checkpointed_training_has_the_same_gradients():
+    def gradients(checkpointing):
+        model = tiny(4).float()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        surgery = get_token_model(model, ATCConfig(keep_rate=0.6))
+        model.requires_grad_(True)
+        surgery.train()
+        surgery(pictures(12, 12).float(), interpolate_pos_encoding=True).last_hidden_state.square().sum().backward()
+        return {name: p.grad for name, p in surgery.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys() and len(plain) > 60
+    torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_precisions_and_backends(dtype, backend):
+    model = tiny(4)
+    pixels = pictures(12, 16)
+    surgery = get_token_model(model, ATCConfig())
+    want = inside(surgery, pixels, interpolate_pos_encoding=True)[1]
+    model.set_attn_implementation(backend)
+    model.to(dtype)
+    got = inside(surgery, pixels.to(dtype), interpolate_pos_encoding=True)[1]
+    assert got.dtype == dtype and got.isfinite().all()
+    if dtype == torch.float32:
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_saved_and_stacked_and_taken_out(tmp_path):
+    pixels = pictures(8, 8)
+    base = tiny(4)(pixels).last_hidden_state
+    config = ATCConfig(keep_rate=0.5, linkage="complete")
+    stacked = get_token_model(tiny(4), [config, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)])
+    out = stacked(pixels).last_hidden_state
+    assert not torch.allclose(out, get_token_model(tiny(4), config)(pixels).last_hidden_state)
+    stacked.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path, tiny(4))(pixels).last_hidden_state, out)
+    with stacked.disable_adapter():
+        assert torch.equal(stacked(pixels).last_hidden_state, base)
+    assert torch.equal(stacked.unload()(pixels).last_hidden_state, base)
