@@ -293,7 +293,7 @@ def test_static_router_runs_the_first_and_the_newest():
 @torch.no_grad()
 def decode_by_hand(base, ids, mask, sparsity, weights, strict, steps, threshold):
     """Greedy tokens of one row: the prompt routed once, then the decode rule, with each block's own list of entries."""
-    (_, routes), = all_rows(base, ids[None], mask[None], sparsity, weights, strict)
+    ((_, routes),) = all_rows(base, ids[None], mask[None], sparsity, weights, strict)
     real = ids[mask]
     states = embed(base, real, torch.arange(len(real)))
     entries, logits = [], []
@@ -330,7 +330,11 @@ def test_generation_with_cache_is_the_decode_rule(threshold):
         pads = [0 if asked else ids.shape[1] - lengths[row] for asked in sparsity]  # an unrouted block stores the padding, unseen
         runs = decodes(sparsity, threshold)
         assert kept == [h - run + pad for h, run, pad in zip(held, runs, pads, strict=True)]
-    assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, num_beams=3, do_sample=False).shape == (3, 18)
+    beams = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    together = model.generate(input_ids=ids, attention_mask=mask, **beams)
+    for row, length in enumerate(lengths):
+        alone = model.generate(input_ids=ids[row, -length:][None], attention_mask=mask[row, -length:][None], **beams)
+        assert together[row, 13:].tolist() == alone[0, length:].tolist()
 
 
 def test_prompt_in_chunks_is_refused_and_a_second_turn_is_not():

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Starcoder2Config
+
+from hf_tokens import ConfigError, TransPruneConfig, UnsupportedError, get_token_model, measure
 
 
 def transition(inputs, outputs):
@@ -140,3 +143,175 @@ def test_naive_carries_the_history_of_survivors_only():
     assert naive(range(1, 8), attention, ffn, guide, ACCUMULATE, PRUNE, (0.5, 0.5, 0.5), 1.0)[7] == first
     again = naive(range(1, 8), attention, ffn, guide, ACCUMULATE, PRUNE, (0.5, 0.5, 0.5), 1.0)
     assert gone not in again[12]
+
+
+# -- the method in a model -------------------------------------------------------------------------------------------
+
+IMAGE, PATCHES = 49, 9
+
+
+def llava(layers=6, seed=0):
+    """A tiny LLaVA in float64; the text tower has layer norms and shared keys, and its arithmetic stays in float64."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=12, patch_size=4)
+    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    text = Starcoder2Config(**sizes, **special, num_key_value_heads=2, num_hidden_layers=layers, vocab_size=50, residual_dropout=0.0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PATCHES)
+    model = LlavaForConditionalGeneration(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def prompts(images, text=(2, 5), seed=0, side="left"):
+    """A padded batch with so many images in each row, between text in front and behind: inputs, and where each row's tokens are."""
+    draw = torch.Generator().manual_seed(seed)
+    words = lambda k: torch.randint(3, 48, (k,), generator=draw).tolist()
+    rows = [words(text[0] + i) + [IMAGE] * PATCHES * k + words(text[1] + i) for i, k in enumerate(images)]
+    n = max(map(len, rows))
+    fill = lambda row, with_: [with_] * (n - len(row)) + row if side == "left" else row + [with_] * (n - len(row))
+    ids = torch.tensor([fill(row, 0) for row in rows])
+    mask = torch.tensor([fill([1] * len(row), 0) for row in rows])
+    pixels = torch.randn(sum(images), 3, 12, 12, generator=draw, dtype=torch.float64)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+@torch.no_grad()
+def by_hand(model, ids, pixels, accumulate, prune, keep, alpha):
+    """One row, pruned by the loop as it goes, with the model's own sublayers: logits, image tokens left by stage, all that are left."""
+    text = model.model.language_model
+    x = text.embed_tokens(ids)
+    if len(pixels):
+        features = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        x[ids == IMAGE] = torch.cat(list(features)).to(x)
+    n = len(ids)
+    image = (ids == IMAGE).nonzero()[:, 0].tolist()
+    told = [i for i in range(n) if image and i > image[-1]]
+    tables = text.rotary_emb(x[None], torch.arange(n)[None])
+    alive, outputs, stages = list(range(n)), x.clone(), {}
+    attention, ffn, guide = {}, {}, {}
+    for layer, block in enumerate(text.layers, start=1):
+        index = torch.tensor(alive)
+        cos, sin = (table[:, index] for table in tables)
+        normed = block.input_layernorm(outputs[index])
+        causal = torch.ones(len(alive), len(alive)).tril().bool()[None, None]
+        attended = block.self_attn(normed[None], position_embeddings=(cos, sin), attention_mask=causal)[0][0]
+        between = outputs[index] + attended
+        second = block.post_attention_layernorm(between)
+        fed = block.mlp(second)
+        outputs[index] = between + fed
+        whole = lambda rows, index=index: torch.zeros(n, rows.shape[-1], dtype=rows.dtype).index_copy(0, index, rows)
+        attention[layer], ffn[layer] = (whole(normed), whole(attended)), (whole(second), whole(fed))
+        turn = lambda v, cos=cos[0], sin=sin[0]: v * cos + torch.cat([-v[..., v.shape[-1] // 2 :], v[..., : v.shape[-1] // 2]], -1) * sin
+        queries, keys = (p(normed).view(len(alive), -1, 4).transpose(0, 1) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
+        queries, keys = (torch.stack([whole(head) for head in turn(v)]) for v in (queries, keys))
+        guide[layer] = queries[:, told], keys
+        if layer in prune:
+            ready = [p for p in prune if p <= layer]
+            upto = [a for a in accumulate if a <= layer]
+            stages = naive(image, attention, ffn, guide, upto, ready, keep, alpha)
+            alive = [i for i in alive if i not in image or i in stages[layer]]
+    return model.lm_head(text.norm(outputs)), stages, alive
+
+
+KNOBS = {"accumulate": (2, 3, 4, 5), "prune": (2, 3, 5), "keep": (0.7, 0.5, 0.4), "alpha": 0.5}
+MODELS = [
+    pytest.param((1,), KNOBS, "left", id="one row"),
+    pytest.param((2, 1, 1), KNOBS, "left", id="rows keep different numbers"),
+    pytest.param((1, 2), KNOBS, "right", id="padded on the right"),
+    pytest.param((1, 0, 2), KNOBS, "left", id="a row without an image"),
+    pytest.param((2, 1), {**KNOBS, "alpha": 1.0}, "left", id="transitions only"),
+    pytest.param((2, 1), {**KNOBS, "alpha": 0.0}, "left", id="attention only"),
+    pytest.param((1, 1), {**KNOBS, "keep": (0.0, 0.0, 0.0)}, "left", id="all but one pruned"),
+    pytest.param((1, 1), {**KNOBS, "keep": (1.0, 1.0, 1.0)}, "left", id="nothing to prune"),
+    pytest.param((1, 2), {**KNOBS, "accumulate": (1, 4), "prune": (3, 6), "keep": (0.5, 0.5)}, "left", id="a gap between the layers"),
+]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("images", "knobs", "side"), MODELS)
+def test_model_is_the_loop(images, knobs, side, cached):
+    model = get_token_model(llava(), TransPruneConfig(**knobs)).eval()
+    base, given = model.get_base_model(), prompts(images, side=side)
+    mask = given["attention_mask"].bool()
+    places = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        got = model(**given, position_ids=places, use_cache=cached)
+    taken = 0
+    for row, count in enumerate(images):
+        pixels = given["pixel_values"][taken : taken + count]
+        taken += count
+        expected, stages, alive = by_hand(base, given["input_ids"][row][mask[row]], pixels, **knobs)
+        torch.testing.assert_close(got.logits[row][mask[row]], expected, rtol=1e-9, atol=1e-9)
+        if cached and max(knobs["prune"]) < 6:
+            layer = got.past_key_values.layers[-1]
+            first = int(mask[row].long().argmax())
+            flags = mask[row][layer.origins[row]] if layer.filled is None else layer.filled[row] & mask[row][layer.origins[row]]
+            assert (layer.origins[row][flags] - first).tolist() == alive
+
+
+def test_tokens_and_memory_are_saved():
+    given = prompts((1,), text=(2, 5))
+    model = get_token_model(llava(), TransPruneConfig(accumulate=(2, 3), prune=(2, 4), keep=(0.5,))).eval()
+    cost = measure(model, **given, use_cache=True)
+    with model.disable_adapter():
+        whole = measure(model, **given, use_cache=True)
+    assert whole.tokens - cost.tokens == 2 * 4 + 2 * 6
+    assert cost.kv_bytes == whole.kv_bytes * (2 * 16 + 2 * 12 + 2 * 10) // (6 * 16)
+    assert cost.flops < whole.flops
+
+
+def test_generation_is_that_of_each_row_alone():
+    model = get_token_model(llava(), TransPruneConfig(**KNOBS)).eval()
+    given = prompts((2, 1, 1))
+    for beams in (1, 3):
+        more = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+        together = model.generate(**given, **more)
+        taken, n = 0, given["input_ids"].shape[1]
+        for row, count in enumerate((2, 1, 1)):
+            real = given["attention_mask"][row].bool()
+            pixels = given["pixel_values"][taken : taken + count]
+            taken += count
+            alone = {"input_ids": given["input_ids"][row][real][None], "attention_mask": torch.ones(1, int(real.sum()), dtype=torch.long)}
+            got = model.generate(**alone, pixel_values=pixels, **more)
+            assert together[row, n:].tolist() == got[0, int(real.sum()) :].tolist()
+
+
+def test_the_first_generated_token_is_that_of_the_prompt():
+    model = get_token_model(llava(), TransPruneConfig(**KNOBS)).eval()
+    given = prompts((1, 1))
+    places = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    first = model(**given, position_ids=places).logits[:, -1].argmax(-1)
+    assert torch.equal(model.generate(**given, max_new_tokens=3, do_sample=False)[:, given["input_ids"].shape[1]], first)
+
+
+def test_a_prompt_without_an_image_is_refused_and_a_later_turn_is_not():
+    model = get_token_model(llava(), TransPruneConfig(**KNOBS)).eval()
+    words = torch.tensor([[5, 6, 7]])
+    with pytest.raises(UnsupportedError, match="image"):
+        model(input_ids=words)
+    given = prompts((1,))
+    with torch.no_grad():
+        cache = model(**given, use_cache=True).past_key_values
+        for ids in (words[:, :1], words):
+            model(input_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == given["input_ids"].shape[1] + 4
+
+
+def test_the_papers_layers_are_scaled_to_the_depth():
+    config = TransPruneConfig()
+    assert config.accumulates(32) == {7, 8, 9, 10, 11, 12}
+    assert config.keeps(32) == {7: 0.5, 9: 0.5, 12: 0.5}
+    assert config.keeps(4) == {1: 0.25, 2: 0.5}
+    with pytest.raises(ConfigError, match="one for each of 3"):
+        TransPruneConfig(keep=(0.5, 0.5))
+    with pytest.raises(ConfigError, match=r"\[1, 6\]"):
+        get_token_model(llava(), TransPruneConfig(prune=(7,), keep=(0.5,)))
+
+
+def test_zero_strength_is_the_base():
+    base, given = llava(), prompts((1, 2))
+    with torch.no_grad():
+        expected = base(**given).logits
+        assert torch.equal(get_token_model(base, TransPruneConfig(**KNOBS).at_zero())(**given).logits, expected)

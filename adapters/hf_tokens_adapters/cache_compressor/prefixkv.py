@@ -3,7 +3,7 @@
 Paper:   PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient Generation (Wang et al.,
          NeurIPS 2025), arXiv:2412.03409
 Maths:   I_l = mean_h sum_q A_l[h, q, :] / |.|_1, sorted;  o_l(p) = min {o : the first o of I_l sum to p};  R_l = o_l(p) / n for the
-         largest p, by binary search, with sum_l o_l(p) <= r L n;  decoding drops the entry at a fixed distance whenever a layer outgrows R_l
+         largest p, by binary search, with sum_l o_l(p) <= r L n;  decoding drops the entry at that distance if a layer outgrows R_l
 Differs: without calibration (`hf_tokens.calibrate`) and `online` every layer keeps the share r. A layer keeps one key at least. The paper
          states no default of r and the distance; the pruning that it cites uses 25. A later turn of a chat scores all by its own queries.
 
@@ -34,7 +34,7 @@ class PrefixKVConfig(MethodConfig):
     budget: float = option(0.5, gt=0, le=1, zero=1.0, help="Share of all keys that stay (paper: compression ratio r).")
     ratios: tuple[float, ...] = option((), gt=0, le=1, zero=(), help="Share in each of its blocks (paper: R_l), as calibration found it.")
     online: bool = option(False, help="Search the shares anew for each sample, at the end of its prompt.")
-    distance: int = option(25, ge=1, help="Entries between the newest one and the one that goes while decoding.")
+    distance: int = option(25, ge=1, help="Distance from the newest entry to the one that goes while decoding.")
 
 
 def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:

@@ -5,8 +5,8 @@ Maths:   TTV(F) = softmax_j(1 - |cos(F(x_j), x_j)|) |F(x_j)| / |x_j| over the im
          IGA = mean over instruction tokens and heads of softmax_j(q k_j / sqrt(d));  behind each layer p of P the highest `keep` of
          alpha sum_{l in A, l <= p} (TTV(attention_l) + TTV(MLP_l)) + (1 - alpha) IGA  stay
 Differs: IGA comes from the queries and keys of layer p, the paper takes layer p + 1. The tokens kept per stage are in a supplement that
-         we lack: halving three times gives its counts. Its layers 7 to 12 of 32 are scaled to the depth at hand. The instruction is the text
-         behind the last image token; text of later turns guides nothing.
+         we lack: halving three times gives its counts. Its layers 7 to 12 of 32 are scaled to the depth at hand. The instruction is the
+         text behind the last image token; text of later turns guides nothing.
 
 >>> from hf_tokens import TransPruneConfig, get_token_model
 >>> from hf_tokens.testing import zoo
@@ -34,7 +34,13 @@ class TransPruneConfig(MethodConfig):
     alpha: float = option(0.5, ge=0, le=1, help="Weight of the transitions against the attention of the instruction.")
     accumulate: tuple[int, ...] | None = option(None, ge=1, help="Layers whose transitions count (A), from 1; None scales 7..12 of 32.")
     prune: tuple[int, ...] | None = option(None, ge=1, help="Layers behind which tokens leave (P), from 1; None scales 7, 9, 12 of 32.")
-    keep: tuple[float, ...] = option((0.5, 0.5, 0.5), ge=0, le=1, zero=(1.0,), help="Share of survivors that stays, per layer of P or for all.")
+    keep: tuple[float, ...] = option((0.5, 0.5, 0.5), ge=0, le=1, zero=(1.0,), help="Share of survivors that stays, per stage or for all.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        stages = len(PRUNE if self.prune is None else self.prune)
+        if len(self.keep) not in (1, stages):
+            raise ConfigError(f"TransPruneConfig.keep must have one value, or one for each of {stages} layers. Got {len(self.keep)}.")
 
     def accumulates(self, layers: int) -> set[int]:
         """A in a stream of so many blocks."""
@@ -44,8 +50,7 @@ class TransPruneConfig(MethodConfig):
         """What stays behind each layer of P."""
         prune = [scale(layer, layers) for layer in PRUNE] if self.prune is None else list(self.prune)
         keep = self.keep * len(prune) if len(self.keep) == 1 else self.keep
-        stages = list(zip(prune, keep, strict=True))
-        return {layer: prod(share for other, share in stages if other == layer) for layer in prune}
+        return {layer: prod(share for other, share in zip(prune, keep, strict=True) if other == layer) for layer in prune}
 
 
 def scale(layer: int, layers: int) -> int:
@@ -88,9 +93,6 @@ class TransPrune(TokenReducer):
 
     @classmethod
     def check(cls, config: TransPruneConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
-        stages = len(PRUNE if config.prune is None else config.prune)
-        if len(config.keep) not in (1, stages):
-            raise ConfigError(f"TransPruneConfig.keep must have one value, or one for each of {stages} layers. Got {len(config.keep)}.")
         deepest = max([*config.accumulates(layers), *config.keeps(layers)], default=0)
         if deepest > layers:
             raise ConfigError(f"TransPruneConfig.accumulate and .prune must lie in [1, {layers}], as the stream is deep. Got {deepest}.")
