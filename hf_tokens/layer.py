@@ -252,8 +252,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """A signal of the attention call, over the tokens of the stream."""
         q, k, v, mask, scaling, causal = self.attention_call()
         if name == "scores":
-            whole = moment.whole_cache
-            return Scores(q, k, mask, scaling, causal, real=moment.local_real(q.shape[2]), back=None if whole else moment.from_local)
+            back = moment.from_call if moment.whole_cache else moment.from_local
+            return Scores(q, k, mask, scaling, causal, real=moment.local_real(q.shape[2]), back=back)
         if moment.whole_cache:
             return {"keys": moment.layer.keys, "values": moment.layer.values, "queries": q}[name]
         return moment.from_local({"queries": q, "keys": k, "values": v}[name], 2)

@@ -45,6 +45,10 @@ class Moment:
         flags = books.flags(books.filled, True) & ~books.flags(books.fresh, False)
         return flags if self.now.padding is None else flags & self.now.padding.gather(1, books.rows)
 
+    def from_call(self, x: Tensor, dim: int) -> Tensor:
+        """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has let the first ones go since."""
+        return x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length)
+
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""
         m = self.now.books.m if self.routed is None else self.routed.m
