@@ -28,8 +28,7 @@ def blend(one: Shares, other: Shares, draw: random.Random) -> Shares:
 
 def search_shares(
     fitness: Callable[[Shares], float],
-    length: int,
-    mean: float,
+    start: Shares,
     *,
     population: int = 20,
     generations: int = 20,
@@ -37,28 +36,28 @@ def search_shares(
     bounds: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
 ) -> Shares:
-    """The shares of the lowest fitness that were found; equal shares are among those tried.
+    """The shares of the lowest fitness that were found, never worse than the start.
 
     Args:
         fitness: What is to be small, such as the loss on calibration data.
-        length: How many shares there are.
-        mean: Their mean, which every candidate keeps.
+        start: The first candidate, such as equal shares; all keep its mean.
         population: Candidates of a generation; the better half lives on.
         generations: Generations after the first.
         mutation: The most that moves from one share to another at a time.
         bounds: Interval of each share.
         seed: Seed of the search.
     """
-    if not bounds[0] <= mean <= bounds[1] or population < 2 or length < 1:
-        came = f"mean={mean}, bounds={bounds}, population={population}, length={length}"
-        raise ConfigError(explain("A search needs a mean within its bounds, two candidates and one share", came, "Change them."))
-    start = (float(mean),) * length
-    if length == 1:
+    low, high = bounds
+    if not start or not low <= min(start) <= max(start) <= high or population < 2:
+        came = f"start={start}, bounds={bounds}, population={population}"
+        raise ConfigError(explain("A search needs shares within its bounds and two candidates", came, "Change them."))
+    start = tuple(map(float, start))
+    if len(start) == 1:
         return start
     draw = random.Random(seed)
 
     def mutated(shares: Shares) -> Shares:
-        for _ in range(draw.randint(1, length)):
+        for _ in range(draw.randint(1, len(start))):
             shares = transfer(shares, draw, mutation, bounds)
         return shares
 

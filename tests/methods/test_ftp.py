@@ -19,6 +19,7 @@ from hf_tokens import (
     set_method,
     set_progress,
 )
+from hf_tokens.testing import zoo
 
 
 def static(count, sparsity):
@@ -409,7 +410,7 @@ def test_search_finds_the_block_that_minds_least():
         set_method(model, FTPConfig(sparsity=0.5, router="static", strict=True, sparsities=shares))
         return model(ids, labels=ids).loss.item()
 
-    best = search_shares(loss, 3, 0.5, population=8, generations=4, seed=1)
+    best = search_shares(loss, (0.5,) * 3, population=8, generations=4, seed=1)
     assert all(sum(shares) / 3 == pytest.approx(0.5, abs=1e-12) and 0 <= min(shares) <= max(shares) <= 1 for shares in tried)
     assert loss(best) <= loss((0.5, 0.5, 0.5))
     assert loss(best) == min(loss(shares) for shares in list(tried))
@@ -427,3 +428,9 @@ def test_zero_strength_is_the_base():
 def test_sparsities_must_fit_the_depth():
     with pytest.raises(ConfigError, match="one value for each of 4 blocks"):
         get_token_model(gpt2(), FTPConfig(sparsities=(0.1, 0.2)))
+
+
+def test_a_block_that_numbers_its_tokens_is_refused():
+    specimen = zoo.build("t5")
+    with pytest.raises(UnsupportedError, match="numbers its tokens itself"):
+        get_token_model(specimen.model, FTPConfig(sparsity=0.4, strict=True))(**specimen.inputs)

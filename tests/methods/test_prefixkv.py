@@ -7,7 +7,8 @@ import torch
 from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
 from transformers import DynamicCache
 
-from hf_tokens import ConfigError, PrefixKVConfig, UnsupportedError, calibrate, get_token_model, load, measure
+from hf_tokens import ConfigError, FTPConfig, PrefixKVConfig, UnsupportedError, calibrate, get_token_model, load, measure
+from hf_tokens.testing import zoo
 
 
 def importance(attention, mask):
@@ -322,3 +323,31 @@ def test_zero_strength_is_the_base():
 def test_ratios_must_fit_the_blocks():
     with pytest.raises(ConfigError, match="one value for each of 2 blocks"):
         get_token_model(gpt2(), PrefixKVConfig(ratios=RATIOS, layers=(0, -1)))
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_on_top_of_a_router_a_padded_row_is_the_row_alone(online):
+    router = FTPConfig(sparsities=(0.2, 0.8, 0.5, 0.3), strict=True)
+    model = get_token_model(gpt2(), [router, PrefixKVConfig(budget=0.4, online=online, distance=2)]).eval()
+    ids, mask = batch((12, 7))
+    got, logits, _ = greedy(model, ids, mask, 6)
+    for row, n in enumerate((12, 7)):
+        alone, told, _ = greedy(model, ids[row : row + 1, -n:], mask[row : row + 1, -n:], 6)
+        assert torch.equal(got[row], alone[0])
+        torch.testing.assert_close(logits[row], told[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_sliding_window_is_scored_as_far_as_it_reaches():
+    specimen = zoo.build("mistral")
+    model = get_token_model(specimen.model, PrefixKVConfig(budget=0.05, online=True)).eval()
+    ids = torch.randint(3, 90, (2, 60), generator=torch.Generator().manual_seed(0))
+    cache = model(ids, use_cache=True).past_key_values
+    assert all(1 <= layer.length < 60 for layer in cache.layers)
+    assert model.generate(input_ids=ids, max_new_tokens=4, do_sample=False).shape == (2, 64)
+
+
+@pytest.mark.parametrize(("family", "words"), [("falcon", "attention interface"), ("bloom", "attention backends")])
+def test_models_without_scores_are_refused(family, words):
+    specimen = zoo.build(family)
+    with pytest.raises(UnsupportedError, match=words):
+        get_token_model(specimen.model, PrefixKVConfig(budget=0.5))(**specimen.inputs, use_cache=True)
