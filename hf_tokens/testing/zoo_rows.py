@@ -248,7 +248,8 @@ def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
     accepted = inspect.signature(get).parameters if get is not None else {}
     image = ("pixel", "image", "spatial", "qformer", "target", "high_res")
     mine = image if "image" in getter else ("input_features", "feature", "input_values", "audio", "pad")
-    fits = {name for name in inputs if name.startswith(mine) and (name in accepted or "args" in accepted)}
+    known = {*accepted, "image_merge_sizes", "padding_mask"}  # the last two pass through keyword arguments
+    fits = {name for name in inputs if name.startswith(mine) and (name in known or "args" in accepted)}
     given = {name: inputs[name] for name in fits if inputs[name] is not None}
     if not given:
         return 0
@@ -392,7 +393,23 @@ _INDEXER = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
-_HIERA = {"embed_dim_per_stage": [32, 64, 64, 64], "blocks_per_stage": [1, 2, 2, 2], "global_attention_blocks": [4]}
+_CLAP = {
+    "spec_size": 32,
+    "num_mel_bins": 8,
+    "patch_size": 4,
+    "patch_stride": [4, 4],
+    "window_size": 2,
+    "depths": [2, 2],
+    "num_attention_heads": [2, 4],
+    "hidden_size": 64,
+}
+_HIERA = {
+    "embed_dim_per_stage": [32, 64, 64, 64],
+    "blocks_per_stage": [1, 2, 2, 2],
+    "global_attention_blocks": [4],
+    "window_size_per_stage": [4, 2, 2, 1],
+    "window_positional_embedding_background_size": [4, 4],
+}
 _SAM2 = {
     "backbone_config": _HIERA,
     "backbone_channel_list": [64, 64, 64, 32],
@@ -444,7 +461,6 @@ ROWS: dict[str, Row] = {
         config={"hidden_size": 64, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
         inputs={"bbox": lambda model, inputs: torch.rand(BATCH, TOKENS, 8)},
     ),
-    "lw_detr": Row(config={"backbone_config": {"num_windows": 4}}),
     "lw_detr_vit": Row(config={"num_windows": 4}),
     "llama4": Row(config={"vision_config": {"intermediate_size": 128}}),
     "llama4_vision_model": Row(config={"intermediate_size": 128}),
@@ -512,8 +528,6 @@ ROWS: dict[str, Row] = {
     "pi0": Row(
         inputs={"state": _noise(BATCH, 32), "pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE), "pixel_attention_mask": _ones(BATCH, 1)}
     ),
-    "tvp": Row(config={"max_img_size": 32, "visual_prompt_size": 4}),
-    "dbrx": Row(config={"attn_config": {"rope_theta": 10000.0}}),
     "dots1": Row(config={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}),
     "bit": Row(config={"num_groups": 4}),
     "gemma4_audio": Row(inputs={"input_features": _noise(BATCH, 64, 32)}),
@@ -538,6 +552,60 @@ ROWS: dict[str, Row] = {
     ),
     "fun_asr_nano_encoder": Row(inputs={"input_features": _noise(BATCH, 64, 112), "input_features_mask": _ones(BATCH, 64)}),
     "neomme": Row(config={"head_dim": 16}, inputs={"pixel_values": _noise(32, 192)}),
+    "dbrx": Row(config={"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}}),
+    "tvp": Row(
+        config={"max_img_size": 96, "visual_prompt_size": 4, "num_frames": 2}, inputs={"pixel_values": _noise(BATCH, 2, 3, 96, 96)}
+    ),
+    **{name: Row(inputs={"latents": _noise(BATCH, 32, 8)}) for name in ("mimi_decoder", "pocket_tts_audio_tokenizer_decoder")},
+    "pocket_tts_audio_tokenizer": Row(inputs=_WAVE),
+    **{name: Row(inputs={**_WAVE, "input_features": _noise(BATCH, 12, 32)}) for name in ("xcodec2", "neucodec")},
+    "xcodec": Row(config={"codebook_dim": 64}, inputs=_WAVE),
+    "nemotron3_5_transcribe_word_timestamp": Row(inputs={"inputs_embeds": _noise(BATCH, TOKENS, 32)}),
+    **{name: Row(inputs={"padding_mask": _ones(BATCH, 4000)}) for name in ("vibevoice", "moss_transcribe_diarize")},
+    "clap": Row(config={"audio_config": _CLAP}, inputs={"input_features": _noise(BATCH, 1, 128, 8)}),
+    "clap_audio_model": Row(config=_CLAP, inputs={"input_features": _noise(BATCH, 1, 128, 8)}),
+    "granite_docling": Row(inputs={**_TILES, "pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE)}),
+    "lw_detr": Row(config={"backbone_config": {"num_windows": 4, "out_features": ["stage2", "stage4"]}}),
+    "sam3_tracker": Row(
+        config={
+            "prompt_encoder_config": {"image_size": SIDE},
+            "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        }
+    ),
+    **{name: Row(config={"vision_config": {"out_hidden_size": 128}}) for name in ("muse_spark", "muse_glimmer")},
+    "voxtral_realtime_text": Row(inputs={"t_cond": _noise(1, 32)}),
+    "idefics2_perceiver": Row(inputs={"context": _noise(BATCH, 9, 32), "attention_mask": _ones(BATCH, 9)}),
+    "blt_global_transformer": Row(inputs={"inputs_embeds": _noise(BATCH, TOKENS, 32)}),
+    "flava_multimodal_model": Row(inputs={"hidden_states": _noise(BATCH, TOKENS, 32)}),
+    "granite_speech_encoder": Row(inputs={"hidden_states": _noise(BATCH, 60, 32)}),
+    "granite_speech_plus_encoder": Row(inputs={"hidden_states": _noise(BATCH, 60, 32)}),
+    "phi4_multimodal_audio": Row(inputs={"hidden_states": _noise(BATCH, 64, 32), "mask": None}),
+    "diffusers/LTX2VideoTransformer3DModel": Row(
+        config={"audio_in_channels": 4, "audio_out_channels": 4, "audio_cross_attention_dim": 32, "caption_channels": 32},
+        inputs={
+            "hidden_states": _noise(BATCH, 64, 4),
+            "audio_hidden_states": _noise(BATCH, 16, 4),
+            "audio_encoder_hidden_states": _noise(BATCH, TOKENS, 32),
+            "num_frames": 4,
+            "height": 4,
+            "width": 4,
+            "audio_num_frames": 16,
+            "timestep": _noise(BATCH),
+        },
+    ),
+    "diffusers/HunyuanVideoFramepackTransformer3DModel": Row(
+        inputs={"image_embeds": _noise(BATCH, 4, 32), "indices_latents": lambda model, inputs: torch.arange(4)}
+    ),
+    "diffusers/QwenImage21Transformer2DModel": Row(
+        config={"in_channels": 16, "out_channels": 16},
+        inputs={
+            "hidden_states": _noise(BATCH, 16, 16),
+            "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH,
+            "img_mask": lambda model, inputs: (torch.arange(TOKENS + 4) >= TOKENS).expand(BATCH, -1),
+            "timestep": _noise(BATCH),
+            "encoder_hidden_states_mask": _ones(BATCH, TOKENS),
+        },
+    ),
     "qwen4_exp_text": Row(config=_INDEXER),
     "qwen4_exp": Row(config={"text_config": _INDEXER}),
     "qwen2_audio": Row(
@@ -724,7 +792,11 @@ ROWS: dict[str, Row] = {
         inputs={"hidden_states": _noise(BATCH, 16, 16), "img_shapes": lambda model, inputs: [(1, 4, 4)] * BATCH, "timestep": _noise(BATCH)},
     ),
     "diffusers/Krea2Transformer2DModel": Row(
-        inputs={"hidden_states": _noise(BATCH, 16, 4), "position_ids": lambda model, inputs: torch.zeros(TOKENS + 16, 3)},
+        inputs={
+            "hidden_states": _noise(BATCH, 16, 4),
+            "encoder_hidden_states": lambda model, inputs: torch.randn(BATCH, TOKENS, model.config.num_text_layers, 32),
+            "position_ids": lambda model, inputs: torch.zeros(TOKENS + 16, 3),
+        }
     ),
     "diffusers/SanaWMTransformer3DModel": Row(config={"image_size": 8}, inputs={"mask": _ones(BATCH, TOKENS)}),
     "diffusers/WanAnimateTransformer3DModel": Row(config={"in_channels": 12, "latent_channels": 4}),
