@@ -62,9 +62,10 @@ CONCATENATES = re.compile(r"^Zamba")
 NOT_BLOCK = re.compile(r"Stage$")
 # block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), time first
 LAYOUTS = (
-    (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer|Sam3ViTLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
+    (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer"), "b h w d"),
+    (re.compile(r"Sam3ViTLayer|SegGptLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
     (re.compile(r"VitDetLayer|Kandinsky3Attention|Florence2VisionBlock"), "b d h w"),
-    (re.compile(r"PatchTST"), "b c n d"),
+    (re.compile(r"PatchTST|TwoWayAttentionBlock"), "b c n d"),
     (re.compile(r"Lfm3VlVisionLayer"), "n d"),
     (re.compile(r"DeepseekV4Decoder|HYV4Decoder|Glm5NextTextDecoder"), "b n c d"),
     (re.compile(r"Gemma3nTextDecoder"), "c b n d"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .anatomy import Stream
 from .books import CROSS, SEGMENTS, Books, Stored
@@ -378,7 +378,8 @@ class Runtime:
 
     def _refuse_cache(self, side: BlockSurgery, cache: Cache | None) -> None:
         """A method that reads the whole sequence cannot be right for a part of it."""
-        seen = 0 if cache is None or side.layer_idx is None else cache.get_seq_length(side.layer_idx)
+        held = cache.layers[side.layer_idx] if cache is not None and side.layer_idx in range(len(cache.layers)) else None
+        seen = held.get_seq_length() if isinstance(held, CacheLayerMixin) else 0
         whole = sorted({type(method).__name__ for method in self.methods() if not method.caches})
         if seen and whole:
             rule = f"{', '.join(whole)} must see the whole sequence in one pass"

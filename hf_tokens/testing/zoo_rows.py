@@ -91,7 +91,10 @@ NUMBERS = _rules(
     (r"(n_group|topk_group|num_expert_group)$", "groups", 1),
     (r"(image_size|img_size|input_size)$", "image", SIDE),
     (r"(patch_size)$", "patch", PATCH),
+    (r"^insert_layer_id$", "layer", 1),
+    (r"^pos_emb_(height|width)$", "kept", 10**9),
     (r"(hidden_size|d_model|n_embd|embedding_size|projection_size|width|hidden_channels)$", "width", 32),
+    (r"pooler_output_size$", "width", 32),
     (r"upsample_groups$", "width", 32),
     (r"(mel_bins|num_mel_bins)$", "mel bins", 16),
     (r"(num_queries|num_query_tokens)$", "queries", 8),
@@ -245,7 +248,8 @@ def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
     accepted = inspect.signature(get).parameters if get is not None else {}
     image = ("pixel", "image", "spatial", "qformer", "target", "high_res")
     mine = image if "image" in getter else ("input_features", "feature", "input_values", "audio", "pad")
-    fits = {name for name in inputs if name.startswith(mine) and (name in accepted or "args" in accepted)}
+    known = {*accepted, "image_merge_sizes", "padding_mask"}  # the last two pass through keyword arguments
+    fits = {name for name in inputs if name.startswith(mine) and (name in known or "args" in accepted)}
     given = {name: inputs[name] for name in fits if inputs[name] is not None}
     if not given:
         return 0
@@ -260,7 +264,7 @@ def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
 
 
 def _ones_like_text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
-    return {"attention_mask": torch.ones_like(inputs["input_ids"])} if "input_ids" in inputs else {}
+    return {"attention_mask": torch.ones_like(inputs["input_ids"])} if inputs.get("input_ids") is not None else {}
 
 
 def _decoder_ids(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
@@ -381,6 +385,40 @@ _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2,
 _TIMM = "its image tower is a timm model, and timm is not installed"
 _SCIPY = "its class builds a loss that needs scipy, which is not installed"
 _ROPES = {name: {"rope_type": "default", "rope_theta": 10000.0} for name in ("sliding_attention", "full_attention")}
+_HGNETS = ("d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4")
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+_CLAP = {
+    "spec_size": 32,
+    "num_mel_bins": 8,
+    "patch_size": 4,
+    "patch_stride": [4, 4],
+    "window_size": 2,
+    "depths": [2, 2],
+    "num_attention_heads": [2, 4],
+    "hidden_size": 64,
+}
+_HIERA = {
+    "embed_dim_per_stage": [32, 64, 64, 64],
+    "blocks_per_stage": [1, 2, 2, 2],
+    "global_attention_blocks": [4],
+    "window_size_per_stage": [4, 2, 2, 1],
+    "window_positional_embedding_background_size": [4, 4],
+}
+_SAM2 = {
+    "backbone_config": _HIERA,
+    "backbone_channel_list": [64, 64, 64, 32],
+    "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+}
+_PROMPTS = {"image_embedding_size": 4}
+_SESSION = "its forward takes a video inference session, not tensors"
+_DRAFTS = "it drafts for another model, whose hidden states it needs"
+_NO_INPUTS = "the zoo makes no inputs for it"
 _PASTS = {
     "past_values": _noise(BATCH, 19),
     "past_time_features": _noise(BATCH, 19, 1),
@@ -388,6 +426,11 @@ _PASTS = {
     "future_values": _noise(BATCH, 8),
     "future_time_features": _noise(BATCH, 8, 1),
 }
+
+def _flat_patches(model: nn.Module, inputs: dict) -> torch.Tensor:
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).float()  # each patch begins with its row and its column
+    return torch.cat([places.expand(BATCH, -1, -1), torch.randn(BATCH, 16, _find(model, "patch_embed_hidden_size"))], dim=-1)
+
 
 def _grid(model: nn.Module, inputs: dict) -> torch.Tensor:
     return torch.tensor([[1, 4, 4]] * BATCH)
@@ -402,7 +445,6 @@ ROWS: dict[str, Row] = {
     "instructblipvideo": Row(config={"video_token_id": 98}, inputs={"pixel_values": _noise(BATCH, 4, 3, SIDE, SIDE)}),
     "voxtral": Row(config={"audio_token_id": 98}),
     "colqwen2": Row(inputs={"pixel_values": lambda model, inputs: torch.randn(BATCH, 16, _patch_numel(model)), "image_grid_thw": _grid}),
-    "zamba2": Row(config={"mamba_headdim": 8, "n_mamba_heads": 8, "attention_hidden_size": 64, "attention_head_dim": 16}),
     "nemotron_h": Row(config={"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1}),
     "nemo_speechlm": Row(config={"text_config": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1}}),
     "glm4v_moe": Row(config={"text_config": {"rope_parameters": {"partial_rotary_factor": 1.0}}}),
@@ -419,20 +461,16 @@ ROWS: dict[str, Row] = {
         config={"hidden_size": 64, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
         inputs={"bbox": lambda model, inputs: torch.rand(BATCH, TOKENS, 8)},
     ),
-    "lw_detr": Row(config={"backbone_config": {"num_windows": 4}}),
     "lw_detr_vit": Row(config={"num_windows": 4}),
     "llama4": Row(config={"vision_config": {"intermediate_size": 128}}),
     "llama4_vision_model": Row(config={"intermediate_size": 128}),
     "paddleocr_vl": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "image_grid_thw": _grid}),
     "paddleocr_vl_vision": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "grid_thw": _grid}),
-    "kimi_k25": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "image_grid_thw": _grid}),
-    "kimi_k25_vision": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "grid_thw": _grid}),
     "idefics": Row(inputs={"pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE), "image_attention_mask": _ones(BATCH, TOKENS, 1)}),
     "qwen3_asr": Row(inputs={"input_features": _noise(BATCH, 16, 200), "input_features_mask": _ones(BATCH, 200)}),
     "qwen3_asr_encoder": Row(inputs={"input_features": _noise(BATCH, 16, 200), "input_features_mask": _ones(BATCH, 200)}),
     "qwen2_5_omni_thinker": Row(config={"vision_start_token_id": 93}, inputs={"input_features": None}),
     "fuyu": Row(inputs={"pixel_values": None}),
-    "mimi": Row(inputs=_WAVE),
     "mllama_vision_model": Row(
         config={"intermediate_layers_indices": [0, 2], "vision_output_dim": 96},
         inputs={
@@ -462,6 +500,127 @@ ROWS: dict[str, Row] = {
         }
     ),
     "mobilebert": Row(config={"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}),
+    **{name: Row(config={"encoder_in_channels": [32] * 3, "backbone_config": {"hidden_sizes": [32] * 4}}) for name in _HGNETS},
+    "sam2_hiera_det_model": Row(config=_HIERA),
+    "sam2_vision_model": Row(config=_SAM2),
+    "sam2": Row(config={"vision_config": _SAM2, "prompt_encoder_config": {"image_size": SIDE}}),
+    "granite_speech": Row(inputs={"input_features": _noise(BATCH, 60, 32), "input_features_mask": None}),
+    "granite_speech_plus": Row(inputs={"input_features": _noise(BATCH, 60, 32), "input_features_mask": None}),
+    **{name: Row(config={"vision_config": {"num_pos_feats": 16}, "prompt_encoder_config": _PROMPTS}) for name in ("sam", "sam_hq")},
+    "kimi_k25": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "image_grid_thw": _grid}),
+    "kimi_k25_vision": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "grid_thw": _grid}),
+    "mimi": Row(config={"vector_quantization_hidden_dimension": 32}, inputs=_WAVE),
+    "kosmos-2": Row(
+        config={"latent_query_num": 4},
+        inputs={"image_embeds_position_mask": lambda model, inputs: (torch.arange(TOKENS) < 4).long().expand(BATCH, -1)},
+    ),
+    "kosmos-2.5": Row(
+        config={"latent_query_num": 4},
+        inputs={
+            "flattened_patches": _flat_patches,
+            "image_embeds_position_mask": lambda model, inputs: (torch.arange(TOKENS) < 4).long().expand(BATCH, -1),
+        },
+    ),
+    "pix2struct": Row(inputs={"flattened_patches": _flat_patches}),
+    "kosmos_2_5_vision_model": Row(inputs={"flattened_patches": _flat_patches}),
+    "pix2struct_vision_model": Row(inputs={"flattened_patches": _flat_patches}),
+    "pop2piano": Row(inputs={"input_features": _noise(BATCH, 16, 32), "input_ids": None}),
+    "pi0": Row(
+        inputs={"state": _noise(BATCH, 32), "pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE), "pixel_attention_mask": _ones(BATCH, 1)}
+    ),
+    "dots1": Row(config={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}),
+    "bit": Row(config={"num_groups": 4}),
+    "gemma4_audio": Row(inputs={"input_features": _noise(BATCH, 64, 32)}),
+    "gemma4_vision": Row(
+        inputs={
+            "pixel_values": _noise(BATCH, 9, 192),
+            "pixel_position_ids": lambda model, inputs: torch.cartesian_prod(torch.arange(3), torch.arange(3)).expand(BATCH, -1, -1),
+        }
+    ),
+    "gemma3n_audio": Row(
+        inputs={"audio_mel": _noise(BATCH, 64, 128), "audio_mel_mask": lambda model, inputs: torch.zeros(BATCH, 64).bool()}
+    ),
+    "video_llama_3": Row(inputs={"image_merge_sizes": lambda model, inputs: torch.tensor([2, 2])}),
+    "video_llama_3_vision": Row(inputs={"merge_sizes": lambda model, inputs: torch.tensor([2, 2])}),
+    "deepseek_vl_hybrid": Row(inputs={"high_res_pixel_values": _noise(BATCH, 3, SIDE, SIDE)}),
+    "blip_2_qformer": Row(inputs={"query_embeds": _noise(BATCH, 8, 32), "encoder_hidden_states": _noise(BATCH, 5, 32)}),
+    "granite_speech5_ctc": Row(inputs={"input_features": _noise(BATCH, 64, 64)}),
+    "granite_speech5_encoder": Row(inputs={"input_features": _noise(BATCH, 64, 64)}),
+    "fun_asr_nano": Row(
+        config={"adaptor_config": {"intermediate_size": 8}},
+        inputs={"input_features": _noise(BATCH, 64, 112), "input_features_mask": _ones(BATCH, 64)},
+    ),
+    "fun_asr_nano_encoder": Row(inputs={"input_features": _noise(BATCH, 64, 112), "input_features_mask": _ones(BATCH, 64)}),
+    "neomme": Row(config={"head_dim": 16}, inputs={"pixel_values": _noise(32, 192)}),
+    "dbrx": Row(config={"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}}),
+    "tvp": Row(
+        config={"max_img_size": 96, "visual_prompt_size": 4, "num_frames": 2}, inputs={"pixel_values": _noise(BATCH, 2, 3, 96, 96)}
+    ),
+    **{name: Row(inputs={"latents": _noise(BATCH, 32, 8)}) for name in ("mimi_decoder", "pocket_tts_audio_tokenizer_decoder")},
+    "pocket_tts_audio_tokenizer": Row(inputs=_WAVE),
+    **{name: Row(inputs={**_WAVE, "input_features": _noise(BATCH, 12, 32)}) for name in ("xcodec2", "neucodec")},
+    "xcodec": Row(config={"codebook_dim": 64}, inputs=_WAVE),
+    "nemotron3_5_transcribe_word_timestamp": Row(inputs={"inputs_embeds": _noise(BATCH, TOKENS, 32)}),
+    **{name: Row(inputs={"padding_mask": _ones(BATCH, 4000)}) for name in ("vibevoice", "moss_transcribe_diarize")},
+    "clap": Row(config={"audio_config": _CLAP}, inputs={"input_features": _noise(BATCH, 1, 128, 8)}),
+    "clap_audio_model": Row(config=_CLAP, inputs={"input_features": _noise(BATCH, 1, 128, 8)}),
+    "granite_docling": Row(inputs={**_TILES, "pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE)}),
+    "lw_detr": Row(config={"backbone_config": {"num_windows": 4, "out_features": ["stage2", "stage4"]}}),
+    "sam3_tracker": Row(
+        config={
+            "prompt_encoder_config": {"image_size": SIDE},
+            "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        }
+    ),
+    **{name: Row(config={"vision_config": {"out_hidden_size": 128}}) for name in ("muse_spark", "muse_glimmer")},
+    "voxtral_realtime_text": Row(inputs={"t_cond": _noise(1, 32)}),
+    "idefics2_perceiver": Row(inputs={"context": _noise(BATCH, 9, 32), "attention_mask": _ones(BATCH, 9)}),
+    "blt_global_transformer": Row(inputs={"inputs_embeds": _noise(BATCH, TOKENS, 32)}),
+    "flava_multimodal_model": Row(inputs={"hidden_states": _noise(BATCH, TOKENS, 32)}),
+    "granite_speech_encoder": Row(inputs={"hidden_states": _noise(BATCH, 60, 32)}),
+    "granite_speech_plus_encoder": Row(inputs={"hidden_states": _noise(BATCH, 60, 32)}),
+    "phi4_multimodal_audio": Row(inputs={"hidden_states": _noise(BATCH, 64, 32), "mask": None}),
+    "diffusers/LTX2VideoTransformer3DModel": Row(
+        config={"audio_in_channels": 4, "audio_out_channels": 4, "audio_cross_attention_dim": 32, "caption_channels": 32},
+        inputs={
+            "hidden_states": _noise(BATCH, 64, 4),
+            "audio_hidden_states": _noise(BATCH, 16, 4),
+            "audio_encoder_hidden_states": _noise(BATCH, TOKENS, 32),
+            "num_frames": 4,
+            "height": 4,
+            "width": 4,
+            "audio_num_frames": 16,
+            "timestep": _noise(BATCH),
+        },
+    ),
+    "diffusers/HunyuanVideoFramepackTransformer3DModel": Row(
+        inputs={"image_embeds": _noise(BATCH, 4, 32), "indices_latents": lambda model, inputs: torch.arange(4)}
+    ),
+    "diffusers/QwenImage21Transformer2DModel": Row(
+        config={"in_channels": 16, "out_channels": 16},
+        inputs={
+            "hidden_states": _noise(BATCH, 16, 16),
+            "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH,
+            "img_mask": lambda model, inputs: (torch.arange(TOKENS + 4) >= TOKENS).expand(BATCH, -1),
+            "timestep": _noise(BATCH),
+            "encoder_hidden_states_mask": _ones(BATCH, TOKENS),
+        },
+    ),
+    "qwen4_exp_text": Row(config=_INDEXER),
+    "qwen4_exp": Row(config={"text_config": _INDEXER}),
+    "qwen2_audio": Row(
+        inputs={
+            "input_ids": lambda model, inputs: torch.cat(
+                [torch.full((BATCH, 1), model.config.audio_token_index), torch.randint(5, 60, (BATCH, 15))], dim=1
+            )
+        }
+    ),
+    "qwen3_omni_moe_thinker": Row(config={"vision_start_token_id": 93}, inputs={"input_features": None}),
+    "glm_image": Row(inputs={"pixel_values": None}),
+    "zamba2": Row(
+        config={"mamba_headdim": 8, "n_mamba_heads": 8, "attention_hidden_size": 64, "attention_head_dim": 16, "hybrid_layer_ids": [1, 3]}
+    ),
+    "vitmatte": Row(config={"convstream_hidden_sizes": [16, 32, 32], "fusion_hidden_sizes": [32, 32, 32, 32]}),
     "patchtst": Row(inputs={"past_values": _noise(BATCH, 32, 1)}),
     "patchtsmixer": Row(inputs={"past_values": _noise(BATCH, 32, 1)}),
     "mistral4": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
@@ -493,8 +652,6 @@ ROWS: dict[str, Row] = {
     ),
     "align": Row(config={"projection_dim": 64}),
     "bridgetower": Row(config={"hidden_size": 64, "vision_config": {"hidden_size": 64}, "text_config": {"hidden_size": 64}}),
-    "sam": Row(config={"prompt_encoder_config": {"image_embedding_size": 4}}),
-    "sam_hq": Row(config={"prompt_encoder_config": {"image_embedding_size": 4}}),
     "reformer": Row(config={"axial_pos_shape": (4, 4), "axial_pos_embds_dim": (16, 16)}),
     "swin2sr": Row(config={"num_heads": [4, 4, 4, 4], "depths": [2, 2, 2, 2], "embed_dim": 32}),
     "wav2vec2-bert": Row(config={"vocab_size": VOCAB}),
@@ -502,12 +659,7 @@ ROWS: dict[str, Row] = {
     "aria": Row(config={"projector_patch_to_query_dict": {16: 4}}),
     "chameleon": Row(config={"vocabulary_map": {"<image>": 98}}, inputs={"pixel_values": None}),
     "emu3": Row(config={"vocabulary_map": {"<image>": 98, "<|extra_200|>": 97}}, inputs={"pixel_values": None}),
-    "qwen4_exp_text": Row(config={"token_budget": 16, "compress_ratio": 4}),
-    "neomme": Row(config={"head_dim": 16}),
     "dpt": Row(config={"backbone_out_indices": [0, 1, 2, 3], "num_hidden_layers": 4}),
-    "tvp": Row(config={"max_img_size": 96, "visual_prompt_size": 16}),
-    "xlm": Row(),
-    "voxtral_realtime_text": Row(),
     "step3p5": Row(config={"sliding_window": 8}),
     "step3p7": Row(config={"text_config": {"sliding_window": 8}}),
     "lilt": Row(config={"hidden_size": 48, "max_2d_position_embeddings": 128}),
@@ -520,7 +672,6 @@ ROWS: dict[str, Row] = {
         }
     ),
     "zamba": Row(config={"attention_hidden_size": 64, "attention_head_dim": 16}),
-    "kosmos-2": Row(inputs={"image_embeds_position_mask": None}),
     "mllama": Row(
         config={"vision_config": {"intermediate_layers_indices": [0, 2], "vision_output_dim": 96}},
         inputs={
@@ -530,13 +681,8 @@ ROWS: dict[str, Row] = {
             "cross_attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS, 1, model.config.vision_config.max_num_tiles).long(),
         }
     ),
-    "siglip2_vision_model": Row(),
-    "videomt": Row(),
-    "pix2struct": Row(inputs={"flattened_patches": _noise(BATCH, 16, 8 * 8 * 3 + 2)}),
-    "kosmos-2.5": Row(inputs={}),
     "timesfm": Row(inputs={"past_values": _noise(BATCH, 64)}),
     "timesfm2_5": Row(inputs={"past_values": _noise(BATCH, 64)}),
-    "pi0": Row(inputs={"state": _noise(BATCH, 32)}),
     "speech-encoder-decoder": Row(inputs={"input_features": None}),
     "vjepa2": Row(config={"frames_per_clip": 4, "crop_size": 32}),
     "diffusers/AceStepTransformer1DModel": Row(
@@ -646,7 +792,11 @@ ROWS: dict[str, Row] = {
         inputs={"hidden_states": _noise(BATCH, 16, 16), "img_shapes": lambda model, inputs: [(1, 4, 4)] * BATCH, "timestep": _noise(BATCH)},
     ),
     "diffusers/Krea2Transformer2DModel": Row(
-        inputs={"hidden_states": _noise(BATCH, 16, 4), "position_ids": lambda model, inputs: torch.zeros(TOKENS + 16, 3)},
+        inputs={
+            "hidden_states": _noise(BATCH, 16, 4),
+            "encoder_hidden_states": lambda model, inputs: torch.randn(BATCH, TOKENS, model.config.num_text_layers, 32),
+            "position_ids": lambda model, inputs: torch.zeros(TOKENS + 16, 3),
+        }
     ),
     "diffusers/SanaWMTransformer3DModel": Row(config={"image_size": 8}, inputs={"mask": _ones(BATCH, TOKENS)}),
     "diffusers/WanAnimateTransformer3DModel": Row(config={"in_channels": 12, "latent_channels": 4}),
@@ -740,9 +890,6 @@ ROWS: dict[str, Row] = {
             "image_embeds": _noise(BATCH, 4, 32),
         }
     ),
-    "lightglue": Row(inputs={"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}),
-    "superglue": Row(inputs={"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}),
-    "efficientloftr": Row(inputs={"pixel_values": _noise(1, 2, 1, 64, 64)}),
     "gpt_neo": Row(config={"attention_types": [[["global", "local"], 2]]}),
     "mamba2": Row(config={"num_heads": 8, "head_dim": 8, "n_groups": 1}),
     "maskformer": Row(model="MaskFormerModel"),
@@ -755,6 +902,12 @@ UNBUILDABLE: dict[str, str] = {
     **{name: _TIMM for name in ("timm_wrapper", "gemma3n_vision")},
     "higgs_audio_v2_tokenizer": "it needs torchaudio, which is not installed",
     **{name: _SCIPY for name in ("eomt", "eomt_dinov3", "videomt", "inkling_mm_model", "inkling_vision")},
+    **{name: _NO_INPUTS for name in ("csm", "jev", "kyutai_speech_to_text", "voxtral_realtime", "diffusers/Cosmos3OmniTransformer")},
+    **{name: "it has no forward of its own" for name in ("bark", "qwen2_5_omni", "emu3_vqgan")},
+    **{name: _SESSION for name in ("edgetam_video", "sam2_video", "sam3_video", "sam3_tracker_video")},
+    **{name: _DRAFTS for name in ("gemma4_assistant", "gemma4_unified_assistant", "muse_glimmer_assistant")},
+    "rag": "it needs a retriever",
+    "diffusers/MotionAdapter": "it only carries the weights of another model's blocks",
     "dinat": "its attention needs natten, which is not installed",
     "layoutlmv2": "its image tower needs detectron2, which is not installed",
 }
