@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from hf_tokens_kernels import attention_columns, attention_entropy
 from torch import Tensor, nn
 
-from .anatomy import _attentions, _is_cross
+from .anatomy import _attentions, _is_cross, _parameters
 from .errors import UnsupportedError, explain
 from .roles import FeatureCache
 from .token_map import take
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     from .layer import BlockSurgery
 
 FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention"}
+# Attentions that compute each token from itself and a context, and MLPs that compute each from itself alone.
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+MLPS = ("FeedForward",)
+PLAIN = {"group_norm": None, "spatial_norm": None, "norm_cross": None, "residual_connection": False, "fused_projections": False}
 
 
 @dataclass
@@ -35,8 +42,7 @@ class Sublayer:
     def __init__(self, sites: FeatureSites, part: str, module: nn.Module):
         self.sites, self.part, self.module = sites, part, module
         self._before = vars(module).get("forward")
-        self.heads: dict[str, Tensor] = {}
-        self.handles: list = []
+        self.ran: Callable = lambda: None  # the pass that it last ran in
         module.forward = self.run
 
     def detach(self) -> None:
@@ -57,26 +63,44 @@ class Sublayer:
         method = next(iter(self.sites.acting), None)
         if method is None:
             return self.inner(*args, **kwargs)
-        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        given = {**dict(zip(_parameters(type(self.module)), args, strict=False)), **kwargs}
+        hidden = given.pop("hidden_states")
+        if method.training or torch.is_grad_enabled() and hidden.requires_grad:  # what an earlier step computed has no gradient
+            self.sites.count(self.part, hidden.shape[0] * hidden.shape[1])
+            return self.inner(hidden, **given)
+        self._check()
         store = self.sites.store(method)
         held = store.get(self.part)
         index = None
         if held is not None and held.output.shape[:2] == hidden.shape[:2]:
             index = self._ask(method, hidden, held, store)
         if index is None:
-            output = self._whole(method, store, hidden, rest, kwargs)
+            output = self._whole(method, store, hidden, given)
             store[self.part] = Feature(output, torch.zeros(output.shape[:2], dtype=torch.long, device=output.device))
             return output
         self.sites.count(self.part, index.numel())
         output, age = held.output, held.age + 1
         if index.shape[1]:
-            if self.part == "attention":  # the chosen tokens ask, all of them answer
-                kwargs = {**kwargs, "encoder_hidden_states": hidden}
-            fresh = self.inner(take(hidden, index), *rest, **kwargs)
+            if self.part != "mlp" and given.get("encoder_hidden_states") is None:  # the chosen tokens ask, all of them answer
+                given["encoder_hidden_states"] = hidden
+            fresh = self.inner(take(hidden, index), **given)
             output = output.scatter(1, index[..., None].expand_as(fresh), fresh)
             age = age.scatter(1, index, 0)
         store[self.part] = Feature(output, age)
         return output
+
+    def _check(self) -> None:
+        """Refuse what would make an output stand for other tokens than it did."""
+        side = self.sites.side
+        now, before = side.runtime.current, self.ran
+        self.ran = weakref.ref(now)
+        self.sites.check_module(self.part, self.module)  # a pipeline may have given it another processor since
+        if any(method.moves_tokens for method in side.active()) or len(self.sites.acting) > 1 or not now.books.untouched:
+            rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"
+            raise UnsupportedError(explain(rule, [type(m).__name__ for m in side.active()], "Give them different layers or models."))
+        if before() is now:
+            rule = "A feature cache needs sublayers that run once a step"
+            raise UnsupportedError(explain(rule, f"a second call of the {self.part}", "Do not chunk it (`disable_forward_chunking`)."))
 
     def _ask(self, method: FeatureCache, hidden: Tensor, held: Feature, store: dict) -> Tensor | None:
         runtime, side = self.sites.side.runtime, self.sites.side
@@ -86,6 +110,7 @@ class Sublayer:
             "age": held.age + 1,
             "influence": store.get("influence"),
             "doubt": store.get("doubt"),
+            "grid": grid(hidden.shape[1], runtime.inputs["picture"]),
             "layer": side.index,
             "layers": len(runtime.stream),
             "step": runtime.inputs["step"],
@@ -95,25 +120,27 @@ class Sublayer:
         }
         return getattr(method, method.verb)(**{name: supply[name] for name in method.signals})
 
-    def _whole(self, method: FeatureCache, store: dict, hidden: Tensor, rest: tuple, kwargs: dict) -> Tensor:
+    def _whole(self, method: FeatureCache, store: dict, hidden: Tensor, given: dict) -> Tensor:
         self.sites.count(self.part, hidden.shape[0] * hidden.shape[1])
         wanted = [name for name, part in FROM_FEATURES.items() if part == self.part and name in method.signals]
         if not wanted:
-            return self.inner(hidden, *rest, **kwargs)
+            return self.inner(hidden, **given)
         heard: dict[str, Tensor] = {}
         handles = [self._source(letter).register_forward_hook(keep(heard, letter)) for letter in "qk"]
         try:
-            output = self.inner(hidden, *rest, **kwargs)
+            output = self.inner(hidden, **given)
         finally:
             for handle in handles:
                 handle.remove()
         q, k = (split(heard[letter], self.module.heads) for letter in "qk")
-        measure = attention_columns if wanted[0] == "influence" else attention_entropy
-        mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         if mask is not None:
             mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
             mask = mask if mask.shape[0] == len(hidden) else mask.view(len(hidden), -1, *mask.shape[2:])
-        store[wanted[0]] = measure(q, k, scaling=self.module.scale, mask=mask).mean(dim=1)
+        if wanted[0] == "influence":
+            store["influence"] = attention_columns(q, k, scaling=self.module.scale, mask=mask).mean(dim=1)
+        else:
+            store["doubt"] = attention_entropy(q, k, scaling=self.module.scale, mask=mask, pooled=True)
         return output
 
     def _source(self, letter: str) -> nn.Module:
@@ -133,6 +160,16 @@ def keep(heard: dict[str, Tensor], letter: str) -> Callable:
 def split(x: Tensor, heads: int) -> Tensor:
     """(b n (h e)) or (b h n e) to (b h n e)."""
     return x if x.dim() == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@cache
+def grid(n: int, picture: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of n tokens that share the picture's shape as nearly as n allows."""
+    if picture is None:
+        return 1, n
+    ratio = picture[1] / picture[0]
+    width = min((w for w in range(1, n + 1) if n % w == 0), key=lambda w: abs(math.log(w * w / n / ratio)))
+    return n // width, width
 
 
 class FeatureSites:
@@ -162,10 +199,22 @@ class FeatureSites:
         own = stream.attention(index)
         cross = [module for path, module in _attentions(block) if module is not own and _is_cross(path, module)]
         parts = {"attention": own, "cross_attention": cross[0] if cross else None, "mlp": stream.mlp(index)}
-        self.sublayers = [Sublayer(self, part, module) for part, module in parts.items() if module is not None]
+        parts = {part: module for part, module in parts.items() if module is not None}
+        for part, module in parts.items():
+            self.check_module(part, module)
+        self.sublayers = [Sublayer(self, part, module) for part, module in parts.items()]
+
+    def check_module(self, part: str, module: nn.Module) -> None:
+        """Refuse a sublayer whose tokens cannot be computed one without the other."""
+        kind = vars(module).get("processor") if part != "mlp" else module
+        plain = all(vars(module).get(name, module._modules.get(name)) == value for name, value in PLAIN.items()) or part == "mlp"
+        if type(kind).__name__ not in (MLPS if part == "mlp" else PROCESSORS) or not plain:
+            rule = f"A feature cache needs blocks that can compute some tokens alone, with {', '.join((*PROCESSORS, *MLPS))} in them"
+            raise UnsupportedError(explain(rule, f"{type(module).__name__} with {type(kind).__name__}", "Choose another model."))
 
     def detach(self) -> None:
-        """Let the sublayers go."""
+        """Let the sublayers go, and what was kept of them."""
+        self.side.runtime.contexts.clear()
         for sublayer in self.sublayers:
             sublayer.detach()
         self.sublayers = []

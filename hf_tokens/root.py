@@ -6,7 +6,8 @@ import contextlib
 import copy
 import sys
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError, explain
 from .roles import Method
-from .surgery import Runtime
+from .surgery import Runtime, parameters
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -93,8 +94,8 @@ class Root:
         for runtime in self.runtimes:
             runtime.current, runtime.reads, runtime.final = None, None, None
             runtime.inputs = {"visual": spans, **(step or {})}
-            if step is not None:
-                runtime.contexts = runtime.contexts if step["step"] else {k: v for k, v in runtime.contexts.items() if k != step["context"]}
+            if self.denoising is not None and self.denoising.begins:
+                runtime.contexts.clear()
         pupils = [r for r in self.runtimes if module.training and torch.is_grad_enabled() and any(m.teaches for m in r.methods())]
         for runtime in pupils:
             runtime.keeps_final = True
@@ -181,17 +182,24 @@ def share(kwargs: dict) -> float | Tensor:
 
 
 class Denoising:
-    """Which denoising step a call is: from the pipeline's cache context where it has one, else counted by the timestep."""
+    """Which denoising step a call is: from the pipeline's cache context where it says so, else counted by the timestep.
+
+    A timestep that rises begins a new run. Calls of one name at one timestep (guidance by several calls) are contexts of their own.
+    """
 
     def __init__(self, model: nn.Module):
         self.hook = None
-        self.last: dict[str, tuple[float, int]] = {}
         self.model = model
+        self.names = parameters(type(model))
+        self.begins = False  # whether this call is the first of a run
+        self.place: tuple[bool, float] | None = None
+        self.index = 0
+        self.calls: Counter[str] = Counter()
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
             from diffusers.hooks import HookRegistry
 
             self.fresh = "_diffusers_hook" not in vars(model)
-            self.hook = context_hook()
+            self.hook = context_hook(self.forget)
             HookRegistry.check_if_exists_or_initialize(model).register_hook(self.hook, HOOK)
 
     def detach(self) -> None:
@@ -203,28 +211,41 @@ class Denoising:
             if "forward" in vars(self.model) and vars(self.model)["forward"] == type(self.model).forward.__get__(self.model):
                 del self.model.forward
 
+    def forget(self) -> None:
+        """Let the next call begin a run."""
+        self.place = None
+
     def step(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
-        """Context, step, steps and timestep of this call."""
+        """Context, step, steps, timestep and picture of this call."""
         if self.hook is None:
             return None
-        given = self.hook.manager._context
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 and isinstance(args[1], (Tensor, int, float)) else None)
-        name = "default" if given is None else given.name
-        value = float(torch.as_tensor(timestep).flatten()[0]) if timestep is not None else 0.0
-        before = self.last.get(name)
-        index = 0 if before is None or value > before[0] else before[1] + (value < before[0])
-        steps = None
-        if given is not None and given.step_index is not None:
-            index, steps = given.step_index, given.num_inference_steps
-        self.last[name] = (value, index)
-        return {"context": name, "step": index, "steps": steps, "timestep": timestep}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        context, timestep, sample = self.hook.manager._context, given.get("timestep"), given.get(self.names[0])
+        name = "default" if context is None else context.name
+        told = context is not None and context.step_index is not None
+        value = 0.0 if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+        place, before = (told, float(context.step_index) if told else -value), self.place
+        self.begins = before is None or place < before or place[0] != before[0] or self.calls[name] >= CALLS and place == before
+        if self.begins or place != before:
+            self.index = context.step_index if told else 0 if self.begins else self.index + 1
+            self.calls.clear()
+        self.place = place
+        self.calls[name] += 1
+        return {
+            "context": (name, self.calls[name]),
+            "step": self.index,
+            "steps": None if context is None else context.num_inference_steps,
+            "timestep": timestep,
+            "picture": tuple(sample.shape[-2:]) if isinstance(sample, Tensor) and sample.dim() > 3 else None,
+        }
 
 
+CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
 
 
-def context_hook() -> Any:
-    """A diffusers hook that only listens to `cache_context`."""
+def context_hook(forget: Callable[[], None]) -> Any:
+    """A diffusers hook that only listens to `cache_context`, and to the pipeline that says that its run is over."""
     from diffusers.hooks import ModelHook
     from diffusers.hooks.hooks import BaseState, StateManager
 
@@ -237,6 +258,7 @@ def context_hook() -> Any:
 
         def reset_state(self, module: nn.Module) -> nn.Module:
             self.manager.reset()
+            forget()
             return module
 
     return ContextHook()

@@ -203,6 +203,11 @@ def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
                         "Give them different layers.",
                     )
                 )
+            caches = [p for p in here if p.info.role == "FeatureCache"]
+            if caches and (len(caches) > 1 or any(p.info.cls.moves_tokens for p in here if p not in caches)):
+                rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"
+                names = [p.info.name for p in here]
+                raise UnsupportedError(explain(rule, f"{names} in {stream.paths[index]}", "Give them different layers."))
     check_base(found, config, placements)
     return placements
 

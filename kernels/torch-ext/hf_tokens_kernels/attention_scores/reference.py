@@ -83,8 +83,11 @@ def attention_rows(q: Tensor, k: Tensor, index: Tensor, *, scaling: float, mask:
     return probabilities(rows, k, scaling, seen, visible)
 
 
-def attention_entropy(q: Tensor, k: Tensor, *, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """How undecided every query is: the entropy of its probabilities in nats, q (b h m e) and k (b g n e) to (b h m)."""
+def attention_entropy(q: Tensor, k: Tensor, *, scaling: float, mask: Tensor | None = None, pooled: bool = False) -> Tensor:
+    """How undecided every query is: the entropy of its probabilities in nats, q (b h m e) and k (b g n e) to (b h m).
+
+    With `pooled` it is that of the mean of the heads' probabilities, (b m).
+    """
     b, h, m, _ = q.shape
     n = k.shape[2]
     step = max(1, min(m, CHUNK_ELEMENTS // max(1, b * h * n)))
@@ -93,5 +96,6 @@ def attention_entropy(q: Tensor, k: Tensor, *, scaling: float, mask: Tensor | No
         part = slice(first, min(first + step, m))
         seen = None if mask is None else (mask[:, :, part] if mask.shape[2] > 1 else mask)
         p = probabilities(q[:, :, part], k, scaling, seen, None)
+        p = p.mean(dim=1) if pooled else p
         parts.append(-torch.xlogy(p, p).sum(dim=-1))
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=-1)
