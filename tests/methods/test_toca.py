@@ -5,7 +5,21 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from peft import LoraConfig
+
+from hf_tokens import ToCaConfig, UnsupportedError, anatomy, get_token_model, load, save_adapter, unload
+from hf_tokens.testing import zoo
 
 KINDS = ("attn", "cross", "mlp")
 
@@ -48,7 +62,8 @@ def linear(layer, x):
 def layer_norm(layer, x):
     mean = sum(x) / len(x)
     variance = sum((value - mean) ** 2 for value in x) / len(x)
-    return (x - mean) / math.sqrt(variance + layer.eps) * layer.weight.double() + layer.bias.double()
+    normed = (x - mean) / math.sqrt(variance + layer.eps)
+    return normed if layer.weight is None else normed * layer.weight.double() + layer.bias.double()
 
 
 def attend(query, keys, values, heads):
@@ -76,11 +91,22 @@ def attention(module, asking, given, chosen):
     return out, weights
 
 
+def gelu(x, approximate="none"):
+    if approximate == "tanh":
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
 def feed_forward(module, asking, chosen):
-    out = {}
+    out, first = {}, module.net[0]
     for i in chosen:
-        inner = linear(module.net[0].proj, asking[i])
-        out[i] = linear(module.net[2], inner * (1 + torch.erf(inner / math.sqrt(2))) / 2)
+        inner = linear(first.proj, asking[i])
+        if isinstance(first, GEGLU):
+            inner, gate = inner.chunk(2)
+            inner = inner * gelu(gate)
+        else:
+            inner = gelu(inner, first.approximate)
+        out[i] = linear(module.net[2], inner)
     return out, {}
 
 
@@ -125,9 +151,19 @@ def choose(scores, share):
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:number])
 
 
-def sublayer(block, kind, hidden, context, chosen):
-    norm = {"attn": block.norm1, "cross": block.norm2, "mlp": block.norm3}[kind]
-    asking = [layer_norm(norm, x) for x in hidden]
+# shift, scale and gate of the attention, then of the MLP: what a block without conditioning has
+PLAIN = (0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
+
+
+def sublayer(block, kind, hidden, context, chosen, condition=PLAIN):
+    """Rows `chosen` of one sublayer before its gate: {token: output}, {token: weights}."""
+    if block.norm_type == "ada_norm_single":
+        norms = {"attn": block.norm1, "cross": None, "mlp": block.norm2}
+    else:
+        first = block.norm1.norm if block.norm_type == "ada_norm_zero" else block.norm1
+        norms = {"attn": first, "cross": block.norm2, "mlp": block.norm3}
+    shift, scale = {"attn": condition[:2], "cross": (0.0, 1.0), "mlp": condition[3:5]}[kind]
+    asking = [x if norms[kind] is None else layer_norm(norms[kind], x) * scale + shift for x in hidden]
     if kind == "attn":
         return attention(block.attn1, asking, asking, chosen)
     if kind == "cross":
@@ -135,10 +171,11 @@ def sublayer(block, kind, hidden, context, chosen):
     return feed_forward(block.ff, asking, chosen)
 
 
-def naive(blocks, steps, context, grid, knobs, valid=None):
+def naive(blocks, steps, context, grid, knobs, valid=None, conditions=None):
     """The hidden states after the blocks at every step (steps n d) and the tokens computed, {(step, layer, kind): [..]}.
 
-    steps holds what enters the first block at each denoising step; the stores start empty at the first one.
+    steps holds what enters the first block at each denoising step; the stores start empty at the first one. Conditions holds what
+    shifts, scales and gates the sublayers, for each step and block.
     """
     n = grid[0] * grid[1]
     kinds = KINDS if len(context) else ("attn", "mlp")
@@ -148,13 +185,14 @@ def naive(blocks, steps, context, grid, knobs, valid=None):
     for step, entering in enumerate(steps):
         hidden = [row.double() for row in entering]
         for layer, block in enumerate(blocks):
+            condition = PLAIN if conditions is None else conditions[step][layer]
             for kind in kinds:
                 site = layer, kind
                 chosen = list(range(n))
                 if step % knobs.cycle:
                     scores = score(s1[layer], s2.get(layer, [0.0] * n), ages[site], grid, knobs)
                     chosen = choose(scores, reused_share(knobs, kind, layer, len(blocks), step, len(steps)))
-                fresh, weights = sublayer(block, kind, hidden, context, chosen)
+                fresh, weights = sublayer(block, kind, hidden, context, chosen, condition)
                 if step % knobs.cycle == 0 and kind == "attn":
                     s1[layer] = influence(weights)
                 if step % knobs.cycle == 0 and kind == "cross":
@@ -162,7 +200,8 @@ def naive(blocks, steps, context, grid, knobs, valid=None):
                 stored[site] = {**stored.get(site, {}), **fresh}
                 ages[site] = [0 if i in fresh else ages[site][i] + 1 for i in range(n)]
                 computed[step, layer, kind] = chosen
-                hidden = [x + stored[site][i] for i, x in enumerate(hidden)]
+                gate = {"attn": condition[2], "cross": 1.0, "mlp": condition[5]}[kind]
+                hidden = [x + gate * stored[site][i] for i, x in enumerate(hidden)]
         outputs.append(torch.stack(hidden))
     return torch.stack(outputs), computed
 
@@ -257,3 +296,305 @@ def test_naive_ratio_of_depth_and_time_keeps_the_mean():
     over_time = [reused_share(knobs, "mlp", 1, 3, step, 5) for step in range(5)]
     assert over_time == sorted(over_time)
     assert sum(over_time) / 5 == pytest.approx(0.4)
+
+
+# per case: model, latents (height, width), steps, valid context tokens, knobs, config
+MODELS = {
+    "DiT": ("dit", (8, 8), 5, None, Knobs(cycle=3, weights=(1.0, 0.0, 0.25, 0.4))),
+    "DiT, odd sizes": ("dit", (10, 10), 4, None, Knobs(cycle=4, ratio=0.5, cell=3, weights=(1.0, 0.0, 0.25, 0.4))),
+    "DiT, one token": ("dit", (2, 2), 3, None, Knobs(cycle=2, weights=(1.0, 0.0, 0.25, 0.4))),
+    "DiT, deeper and later reuse more": ("dit", (6, 6), 5, None, Knobs(cycle=4, depth=0.6, time=0.5, weights=(1.0, 0.0, 0.25, 0.4))),
+    "DiT, all reused": ("dit", (4, 4), 4, None, Knobs(cycle=4, ratio=1.0, weights=(1.0, 0.0, 0.25, 0.4))),
+    "DiT, only the MLP": ("dit", (6, 6), 4, None, Knobs(cycle=4, kinds=(0.0, 0.0, 1.0), weights=(1.0, 0.0, 0.25, 0.4))),
+    "PixArt": ("pixart", (8, 8), 5, 3, Knobs(cycle=3, weights=(0.0, 1.0, 0.25, 0.4))),
+    "PixArt, both signals, odd grid": ("pixart", (6, 10), 4, None, Knobs(cycle=3, ratio=0.5, weights=(0.7, 1.0, 0.25, 0.6))),
+    "PixArt, context padded but one": ("pixart", (4, 4), 4, 1, Knobs(cycle=3, weights=(0.5, 1.0, 0.25, 0.4))),
+    "U-Net": ("unet", (8, 12), 5, None, Knobs(cycle=3, weights=(0.5, 1.0, 0.25, 0.4))),
+}
+PARTS = {"attn": "attention", "cross": "cross_attention", "mlp": "mlp"}
+DIMS = dict(num_attention_heads=2, attention_head_dim=4, in_channels=4, norm_num_groups=4, sample_size=8, patch_size=2)
+
+
+def denoiser(kind, dtype=torch.float64):
+    torch.manual_seed(0)
+    if kind == "dit":
+        model = DiTTransformer2DModel(num_layers=3, out_channels=8, num_embeds_ada_norm=1000, **DIMS)
+    elif kind == "pixart":
+        options = dict(caption_channels=6, cross_attention_dim=8, num_embeds_ada_norm=1000, use_additional_conditions=False)
+        model = PixArtTransformer2DModel(num_layers=2, out_channels=8, **options, **DIMS)
+    else:
+        model = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=6, attention_head_dim=2, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "conv" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def inputs(kind, size, steps, valid=None, seed=1, dtype=torch.float64):
+    """The arguments of every denoising step, a batch of two different pictures."""
+    torch.manual_seed(seed)
+    names = {"unet": "sample"}
+    picture, noise = torch.randn(2, 4, *size, dtype=torch.float64), torch.randn(steps, 2, 4, *size, dtype=torch.float64)
+    more = {}
+    if kind == "dit":
+        more = {"class_labels": torch.tensor([3, 7])}
+    else:
+        more = {"encoder_hidden_states": torch.randn(2, 5, 6, dtype=torch.float64).to(dtype)}
+    if valid is not None:
+        more |= {"encoder_attention_mask": (torch.arange(5) < valid).long().expand(2, -1)}
+    if kind == "pixart":
+        more |= {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    times = [torch.tensor([990 - 90 * step] * 2) for step in range(steps)]
+    return [
+        {names.get(kind, "hidden_states"): (picture + 0.3 * noise[step]).to(dtype), "timestep": time, **more}
+        for step, time in enumerate(times)
+    ]
+
+
+def config_of(knobs, steps, **more):
+    l1, l2, l3, l4 = knobs.weights
+    return ToCaConfig(
+        cycle=knobs.cycle, ratio=knobs.ratio, influence=l1, control=l2, frequency=l3, bonus=l4, cell=knobs.cell, types=knobs.kinds,
+        depth=knobs.depth, time=knobs.time, steps=steps, **more,
+    )  # fmt: skip
+
+
+def conditioning(block, arguments):
+    """Shift, scale and gate of both sublayers of one block, for each sample."""
+    with torch.no_grad():
+        if block.norm_type == "ada_norm_zero":
+            embedded = block.norm1.emb(arguments["timestep"], arguments["class_labels"], hidden_dtype=torch.float64)
+            six = block.norm1.linear(torch.nn.functional.silu(embedded)).chunk(6, dim=1)
+        elif block.norm_type == "ada_norm_single":
+            six = (block.scale_shift_table[None] + arguments["timestep"].unflatten(1, (6, -1))).unbind(1)
+        else:
+            return [PLAIN, PLAIN]
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six
+    return list(zip(shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m, strict=True))
+
+
+def sampled(model, calls):
+    """What the model puts out at every step."""
+    with torch.no_grad():
+        return torch.stack([model(**call).sample for call in calls])
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_denoiser_is_the_loop(case):
+    kind, size, steps, valid, knobs = MODELS[case]
+    model, calls = denoiser(kind), inputs(kind, size, steps, valid)
+    surgery = get_token_model(model, config_of(knobs, steps))
+    streams = anatomy(model).streams
+    heard = {(s, step): {} for s in range(len(streams)) for step in range(steps)}
+    runtimes, now, handles = [stream.blocks[0].hf_tokens.runtime for stream in streams], [0], []
+    for s, stream in enumerate(streams):
+
+        def entering(module, args, kwargs, s=s):
+            heard[s, now[0]].update(hidden=args[0], arguments=kwargs)
+
+        def leaving(module, args, output, s=s):
+            heard[s, now[0]].update(out=output)
+
+        handles += [stream.blocks[0].register_forward_pre_hook(entering, with_kwargs=True)]
+        handles += [stream.blocks[-1].register_forward_hook(leaving)]
+    counts = {}
+    for step, call in enumerate(calls):
+        now[0] = step
+        for runtime in runtimes:
+            runtime.counts = {}
+        sampled(surgery, [call])
+        counts |= {(s, step): runtime.counts for s, runtime in enumerate(runtimes)}
+    for s, stream in enumerate(streams):
+        entered = torch.stack([heard[s, step]["hidden"] for step in range(steps)])
+        got = torch.stack([heard[s, step]["out"] for step in range(steps)])
+        given = [heard[s, step]["arguments"] for step in range(steps)]
+        height = round(math.sqrt(entered.shape[2] * size[0] / size[1]))
+        grid = height, entered.shape[2] // height
+        conditions = [[conditioning(block, arguments) for block in stream.blocks] for arguments in given]
+        computed = {}
+        for row in range(2):
+            context = given[0].get("encoder_hidden_states")
+            context = [] if context is None else context[row]
+            picked = [[layer[row] for layer in step] for step in conditions]
+            want, computed[row] = naive(stream.blocks, entered[:, row], context, grid, knobs, valid, picked)
+            torch.testing.assert_close(got[:, row], want, rtol=1e-9, atol=1e-9)
+        for (step, layer, part), tokens in computed[0].items():
+            assert counts[s, step][layer, PARTS[part]] == 2 * len(tokens)
+
+
+def test_weights_that_are_not_given_follow_the_kind_of_block():
+    for kind, weights in (("dit", (1.0, 0.0)), ("pixart", (0.0, 1.0))):
+        calls = inputs(kind, (8, 8), 4)
+        given = sampled(get_token_model(denoiser(kind), ToCaConfig(influence=weights[0], control=weights[1])), calls)
+        assert torch.equal(sampled(get_token_model(denoiser(kind), "toca"), calls), given)
+
+
+def test_second_run_begins_anew():
+    first, second = inputs("pixart", (8, 8), 4), inputs("pixart", (8, 8), 3, seed=2)
+    model = get_token_model(denoiser("pixart"), ToCaConfig(cycle=5))
+    alone = sampled(model, second)
+    assert torch.equal(sampled(model, first + second)[4:], alone)
+    assert torch.equal(sampled(model, second * 2)[3:], alone)
+    assert torch.equal(sampled(model, first[:2] + second)[2:], alone)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_two_calls_a_step_are_kept_apart(named):
+    cond, uncond = inputs("dit", (8, 8), 4), inputs("dit", (8, 8), 4, seed=2)
+    model = get_token_model(denoiser("dit"), ToCaConfig(cycle=5))
+    inner = model.base_model.model
+    want = [sampled(model, cond), sampled(model, uncond)]
+    for run in range(2):
+        got = []
+        for step in range(4):
+            for name, call in (("cond", cond[step]), ("uncond", uncond[step])):
+                _set_cache_context(inner, CacheContext(name) if named else None)
+                got.append(sampled(model, [call])[0])
+                _set_cache_context(inner, None)
+        assert torch.equal(torch.stack(got[::2]), want[0]) and torch.equal(torch.stack(got[1::2]), want[1]), run
+
+
+def test_step_that_the_pipeline_tells():
+    calls = inputs("dit", (8, 8), 4)
+    model = get_token_model(denoiser("dit"), ToCaConfig(cycle=5, time=0.5))
+    inner = model.base_model.model
+    want = sampled(get_token_model(denoiser("dit"), ToCaConfig(cycle=5, time=0.5, steps=4)), calls)
+    for _ in range(2):
+        got = []
+        for step, call in enumerate(reversed(calls)):  # the timestep of some models rises
+            _set_cache_context(inner, CacheContext("cond", step_index=step, num_inference_steps=4))
+            got.append(sampled(model, [{**calls[step], "timestep": call["timestep"] * 0 + calls[step]["timestep"]}])[0])
+            _set_cache_context(inner, None)
+        assert torch.equal(torch.stack(got), want)
+    with pytest.raises(UnsupportedError, match="number of denoising steps"):
+        sampled(model, calls)
+
+
+@pytest.mark.parametrize("kind", ["dit", "pixart", "unet"])
+def test_zero_strength_off_and_out(kind):
+    calls, model = inputs(kind, (8, 8), 4), denoiser(kind)
+    base, attributes = sampled(model, calls), set(vars(model))
+    assert torch.equal(sampled(get_token_model(model, ToCaConfig().at_zero()), calls), base)
+    assert "_diffusers_hook" in vars(model)
+    surgery = get_token_model(denoiser(kind), ToCaConfig())
+    changed = sampled(surgery, calls)
+    assert not torch.allclose(changed, base)
+    with surgery.disable_adapter():
+        assert torch.equal(sampled(surgery, calls), base)
+    assert torch.equal(sampled(surgery, calls), changed)
+    plain = surgery.unload()
+    assert torch.equal(sampled(plain, calls), base)
+    assert set(vars(plain)) == attributes and "_diffusers_hook" not in vars(plain)
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in plain.modules())
+
+
+def pipeline():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16)
+    return DiTPipeline(denoiser("dit", torch.float32), vae.eval(), DDIMScheduler())
+
+
+def drawn(pipe, labels=(1, 2), seed=0):
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe(
+        class_labels=list(labels), num_inference_steps=4, guidance_scale=4.0, generator=torch.manual_seed(seed), output_type="np"
+    )  # fmt: skip
+    return torch.from_numpy(picture.images)
+
+
+def test_pipeline(tmp_path):
+    pipe = pipeline()
+    base, other = drawn(pipe), drawn(pipe, (5, 6), 1)
+    assert get_token_model(pipe, ToCaConfig(cycle=4, ratio=0.9)) is pipe
+    fast = drawn(pipe)
+    assert not torch.equal(fast, base) and torch.equal(drawn(pipe), fast)
+    assert not torch.equal(drawn(pipe, (5, 6), 1), other) and torch.equal(drawn(pipe), fast)
+    save_adapter(pipe, tmp_path)
+    again = load(tmp_path, pipeline())
+    assert torch.equal(drawn(again), fast)
+    assert unload(pipe) is pipe
+    assert torch.equal(drawn(pipe), base) and "_diffusers_hook" not in vars(pipe.transformer)
+    assert torch.equal(drawn(get_token_model(pipe, ToCaConfig(ratio=0.0))), base)
+
+
+def test_stacked_on_lora_and_saved(tmp_path):
+    calls = inputs("pixart", (8, 8), 4)
+    lora = LoraConfig(target_modules=["to_q", "to_v"], r=2, init_lora_weights=False)
+    model = get_token_model(denoiser("pixart"), [ToCaConfig(cycle=3), lora])
+    out = sampled(model, calls)
+    assert not torch.allclose(out, sampled(get_token_model(denoiser("pixart"), ToCaConfig(cycle=3)), calls))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(sampled(load(tmp_path, denoiser("pixart")), calls), out)
+    base = sampled(denoiser("pixart"), calls)
+    assert torch.equal(sampled(model.unload(), calls), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precisions(dtype):
+    want = sampled(get_token_model(denoiser("pixart"), ToCaConfig()), inputs("pixart", (8, 8), 4))
+    got = sampled(get_token_model(denoiser("pixart", dtype), ToCaConfig()), inputs("pixart", (8, 8), 4, dtype=dtype))
+    assert got.dtype == dtype and got.isfinite().all()
+    if dtype == torch.float32:
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_training_computes_everything():
+    calls = inputs("pixart", (8, 8), 3)
+    model = denoiser("pixart").requires_grad_(True)
+    want = torch.autograd.grad(sum(model(**call).sample.square().sum() for call in calls), list(model.parameters()))
+    for train in (True, False):
+        surgery = get_token_model(denoiser("pixart"), ToCaConfig())
+        inner = surgery.base_model.model.requires_grad_(True)
+        if train:
+            inner.enable_gradient_checkpointing()
+        inner.train(train)
+        out = [surgery(**call).sample for call in calls]
+        got = torch.autograd.grad(sum(x.square().sum() for x in out), list(inner.parameters()))
+        torch.testing.assert_close(got, want)
+
+
+def test_counts_of_work():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(model):
+        with FlopCounterMode(display=False) as counter:
+            sampled(model, inputs("dit", (16, 16), 4))
+        return counter.get_total_flops()
+
+    assert flops(get_token_model(denoiser("dit"), ToCaConfig(cycle=4, ratio=0.9))) < 0.7 * flops(denoiser("dit"))
+
+
+REFUSED = {
+    "SD3Transformer2DModel": "blocks of one sequence",
+    "FluxTransformer2DModel": "blocks of one sequence",
+    "SanaTransformer2DModel": "compute some tokens alone",
+    "WanTransformer3DModel": "compute some tokens alone",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_are_refused(name):
+    specimen = zoo.build(f"diffusers/{name}")
+    base, attributes = specimen.run(), set(vars(specimen.model))
+    with pytest.raises(UnsupportedError, match=REFUSED[name]):
+        get_token_model(specimen.model, ToCaConfig())
+    assert set(vars(specimen.model)) == attributes
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in specimen.model.modules())
+    assert all(torch.equal(one, other) for one, other in zip(specimen.run(), base, strict=True))
+
+
+def test_uses_that_are_refused():
+    calls = inputs("unet", (8, 8), 2)
+    with pytest.raises(UnsupportedError, match="stands alone"):
+        get_token_model(denoiser("unet"), [ToCaConfig(), ToCaConfig()])
+    with pytest.raises(UnsupportedError, match="stands alone"):
+        get_token_model(denoiser("unet"), [ToCaConfig(), "probe-drop"])
+    model = get_token_model(denoiser("unet"), ToCaConfig())
+    for module in model.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.set_chunk_feed_forward(32, 1)
+    with pytest.raises(UnsupportedError, match="once a step"):
+        sampled(model, calls)
