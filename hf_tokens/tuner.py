@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType, get_peft_config
+from peft import PeftConfig, PeftModel, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
@@ -390,14 +389,27 @@ class HFTokensModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> nn.Module:
         if merge:
             self.merge_adapter()
-        for name, module in list(self.model.named_modules()):  # PEFT would leave the trained copies of `modules_to_save` in the model
-            if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= self.peft_config.keys():
-                self.model.set_submodule(name, module.original_module)
-        with contextlib.suppress(AttributeError):  # the config of a nested PeftModel is a property without a deleter
-            super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        ours = {name for name, config in self.peft_config.items() if config.peft_type == HF_TOKENS}
+        self._unwrap(ours)
         self._detach()
+        if isinstance(self.model, PeftModel):  # it shares its dict with us
+            for name in ours:
+                del self.peft_config[name]
         vars(self.model).pop("peft_config", None)
         return self.model
+
+    def _unwrap(self, ours: set[str]) -> None:
+        """Give modules that a LoRA or `modules_to_save` of ours wraps their own place back; leave what an adapter from outside wraps."""
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, BlockSurgery) or not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                continue
+            there = module._get_available_adapters()
+            if there <= ours:
+                trained = isinstance(module, AuxiliaryTrainingWrapper)
+                self.model.set_submodule(path, module.original_module if trained else module.get_base_layer())
+            else:
+                for name in there & ours:
+                    module.delete_adapter(name)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
