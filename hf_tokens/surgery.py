@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .layer import BlockSurgery
     from .root import Root
 
-BIAS = "position_bias"  # the relative bias that T5's blocks hand on
+BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
@@ -111,10 +111,12 @@ class Call:
 
     def _spell_out_bias(self, books: Books) -> None:
         """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
-        attention = self.stream.attention(self.index)
-        if BIAS in parameters(type(self.stream.blocks[self.index])) and self.arguments.get(BIAS) is None and attention is not None:
-            if vars(attention).get("has_relative_attention_bias"):
-                self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
+        attention, context = self.stream.attention(self.index), self.arguments.get("encoder_hidden_states")
+        missing = {name for name in parameters(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
+        if BIAS in missing and attention is not None and vars(attention).get("has_relative_attention_bias"):
+            self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
+        if CROSS_BIAS in missing and context is not None:
+            self.arguments[CROSS_BIAS] = context.new_zeros(1, self.stream.heads, books.n, context.shape[1])
 
     def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
         """The mask that these tokens need where the block has no argument for one."""
