@@ -23,7 +23,7 @@ class ProbeInsertConfig(MethodConfig):
 class ProbeInsert(TokenBank):
     """Learnable tokens that enter at the middle block and stay until the exit."""
 
-    site, packed = "input", True
+    site = "input"
 
     def __init__(self, config: ProbeInsertConfig, dims: Dims):
         super().__init__(config, dims)
