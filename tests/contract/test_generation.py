@@ -67,7 +67,7 @@ def test_without_a_cache(talker):
     if is_causal(talker, model):
         all_close(generate(model, talker.inputs, NEW), uncached, "cached")
     elif not caches(talker):
-        with pytest.raises(UnsupportedError, match="use_cache=False"):
+        with pytest.raises(UnsupportedError, match="must see the whole sequence in one pass"):
             generate(model, talker.inputs, NEW, use_cache=True)
 
 
