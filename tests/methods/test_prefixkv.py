@@ -298,6 +298,24 @@ def test_beams_are_those_of_each_row_alone(online):
         assert together[row, 10:].tolist() == alone[0, n:].tolist()
 
 
+def test_each_row_keeps_its_own_share_when_rows_change_places():
+    model = get_token_model(gpt2(), PrefixKVConfig(budget=0.4, online=True, distance=2)).eval()
+    ids, mask = batch((11, 6))
+    held = []
+    for order in ([0, 1], [1, 0]):
+        order = torch.tensor(order)
+        with torch.no_grad():
+            cache = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=True).past_key_values
+            cache.reorder_cache(order)
+            seen = mask[order]
+            for token in range(3, 10):
+                seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.bool)], dim=1)
+                places = positions(seen)[:, -1:]
+                model(torch.full((2, 1), token), attention_mask=seen, position_ids=places, past_key_values=cache)
+        held.append([held_in(cache, row, 0) for row in order.tolist()])
+    assert held[0] == held[1]
+
+
 def test_prompt_in_chunks_is_refused_and_a_second_turn_is_not():
     model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5)).eval()
     ids, _ = batch((13,))

@@ -45,7 +45,7 @@ def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:
         order = score.double().masked_fill(~there, 0).sort(dim=1, descending=True).values
         held[layer] = order.cumsum(dim=1) / order.sum(dim=1, keepdim=True)
         count[layer] = there.sum(dim=1)
-    budget = (ratio * sum(count.values()) + 1e-9).floor().clamp(min=len(scores))  # b
+    budget = (ratio * sum(count.values()) + 1e-9).floor()  # b; at p = 0 each layer keeps one key
 
     def prefixes(p: Tensor) -> dict[int, Tensor]:
         found = {layer: (share < p[:, None] - 1e-12).sum(dim=1) + 1 for layer, share in held.items()}
