@@ -27,7 +27,9 @@ def main() -> None:
 
     model = hf_tokens.get_token_model(model, hf_tokens.ATCConfig(keep_rate=given.keep_rate)).eval()
     during, merged = model(pixels).logits, hf_tokens.measure(model, pixel_values=pixels)
-    print(f"logits {tuple(during.shape)}, tokens computed {merged.tokens} of {whole.tokens}, FLOPs {merged.flops / whole.flops:.2f} of before")
+    print(
+        f"logits {tuple(during.shape)}, tokens computed {merged.tokens} of {whole.tokens}, FLOPs {merged.flops / whole.flops:.2f} of before"
+    )
 
     after = model.unload()(pixels).logits
     print(f"back to the bit: {torch.equal(before, after)}")

@@ -34,7 +34,9 @@ def main() -> None:
     model = hf_tokens.get_token_model(model, hf_tokens.TransPruneConfig()).eval()
     pruned = hf_tokens.measure(model, **inputs)
     text = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    print(f"generated {tuple(text.shape)}; tokens computed {pruned.tokens} of {whole.tokens}, KV bytes {pruned.kv_bytes} of {whole.kv_bytes}")
+    print(
+        f"generated {tuple(text.shape)}; tokens computed {pruned.tokens} of {whole.tokens}, KV bytes {pruned.kv_bytes} of {whole.kv_bytes}"
+    )
 
 
 if __name__ == "__main__":

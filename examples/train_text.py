@@ -43,7 +43,9 @@ def main() -> None:
     again = hf_tokens.load(given.out, base(given.model)).eval()
     prompt = rows[0]["input_ids"][None]
     text = again.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
-    same = torch.equal(text, model.eval().generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False))
+    same = torch.equal(
+        text, model.eval().generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    )
     whole, half = hf_tokens.measure(base(given.model), input_ids=prompt), hf_tokens.measure(again, input_ids=prompt)
     print(f"same text from the saved adapter: {same}")
     print(f"tokens computed {half.tokens} of {whole.tokens}, KV bytes {half.kv_bytes} of {whole.kv_bytes}")

@@ -17,6 +17,8 @@ from torch import nn
 
 from hf_tokens import families
 
+from .errors import UnsupportedError
+
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"
 
@@ -102,7 +104,7 @@ class Anatomy:
         for stream in self.streams:
             if stream.name == name:
                 return stream
-        raise ValueError(f"{self.model_type} has no stream {name!r}. Its streams: {', '.join(s.name for s in self.streams)}.")
+        raise UnsupportedError(f"{self.model_type} has no stream {name!r}. Its streams: {', '.join(s.name for s in self.streams)}.")
 
     def __str__(self) -> str:
         lines = [f"{type(self.model).__name__} ({self.model_type})", f"  embeddings  {self.embeddings or '-'}"]
@@ -125,7 +127,7 @@ def anatomy(model: Any) -> Anatomy:
     model = unwrap(model)
     found = sorted(_block_lists(model, ""), key=lambda item: _call_order(item[0]))
     if not found:
-        raise ValueError(
+        raise UnsupportedError(
             f"{type(model).__name__} has no stream of Transformer blocks: no ModuleList, Sequential or ModuleDict in it holds "
             "blocks with an attention of their own. Pass the part of the model that holds its Transformer layers."
         )
@@ -153,7 +155,7 @@ def unwrap(model: Any) -> nn.Module:
     if diffusers is not None and isinstance(model, diffusers.DiffusionPipeline):
         parts = [model.components[name] for name in ("transformer", "unet") if model.components.get(name) is not None]
         if not parts:
-            raise ValueError(
+            raise UnsupportedError(
                 f"A pipeline must hold a `transformer` or a `unet`. {type(model).__name__} holds {sorted(model.components)}. "
                 "Pass the component that denoises."
             )

@@ -385,7 +385,9 @@ class Runtime:
         whole = sorted({type(method).__name__ for method in self.methods() if not method.caches})
         if seen and whole:
             rule = f"{', '.join(whole)} must see the whole sequence in one pass"
-            raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no `past_key_values`, and `use_cache=False` to `generate`."))
+            raise UnsupportedError(
+                explain(rule, f"a cache of {seen} tokens", "Pass no `past_key_values`, and `use_cache=False` to `generate`.")
+            )
 
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
         self._refuse_cache(side, call.cache)

@@ -26,6 +26,7 @@ NAME = "HF_TOKENS"
 CHILD = "hf_tokens"
 PEFT_METHOD = "peft"
 
+
 def extend_peft_type() -> PeftType:
     """Add HF_TOKENS to PEFT's closed enum."""
     if NAME in PeftType.__members__:

@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 import hf_tokens
 from hf_tokens.blueprint import blueprints
 from hf_tokens.cli import main
+from hf_tokens.testing import zoo
 
 
 @pytest.fixture
@@ -37,13 +38,9 @@ def test_inspect_needs_no_weights(cli, config_only):
 
 
 def test_inspect_shows_every_model_of_a_pipeline(cli, tmp_path):
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+    from diffusers import DDIMScheduler, DDPMPipeline
 
-    unet = UNet2DModel(
-        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
+    DDPMPipeline(zoo.build("diffusers/UNet2DConditionModel").model, DDIMScheduler()).save_pretrained(tmp_path)
     code, out, _ = cli("inspect", str(tmp_path))
     assert code == 0 and out.startswith("unet")
 

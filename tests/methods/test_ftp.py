@@ -96,8 +96,9 @@ def losses(routes, sparsity, student, teacher, mask):
             guide -= math.log(c if target else 1 - c)
             terms += 1
         short += max(asked - sum(not r for r in run) / len(run), 0.0)  # equation (5): too few skips cost, too many do not
-    squares = [(float(a) - float(b)) ** 2 for i in range(len(mask)) if mask[i] for a, b in zip(student[i], teacher[i], strict=True)]
-    return guide / terms if terms else 0.0, short, sum(squares) / len(squares)
+    real = [i for i in range(len(mask)) if mask[i]]
+    gap = sum((float(a) - float(b)) ** 2 for i in real for a, b in zip(student[i], teacher[i], strict=True))
+    return guide / terms if terms else 0.0, short, gap / sum(float(b) ** 2 for i in real for b in teacher[i])
 
 
 def decodes(sparsity, threshold=0.5):

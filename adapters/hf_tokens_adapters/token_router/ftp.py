@@ -2,9 +2,9 @@
 
 Paper:   FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing (Li et al., 2024), arXiv:2412.11494
 Maths:   p = sigmoid(W2 relu(W1 [i/n, a, rank(a)/n, s_l] + b1) + b2); a token runs if p >= 1/2 (strict: the n - floor(s_l n) highest);
-         L = w_g BCE(p, static) + w_s sum_l max(s_l - skipped_l, 0) + w_d |H - H_base|^2; a decoded token runs block l iff s_l <= threshold
+         L = w_g BCE(p, static) + w_s sum_l max(s_l - skipped_l, 0) + w_d |H - H_base|^2 / |H_base|^2; a decoded token runs block l iff s_l <= threshold
 Differs: the paper leaves the scale of the factors, the weights and the decay of L_g open: a is the mean over heads and running queries, L_g
-         falls with the progress of the training. The losses join the model's own. A later turn of a chat is routed as a prompt of its own;
+         falls with the progress of the training, L_d is relative, so that one weight suits every model. The losses join the model's own. A later turn of a chat is routed as a prompt of its own;
          decoding without a cache routes the whole sequence anew at each token. `search_shares` finds `sparsities`: examples/ftp_search.py.
 
 >>> from hf_tokens import FTPConfig, get_token_model, measure
@@ -65,6 +65,7 @@ class FTP(TokenRouter):
         if dims.leads and config.router == "dynamic":
             inner, outer = nn.Linear(4, config.hidden), nn.Linear(config.hidden, 1)
             self.w1, self.b1, self.w2, self.b2 = inner.weight, inner.bias, outer.weight, outer.bias
+            nn.init.constant_(self.b2, 1.0)  # an untrained router lets every token run
 
     @classmethod
     def check(cls, config: FTPConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
@@ -120,5 +121,5 @@ class FTP(TokenRouter):
             memory.tokens[self.key] = torch.where(runs, received, memory.tokens[self.key])
 
     def teach(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
-        gap = (student - teacher).square().mean(dim=-1)  # b n
-        self.add_loss(self.config.distillation_weight * row_mean(gap, mask))
+        off, size = (x.square().sum(dim=-1).masked_fill(~mask, 0).sum(dim=1) for x in (student - teacher, teacher))  # b
+        self.add_loss(self.config.distillation_weight * (off / size).mean())
