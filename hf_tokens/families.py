@@ -48,6 +48,8 @@ MLP_NORMS = (
     "norm2",
     "img_norm2",
     "norm_2",
+    "rms_norm2",
+    "pre_mlp_layer_norm",
     "post_attention_layernorm",
     "post_attention_norm",
     "ln2",
