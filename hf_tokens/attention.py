@@ -1,4 +1,4 @@
-"""The registered attention functions: they hand queries, keys and scores to whoever asks, and compute exactly what the base model computes."""
+"""The registered attention functions: they hand queries, keys and scores to whoever asks, and compute what the base model computes."""
 
 from __future__ import annotations
 

@@ -2,10 +2,12 @@
 
 Paper:   FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing (Li et al., 2024), arXiv:2412.11494
 Maths:   p = sigmoid(W2 relu(W1 [i/n, a, rank(a)/n, s_l] + b1) + b2); a token runs if p >= 1/2 (strict: the n - floor(s_l n) highest);
-         L = w_g BCE(p, static) + w_s sum_l max(s_l - skipped_l, 0) + w_d |H - H_base|^2 / |H_base|^2; a decoded token runs block l iff s_l <= threshold
+         L = w_g BCE(p, static) + w_s sum_l max(s_l - skipped_l, 0) + w_d |H - H_base|^2 / |H_base|^2;
+         a decoded token runs block l iff s_l <= threshold
 Differs: the paper leaves the scale of the factors, the weights and the decay of L_g open: a is the mean over heads and running queries, L_g
-         falls with the progress of the training, L_d is relative, so that one weight suits every model. The losses join the model's own. A later turn of a chat is routed as a prompt of its own;
-         decoding without a cache routes the whole sequence anew at each token. `search_shares` finds `sparsities`: examples/ftp_search.py.
+         falls with the progress of the training, L_d is relative, so that one weight suits every model. The losses join the model's own.
+         b2 starts at 1, so that every token runs at first. A later turn of a chat is routed as a prompt of its own; decoding without a
+         cache routes the whole sequence anew at each token. `search_shares` finds `sparsities`: examples/ftp_search.py.
 
 >>> from hf_tokens import FTPConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo
