@@ -30,7 +30,7 @@ SIGNALS: dict[str, str] = {
     "mlp_input": "what this block's MLP got for each token, behind the norm, (b m d)",
     "mlp_output": "what this block's MLP returned for each token, before the residual is added, (b m d)",
     "influence": "for a FeatureCache: what each token gave in the self-attention that was last computed whole, mean over heads, (b n)",
-    "doubt": "for a FeatureCache: entropy of each token's cross-attention, the heads' mean, when it was last computed whole; or None, (b n)",
+    "doubt": "for a FeatureCache: entropy of the heads' mean cross-attention of each token when it was last computed whole, or None, (b n)",
     "age": "for a FeatureCache: steps since each token of this sublayer was computed, 1 for the step before, (b n)",
     "grid": "for a FeatureCache: height and width in tokens of the picture; (1, n) where the model's input is none, (int, int)",
     "kind": "kind of the stream: text, vision, audio, denoiser, ..., str",

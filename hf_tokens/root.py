@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .call import parameters
 from .errors import UnsupportedError, explain
 from .roles import Method
-from .surgery import Runtime, parameters
+from .surgery import Runtime
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 

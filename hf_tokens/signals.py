@@ -16,7 +16,8 @@ from .token_map import TokenMap, take
 
 if TYPE_CHECKING:
     from .layer import BlockSurgery
-    from .surgery import Pass, Runtime
+    from .passes import Pass
+    from .surgery import Runtime
 
 # Signals that need a hook on the block's attention or MLP.
 TAPPED = {"queries", "keys", "values", "scores"}
@@ -63,7 +64,7 @@ class Moment:
 
 
 def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Tensor | None]:
-    """Real tokens of this chunk (b n) bool and the place of each row's first one (b), read from the block's own mask; None if all are real."""
+    """Real tokens of this chunk (b n) bool and the place of each row's first one (b), by the block's own mask; None if all are real."""
     for name, value in arguments.items():
         if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.dim() not in (2, 3, 4):
             continue

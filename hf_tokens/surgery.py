@@ -7,11 +7,10 @@ sequence. The tokens that are left travel from block to block beside it.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +18,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .anatomy import Stream
-from .books import CROSS, SEGMENTS, Books, Stored
-from .cache import Arrival, TokenCacheLayer, adopt, self_attention_cache
+from .books import SEGMENTS, Books, Stored
+from .cache import Arrival, TokenCacheLayer, adopt
+from .call import PACKED, Call, find_cache
 from .errors import UnsupportedError, explain
+from .eviction import compress
+from .passes import Entry, Memory, Pass, first_real
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
-from .signals import HOOKED, SUPPLY, TAPPED, Moment, padding, stored, views
+from .signals import HOOKED, SUPPLY, TAPPED, Moment, padding, views
 from .token_map import TokenMap
 from .training import follow_trainer
 
@@ -31,194 +33,11 @@ if TYPE_CHECKING:
     from .layer import BlockSurgery
     from .root import Root
 
-BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
-EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
 
 
-@cache
-def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the positional parameters of a block's forward."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(cls.forward).parameters.items() if p.kind in kinds)[1:]
-
-
-# How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
-PACKED = "n d"  # samples one behind the other in one row
-LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "b n d": (lambda x: x, lambda x, came: x),
-    PACKED: (lambda x: x[None], lambda x, came: x[0]),
-    "n b d": (lambda x: x.transpose(0, 1), lambda x, came: x.transpose(0, 1)),
-    "b n c d": (lambda x: x.flatten(2), lambda x, came: x.unflatten(2, came.shape[2:])),
-    "c b n d": (
-        lambda x: x.permute(1, 2, 0, 3).flatten(2),
-        lambda x, came: x.unflatten(2, (came.shape[0], came.shape[3])).permute(2, 0, 1, 3),
-    ),
-}
-
-
-def find_cache(values: Iterable[Any]) -> Cache | None:
-    """The cache of a model's own tokens among the arguments of a block."""
-    return next((cache for value in values if (cache := self_attention_cache(value)) is not None), None)
-
-
-class Call:
-    """One call of a block, its arguments by name, its hidden states as (b n d)."""
-
-    def __init__(self, stream: Stream, index: int, args: tuple, kwargs: dict):
-        block = stream.blocks[index]
-        self.stream, self.index = stream, index
-        self.names = parameters(type(block))[: len(args)]
-        self.rest = args[len(self.names) :]
-        self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        self.hidden_name = stream.hidden_index(index).name
-        raw = self.raw = self.arguments[self.hidden_name]
-        usual = {2: "n d", 3: "b n d"}
-        self.layout = usual.get(raw.dim(), stream.layout) if stream.layout in usual.values() else stream.layout
-        if self.layout not in LAYOUTS or raw.dim() != len(self.layout.split()):
-            raise UnsupportedError(
-                explain(
-                    f"The tokens of a stream must lie as one of {sorted(LAYOUTS)}",
-                    f"{tuple(raw.shape)}, read as {stream.layout!r}, at {stream.paths[index]}",
-                    "Choose another stream.",
-                )
-            )
-        self.hidden: Tensor = LAYOUTS[self.layout][0](raw)
-        context = stream.context_index(index)
-        value = None if context is None else self.arguments.get(context.name)
-        self.context = value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
-
-    @property
-    def cache(self) -> Cache | None:
-        """The cache among the arguments."""
-        return find_cache(self.arguments.values())
-
-    def run(self, inner: Callable, hidden: Tensor, books: Books, stored: Stored | None) -> Any:
-        """Call the block on these tokens with every argument cut to fit."""
-        original = self.pack(hidden)
-        if books.untouched and stored is None:
-            given = {**self.arguments, self.hidden_name: original}
-            return self._apply(inner, given)
-        self._spell_out_bias(books)
-        given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
-        given[self.hidden_name] = original
-        name = self._mask_name()
-        if name is not None and given.get(name) is None and self.layout != "n d":
-            given[name] = books.implied_mask(hidden, stored)
-        output = self._apply(inner, given)
-        return self._give_back(output, given)
-
-    def _spell_out_bias(self, books: Books) -> None:
-        """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
-        attention, context = self.stream.attention(self.index), self.arguments.get("encoder_hidden_states")
-        missing = {name for name in parameters(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
-        if BIAS in missing and attention is not None and vars(attention).get("has_relative_attention_bias"):
-            self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
-        if CROSS_BIAS in missing and context is not None:
-            self.arguments[CROSS_BIAS] = context.new_zeros(1, self.stream.heads, books.n, context.shape[1])
-
-    def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
-        """The mask that these tokens need where the block has no argument for one."""
-        named = self._mask_name() is not None and self.layout != "n d"
-        if books.untouched or named or self.stream.causal or self.stream.attention(self.index) is None:
-            return None
-        return books.implied_mask(hidden, None)
-
-    def _mask_name(self) -> str | None:
-        names = parameters(type(self.stream.blocks[self.index]))
-        return next((name for name in (*self.arguments, *names) if "mask" in name and not CROSS.search(name) and "head" not in name), None)
-
-    def _apply(self, inner: Callable, given: dict) -> Any:
-        given = dict(given)
-        positional = [given.pop(name) for name in self.names]
-        return inner(*positional, *self.rest, **given)
-
-    def _give_back(self, output: Any, given: dict) -> Any:
-        """An argument that the block passes on leaves it as it came: the next block cuts it anew."""
-        if not isinstance(output, tuple):
-            return output
-        uncut = {id(cut): self.arguments[name] for name, cut in given.items() if isinstance(cut, Tensor) and name in self.arguments}
-        return tuple(uncut.get(id(item), item) for item in output)
-
-    def read(self, output: Any) -> Tensor:
-        """The hidden states in a block's output, (b m d)."""
-        return LAYOUTS[self.layout][0](self.stream.read(self.index, output))
-
-    def pack(self, hidden: Tensor) -> Tensor:
-        """(b n d) in the layout of the model."""
-        return LAYOUTS[self.layout][1](hidden, self.raw)
-
-    def write(self, output: Any, hidden: Tensor) -> Any:
-        """A block's output with other hidden states."""
-        return hidden if output is None else self.stream.write(self.index, output, hidden)
-
-
-def first_real(now: Pass, books: Books) -> Tensor:
-    """Index of each row's first real token among those that are left, (b)."""
-    flags = books.flags(books.filled, True)
-    flags = flags if now.padding is None else flags & now.padding.gather(1, books.rows)
-    return flags.long().argmax(dim=1)
-
-
-class Memory(dict):
-    """What blocks of one stream tell each other. `tokens` holds (b m ...) tensors that follow the tokens through every map."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens: dict[str, Tensor] = {}
-        self.prompted = False  # whether the last pass of the sequence brought a prompt
-
-    def move(self, tokens: TokenMap) -> None:
-        """Let the per-token entries follow a map."""
-        self.tokens = {name: tokens.gather(value) for name, value in self.tokens.items()}
-
-
-@dataclass
-class Entry:
-    """What a block needs to be run again in a backward pass."""
-
-    came: weakref.ref
-    books: Books
-    inside: Tensor | None
-    given: Tensor | None
-    tokens: dict[str, Tensor]
-
-
-@dataclass
-class Pass:
-    """One pass through the stream.
-
-    Attributes:
-        books: The tokens that are left.
-        padding: Real tokens of the sequence that entered, (b n) bool; None if all are.
-        first: Place of each row's first real token in the whole sequence, (b); None if it is 0.
-        apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
-        inside: The tokens that are left, behind the last block that ran, (b m d).
-        given: What the model got from that block.
-    """
-
-    books: Books
-    padding: Tensor | None
-    first: Tensor | None
-    memory: Memory
-    at: int = -1
-    layers: list[TokenCacheLayer] = field(default_factory=list)
-    apart: Tensor | None = None
-    inside: Tensor | None = None
-    given: Tensor | None = None
-    waiting: dict[str, list[tuple[Method, Moment, Tensor]]] = field(default_factory=dict)
-
-    @property
-    def prefill(self) -> bool:
-        """Whether this pass brings a prompt or a whole sequence, and not one token of generation."""
-        return self.books.n > 1 or self.books.start == 0
-
-    def seen(self) -> Tensor:
-        """Real tokens of each row up to the end of this pass, (b)."""
-        here = self.books.rows.new_full((self.books.batch,), self.books.n) if self.padding is None else self.padding.sum(dim=1)
-        before = self.books.start if self.first is None or not self.books.start else self.books.start - self.first
-        return here + before
+Guest = tuple[TokenBank, TokenMap, Tensor]  # a bank, the map that opened its places, and the tokens before it
 
 
 class Runtime:
@@ -355,7 +174,7 @@ class Runtime:
             elif isinstance(method, TokenReducer) and method.site == "after" and (ran or not OF_THE_BLOCK & set(method.signals)):
                 self._reduce(method, moment)
             elif isinstance(method, CacheCompressor) and moment.layer is not None and ran:
-                self._compress(method, moment)
+                compress(self, method, moment)
 
     def _tokens_left(self, call: Call, now: Pass) -> Tensor:
         """The tokens as the last block left them, unless someone outside changed the sequence since."""
@@ -447,42 +266,25 @@ class Runtime:
         """Run the block on the tokens that are routed to it, between the tokens that are there for this block only."""
         now, hidden, layer = moment.now, moment.hidden, moment.layer
         gate, dense = self._gate(methods, moment)
-        books, x, routed = now.books, hidden, None
-        if gate is not None:
-            runs = (gate != 0) & books.flags(books.filled, True)
-            if dense:
-                books = replace(books, filled=runs, untouched=False, memo={})
-            elif not bool(runs.all()):
-                routed = TokenMap.select(runs)
-                books, x = books.move(routed), routed.gather(hidden)
+        books, x, routed = self._route(gate, dense, now.books, hidden)
         if side.bare and books.m == 1 and books.filled is not None and not bool(books.filled.any()):  # nothing is left to compute
             if layer is not None:
                 layer.seen = books.start + books.n
             return None, hidden
-        guests: list[tuple[TokenBank, TokenMap]] = []
-        learns = x.requires_grad or torch.is_grad_enabled() and side.learns(call.arguments.values())
-        for method in methods:
-            if isinstance(method, TokenBank) and method.site != "input":
-                tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
-                if tokens is not None and self._admit(method, layer):
-                    opened = TokenMap.insert(x.shape[1], 0, tokens.shape[1], len(x), x.device, beside=first_real(now, books))
-                    x, books = torch.cat([tokens, x], dim=1), books.move(opened)
-                    guests.append((method, opened))
-                    learns |= method.site != "query" and tokens.requires_grad
+        books, x, guests = self._invite(methods, replace(moment, hidden=x, now=replace(now, books=books)))
         stored = self._expect(layer, books, now)
         moment.local, moment.routed = books, routed
-        asking = sum(opened.m - opened.n for bank, opened in guests if bank.site == "query")
         unsaid = call.unsaid_mask(x, books)
         if unsaid is not None or side.taps:
             side.open_tap()
+        asking = sum(opened.m - opened.n for bank, opened, _ in guests if bank.site == "query")
         with self._listen(side, asking, replace(moment, hidden=x, now=replace(now), mask=unsaid)):
             output = call.run(side.inner, x, books, stored)
         if unsaid is not None:
             side.attention_call()
         self._count(side, x.shape[0] * x.shape[1])
         side.bare = isinstance(output, Tensor)
-        y = call.read(output)
-        y = self._dismiss(guests, y, learns)
+        y = self._dismiss(side, call, guests, call.read(output))
         if routed is not None:
             y = routed.restore(y, hidden)
         if gate is not None:
@@ -490,16 +292,44 @@ class Runtime:
             y = mixed if gate.requires_grad else torch.where((gate == 1)[..., None], y, mixed)
         return output, y
 
-    def _dismiss(self, guests: list[tuple[TokenBank, TokenMap]], y: Tensor, learns: bool) -> Tensor:
+    @staticmethod
+    def _route(gate: Tensor | None, dense: bool, books: Books, hidden: Tensor) -> tuple[Books, Tensor, TokenMap | None]:
+        """The tokens that run the block, and the map to them; in dense training all do, but no one sees the others."""
+        if gate is None:
+            return books, hidden, None
+        runs = (gate != 0) & books.flags(books.filled, True)
+        if dense:
+            return replace(books, filled=runs, untouched=False, memo={}), hidden, None
+        if bool(runs.all()):
+            return books, hidden, None
+        routed = TokenMap.select(runs)
+        return books.move(routed), routed.gather(hidden), routed
+
+    def _invite(self, methods: list[Method], moment: Moment) -> tuple[Books, Tensor, list[Guest]]:
+        """Put the tokens in front that are there for this block only."""
+        now, x, guests = moment.now, moment.hidden, []
+        books = now.books
+        for method in methods:
+            if isinstance(method, TokenBank) and method.site != "input":
+                tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
+                if tokens is not None and self._admit(method, moment.layer):
+                    opened = TokenMap.insert(x.shape[1], 0, tokens.shape[1], len(x), x.device, beside=first_real(now, books))
+                    guests.append((method, opened, x))
+                    x, books = torch.cat([tokens, x], dim=1), books.move(opened)
+        return books, x, guests
+
+    def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor) -> Tensor:
         """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
-        for bank, opened in reversed(guests):
+        for bank, opened, x in reversed(guests):
             k = opened.m - opened.n
             summary, y = y[:, :k], y[:, k:]
-            if bank.site == "query":
-                read = bank.read(summary)
-                if read is not None:
-                    self.reads = read if self.reads is None else self.reads + read
-                y = y if learns else y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
+            if bank.site != "query":
+                continue
+            read = bank.read(summary)
+            if read is not None:
+                self.reads = read if self.reads is None else self.reads + read
+            if not x.requires_grad and not (torch.is_grad_enabled() and side.learns(call.arguments.values())):
+                y = y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
         return y
 
     @contextlib.contextmanager
@@ -627,69 +457,6 @@ class Runtime:
             return False
         now.layers[0].banks.add(bank.key)
         return True
-
-    def _compress(self, method: CacheCompressor, moment: Moment) -> None:
-        layer, now = moment.layer, moment.now
-        if self.records is not None:
-            self.records.setdefault(moment.side.index, []).append((method.key, self._score(method, moment).detach()))
-            return
-        if not now.prefill and not method.decodes:
-            return
-        real = stored(moment)
-        if method.allots and now.prefill:
-            now.waiting.setdefault(method.key, []).append((method, moment, self._score(method, moment)))
-            if moment.side.index == max(i for i, s in self.sides.items() if any(m.key == method.key for m in s.active())):
-                self._allot(method, now.waiting.pop(method.key))
-            return
-        lengths = real.sum(dim=-1)  # b, or b k
-        seen = now.seen().view(-1, *[1] * (lengths.dim() - 1)).expand_as(lengths)
-        if method.allots:
-            budgets = (layer.shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
-        else:
-            pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
-            budgets = torch.tensor([min(n, method.budget(n, s)) for n, s in pairs], device=lengths.device).view_as(lengths)
-        if self._overfull(layer, lengths, budgets):
-            self._evict(layer, self.ask(method, moment), real, budgets)
-
-    def _score(self, method: CacheCompressor, moment: Moment) -> Tensor:
-        """The score of every entry, -inf where there is none."""
-        score, real = self.ask(method, moment), stored(moment)
-        return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
-
-    @staticmethod
-    def _overfull(layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
-        """Whether rows have more real entries than they may, or more room than any of them needs."""
-        return bool((budgets < lengths).any()) or int(lengths.max()) < layer.length
-
-    def _allot(self, method: CacheCompressor, waiting: list[tuple[Method, Moment, Tensor]]) -> None:
-        """Every block has scored its entries: share them out."""
-        real = {m.side.index: stored(m) for _, m, _ in waiting}
-        scores = {m.side.index: score for _, m, score in waiting}
-        budgets = method.leader.allot(scores)
-        for _, moment, score in waiting:
-            layer = moment.side.index
-            lengths = real[layer].sum(dim=-1)
-            allowed = budgets[layer].minimum(lengths)
-            moment.layer.shares = allowed.double() / moment.now.seen()
-            if self._overfull(moment.layer, lengths, allowed):
-                self._evict(moment.layer, score, real[layer], allowed)
-
-    @staticmethod
-    def _evict(layer: TokenCacheLayer, score: Tensor, real: Tensor, budgets: Tensor) -> None:
-        """Keep the highest of the real entries, as many as each row (b) or head (b k) may have; of two equal ones the earlier."""
-        if score.dim() == 3 and real.dim() == 2:
-            real, budgets = real[:, None].expand_as(score), budgets[:, None].expand(score.shape[:2])
-        if score.dim() == 2 and real.dim() == 3:
-            score = score[:, None].expand_as(real)
-        score = score.masked_fill(~real, -torch.inf)
-        if layer.fresh is not None:
-            score = score.masked_fill(layer.fresh if score.dim() == layer.fresh.dim() else layer.fresh[:, None], torch.inf)
-        most = max(1, int(budgets.max()))
-        index = score.argsort(dim=-1, descending=True, stable=True)[..., :most]
-        kept = torch.arange(most, device=index.device) < budgets[..., None]
-        order = torch.where(kept, index, score.shape[-1]).sort(dim=-1)
-        filled = order.values < score.shape[-1]
-        layer.keep(order.values.clamp(max=score.shape[-1] - 1), None if bool(filled.all()) else filled)
 
     # -- cache and end ----------------------------------------------------------------------------------------------
 

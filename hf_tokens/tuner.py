@@ -14,13 +14,14 @@ from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from torch import nn
 
 from .anatomy import Anatomy, Stream, anatomy, prefix_tokens
+from .call import LAYOUTS, PACKED
 from .config import MethodConfig
 from .errors import AdapterError, ConfigError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .registry import MethodInfo, method_config, method_info
 from .roles import Dims, LayerRouter, TokenRouter
 from .root import Root
-from .surgery import LAYOUTS, PACKED, Runtime
+from .surgery import Runtime
 
 NAME = "HF_TOKENS"
 CHILD = "hf_tokens"

@@ -19,7 +19,6 @@ from hf_tokens import (
     set_method,
     set_progress,
 )
-from hf_tokens.testing import zoo
 
 
 def static(count, sparsity):

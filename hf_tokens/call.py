@@ -1,0 +1,135 @@
+"""One call of a block: its arguments by name, its tokens as (b n d), whatever the model's own layout."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .anatomy import Stream
+from .books import CROSS, Books, Stored
+from .cache import self_attention_cache
+from .errors import UnsupportedError, explain
+
+BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
+
+
+@cache
+def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the positional parameters of a block's forward."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(cls.forward).parameters.items() if p.kind in kinds)[1:]
+
+
+# How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
+PACKED = "n d"  # samples one behind the other in one row
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "b n d": (lambda x: x, lambda x, came: x),
+    PACKED: (lambda x: x[None], lambda x, came: x[0]),
+    "n b d": (lambda x: x.transpose(0, 1), lambda x, came: x.transpose(0, 1)),
+    "b n c d": (lambda x: x.flatten(2), lambda x, came: x.unflatten(2, came.shape[2:])),
+    "c b n d": (
+        lambda x: x.permute(1, 2, 0, 3).flatten(2),
+        lambda x, came: x.unflatten(2, (came.shape[0], came.shape[3])).permute(2, 0, 1, 3),
+    ),
+}
+
+
+def find_cache(values: Iterable[Any]) -> Cache | None:
+    """The cache of a model's own tokens among the arguments of a block."""
+    return next((cache for value in values if (cache := self_attention_cache(value)) is not None), None)
+
+
+class Call:
+    """One call of a block, its arguments by name, its hidden states as (b n d)."""
+
+    def __init__(self, stream: Stream, index: int, args: tuple, kwargs: dict):
+        block = stream.blocks[index]
+        self.stream, self.index = stream, index
+        self.names = parameters(type(block))[: len(args)]
+        self.rest = args[len(self.names) :]
+        self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.hidden_name = stream.hidden_index(index).name
+        raw = self.raw = self.arguments[self.hidden_name]
+        usual = {2: "n d", 3: "b n d"}
+        self.layout = usual.get(raw.dim(), stream.layout) if stream.layout in usual.values() else stream.layout
+        if self.layout not in LAYOUTS or raw.dim() != len(self.layout.split()):
+            raise UnsupportedError(
+                explain(
+                    f"The tokens of a stream must lie as one of {sorted(LAYOUTS)}",
+                    f"{tuple(raw.shape)}, read as {stream.layout!r}, at {stream.paths[index]}",
+                    "Choose another stream.",
+                )
+            )
+        self.hidden: Tensor = LAYOUTS[self.layout][0](raw)
+        context = stream.context_index(index)
+        value = None if context is None else self.arguments.get(context.name)
+        self.context = value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache among the arguments."""
+        return find_cache(self.arguments.values())
+
+    def run(self, inner: Callable, hidden: Tensor, books: Books, stored: Stored | None) -> Any:
+        """Call the block on these tokens with every argument cut to fit."""
+        original = self.pack(hidden)
+        if books.untouched and stored is None:
+            given = {**self.arguments, self.hidden_name: original}
+            return self._apply(inner, given)
+        self._spell_out_bias(books)
+        given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
+        given[self.hidden_name] = original
+        name = self._mask_name()
+        if name is not None and given.get(name) is None and self.layout != "n d":
+            given[name] = books.implied_mask(hidden, stored)
+        output = self._apply(inner, given)
+        return self._give_back(output, given)
+
+    def _spell_out_bias(self, books: Books) -> None:
+        """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
+        attention, context = self.stream.attention(self.index), self.arguments.get("encoder_hidden_states")
+        missing = {name for name in parameters(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
+        if BIAS in missing and attention is not None and vars(attention).get("has_relative_attention_bias"):
+            self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
+        if CROSS_BIAS in missing and context is not None:
+            self.arguments[CROSS_BIAS] = context.new_zeros(1, self.stream.heads, books.n, context.shape[1])
+
+    def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
+        """The mask that these tokens need where the block has no argument for one."""
+        named = self._mask_name() is not None and self.layout != "n d"
+        if books.untouched or named or self.stream.causal or self.stream.attention(self.index) is None:
+            return None
+        return books.implied_mask(hidden, None)
+
+    def _mask_name(self) -> str | None:
+        names = parameters(type(self.stream.blocks[self.index]))
+        return next((name for name in (*self.arguments, *names) if "mask" in name and not CROSS.search(name) and "head" not in name), None)
+
+    def _apply(self, inner: Callable, given: dict) -> Any:
+        given = dict(given)
+        positional = [given.pop(name) for name in self.names]
+        return inner(*positional, *self.rest, **given)
+
+    def _give_back(self, output: Any, given: dict) -> Any:
+        """An argument that the block passes on leaves it as it came: the next block cuts it anew."""
+        if not isinstance(output, tuple):
+            return output
+        uncut = {id(cut): self.arguments[name] for name, cut in given.items() if isinstance(cut, Tensor) and name in self.arguments}
+        return tuple(uncut.get(id(item), item) for item in output)
+
+    def read(self, output: Any) -> Tensor:
+        """The hidden states in a block's output, (b m d)."""
+        return LAYOUTS[self.layout][0](self.stream.read(self.index, output))
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """(b n d) in the layout of the model."""
+        return LAYOUTS[self.layout][1](hidden, self.raw)
+
+    def write(self, output: Any, hidden: Tensor) -> Any:
+        """A block's output with other hidden states."""
+        return hidden if output is None else self.stream.write(self.index, output, hidden)
