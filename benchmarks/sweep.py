@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 SECONDS = 60
 
 
-# ---- the checks: each gives "ok", "-" where there is nothing to check, or what is wrong
+# the checks: each gives "ok", "-" where there is nothing to check, or what is wrong
 
 
 def check_calls(specimen: zoo.Specimen, stream: Stream) -> str:
@@ -194,7 +194,7 @@ def _run_with(specimen: zoo.Specimen, handles: list[Any]) -> list[torch.Tensor]:
             handle.remove()
 
 
-# ---- one family, all families
+# one family, all families
 
 
 def sweep(family: str) -> dict[str, Any]:

@@ -192,9 +192,9 @@ def _attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @cache
 def _is_attention(cls: type[nn.Module]) -> bool:
-    if families.NOT_ATTENTION.search(cls.__name__):
-        return False
-    return bool(families.ATTENTION.search(cls.__name__)) or _calls_interface(cls)
+    if _calls_interface(cls):
+        return True
+    return bool(families.ATTENTION.search(cls.__name__)) and not families.NOT_ATTENTION.search(cls.__name__)
 
 
 @cache

@@ -110,7 +110,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-# ---- Transformers
+# Transformers
 
 
 @cache
@@ -284,7 +284,7 @@ def _transformers_inputs(model: nn.Module, row: Row) -> dict[str, Any]:
     return inputs
 
 
-# ---- Diffusers
+# Diffusers
 
 
 @cache

@@ -137,7 +137,7 @@ DIFFUSERS = _rules(
 )
 
 
-# ---- inputs of Transformers' models: argument name -> what to pass, in this order
+# inputs of Transformers' models: argument name -> what to pass, in this order
 
 
 def _configs(config: Any) -> list[Any]:
@@ -308,7 +308,7 @@ INPUTS = (
 )
 
 
-# ---- inputs of Diffusers' models
+# inputs of Diffusers' models
 
 
 def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]
     return {name: value for name, value in made.items() if name in wanted}
 
 
-# ---- the families that the rules do not fit
+# the families that the rules do not fit
 
 
 def _noise(*shape: int) -> Any:
