@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 SECONDS = 60
 
 
-# ---- the checks: each gives "ok", "-" where there is nothing to check, or what is wrong
+# the checks: each gives "ok", "-" where there is nothing to check, or what is wrong
 
 
 def check_calls(specimen: zoo.Specimen, stream: Stream) -> str:
@@ -82,7 +82,7 @@ def check_alive(specimen: zoo.Specimen, stream: Stream) -> str:
 def check_causal(specimen: zoo.Specimen, stream: Stream) -> str:
     """A change of the second token reaches the first one unless the stream is causal."""
     i = next((i for i, mixer in enumerate(stream.mixers) if mixer == "attention"), None)
-    if i is None:
+    if i is None or "(" in stream.layout:
         return "-"
     seen: list[torch.Tensor] = []
 
@@ -194,7 +194,9 @@ MODEL_CHECKS = {"identity": check_identity, "drop": check_drop}
 
 
 def _fits(stream: Stream, hidden: torch.Tensor) -> bool:
-    axes = stream.layout.split()
+    if stream.layout.endswith("(c d)"):
+        return hidden.ndim == 3 and hidden.shape[-1] % stream.width == 0
+    axes = stream.layout.replace("(b t)", "b").split()
     packed_in_one_row = stream.layout == "n d" and hidden.ndim == 3 and hidden.shape[-1] == stream.width
     return packed_in_one_row or hidden.ndim == len(axes) and hidden.shape[axes.index("d")] == stream.width
 
@@ -226,14 +228,15 @@ def _run_with(specimen: zoo.Specimen, handles: list[Any]) -> list[torch.Tensor]:
             handle.remove()
 
 
-# ---- one family, all families
+# one family, all families
 
 
 def sweep(family: str) -> dict[str, Any]:
     """The row of one family. `has_blocks` is None where no model could be built."""
     row: dict[str, Any] = {"family": family, "has_blocks": None, "streams": [], "why": ""}
     if family in zoo.unbuildable():
-        return {**row, "why": zoo.unbuildable()[family]}
+        why = zoo.unbuildable()[family]
+        return {**row, "why": why, "has_blocks": False if why == zoo.NO_CLASS else None}
     start = time.perf_counter()
     stage = "build"
     try:
@@ -253,8 +256,6 @@ def sweep(family: str) -> dict[str, Any]:
             row |= {name: _tried(check, specimen, body) for name, check in MODEL_CHECKS.items()}
     except Exception as error:
         row["why"] = f"{stage}: {_line(error)}"
-        if zoo.NO_CLASS in str(error):
-            row |= {"has_blocks": False, "why": str(error)}
     row["seconds"] = round(time.perf_counter() - start, 2)
     return row
 
@@ -324,8 +325,10 @@ def _count(rows: list[dict[str, Any]]) -> str:
     good = [row for row in blocks if works(row)]
     ran = [row for row in blocks if row.get("run") == "ok"]
     wanted = len(blocks) + len(unknown)
+    lacking = sum("not installed" in row["why"] for row in unknown)
     return (
-        f"{len(rows)} families; {len(blocks)} with Transformer blocks, {len(rows) - wanted} without, {len(unknown)} not built. "
+        f"{len(rows)} families; {len(blocks)} with Transformer blocks, {len(rows) - wanted} without, "
+        f"{len(unknown)} not built ({lacking} for want of an optional library). "
         f"Of the {wanted} with blocks or not built, {len(ran)} run ({_percent(len(ran), wanted)}) "
         f"and {len(good)} are read rightly ({_percent(len(good), wanted)})."
     )

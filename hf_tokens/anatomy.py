@@ -194,9 +194,9 @@ def _attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @cache
 def _is_attention(cls: type[nn.Module]) -> bool:
-    if families.NOT_ATTENTION.search(cls.__name__):
-        return False
-    return bool(families.ATTENTION.search(cls.__name__)) or _calls_interface(cls)
+    if _calls_interface(cls):
+        return True
+    return bool(families.ATTENTION.search(cls.__name__)) and not families.NOT_ATTENTION.search(cls.__name__)
 
 
 @cache
@@ -318,10 +318,15 @@ def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
             if pattern.search(path.rpartition(".")[2]) or pattern.search(type(module).__name__):
                 return kind
     nearest = next(module for _, module in reversed(line) if _is_transformers(module))
-    if nearest.main_input_name in _parameters(type(nearest)):
-        return families.MAIN_INPUTS.get(nearest.main_input_name, "other")
+    if _main_input(nearest) in _parameters(type(nearest)):
+        return families.MAIN_INPUTS.get(_main_input(nearest), "other")
     found = [kind for kind, pattern in families.KINDS if pattern.search(type(nearest).__name__)]
-    return found[0] if found else families.MAIN_INPUTS.get(model.main_input_name, "other")
+    return found[0] if found else families.MAIN_INPUTS.get(_main_input(model), "other")
+
+
+def _main_input(model: Any) -> str:
+    name = model.main_input_name
+    return name if isinstance(name, str) else name[0]  # OneFormer lists several
 
 
 def _name(kind: str, line: list[tuple[str, nn.Module]], config: Any, root: Any) -> str:
@@ -401,7 +406,9 @@ def _mlp(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     if getattr(block, "use_parallel_residual", False) or families.POST_NORM_BLOCKS.search(_qualified(type(block))):
         return mlp, None
     post = any(name in children for name in families.POST_NORMS)
-    norms = [children[n] for n in families.MLP_NORMS if n in children and not (post and n.startswith("post_attention"))]
+    known = families.MLP_NORM_OF.get(_qualified(type(block)))
+    names = (known,) if known else families.MLP_NORMS
+    norms = [children[name] for name in names if name in children and not (post and name.startswith("post_attention"))]
     return mlp, norms[0] if norms and not isinstance(norms[0], CONTAINERS) else None
 
 

@@ -56,13 +56,19 @@ MLP_NORMS = (
 )
 # A block with one of these children normalises after its MLP, so that a `post_attention_*` norm of it is no norm before the MLP.
 POST_NORMS = ("post_feedforward_layernorm",)
+# block class -> the norm of its MLP, where it keeps another one under a name of the list above that it never calls
+MLP_NORM_OF = {
+    "transformer_allegro.AllegroTransformerBlock": "norm2",
+    "modeling_canary.CanaryDecoderLayer": "final_layernorm",
+}
 POST_NORM_BLOCKS = re.compile(r"modeling_openai\.Block|FastSpeech2|RTDetr")
 
 # An attention of these reads the hidden states and the embeddings side by side.
 CONCATENATES = re.compile(r"^Zamba")
 # A stage holds blocks and changes the resolution, with or without an attention of its own.
 NOT_BLOCK = re.compile(r"Stage$")
-# block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), time first
+# block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), tokens first,
+# frames (t) that are split off the batch again because attention runs over them
 LAYOUTS = (
     (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer"), "b h w d"),
     (re.compile(r"Sam3ViTLayer|SegGptLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
@@ -70,8 +76,10 @@ LAYOUTS = (
     (re.compile(r"PatchTST|TwoWayAttentionBlock"), "b c n d"),
     (re.compile(r"Lfm3VlVisionLayer"), "n d"),
     (re.compile(r"DeepseekV4Decoder|HYV4Decoder|Glm5NextTextDecoder"), "b n c d"),
+    (re.compile(r"Qwen4Exp\w*DecoderLayer"), "b n (c d)"),
     (re.compile(r"Gemma3nTextDecoder"), "c b n d"),
-    (re.compile(r"XLNetLayer|modeling_fsmt"), "n b d"),
+    (re.compile(r"XLNetLayer|modeling_fsmt|BridgeTowerResidualAttention|ErnieImageSharedAdaLNBlock"), "n b d"),
+    (re.compile(r"TemporalBasicTransformerBlock"), "(b t) n d"),
 )
 # block class -> what no mask function tells
 CAUSAL = {
@@ -79,6 +87,7 @@ CAUSAL = {
     "modeling_fsmt.DecoderLayer": True,
     "modeling_openai.Block": True,
     "modeling_imagegpt.ImageGPTBlock": True,
+    "minimax_music3_rvq_depth_decoder.MiniMaxMusic3DepthDecoderBlock": True,
     "modeling_blip_text.BlipTextLayer": True,
     "modeling_t5gemma2.T5Gemma2DecoderLayer": True,
     "modeling_prophetnet.ProphetNetDecoderLayer": True,

@@ -19,10 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_tokens.testing.zoo_rows import DIFFUSERS, INPUTS, LAYER_LISTS, LISTS, NUMBERS, PREFERRED, ROWS, UNBUILDABLE, Row, diffusers_inputs
+from hf_tokens.testing.zoo_rows import (
+    DIFFUSERS,
+    INPUTS,
+    LAYER_LISTS,
+    LISTS,
+    NO_CLASS,
+    NUMBERS,
+    PREFERRED,
+    ROWS,
+    UNBUILDABLE,
+    Row,
+    diffusers_inputs,
+)
 
 BATCH, TOKENS, VOCAB = 2, 16, 99
-NO_CLASS = "has no model class of its own: it is a part of another family's config"
 
 
 @dataclass
@@ -99,7 +110,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-# ---- Transformers
+# Transformers
 
 
 @cache
@@ -156,7 +167,7 @@ def _class_of_config(config_cls: type) -> str:
     models = {name: cls for name, cls in listed if inspect.isclass(cls) and issubclass(cls, PreTrainedModel)}
     names = [name for name, cls in models.items() if cls.config_class is config_cls and not name.endswith("PreTrainedModel")]
     if not names:
-        raise ValueError(f"{config_cls.__name__} {NO_CLASS}")
+        raise ValueError(f"{config_cls.__name__} has no specimen: {NO_CLASS}.")
     return next((name for ending in ("ForCausalLM", "Model") for name in names if name.endswith(ending)), names[0])
 
 
@@ -273,7 +284,7 @@ def _transformers_inputs(model: nn.Module, row: Row) -> dict[str, Any]:
     return inputs
 
 
-# ---- Diffusers
+# Diffusers
 
 
 @cache

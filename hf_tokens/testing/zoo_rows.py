@@ -12,6 +12,7 @@ from torch import nn
 
 BATCH, TOKENS, VOCAB = 2, 16, 99
 SIDE, PATCH = 32, 8
+NO_CLASS = "it has no model class of its own, only a part of another family's config"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ DIFFUSERS = _rules(
 )
 
 
-# ---- inputs of Transformers' models: argument name -> what to pass, in this order
+# inputs of Transformers' models: argument name -> what to pass, in this order
 
 
 def _configs(config: Any) -> list[Any]:
@@ -307,7 +308,7 @@ INPUTS = (
 )
 
 
-# ---- inputs of Diffusers' models
+# inputs of Diffusers' models
 
 
 def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
@@ -359,7 +360,7 @@ def diffusers_inputs(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]
     return {name: value for name, value in made.items() if name in wanted}
 
 
-# ---- the families that the rules do not fit
+# the families that the rules do not fit
 
 
 def _noise(*shape: int) -> Any:
@@ -418,7 +419,6 @@ _SAM2 = {
 _PROMPTS = {"image_embedding_size": 4}
 _SESSION = "its forward takes a video inference session, not tensors"
 _DRAFTS = "it drafts for another model, whose hidden states it needs"
-_NO_INPUTS = "the zoo makes no inputs for it"
 _PASTS = {
     "past_values": _noise(BATCH, 19),
     "past_time_features": _noise(BATCH, 19, 1),
@@ -426,7 +426,6 @@ _PASTS = {
     "future_values": _noise(BATCH, 8),
     "future_time_features": _noise(BATCH, 8, 1),
 }
-
 
 def _flat_patches(model: nn.Module, inputs: dict) -> torch.Tensor:
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).float()  # each patch begins with its row and its column
@@ -457,7 +456,6 @@ ROWS: dict[str, Row] = {
     "musicgen_decoder": Row(inputs={"input_ids": _ids(rows=8), "attention_mask": _ones(BATCH, TOKENS)}),
     "musicgen_melody_decoder": Row(inputs={"input_ids": _ids(rows=8), "attention_mask": _ones(BATCH, TOKENS)}),
     "dia": Row(inputs={"decoder_input_ids": lambda model, inputs: torch.randint(5, 60, (BATCH, TOKENS, 9))}),
-    "dia_decoder": Row(inputs={"input_ids": lambda model, inputs: torch.randint(5, 60, (BATCH, TOKENS, 9))}),
     "bros": Row(
         config={"hidden_size": 64, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
         inputs={"bbox": lambda model, inputs: torch.rand(BATCH, TOKENS, 8)},
@@ -466,7 +464,6 @@ ROWS: dict[str, Row] = {
     "llama4": Row(config={"vision_config": {"intermediate_size": 128}}),
     "llama4_vision_model": Row(config={"intermediate_size": 128}),
     "paddleocr_vl": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "image_grid_thw": _grid}),
-    "paddleocr_vl_vision": Row(inputs={"pixel_values": _noise(32, 3, 8, 8), "grid_thw": _grid}),
     "idefics": Row(inputs={"pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE), "image_attention_mask": _ones(BATCH, TOKENS, 1)}),
     "qwen3_asr": Row(inputs={"input_features": _noise(BATCH, 16, 200), "input_features_mask": _ones(BATCH, 200)}),
     "qwen3_asr_encoder": Row(inputs={"input_features": _noise(BATCH, 16, 200), "input_features_mask": _ones(BATCH, 200)}),
@@ -478,7 +475,7 @@ ROWS: dict[str, Row] = {
             "pixel_values": lambda model, inputs: torch.randn(BATCH, 1, model.config.max_num_tiles, 3, SIDE, SIDE),
             "aspect_ratio_ids": _ones(BATCH, 1),
             "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.max_num_tiles).long(),
-        },
+        }
     ),
     **{name: Row(config=_SERIES, inputs=_PASTS) for name in ("autoformer", "informer", "time_series_transformer")},
     **{name: Row(inputs=_WAVE) for name in ("mimi_encoder", "pocket_tts_audio_tokenizer_encoder", "pe_audio", "pe_audio_encoder")},
@@ -502,9 +499,6 @@ ROWS: dict[str, Row] = {
     ),
     "mobilebert": Row(config={"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}),
     **{name: Row(config={"encoder_in_channels": [32] * 3, "backbone_config": {"hidden_sizes": [32] * 4}}) for name in _HGNETS},
-    "sam2_hiera_det_model": Row(config=_HIERA),
-    "sam2_vision_model": Row(config=_SAM2),
-    "sam2": Row(config={"vision_config": _SAM2, "prompt_encoder_config": {"image_size": SIDE}}),
     "granite_speech": Row(inputs={"input_features": _noise(BATCH, 60, 32), "input_features_mask": None}),
     "granite_speech_plus": Row(inputs={"input_features": _noise(BATCH, 60, 32), "input_features_mask": None}),
     **{name: Row(config={"vision_config": {"num_pos_feats": 16}, "prompt_encoder_config": _PROMPTS}) for name in ("sam", "sam_hq")},
@@ -526,9 +520,6 @@ ROWS: dict[str, Row] = {
     "kosmos_2_5_vision_model": Row(inputs={"flattened_patches": _flat_patches}),
     "pix2struct_vision_model": Row(inputs={"flattened_patches": _flat_patches}),
     "pop2piano": Row(inputs={"input_features": _noise(BATCH, 16, 32), "input_ids": None}),
-    "pi0": Row(
-        inputs={"state": _noise(BATCH, 32), "pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE), "pixel_attention_mask": _ones(BATCH, 1)}
-    ),
     "dots1": Row(config={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}),
     "bit": Row(config={"num_groups": 4}),
     "gemma4_audio": Row(inputs={"input_features": _noise(BATCH, 64, 32)}),
@@ -552,9 +543,7 @@ ROWS: dict[str, Row] = {
         inputs={"input_features": _noise(BATCH, 64, 112), "input_features_mask": _ones(BATCH, 64)},
     ),
     "fun_asr_nano_encoder": Row(inputs={"input_features": _noise(BATCH, 64, 112), "input_features_mask": _ones(BATCH, 64)}),
-    "neomme": Row(config={"head_dim": 16}, inputs={"pixel_values": _noise(32, 192)}),
     "dbrx": Row(config={"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}}),
-    "tvp": Row(config={"max_img_size": 96, "visual_prompt_size": 4, "num_frames": 2}, inputs={"pixel_values": _noise(BATCH, 2, 3, 96, 96)}),
     **{name: Row(inputs={"latents": _noise(BATCH, 32, 8)}) for name in ("mimi_decoder", "pocket_tts_audio_tokenizer_decoder")},
     "pocket_tts_audio_tokenizer": Row(inputs=_WAVE),
     **{name: Row(inputs={**_WAVE, "input_features": _noise(BATCH, 12, 32)}) for name in ("xcodec2", "neucodec")},
@@ -563,8 +552,6 @@ ROWS: dict[str, Row] = {
     **{name: Row(inputs={"padding_mask": _ones(BATCH, 4000)}) for name in ("vibevoice", "moss_transcribe_diarize")},
     "clap": Row(config={"audio_config": _CLAP}, inputs={"input_features": _noise(BATCH, 1, 128, 8)}),
     "clap_audio_model": Row(config=_CLAP, inputs={"input_features": _noise(BATCH, 1, 128, 8)}),
-    "granite_docling": Row(inputs={**_TILES, "pixel_values": _noise(BATCH, 1, 3, SIDE, SIDE)}),
-    "lw_detr": Row(config={"backbone_config": {"num_windows": 4, "out_features": ["stage2", "stage4"]}}),
     "sam3_tracker": Row(
         config={
             "prompt_encoder_config": {"image_size": SIDE},
@@ -578,7 +565,6 @@ ROWS: dict[str, Row] = {
     "flava_multimodal_model": Row(inputs={"hidden_states": _noise(BATCH, TOKENS, 32)}),
     "granite_speech_encoder": Row(inputs={"hidden_states": _noise(BATCH, 60, 32)}),
     "granite_speech_plus_encoder": Row(inputs={"hidden_states": _noise(BATCH, 60, 32)}),
-    "phi4_multimodal_audio": Row(inputs={"hidden_states": _noise(BATCH, 64, 32), "mask": None}),
     "diffusers/LTX2VideoTransformer3DModel": Row(
         config={"audio_in_channels": 4, "audio_out_channels": 4, "audio_cross_attention_dim": 32, "caption_channels": 32},
         inputs={
@@ -591,9 +577,6 @@ ROWS: dict[str, Row] = {
             "audio_num_frames": 16,
             "timestep": _noise(BATCH),
         },
-    ),
-    "diffusers/HunyuanVideoFramepackTransformer3DModel": Row(
-        inputs={"image_embeds": _noise(BATCH, 4, 32), "indices_latents": lambda model, inputs: torch.arange(4)}
     ),
     "diffusers/QwenImage21Transformer2DModel": Row(
         config={"in_channels": 16, "out_channels": 16},
@@ -619,7 +602,6 @@ ROWS: dict[str, Row] = {
     "zamba2": Row(
         config={"mamba_headdim": 8, "n_mamba_heads": 8, "attention_hidden_size": 64, "attention_head_dim": 16, "hybrid_layer_ids": [1, 3]}
     ),
-    "vitmatte": Row(config={"convstream_hidden_sizes": [16, 32, 32], "fusion_hidden_sizes": [32, 32, 32, 32]}),
     "patchtst": Row(inputs={"past_values": _noise(BATCH, 32, 1)}),
     "patchtsmixer": Row(inputs={"past_values": _noise(BATCH, 32, 1)}),
     "mistral4": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
@@ -627,7 +609,6 @@ ROWS: dict[str, Row] = {
     "ernie4_5_vl_moe_text": Row(config={"rope_parameters": {"mrope_section": [1, 1, 2]}}),
     "swin": Row(config={"window_size": 2, "image_size": 64}),
     "donut-swin": Row(config={"window_size": 2, "image_size": 64}),
-    "mask2former": Row(model="Mask2FormerModel", config={"backbone_config": {"window_size": 2, "image_size": 64}}),
     "seggpt": Row(
         config={"image_size": (32, 16), "pretrain_image_size": 32, "intermediate_hidden_state_indices": (1, 2, 3), "merge_index": 0},
         inputs={name: _noise(BATCH, 3, 16, 16) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
@@ -635,7 +616,6 @@ ROWS: dict[str, Row] = {
     "deformable_detr": Row(config=_DEFORMABLE),
     "lfm2_moe": Row(config={"layer_types": ["conv", "full_attention"] * 2}),
     "deepseek_ocr2": Row(config={"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2}}),
-    "deepseek_ocr2_text": Row(config={"mlp_layer_types": ["dense", "sparse"] * 2}),
     "esm": Row(config={"vocab_size": VOCAB, "mask_token_id": 4, "pad_token_id": 0}),
     "diffusion_gemma_text": Row(config={"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
     "diffusion_gemma": Row(config={"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}}),
@@ -678,7 +658,7 @@ ROWS: dict[str, Row] = {
             "aspect_ratio_ids": _ones(BATCH, 1),
             "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.vision_config.max_num_tiles).long(),
             "cross_attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS, 1, model.config.vision_config.max_num_tiles).long(),
-        },
+        }
     ),
     "timesfm": Row(inputs={"past_values": _noise(BATCH, 64)}),
     "timesfm2_5": Row(inputs={"past_values": _noise(BATCH, 64)}),
@@ -718,7 +698,9 @@ ROWS: dict[str, Row] = {
         config={"in_channels": 32, "num_layers": 4},
         inputs={"hidden_states": _noise(8, 32, 4, 4), "num_frames": 4, "encoder_hidden_states": None},
     ),
-    "diffusers/EasyAnimateTransformer3DModel": Row(config={"in_channels": 4, "out_channels": 4, "patch_size": 2, "attention_head_dim": 16}),
+    "diffusers/EasyAnimateTransformer3DModel": Row(
+        config={"in_channels": 4, "out_channels": 4, "patch_size": 2, "attention_head_dim": 16}
+    ),
     "diffusers/ErnieImageTransformer2DModel": Row(
         inputs={"text_bth": _noise(BATCH, TOKENS, 32), "text_lens": lambda model, inputs: torch.tensor([TOKENS] * BATCH)}
     ),
@@ -762,16 +744,6 @@ ROWS: dict[str, Row] = {
         },
     ),
     "diffusers/Lumina2Transformer2DModel": Row(config={"axes_dim_rope": (4, 2, 2)}),
-    "diffusers/OmniGenTransformer2DModel": Row(
-        config={"pad_token_id": 0, "rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
-        inputs={
-            "input_ids": _ids(),
-            "input_img_latents": lambda model, inputs: [],
-            "input_image_sizes": lambda model, inputs: {},
-            "attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS + 17, TOKENS + 17).bool(),
-            "position_ids": lambda model, inputs: torch.arange(TOKENS + 17).expand(BATCH, -1),
-        },
-    ),
     "diffusers/AnyFlowTransformer3DModel": Row(inputs={"timestep": _noise(BATCH, 4), "r_timestep": _noise(BATCH, 4)}),
     "diffusers/LTXVideoTransformer3DModel": Row(
         inputs={"hidden_states": _noise(BATCH, 64, 4), "num_frames": 4, "height": 4, "width": 4, "timestep": _noise(BATCH)}
@@ -795,8 +767,6 @@ ROWS: dict[str, Row] = {
             "position_ids": lambda model, inputs: torch.zeros(TOKENS + 16, 3),
         }
     ),
-    "diffusers/SanaWMTransformer3DModel": Row(config={"image_size": 8}, inputs={"mask": _ones(BATCH, TOKENS)}),
-    "diffusers/WanAnimateTransformer3DModel": Row(config={"in_channels": 12, "latent_channels": 4}),
     "diffusers/PRXTransformer2DModel": Row(config={"axes_dim": [4, 4]}),
     "diffusers/PriorTransformer": Row(config={"num_embeddings": TOKENS}, inputs={"hidden_states": _noise(BATCH, 32)}),
     "diffusers/QwenImageTransformer2DModel": Row(
@@ -890,16 +860,50 @@ ROWS: dict[str, Row] = {
     "gpt_neo": Row(config={"attention_types": [[["global", "local"], 2]]}),
     "mamba2": Row(config={"num_heads": 8, "head_dim": 8, "n_groups": 1}),
     "maskformer": Row(model="MaskFormerModel"),
-    "oneformer": Row(model="OneFormerModel", inputs={"task_inputs": _ids(77)}),
     "deepseek_v2": Row(config={"num_experts_per_tok": 2}),
 }
+_WITHOUT_INPUTS = """
+blt_local_decoder csm deepseek_ocr2_encoder deepseek_ocr2_text dia_decoder diffusers/AnyFlowFARTransformer3DModel
+diffusers/Cosmos3OmniTransformer diffusers/HunyuanVideoFramepackTransformer3DModel diffusers/Ideogram4Transformer2DModel
+diffusers/JoyImageEditPlusTransformer3DModel diffusers/MiniMaxH3Transformer3DModel diffusers/RFD4ProteinaTransformer
+diffusers/SanaWMLTX2RefinerTransformer3DModel diffusers/WanAnimate2Transformer3DModel
+diffusers/WanAnimateTransformer3DModel dots3_note dots3_note_audio_encoder efficientloftr florence_vision
+granite4_vision granite_docling jev kyutai_speech_to_text lightglue minicpm_ocr minicpm_ocr_vision minicpmv4_6
+minicpmv4_6_vision minicpmv4_7 minicpmv4_7_vision molmo2 musicflamingo nemotron_h_omni neomme paddleocr_vl_vision
+phi4_multimodal_audio pi0 pp_doclayout_v2 pp_ocrv5_server_det pp_ocrv6_medium_det qwen2_5_omni_audio_encoder
+qwen2_5_omni_dit qwen2_5_omni_token2wav qwen3_omni_moe_audio_encoder qwen3_omni_moe_talker_code_predictor
+sam3_detr_decoder sam3_detr_encoder sam3_lite_text_detr_decoder sam3_lite_text_detr_encoder sapiens2 superglue
+unlimited_ocr_vision_encoder voxtral_realtime xclip_vision_model
+""".split()
+_CONFIG_ONLY = """
+edgetam_mask_decoder edgetam_prompt_encoder edgetam_video_mask_decoder edgetam_video_prompt_encoder gemma4_unified_audio
+gemma4_unified_vision idefics_perciever idefics_vision layoutxlm nougat pp_chart2table_vision sam2_mask_decoder
+sam2_prompt_encoder sam2_video_mask_decoder sam2_video_prompt_encoder sam3_geometry_encoder
+sam3_lite_text_geometry_encoder sam3_tracker_mask_decoder sam3_tracker_prompt_encoder sam3_tracker_video_mask_decoder
+sam3_tracker_video_prompt_encoder sam_hq_mask_decoder sam_hq_prompt_encoder sam_mask_decoder sam_prompt_encoder
+sapiens2_head t5_gemma_module vibevoice_diffusion
+""".split()
+_UNSHRUNK = """
+blt blt_local_encoder bridgetower_vision_model depth_pro diffusers/BriaFibo2Transformer2DModel
+diffusers/Kandinsky6SRTransformer3DModel diffusers/Kandinsky6Transformer3DModel diffusers/OmniGenTransformer2DModel
+diffusers/SanaWMTransformer3DModel esmfold2 fastspeech2_conformer_with_hifigan inkling2_vision lw_detr mask2former
+minimax_m3_vl_vision mistral_large4 molmo2_vision moonshine_streaming moshi_depth muse_glimmer muse_spark neucodec
+oneformer sam2 sam2_hiera_det_model sam2_vision_model tvp vibevoice vibevoice_asr vitmatte xcodec2 zoedepth
+""".split()
+_BROKEN = """
+pix2struct_text_model qwen3_omni_moe qwen3_omni_moe_talker_text t5gemma2_decoder t5gemma2_encoder t5gemma2_text
+""".split()
+
 UNBUILDABLE: dict[str, str] = {
     **{name: _TIMM for name in ("omdet-turbo", "timm_backbone", "edgetam", "edgetam_vision_model", "fast_vlm", "gemma3n")},
     **{name: _TIMM for name in ("perception_lm", "pe_audio_video", "pe_audio_video_encoder", "pe_video", "pe_video_encoder")},
     **{name: _TIMM for name in ("timm_wrapper", "gemma3n_vision")},
     "higgs_audio_v2_tokenizer": "it needs torchaudio, which is not installed",
     **{name: _SCIPY for name in ("eomt", "eomt_dinov3", "videomt", "inkling_mm_model", "inkling_vision")},
-    **{name: _NO_INPUTS for name in ("csm", "jev", "kyutai_speech_to_text", "voxtral_realtime", "diffusers/Cosmos3OmniTransformer")},
+    **dict.fromkeys(_WITHOUT_INPUTS, "the zoo makes no inputs for it"),
+    **dict.fromkeys(_UNSHRUNK, "its config does not shrink by the zoo's rules"),
+    **dict.fromkeys(_CONFIG_ONLY, NO_CLASS),
+    **dict.fromkeys(_BROKEN, "its default config lacks what its model reads"),
     **{name: "it has no forward of its own" for name in ("bark", "qwen2_5_omni", "emu3_vqgan")},
     **{name: _SESSION for name in ("edgetam_video", "sam2_video", "sam3_video", "sam3_tracker_video")},
     **{name: _DRAFTS for name in ("gemma4_assistant", "gemma4_unified_assistant", "muse_glimmer_assistant")},
