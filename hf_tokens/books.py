@@ -13,12 +13,11 @@ from .errors import UnsupportedError, explain
 from .token_map import TokenMap, take
 
 # Arguments that belong to another sequence, to a sample, or to a step, never to the tokens of this stream.
-FOREIGN = re.compile(
-    r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|control|layer_head_mask|past|cache|use_cache|output_)"
-)
-CROSS = re.compile(r"encoder|cross|context|memory")
+FOREIGN = re.compile(r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|layer_head_mask|past|cache|use_cache|output_)")
+CROSS = re.compile(r"encoder|cross|context|memory|image_attention")
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
+BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -128,6 +127,13 @@ class Books:
             if stored is None:
                 self.memo[id(value)] = (value, out)
             return out
+        if (
+            type(value) in (tuple, list)
+            and self.context
+            and len(value) == 2
+            and all(isinstance(v, Tensor) and v.is_complex() for v in value)
+        ):
+            return type(value)((self.realign(name, value[0], stored), value[1]))  # tables of the picture and of the text
         if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
             return type(value)(self.realign(name, item, stored) for item in value)
         if type(value) is dict:
@@ -145,7 +151,7 @@ class Books:
         return value if axis is None else self._take(name, value, axis)
 
     def _is_mask(self, name: str, value: Tensor) -> bool:
-        if not re.search("mask|bias|alibi", name):
+        if not BETWEEN.search(name):
             return False
         seen = (self.n, self.start + self.n, self.n + self.context)
         return value.dim() >= 2 and (value.shape[-1] in seen or value.dim() == 4 and value.shape[-2] == self.n)
@@ -225,7 +231,9 @@ class Books:
         if SLOPES.search(name):
             return out
         visible = self._visible(stored)
-        out = out if visible is None else hide(out, visible)
+        if visible is not None:
+            behind = out.shape[-1] - visible.shape[-1]  # keys of another sequence
+            out = hide(out, torch.nn.functional.pad(visible, (0, behind), value=True) if behind > 0 else visible)
         return self._weigh(out) if "mask" in name else out  # a bias comes beside a mask
 
     def _weigh(self, mask: Tensor | None) -> Tensor | None:
@@ -253,7 +261,11 @@ class Books:
         return take(out, index, 3)
 
     def _columns(self, width: int, stored: Stored | None) -> Tensor:
-        """Places in the full sequence of the keys that this block sees, (b s) or (b k s)."""
+        """Places in the full sequence of the keys that this block sees, (b s) or (b k s); those of another sequence stand behind."""
+        full = self.start + self.n
+        if width > full and not self.start:
+            behind = torch.arange(full, width, device=self.rows.device).expand(self.batch, -1)
+            return torch.cat([self.rows if stored is None else self._columns(full, stored), behind], dim=-1)
         if stored is None:
             return self.rows + (width - self.n if self.start and width != self.n else 0)
         rows = self.rows + self.start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .anatomy import Stream
-from .books import CROSS, Books, Stored
+from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import self_attention_cache
 from .errors import UnsupportedError, explain
 
@@ -32,11 +33,19 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], 
     PACKED: (lambda x: x[None], lambda x, came: x[0]),
     "n b d": (lambda x: x.transpose(0, 1), lambda x, came: x.transpose(0, 1)),
     "b n c d": (lambda x: x.flatten(2), lambda x, came: x.unflatten(2, came.shape[2:])),
+    "b n (c d)": (lambda x: x, lambda x, came: x),
+    "(b t) n d": (lambda x: x, lambda x, came: x),
+    "b c n d": (lambda x: x.flatten(0, 1), lambda x, came: x.unflatten(0, came.shape[:2])),
     "c b n d": (
         lambda x: x.permute(1, 2, 0, 3).flatten(2),
         lambda x, came: x.unflatten(2, (came.shape[0], came.shape[3])).permute(2, 0, 1, 3),
     ),
 }
+
+
+def axes(layout: str) -> int:
+    """The number of axes of a layout."""
+    return len(re.sub(r"\(.*?\)", "x", layout).split())
 
 
 def find_cache(values: Iterable[Any]) -> Cache | None:
@@ -57,7 +66,7 @@ class Call:
         raw = self.raw = self.arguments[self.hidden_name]
         usual = {2: "n d", 3: "b n d"}
         self.layout = usual.get(raw.dim(), stream.layout) if stream.layout in usual.values() else stream.layout
-        if self.layout not in LAYOUTS or raw.dim() != len(self.layout.split()):
+        if self.layout not in LAYOUTS or raw.dim() != axes(self.layout):
             raise UnsupportedError(
                 explain(
                     f"The tokens of a stream must lie as one of {sorted(LAYOUTS)}",
@@ -69,6 +78,13 @@ class Call:
         context = stream.context_index(index)
         value = None if context is None else self.arguments.get(context.name)
         self.context = value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
+
+    def segments(self) -> Tensor | None:
+        """Where each sample begins in a packed row, (s); None if each sample has a row of its own."""
+        if self.layout != PACKED:
+            return None
+        bounds = next((v for name, v in self.arguments.items() if SEGMENTS.match(name) and isinstance(v, Tensor)), None)
+        return None if bounds is None else bounds[:-1].long().unique()
 
     @property
     def cache(self) -> Cache | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .books import Books
@@ -54,6 +55,7 @@ class Pass:
         padding: Real tokens of the sequence that entered, (b n) bool; None if all are.
         first: Place of each row's first real token in the whole sequence, (b); None if it is 0.
         apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
+        segments: Where each sample begins in a packed row, (s); None if each has a row of its own.
         inside: The tokens that are left, behind the last block that ran, (b m d).
         given: What the model got from that block.
     """
@@ -65,9 +67,14 @@ class Pass:
     at: int = -1
     layers: list[TokenCacheLayer] = field(default_factory=list)
     apart: Tensor | None = None
+    segments: Tensor | None = None
     inside: Tensor | None = None
     given: Tensor | None = None
     waiting: dict[str, list[tuple[Method, Moment, Tensor]]] = field(default_factory=dict)
+
+    def starts(self, books: Books) -> Tensor:
+        """Where each sample of a packed row begins among the tokens that are left, (1 s)."""
+        return torch.searchsorted(books.rows[0].contiguous(), self.segments)[None]
 
     @property
     def prefill(self) -> bool:

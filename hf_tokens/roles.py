@@ -155,6 +155,7 @@ class TokenBank(Method):
     """
 
     role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query")
+    packed = True
 
     @abc.abstractmethod
     def tokens(self, *signals: Any) -> Tensor | None:

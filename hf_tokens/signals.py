@@ -63,12 +63,19 @@ class Moment:
         return take(x, self.routed.slot.clamp(min=0), dim).masked_fill(gone, 0)
 
 
+def shown(mask: Tensor) -> Tensor:
+    """What a bool, integer or additive mask lets through, bool."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > (torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0)
+
+
 def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Tensor | None]:
     """Real tokens of this chunk (b n) bool and the place of each row's first one (b), by the block's own mask; None if all are real."""
     for name, value in arguments.items():
         if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.dim() not in (2, 3, 4):
             continue
-        seen = value if value.dtype == torch.bool else value > (0 if not value.is_floating_point() else torch.finfo(value.dtype).min / 2)
+        seen = shown(value)
         if value.dim() > 2:
             seen = seen.flatten(1, -2).any(dim=1)
         if seen.shape[-1] < books.start + books.n or seen.shape[0] not in (1, books.batch):
@@ -83,7 +90,7 @@ def views(arguments: dict[str, Any], books: Books, padding: Tensor | None) -> Te
     for name, value in arguments.items():
         if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.shape[-2:] != (books.n, books.n):
             continue
-        seen = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+        seen = shown(value)
         first = seen.reshape(-1, *seen.shape[-3:]).any(dim=1).long().argmax(dim=-1).expand(books.batch, -1)  # b n
         first = first if padding is None else first.masked_fill(~padding, -1)
         return None if bool((first == first.amax(dim=1, keepdim=True)).logical_or(first < 0).all()) else first

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .anatomy import Stream
-from .books import SEGMENTS, Books, Stored
+from .books import Books, Stored
 from .cache import Arrival, TokenCacheLayer, adopt
-from .call import PACKED, Call, find_cache
+from .call import Call, find_cache
 from .errors import UnsupportedError, explain
 from .eviction import compress
 from .passes import Entry, Memory, Pass, first_real
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
 from .signals import HOOKED, SUPPLY, TAPPED, Moment, padding, views
-from .token_map import TokenMap
+from .token_map import TokenMap, take
 from .training import follow_trainer
 
 if TYPE_CHECKING:
@@ -35,6 +35,23 @@ if TYPE_CHECKING:
 
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
+
+
+def overwrite(x: Tensor, marked: Tensor, tokens: Tensor) -> Tensor:
+    """Write tokens (b k d) over the marked ones (b m) bool of x (b m d); marks of several segments take them in turn."""
+    turn = (marked.cumsum(dim=1) - 1).clamp(min=0) % tokens.shape[1]
+    return torch.where(marked[..., None], take(tokens, turn), x)
+
+
+def fill(opened: TokenMap, x: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens behind an insertion: x (b n d) and tokens (b k d) to (b m d)."""
+    return overwrite(opened.gather(x), opened.fresh, tokens)
+
+
+def fresh_rows(opened: TokenMap, y: Tensor) -> Tensor:
+    """What stands in the inserted places, (b m d) to (b k d)."""
+    index = opened.fresh.long().argsort(dim=1, descending=True, stable=True)[:, : opened.m - opened.n]
+    return take(y, index)
 
 
 Guest = tuple[TokenBank, TokenMap, Tensor]  # a bank, the map that opened its places, and the tokens before it
@@ -211,7 +228,8 @@ class Runtime:
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
         self._refuse_cache(side, call.cache)
         layers, start, memory = [], 0, Memory()
-        self._refuse_packed(call)
+        segments = call.segments()
+        self._refuse_packed(segments)
         if self.moves:
             cache = call.cache
             if cache is not None:
@@ -232,14 +250,13 @@ class Runtime:
             first = layers[0].first  # a sliding window hides it from later masks
         elif layers:
             layers[0].first = first
-        return Pass(books, real, first, memory, layers=layers, apart=apart)
+        return Pass(books, real, first, memory, layers=layers, apart=apart, segments=segments)
 
-    def _refuse_packed(self, call: Call) -> None:
+    def _refuse_packed(self, segments: Tensor | None) -> None:
         """A method that thinks of one sample a row cannot be right for several in one."""
-        segments = [len(value) - 1 for name, value in call.arguments.items() if SEGMENTS.match(name) and isinstance(value, Tensor)]
-        if call.layout == PACKED and max(segments, default=1) > 1 and not all(method.packed for method in self.methods()):
+        if segments is not None and len(segments) > 1 and not all(method.packed for method in self.methods()):
             rule = f"The stream {self.stream.name!r} packs its samples into one row, and these methods take one sample a call"
-            raise UnsupportedError(explain(rule, f"{max(segments)} segments", "Give the model one image, or name another stream."))
+            raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give the model one image, or name another stream."))
 
     def _admit_prompt(self, memory: Memory, books: Books) -> None:
         """A prompt that comes right behind another one is a chunk of one prompt."""
@@ -313,16 +330,16 @@ class Runtime:
             if isinstance(method, TokenBank) and method.site != "input":
                 tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
                 if tokens is not None and self._admit(method, moment.layer):
-                    opened = TokenMap.insert(x.shape[1], 0, tokens.shape[1], len(x), x.device, beside=first_real(now, books))
+                    at, beside = (0, first_real(now, books)) if now.segments is None else 2 * (now.starts(books),)
+                    opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
                     guests.append((method, opened, x))
-                    x, books = torch.cat([tokens, x], dim=1), books.move(opened)
+                    x, books = fill(opened, x, tokens), books.move(opened)
         return books, x, guests
 
     def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor) -> Tensor:
         """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
         for bank, opened, x in reversed(guests):
-            k = opened.m - opened.n
-            summary, y = y[:, :k], y[:, k:]
+            summary, y = fresh_rows(opened, y), take(y, opened.slot)
             if bank.site != "query":
                 continue
             read = bank.read(summary)
@@ -436,17 +453,14 @@ class Runtime:
         if tokens is None:
             return
         if there:
-            place = mark.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
-            moment.hidden = torch.where(mark[..., None], hidden.scatter(1, place[..., None].expand_as(tokens), tokens), hidden)
+            moment.hidden = overwrite(hidden, mark, tokens)
             return
         real = SUPPLY["mask"](moment)
         start = real.long().argmax(dim=1)
         end = real.shape[1] - real.flip(1).long().argmax(dim=1)
-        at = bank.place(start, end)
+        at = bank.place(start, end) if now.segments is None else now.starts(now.books)
         opened = TokenMap.insert(now.books.m, at, tokens.shape[1], len(hidden), hidden.device, beside=torch.minimum(at, end - 1))
-        wide = opened.gather(hidden)
-        place = opened.fresh.long().argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1]]
-        self._move(opened, moment, wide.scatter(1, place[..., None].expand_as(tokens), tokens))
+        self._move(opened, moment, fill(opened, hidden, tokens))
         now.memory.tokens[bank.key] = opened.fresh
 
     @staticmethod

@@ -98,18 +98,19 @@ class TokenMap:
     def insert(
         cls, n: int, at: int | Tensor, k: int, batch: int, device: torch.device | None = None, beside: Tensor | None = None
     ) -> TokenMap:
-        """Open k fresh slots in front of token `at` (an int, or (b) per row; n appends at the end).
+        """Open k fresh slots in front of token `at` (n appends at the end): an int, one place (b) or several (b s) a row.
 
-        They take the place of token `beside` (b), by default that of `at`.
+        They take the place of token `beside`, like `at` in shape, by default that of `at`.
         """
-        at = torch.as_tensor(at, device=device).expand(batch)[:, None]
-        index = torch.arange(n, device=device).expand(batch, n)
-        slot = torch.where(index >= at, index + k, index)
-        place = torch.arange(n + k, device=device).expand(batch, n + k)
-        fresh = (place >= at) & (place < at + k)
-        beside = at if beside is None else beside[:, None]
-        source = torch.where(fresh, beside, torch.where(place < at, place, place - k)).clamp(max=n - 1)
-        return cls(slot, source, fresh=fresh)
+        at = torch.as_tensor(at, device=device).expand(batch) if not isinstance(at, Tensor) or at.dim() < 2 else at
+        at = at[:, None] if at.dim() == 1 else at  # b s
+        beside = at if beside is None else beside.view_as(at)
+        index = torch.arange(n, device=at.device).expand(batch, n)
+        slot = index + k * (at[:, None] <= index[..., None]).sum(dim=-1)
+        source = torch.full((batch, n + k * at.shape[1]), -1, dtype=torch.long, device=at.device).scatter(1, slot, index)
+        fresh = source < 0
+        group = ((fresh.cumsum(dim=1) - 1) // max(k, 1)).clamp(min=0, max=at.shape[1] - 1)
+        return cls(slot, torch.where(fresh, beside.gather(1, group), source).clamp(max=n - 1), fresh=fresh)
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The row of each slot's source token: x (b n ...) to (b m ...)."""

@@ -427,6 +427,7 @@ _PASTS = {
     "future_time_features": _noise(BATCH, 8, 1),
 }
 
+
 def _flat_patches(model: nn.Module, inputs: dict) -> torch.Tensor:
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).float()  # each patch begins with its row and its column
     return torch.cat([places.expand(BATCH, -1, -1), torch.randn(BATCH, 16, _find(model, "patch_embed_hidden_size"))], dim=-1)
@@ -475,7 +476,7 @@ ROWS: dict[str, Row] = {
             "pixel_values": lambda model, inputs: torch.randn(BATCH, 1, model.config.max_num_tiles, 3, SIDE, SIDE),
             "aspect_ratio_ids": _ones(BATCH, 1),
             "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.max_num_tiles).long(),
-        }
+        },
     ),
     **{name: Row(config=_SERIES, inputs=_PASTS) for name in ("autoformer", "informer", "time_series_transformer")},
     **{name: Row(inputs=_WAVE) for name in ("mimi_encoder", "pocket_tts_audio_tokenizer_encoder", "pe_audio", "pe_audio_encoder")},
@@ -658,7 +659,7 @@ ROWS: dict[str, Row] = {
             "aspect_ratio_ids": _ones(BATCH, 1),
             "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.vision_config.max_num_tiles).long(),
             "cross_attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS, 1, model.config.vision_config.max_num_tiles).long(),
-        }
+        },
     ),
     "timesfm": Row(inputs={"past_values": _noise(BATCH, 64)}),
     "timesfm2_5": Row(inputs={"past_values": _noise(BATCH, 64)}),
@@ -698,9 +699,7 @@ ROWS: dict[str, Row] = {
         config={"in_channels": 32, "num_layers": 4},
         inputs={"hidden_states": _noise(8, 32, 4, 4), "num_frames": 4, "encoder_hidden_states": None},
     ),
-    "diffusers/EasyAnimateTransformer3DModel": Row(
-        config={"in_channels": 4, "out_channels": 4, "patch_size": 2, "attention_head_dim": 16}
-    ),
+    "diffusers/EasyAnimateTransformer3DModel": Row(config={"in_channels": 4, "out_channels": 4, "patch_size": 2, "attention_head_dim": 16}),
     "diffusers/ErnieImageTransformer2DModel": Row(
         inputs={"text_bth": _noise(BATCH, TOKENS, 32), "text_lens": lambda model, inputs: torch.tensor([TOKENS] * BATCH)}
     ),

@@ -37,7 +37,7 @@ class VQTConfig(MethodConfig):
 
 @register("vqt", VQTConfig)
 class VQT(TokenBank):
-    site = "query"
+    site, packed = "query", False
     kinds = ("vision",)
     causal = False
     needs_head = True
