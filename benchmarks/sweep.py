@@ -324,13 +324,16 @@ def _count(rows: list[dict[str, Any]]) -> str:
     unknown = [row for row in rows if row["has_blocks"] is None]
     good = [row for row in blocks if works(row)]
     ran = [row for row in blocks if row.get("run") == "ok"]
+    safe = [row for row in ran if row.get("identity") == "ok"]
+    cut = [row for row in safe if row.get("drop") == "ok"]
     wanted = len(blocks) + len(unknown)
     lacking = sum("not installed" in row["why"] for row in unknown)
     return (
         f"{len(rows)} families; {len(blocks)} with Transformer blocks, {len(rows) - wanted} without, "
         f"{len(unknown)} not built ({lacking} for want of an optional library). "
         f"Of the {wanted} with blocks or not built, {len(ran)} run ({_percent(len(ran), wanted)}) "
-        f"and {len(good)} are read rightly ({_percent(len(good), wanted)})."
+        f"and {len(good)} are read rightly ({_percent(len(good), wanted)}). Of the {len(ran)} that run, {len(safe)} pass the identity surgery "
+        f"({_percent(len(safe), len(ran))}) and {len(cut)} both surgeries ({_percent(len(cut), len(ran))})."
     )
 
 
