@@ -62,6 +62,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self._before = vars(block).get("forward")
         block.forward = self.run
         runtime.sides[index] = self
+        if runtime.root.denoising is not None:
+            runtime.root.denoising.stand_in(self)
         self.refresh()
         self.train(block.training)
 

@@ -80,7 +80,7 @@ class Root:
         for handle in self.handles:
             handle.remove()
         if self.denoising is not None:
-            self.denoising.detach()
+            self.denoising.look_again()
 
     # -- before the model --------------------------------------------------------------------------------------------
 
@@ -196,21 +196,27 @@ class Denoising:
         self.place: tuple[bool, float] | None = None
         self.index = 0
         self.calls: Counter[str] = Counter()
+        self.standing = False
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
-            from diffusers.hooks import HookRegistry
-
-            self.fresh = "_diffusers_hook" not in vars(model)
             self.hook = context_hook(self.forget)
-            HookRegistry.check_if_exists_or_initialize(model).register_hook(self.hook, HOOK)
 
-    def detach(self) -> None:
-        """Take the hook off."""
-        if self.hook is not None:
-            self.model._diffusers_hook.remove_hook(HOOK, recurse=False)
-            if self.fresh and not self.model._diffusers_hook.hooks:
-                del self.model._diffusers_hook
-            if "forward" in vars(self.model) and vars(self.model)["forward"] == type(self.model).forward.__get__(self.model):
-                del self.model.forward
+    def stand_in(self, module: nn.Module) -> None:
+        """Let `cache_context` find the hook in a module of ours: on the model it would rewrite a forward, which no deepcopy survives."""
+        if self.hook is None or self.standing:
+            return
+        from diffusers.hooks import HookRegistry
+
+        module._diffusers_hook = HookRegistry(module)
+        module._diffusers_hook.hooks[HOOK] = self.hook
+        module._diffusers_hook._hook_order.append(HOOK)
+        self.standing = True
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Let the model's own registry look for its children again."""
+        registry = vars(self.model).get("_diffusers_hook")
+        if registry is not None:
+            registry.invalidate_child_registries_cache()
 
     def forget(self) -> None:
         """Let the next call begin a run."""
