@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -51,6 +52,13 @@ def axes(layout: str) -> int:
 def find_cache(values: Iterable[Any]) -> Cache | None:
     """The cache of a model's own tokens among the arguments of a block."""
     return next((cache for value in values if (cache := self_attention_cache(value)) is not None), None)
+
+
+def passed_on(output: Any, given: Tensor) -> bool:
+    """Whether a block put out an argument as it came; a reentrant checkpoint hands out another tensor over the same memory."""
+    if output is given or not isinstance(output, Tensor) or torch.compiler.is_compiling():
+        return output is given
+    return output.shape == given.shape and output.numel() > 0 and output.data_ptr() == given.data_ptr()
 
 
 class Call:
@@ -135,8 +143,8 @@ class Call:
         """An argument that the block passes on leaves it as it came: the next block cuts it anew."""
         if not isinstance(output, tuple):
             return output
-        uncut = {id(cut): self.arguments[name] for name, cut in given.items() if isinstance(cut, Tensor) and name in self.arguments}
-        return tuple(uncut.get(id(item), item) for item in output)
+        uncut = [(cut, self.arguments[name]) for name, cut in given.items() if isinstance(cut, Tensor) and name in self.arguments]
+        return tuple(next((whole for cut, whole in uncut if passed_on(item, cut)), item) for item in output)
 
     def read(self, output: Any) -> Tensor:
         """The hidden states in a block's output, (b m d)."""

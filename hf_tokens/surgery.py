@@ -91,8 +91,9 @@ class Runtime:
         methods = side.active()
         if side.index == 0 and self.moves:
             self._adopt(args, kwargs)
+        known = self._known(side, args, kwargs)
         idle = not methods and side.index < self.exit and (self.current is None or self.current.books.untouched)
-        if idle and not self._shortened(side, args, kwargs):
+        if idle and known is None and not self._shortened(side, args, kwargs):
             output = side.inner(*args, **kwargs)
             if self.counts is not None:
                 hidden = self.stream.bind(side.index, args, kwargs)
@@ -101,7 +102,7 @@ class Runtime:
                 self.final = self.stream.read(side.index, output)
             return output
         if torch._C._current_graph_task_id() != -1:
-            return self._replay(side, methods, args, kwargs)
+            return self._replay(side, methods, Call(self.stream, side.index, args, kwargs), known)
         try:
             return self._run(side, methods, Call(self.stream, side.index, args, kwargs))
         except BaseException:
@@ -128,12 +129,15 @@ class Runtime:
         if cache is not None and indices:
             adopt(cache, max(indices))
 
-    def _replay(self, side: BlockSurgery, methods: list[Method], args: tuple, kwargs: dict) -> Any:
+    def _known(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Entry | None:
+        """What the block needs to be run again, if this call comes from the backward pass of a checkpoint."""
+        if torch._C._current_graph_task_id() == -1 or side.index not in self.entries:
+            return None
+        raw = self.stream.bind(side.index, args, kwargs)
+        return next((entry for entry in self.entries[side.index] if entry.came() is raw), None)
+
+    def _replay(self, side: BlockSurgery, methods: list[Method], call: Call, known: Entry | None) -> Any:
         """A checkpointed block is run again in the backward pass: with the books it had."""
-        call = Call(self.stream, side.index, args, kwargs)
-        raw = call.arguments[call.hidden_name]
-        held = self.entries.get(side.index, [])
-        known = next((entry for entry in held if entry.came() is raw), None)
         if known is None:
             raise UnsupportedError(
                 explain(
@@ -144,8 +148,10 @@ class Runtime:
             )
         memory = Memory()
         memory.tokens = dict(known.tokens)
-        outside, now = self.current, Pass(known.books, None, None, memory, side.index - 1, [], known.inside, known.given)
+        outside = self.current
+        now = Pass(known.books, None, None, memory, side.index - 1, inside=known.inside, given=known.given)
         now.padding, now.first = padding(call.arguments, known.books)
+        now.apart = None if self.stream.causal else views(call.arguments, known.books, now.padding)
         self.current = now
         try:
             return self._run(side, methods, call, replaying=True)
