@@ -72,14 +72,18 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def lora(stream: Stream, **more: Any) -> LoraConfig:
     """A LoRA on every projection of the stream's attentions."""
     targets = {
-        name.rpartition(".")[2]: module
+        f"{stream.paths[i]}.{path_in(stream.blocks[i], stream.attention(i))}.{name}": module
         for i in range(len(stream))
         if stream.attention(i) is not None
         for name, module in stream.attention(i).named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not name[-1].isdigit()
+        if isinstance(module, (nn.Linear, Conv1D))
     }
     transposed = any(isinstance(module, Conv1D) for module in targets.values())
     return LoraConfig(r=2, target_modules=sorted(targets), fan_in_fan_out=transposed, **more)
+
+
+def path_in(block: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in block.named_modules() if other is module)
 
 
 @dataclass(frozen=True)
