@@ -82,7 +82,7 @@ class TokenMap:
 
     @classmethod
     def pool(cls, group: Tensor) -> TokenMap:
-        """Tokens with the same label in `group` (b n) become one; slots follow the first member; a label of -1 vanishes."""
+        """Tokens with the same label in `group` (b n), below n, become one; slots follow the first member; a label of -1 vanishes."""
         n = group.shape[1]
         index = torch.arange(n, device=group.device).expand_as(group)
         dead = group < 0
