@@ -1,0 +1,220 @@
+"""TokenCacheLayer beside transformers' own layers: the same while nothing was dropped, honest about what was seen once it was."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_tokens import UnsupportedError
+from hf_tokens.cache import Arrival, TokenCacheLayer, adopt
+
+B, K, E = 2, 3, 4
+chunks = st.lists(st.integers(1, 70), min_size=1, max_size=5)
+
+
+def states(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, K, n, E, generator=g), torch.randn(B, K, n, E, generator=g)
+
+
+def filled(sizes=(7, 1, 5), window=None) -> tuple[TokenCacheLayer, DynamicLayer]:
+    """Both layers with the same tokens in them."""
+    ours, theirs = TokenCacheLayer(window), DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+    for i, n in enumerate(sizes):
+        k, v = states(n, i)
+        mine, other = ours.update(k.clone(), v.clone()), theirs.update(k, v)
+        if window is None:
+            assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
+    return ours, theirs
+
+
+def same(ours: TokenCacheLayer, theirs: DynamicLayer) -> None:
+    assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+    assert ours.origins.shape == (len(ours.keys), ours.length)
+
+
+@given(chunks)
+@settings(max_examples=20, deadline=None)
+def test_update(sizes):
+    same(*filled(sizes))
+
+
+def test_update_with_gradients():
+    ours, (k, v) = TokenCacheLayer(), states(5)
+    k.requires_grad_()
+    ours.update(k, v)
+    keys, _ = ours.update(*states(2, 1))
+    keys.sum().backward()
+    assert torch.equal(k.grad, torch.ones_like(k))
+
+
+def test_what_update_returned_is_not_overwritten():
+    ours, _ = filled((5,))
+    first, _ = ours.update(*states(1, 1))
+    copy = first.clone()
+    ours.crop(-1)
+    ours.update(*states(1, 2))
+    assert torch.equal(first[:, :, :5], copy[:, :, :5])
+
+
+@pytest.mark.parametrize("remove", [0, -1, -4, -6, -13])
+def test_crop(remove):
+    ours, theirs = filled()
+    ours.crop(remove)
+    theirs.crop(remove)
+    same(ours, theirs)
+    k, v = states(2, 9)
+    ours.update(k.clone(), v.clone())
+    theirs.update(k, v)
+    same(ours, theirs)
+
+
+def test_crop_forward_is_refused():
+    with pytest.raises(UnsupportedError, match=r"`crop` takes zero or a negative number, got 3\. Pass -k"):
+        filled()[0].crop(3)
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [("reorder_cache", torch.tensor([1, 1])), ("batch_repeat_interleave", 3), ("batch_select_indices", torch.tensor([1]))],
+)
+def test_rows_change_places(method, argument):
+    ours, theirs = filled()
+    getattr(ours, method)(argument)
+    getattr(theirs, method)(argument)
+    same(ours, theirs)
+
+
+def test_rows_carry_their_books():
+    ours, _ = filled((4,))
+    ours.keep(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[True, False], [True, True]]))
+    ours.first = torch.tensor([0, 2])
+    ours.reorder_cache(torch.tensor([1, 0]))
+    assert ours.origins.tolist() == [[2, 3], [0, 1]] and ours.first.tolist() == [2, 0]
+    assert ours.filled.tolist() == [[True, True], [True, False]]
+
+
+def test_reset():
+    ours, _ = filled()
+    ours.reset()
+    assert (ours.get_seq_length(), ours.length, ours.nbytes, ours.is_initialized) == (0, 0, 0, False)
+    same(*filled())
+
+
+def test_keep_frees_memory_and_stays_honest():
+    ours, theirs = filled((8,))
+    index = torch.tensor([[0, 3, 7], [1, 2, 6]])
+    before = ours.nbytes
+    ours.keep(index)
+    for b in range(B):
+        assert torch.equal(ours.keys[b], theirs.keys[b][:, index[b]]) and torch.equal(ours.values[b], theirs.values[b][:, index[b]])
+    assert ours.nbytes == before * 3 // 8 and ours.length == 3
+    assert ours.get_seq_length() == 8 and ours.get_mask_sizes(1) == (9, 0)
+    assert ours.origins.tolist() == index.tolist()
+
+
+def test_a_shortened_cache_takes_announced_tokens_only():
+    ours, _ = filled((8,))
+    ours.keep(torch.tensor([[0, 3], [1, 2]]))
+    with pytest.raises(UnsupportedError, match="2 entries of 8 tokens and a model without it. Start a new cache"):
+        ours.update(*states(1))
+    ours.expect(Arrival(torch.tensor([[8], [8]]), None, None, 9))
+    keys, _ = ours.update(*states(1, 5))
+    assert keys.shape[2] == 3 and ours.get_seq_length() == 9 and ours.origins.tolist() == [[0, 3, 8], [1, 2, 8]]
+
+
+def test_keep_per_head():
+    ours, theirs = filled((6,))
+    index = torch.tensor([[[0, 1], [2, 3], [4, 5]], [[0, 5], [1, 4], [2, 2]]])
+    ours.keep(index, torch.tensor([True, False]).expand(B, K, 2))
+    for b in range(B):
+        for k in range(K):
+            assert torch.equal(ours.keys[b, k], theirs.keys[b, k, index[b, k]])
+    assert torch.equal(ours.origins, index) and ours.filled.shape == (B, K, 2)
+    ours.keep(torch.zeros(B, K, 1, dtype=torch.long))
+    assert torch.equal(ours.origins, index[..., :1]) and bool(ours.filled.all())
+
+
+def test_keeping_twice_keeps_of_the_kept():
+    ours, theirs = filled((6,))
+    ours.keep(torch.tensor([[1, 3, 5], [0, 2, 4]]), torch.tensor([[True, True, False], [True, True, True]]))
+    ours.keep(torch.tensor([[1, 2], [0, 2]]))
+    assert ours.origins.tolist() == [[3, 5], [0, 4]] and ours.filled.tolist() == [[True, False], [True, True]]
+    assert torch.equal(ours.keys[0], theirs.keys[0][:, [3, 5]])
+
+
+@pytest.mark.parametrize("remove", [-1, -2, -5])
+def test_crop_after_keep_forgets_by_place(remove):
+    ours, _ = filled((8,))
+    ours.keep(torch.tensor([[0, 3, 7], [1, 2, 4]]))
+    ours.crop(remove)
+    assert ours.get_seq_length() == 8 + remove
+    flags = torch.ones_like(ours.origins, dtype=torch.bool) if ours.filled is None else ours.filled
+    left = [origins[there].tolist() for origins, there in zip(ours.origins, flags, strict=True)]
+    assert left == [[o for o in row if o < 8 + remove] for row in ([0, 3, 7], [1, 2, 4])]
+
+
+@given(chunks)
+@settings(max_examples=20, deadline=None)
+def test_a_sliding_window_holds_what_can_be_seen(sizes):
+    window = 8
+    ours, theirs = TokenCacheLayer(window), DynamicSlidingWindowLayer(sliding_window=window)
+    for i, n in enumerate(sizes):
+        k, v = states(n, i)
+        seen = sum(sizes[:i])
+        ours.expect(Arrival(torch.arange(seen, seen + n).expand(B, n), None, None, seen + n))
+        keys, _ = ours.update(k.clone(), v.clone())
+        other, _ = theirs.update(k, v)
+        assert torch.equal(keys[:, :, -other.shape[2] :], other)
+        assert ours.length <= 2 * window
+    assert ours.is_sliding and ours.get_seq_length() == theirs.get_seq_length() == sum(sizes)
+    assert ours.origins[0].tolist() == list(range(sum(sizes)))[-ours.length :]
+
+
+def test_offload_and_prefetch():
+    ours, theirs = filled()
+    ours.device = torch.device("meta")
+    ours.prefetch()
+    assert ours.keys.is_meta and ours.values.is_meta
+    ours, _ = filled()
+    ours.offload()
+    same(ours, theirs)
+
+
+def test_adopting_moves_the_states_over():
+    cache = DynamicCache()
+    k, v = states(5)
+    cache.update(k, v, 0)
+    assert adopt(cache, 2)
+    assert [type(layer) for layer in cache.layers] == [TokenCacheLayer] * 3
+    assert torch.equal(cache.layers[0].keys, k) and cache.get_seq_length() == 5
+    first = cache.layers[0]
+    assert adopt(cache, 2) and cache.layers[0] is first
+
+
+def test_a_static_cache_is_refused(llama_config):
+    cache = StaticCache(config=llama_config, max_cache_len=16)
+    before = list(cache.layers)
+    with pytest.raises(UnsupportedError, match="needs a dynamic cache, got a cache of StaticLayer. Leave out `cache_implementation`"):
+        adopt(cache, 1)
+    assert cache.layers == before
+
+
+def test_a_full_window_is_refused():
+    cache = DynamicCache()
+    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
+    cache.layers[0].update(*states(6))
+    with pytest.raises(UnsupportedError, match="before its window is full, got 6 tokens. Start a new cache"):
+        adopt(cache, 0)
+
+
+@pytest.fixture
+def llama_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
