@@ -100,7 +100,7 @@ class MethodConfig:
     def _check(self, field: dataclasses.Field, hint: Any, value: Any) -> None:
         rule, meta = f"{type(self).__name__}.{field.name}", field.metadata
         if not matches(value, hint):
-            want = getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
+            want = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
             raise ConfigError(explain(f"{rule} must be of type {want}", repr(value), f"Meaning: {meta['help']}"))
         for item in value if isinstance(value, tuple) else (value,):
             if "choices" in meta and item is not None and item not in meta["choices"]:

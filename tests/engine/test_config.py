@@ -1,0 +1,181 @@
+"""Configs: one declaration gives the check, the words, JSON and the zero; and the registry says what a method must bring."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+from torch import Tensor
+
+from hf_tokens import ConfigError, HFTokensConfig, MethodConfig, TokenReducer, method_info, option, register
+from hf_tokens.config import inside, interval, matches
+from hf_tokens.registry import METHODS, method_config, read_card
+from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
+from hf_tokens.tuner import plain_form
+
+
+@dataclass(frozen=True)
+class Toy(MethodConfig):
+    count: int = option(3, ge=0, le=9, zero=0, help="How many.")
+    share: float = option(0.5, gt=0, lt=1, help="Which part.")
+    mode: str = option("mean", choices=("mean", "max"), help="How.")
+    stages: tuple[float, ...] = option((0.1, 0.2), ge=0, le=1, help="Where.")
+    limit: float | None = option(None, ge=0, help="At most.")
+    exact: bool = option(False, help="Whether.")
+
+
+Toy.method = "toy"
+
+WORDS = [
+    ({"count": -1}, "Toy.count must be in [0, 9], got -1. Meaning: How many."),
+    ({"count": 10}, "Toy.count must be in [0, 9], got 10. Meaning: How many."),
+    ({"count": 1.5}, "Toy.count must be of type int, got 1.5. Meaning: How many."),
+    ({"count": True}, "Toy.count must be of type int, got True. Meaning: How many."),
+    ({"share": 0}, "Toy.share must be in (0, 1), got 0. Meaning: Which part."),
+    ({"share": 1.0}, "Toy.share must be in (0, 1), got 1.0. Meaning: Which part."),
+    ({"share": math.nan}, "Toy.share must be in (0, 1), got nan. Meaning: Which part."),
+    ({"share": math.inf}, "Toy.share must be in (0, 1), got inf. Meaning: Which part."),
+    ({"share": "half"}, "Toy.share must be of type float, got 'half'. Meaning: Which part."),
+    ({"mode": "sum"}, "Toy.mode must be one of {mean, max}, got 'sum'. Meaning: How."),
+    ({"stages": (0.1, 2)}, "Toy.stages must be in [0, 1], got (0.1, 2). Meaning: Where."),
+    ({"stages": ("a",)}, "Toy.stages must be of type tuple[float, ...], got ('a',). Meaning: Where."),
+    ({"limit": -1}, "Toy.limit must be in [0, inf), got -1. Meaning: At most."),
+    ({"limit": "no"}, "Toy.limit must be of type float | None, got 'no'. Meaning: At most."),
+    ({"exact": 1}, "Toy.exact must be of type bool, got 1. Meaning: Whether."),
+    ({"layers": "all"}, "Toy.layers must be of type tuple[int, ...] | None, got 'all'. Meaning: Blocks the method acts on;"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "words"), WORDS, ids=[next(iter(knobs)) for knobs, _ in WORDS])
+def test_words(knobs, words):
+    with pytest.raises(ConfigError) as caught:
+        Toy(**knobs)
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize("knobs", [{"count": 0}, {"count": 9}, {"share": 1e-9}, {"limit": None}, {"limit": 0}, {"stages": []}])
+def test_bounds_are_inside_where_they_say_so(knobs):
+    Toy(**knobs)
+
+
+def test_lists_become_tuples_and_json_comes_back():
+    toy = Toy(stages=[0.5, 1], layers=[0, -1], count=4)
+    assert toy.stages == (0.5, 1) and toy.layers == (0, -1)
+    data = json.loads(json.dumps(toy.to_dict()))
+    assert data == {"method": "toy", "version": 1, "stages": [0.5, 1], "layers": [0, -1], "count": 4}
+    assert Toy.from_dict(data) == toy
+    assert Toy().to_dict() == {"method": "toy", "version": 1}
+
+
+def test_zero_strength_keeps_the_other_knobs():
+    assert Toy(share=0.3).at_zero() == Toy(share=0.3, count=0)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Toy().count = 1
+
+
+def test_unknown_keys_are_named_and_dropped():
+    with pytest.warns(UserWarning, match=r"hf-tokens: Toy does not know \['b', 'c'\]; these keys are ignored"):
+        assert Toy.from_dict({"method": "toy", "c": 1, "b": 2, "count": 1}) == Toy(count=1)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        ({"ge": 0, "lt": 1}, "[0, 1)"),
+        ({"gt": 0}, "(0, inf)"),
+        ({"le": 2.5}, "(-inf, 2.5]"),
+        ({"choices": ("a", "b")}, "{a, b}"),
+        ({}, "(-inf, inf)"),
+    ],
+)
+def test_interval(bounds, text):
+    assert interval(bounds) == text
+    assert not inside(math.nan, bounds)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fits"),
+    [(1, float, True), (True, float, False), (True, int, False), ((1, 2), tuple[int, ...], True), ([1, "a"], tuple[int, ...], False),
+     (None, int | None, True), (None, int, False), ({}, dict, True), ({}, dict[str, int], True), ("a", str, True)],
+)  # fmt: skip
+def test_matches(value, hint, fits):
+    assert matches(value, hint) is fits
+
+
+# -- the registry ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("hf_tokens.registry.METHODS", dict(METHODS))
+
+
+def test_unknown_signals_are_refused_at_import(registry):
+    with pytest.raises(ConfigError, match=r"Other.assign may ask for \['age', .*\], got \['colour'\]. Rename the arguments."):
+
+        @register("other", Toy)
+        class Other(TokenReducer):
+            def assign(self, hidden: Tensor, colour: Tensor):
+                return None
+
+
+def test_a_name_is_taken_once(registry):
+    with pytest.raises(ConfigError, match="registered once per version, got 'probe-drop' v1 again. Choose another name."):
+
+        @register("probe-drop", Toy)
+        class Other(TokenReducer):
+            def assign(self, hidden: Tensor):
+                return None
+
+
+def test_unknown_names_and_versions():
+    with pytest.raises(ConfigError, match=r"A method must be one of \[.*'probe-drop'.*\], got 'nonesuch'"):
+        method_info("nonesuch")
+    with pytest.raises(ConfigError, match=r"Method 'probe-drop' has versions \[1\], got 7. Update hf-tokens"):
+        method_info("probe-drop", 7)
+
+
+@pytest.mark.parametrize("spec", ["probe-drop", {"method": "probe-drop"}, ProbeDropConfig()])
+def test_a_method_may_be_named_in_three_ways(spec):
+    assert method_config(spec) == ProbeDropConfig()
+
+
+@pytest.mark.parametrize("spec", [3, None, {"name": "probe-drop"}, ["probe-drop"]])
+def test_what_is_no_method(spec):
+    with pytest.raises(ConfigError, match="A method is a name, a MethodConfig, or a dict with the key 'method', got "):
+        method_config(spec)
+
+
+def test_a_card_is_read_by_its_headings():
+    card = read_card("A claim.\n\nPaper:   P, arXiv:1234.56789\n         and more\nMaths:   x = y\nDiffers: nothing.\n\n>>> 1\n1\n")
+    assert card == {"claim": "A claim.", "paper": "P, arXiv:1234.56789\nand more", "maths": "x = y", "differs": "nothing."}
+
+
+# -- the adapter's config --------------------------------------------------------------------------------------------
+
+
+def test_a_stack_is_kept_in_order_and_plain():
+    config = HFTokensConfig(methods=[ProbeDropConfig(share=0.25), "probe-insert"])
+    assert config.methods == [{"method": "probe-drop", "version": 1, "share": 0.25}, {"method": "probe-insert", "version": 1}]
+    assert config.stack() == [ProbeDropConfig(share=0.25), ProbeInsertConfig()]
+    assert not config.is_prompt_learning
+
+
+def test_an_adapter_has_a_method():
+    with pytest.raises(ConfigError, match="An adapter has at least one method, got None. Pass methods="):
+        HFTokensConfig()
+
+
+def test_a_lora_among_the_methods():
+    from peft import LoraConfig
+
+    config = HFTokensConfig(methods=[LoraConfig(r=3, target_modules=["q", "k"])])
+    json.dumps(config.methods)
+    (inner,) = config.peft_configs()
+    assert inner.r == 3 and inner.target_modules == {"q", "k"} and config.stack() == []
+    with pytest.raises(ConfigError, match="A 'peft' method has a config with a 'peft_type'"):
+        plain_form({"method": "peft", "config": {"r": 3}})

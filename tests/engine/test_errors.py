@@ -1,0 +1,228 @@
+"""Bad input: each mistake is one error in the standard words (rule, what came, remedy), and the model is as it was."""
+
+import json
+import re
+
+import pytest
+import torch
+from contract.architectures import ARCHITECTURES
+from contract.pairs import difference, snapshot
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tolerances import all_equal
+
+import hf_tokens
+from hf_tokens import AdapterError, ConfigError, HFTokensError, UnsupportedError, get_token_model
+from hf_tokens.errors import explain
+from hf_tokens.testing import zoo
+from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
+
+WORDS = re.compile(r"(?s)^.+, got .+\. .+\.$")
+
+
+def base(family="llama"):
+    return zoo.build(family).model
+
+
+def test_the_wording():
+    assert explain("A rule", 3, "Do that.") == "A rule, got 3. Do that."
+    for error in (ConfigError, UnsupportedError, AdapterError):
+        assert issubclass(error, HFTokensError) and issubclass(error, ValueError)
+
+
+MISTAKES = [
+    ("an unknown method", "llama", "nonesuch", ConfigError, r"A method must be one of \[.*'probe-drop'.*\], got 'nonesuch'. Install"),
+    ("a knob out of its bounds", "llama", {"method": "probe-drop", "share": 1}, ConfigError, r"ProbeDropConfig.share must be in \[0, 1\), got 1\. Mean"),
+    ("a knob of the wrong type", "llama", {"method": "probe-drop", "share": "a"}, ConfigError, "ProbeDropConfig.share must be of type float, got 'a'"),
+    ("a version to come", "llama", {"method": "probe-drop", "version": 9}, ConfigError, r"'probe-drop' has versions \[1\], got 9. Update"),
+    ("no method", "llama", [], ConfigError, r"An adapter has at least one method, got \[\]"),
+    ("no name", "llama", {"share": 0.5}, ConfigError, "a dict with the key 'method', got {'share': 0.5}"),
+    ("a layer out of range", "llama", ProbeDropConfig(layers=(4,)), ConfigError, r"ProbeDropConfig.layers must lie in \[-4, 3\] for the 4 blocks"),
+    ("a negative layer out of range", "llama", ProbeDropConfig(layers=(0, -5)), ConfigError, r"got \[-5\]\. Name blocks that exist"),
+    ("an unknown stream", "llama", ProbeDropConfig(stream="vision"), ConfigError, "must be a stream of the model, got 'vision'. It has text"),
+    ("the wrong kind of model", "vit", "prefixkv", UnsupportedError, r"Method 'prefixkv' needs a causal stream.*got ViT.* with vision"),
+    ("the second of a stack", "llama", ["probe-drop", "nonesuch"], ConfigError, "got 'nonesuch'"),
+]
+
+
+@pytest.mark.parametrize(("family", "methods", "error", "words"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
+def test_a_mistake_is_refused_and_the_model_is_as_it_was(family, methods, error, words):
+    model = base(family)
+    before, trainable = snapshot(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=words) as caught:
+        get_token_model(model, methods)
+    assert WORDS.match(str(caught.value))
+    assert not difference(before, snapshot(model))
+    assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_a_failure_half_way_rolls_back(monkeypatch):
+    """Whatever goes wrong in the middle of the attaching, nothing of it stays."""
+    from hf_tokens.layer import BlockSurgery
+
+    model, add = base(), BlockSurgery.add
+
+    def fail_at_the_last(self, adapter, methods):
+        if self.index == 3:
+            raise RuntimeError("on purpose")
+        return add(self, adapter, methods)
+
+    monkeypatch.setattr(BlockSurgery, "add", fail_at_the_last)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        get_token_model(model, ProbeDropConfig(layers=(0, 1, 2, 3)))
+    assert not difference(before, snapshot(model))
+
+
+def test_a_failed_second_adapter_leaves_the_first():
+    specimen = zoo.build("llama")
+    model = get_token_model(specimen.model, ProbeInsertConfig())
+    before, out = snapshot(model), model(**specimen.inputs).logits
+    with pytest.raises(ConfigError):
+        model.add_adapter("second", hf_tokens.HFTokensConfig(methods=[ProbeDropConfig(layers=(9,))]))
+    assert not difference(before, snapshot(model))
+    all_equal([model(**specimen.inputs).logits], [out])
+
+
+@pytest.mark.parametrize(
+    ("thing", "words"),
+    [(3, "A surgery needs a torch module or a diffusers pipeline, got int"), (torch.nn.Linear(2, 2), "has no stream of Transformer blocks")],
+    ids=["no model", "no blocks"],
+)
+def test_what_is_no_model(thing, words):
+    with pytest.raises(HFTokensError, match=words):
+        get_token_model(thing, "probe-drop")
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    get_token_model(base(), ProbeInsertConfig()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refused(folder, words, model=None):
+    model = base() if model is None else model
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=words) as caught:
+        hf_tokens.load(folder, model)
+    assert WORDS.match(str(caught.value))
+    assert not difference(before, snapshot(model))
+
+
+def test_an_adapter_of_another_width(saved):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = dict(intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+    wide = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=4, **small))
+    refused(saved, "made for a base with text: 4 blocks of width 32, got text: 4 blocks of width 64. Load the base model", wide)
+    deep = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=6, **small))
+    refused(saved, "text: 4 blocks of width 32, got text: 6 blocks of width 32", deep)
+
+
+def test_an_adapter_of_another_kind_of_model(saved):
+    refused(saved, "made for a base with text: 4 blocks", base("t5"))
+
+
+def test_a_truncated_file(saved):
+    weights = saved / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    refused(saved, "adapter_model.safetensors must be a whole safetensors file, got one that says: .* Download or save it again")
+
+
+def test_a_file_that_is_no_safetensors(saved):
+    (saved / "adapter_model.safetensors").write_bytes(b"<html>404</html>")
+    refused(saved, "must be a whole safetensors file")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_missing_file(saved, name):
+    (saved / name).unlink()
+    refused(saved, rf"An adapter has a file {name}, got a folder .* without it. Save the adapter again")
+
+
+def test_missing_and_foreign_tensors(saved):
+    weights = saved / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({f"{key}.more": value for key, value in tensors.items()}, weights)
+    refused(saved, "tensors")
+
+
+def test_tensors_of_another_shape(saved):
+    weights = saved / "adapter_model.safetensors"
+    save_file({key: torch.zeros(7, 3) for key in load_file(weights)}, weights)
+    refused(saved, "shape|tensors")
+
+
+def test_an_adapter_of_another_type(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    refused(tmp_path, "hf_tokens.load needs an adapter of type HF_TOKENS, got .*LORA")
+
+
+def test_a_config_with_an_unknown_method(saved):
+    path = saved / "adapter_config.json"
+    data = json.loads(path.read_text())
+    data["methods"] = [{"method": "nonesuch", "version": 1}]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="A method must be one of .*, got 'nonesuch'. Install the package that has it"):
+        hf_tokens.load(saved, base())
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_static_cache_with_token_dropping():
+    specimen = zoo.build("llama")
+    model = get_token_model(specimen.model, ProbeDropConfig())
+    with pytest.raises(UnsupportedError, match="needs a dynamic cache, got a cache of StaticLayer. Leave out `cache_implementation`"):
+        model.generate(**specimen.inputs, max_new_tokens=2, cache_implementation="static")
+    assert model.generate(**specimen.inputs, max_new_tokens=2, min_new_tokens=2).shape == (2, 18)
+
+
+def test_no_image_where_a_method_acts_on_images():
+    row = ARCHITECTURES["llava"]
+    asking = [info.name for info in hf_tokens.list_methods() if {"visual", "instruction"} & set(info.cls.signals)]
+    for name in asking:
+        model, inputs = row.build()
+        surgery = get_token_model(model, name)
+        text = {**inputs, "input_ids": inputs["input_ids"].clamp(max=80)}
+        text.pop("pixel_values")
+        with pytest.raises(UnsupportedError, match="acts on visual tokens, got an input without any image or video token. Give the model"):
+            surgery(**text)
+        with surgery.disable_adapter():
+            surgery(**text)
+        surgery(**inputs)
+
+
+def test_a_merge_is_refused():
+    model = get_token_model(base(), "probe-insert")
+    for name in ("merge_adapter", "merge_and_unload"):
+        with pytest.raises(UnsupportedError, match=r"cannot be merged, got a call of merge. Use `unload\(\)`"):
+            getattr(model, name)()
+
+
+@pytest.mark.parametrize("door", [hf_tokens.aux_loss, hf_tokens.unload, lambda model: hf_tokens.set_progress(model, 0.5)])
+def test_doors_need_a_surgery(door):
+    with pytest.raises(UnsupportedError, match="needs a model with a surgery, got LlamaForCausalLM. Call get_token_model first"):
+        door(base())
+
+
+def test_calibrating_without_data_or_without_need():
+    specimen = zoo.build("llama")
+    model = get_token_model(specimen.model, "probe-drop")
+    with pytest.raises(UnsupportedError, match="`calibrate` needs at least one batch, got none"):
+        hf_tokens.calibrate(model, [])
+
+
+def test_peft_s_own_door_refuses_the_same(saved):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=32, vocab_size=99))
+    before = snapshot(wide)
+    with pytest.raises(AdapterError, match="made for a base with text: 4 blocks of width 32"):
+        PeftModel.from_pretrained(wide, saved)
+    assert not difference(before, snapshot(wide))
