@@ -108,6 +108,8 @@ def stored(moment: Moment) -> Tensor:
         place = layer.origins - now.books.start
         here = now.padding.view(lead[0], *lead[1:], now.books.n).expand(*place.shape[:-1], -1)
         flags = flags & ((place < 0) | here.gather(-1, place.clamp(min=0)))
+    if layer.window is not None:  # what no later query sees is freed late, and counts no more
+        flags = flags & (layer.origins > layer.seen - layer.window)
     return flags
 
 

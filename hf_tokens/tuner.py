@@ -17,9 +17,9 @@ from .anatomy import Anatomy, Stream, anatomy, prefix_tokens
 from .call import LAYOUTS, PACKED
 from .config import MethodConfig
 from .errors import AdapterError, ConfigError, UnsupportedError, explain
-from .layer import BlockSurgery
+from .layer import BlockSurgery, layer_index
 from .registry import MethodInfo, method_config, method_info
-from .roles import Dims, LayerRouter, TokenRouter
+from .roles import CacheCompressor, Dims, LayerRouter, TokenRouter
 from .root import Root
 from .surgery import Runtime
 
@@ -188,6 +188,7 @@ def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
         info = method_info(one.method, one.version)
         for stream in choose_streams(one, info, found):
             layers = choose_layers(one, info, stream)
+            check_cache(info, stream, layers)
             info.cls.check(one, stream.kind, len(stream), layers)
             placements.append(Placement(slot, one, info, stream, layers))
     for stream in found.streams:
@@ -211,6 +212,16 @@ def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
                 raise UnsupportedError(explain(rule, f"{names} in {stream.paths[index]}", "Give them different layers."))
     check_base(found, config, placements)
     return placements
+
+
+def check_cache(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """A cache compressor needs a cache."""
+    without = [i for i in layers if layer_index(stream.blocks[i], stream.attention(i)) is None]
+    if issubclass(info.cls, CacheCompressor) and without:
+        rule = f"Method {info.name!r} needs blocks that store their keys in a cache"
+        raise UnsupportedError(
+            explain(rule, f"{type(stream.blocks[without[0]]).__name__} at {stream.paths[without[0]]}", "Choose another stream or model.")
+        )
 
 
 def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
