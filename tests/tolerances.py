@@ -11,11 +11,14 @@ def scale(a: Tensor, b: Tensor) -> float:
     return max(1.0, float(a.detach().abs().max()), float(b.detach().abs().max())) if a.numel() else 1.0
 
 
+def allowed(a: Tensor, b: Tensor) -> float:
+    return ROUNDING[a.dtype] * scale(a, b) if a.is_floating_point() else 0
+
+
 def close(a: Tensor, b: Tensor, what: str = "") -> None:
     """Assert that two tensors are the same up to rounding."""
     assert a.shape == b.shape, f"{what}: {tuple(a.shape)} and {tuple(b.shape)}"
-    allowed = ROUNDING[a.dtype] * scale(a, b) if a.is_floating_point() else 0
-    torch.testing.assert_close(a, b, rtol=0, atol=allowed, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(a, b, rtol=0, atol=allowed(a, b), msg=lambda text: f"{what}: {text}")
 
 
 def all_close(ours: list[Tensor], theirs: list[Tensor], what: str = "") -> None:
@@ -35,4 +38,4 @@ def all_equal(ours: list[Tensor], theirs: list[Tensor], what: str = "") -> None:
 def differs(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     """Whether anything moved by more than rounding."""
     pairs = zip(ours, theirs, strict=True)
-    return any(a.shape != b.shape or float((a - b).abs().max()) > ROUNDING[a.dtype] * scale(a, b) for a, b in pairs if a.numel())
+    return any(a.shape != b.shape or float((a - b).abs().max()) > allowed(a, b) for a, b in pairs if a.numel())

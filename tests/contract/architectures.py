@@ -51,7 +51,7 @@ class Architecture:
         return "diffusers" if self.family.startswith("diffusers/") else "transformers"
 
     def build(self) -> tuple[nn.Module, Inputs]:
-        """The model in eval mode and a batch of two; the same ones at every call."""
+        """The model, frozen and in eval mode, and a batch of two; the same ones at every call."""
         if self.make is None:
             specimen = zoo.build(self.family)
             model, inputs = specimen.model, dict(specimen.inputs)
@@ -68,7 +68,7 @@ class Architecture:
             model.generation_config.pad_token_id = 0
             model.generation_config.decoder_start_token_id = 1
             model.generation_config.suppress_tokens = list(range(80, zoo.VOCAB))  # the places of images among them
-        return model.eval(), inputs
+        return model.eval().requires_grad_(False), inputs  # torch multiplies in another order where a weight wants gradients
 
     def read(self, output: Any) -> list[Tensor]:
         """The tensors that a sample's outputs are."""

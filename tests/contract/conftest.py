@@ -1,36 +1,47 @@
-"""`pair` runs a test with every method on every architecture that takes it, `talker` with those of them that generate text."""
+"""`pair` runs a test with every method on every architecture that takes it, `talker` with those of them that generate text, and so on."""
 
 import pytest
-from contract.pairs import PAIRS, Pair, planned, refused
+from contract.pairs import PAIRS, planned, refused
 
-WHICH = {
+FIXTURES = {
     "any_pair": lambda pair: True,
     "pair": lambda pair: planned(pair) is None,
     "talker": lambda pair: planned(pair) is None and pair.row.generates,
+    "padded_talker": lambda pair: planned(pair) is None and pair.row.generates and "left" in pair.row.pads,
 }
 
 
 def pytest_generate_tests(metafunc):
-    for name, takes in WHICH.items():
+    for name, takes in FIXTURES.items():
         if name in metafunc.fixturenames:
-            pairs = [pair for pair in PAIRS if takes(pair)]
-            metafunc.parametrize(name, pairs, ids=[f"{pair.method}-{pair.architecture}" for pair in pairs], indirect=True)
+            sides = "side" in metafunc.fixturenames
+            cases = [(pair, side) for pair in PAIRS if takes(pair) for side in (pair.row.pads if sides else ("",))]
+            ids = [f"{pair.method}-{pair.architecture}{side and '-' + side}" for pair, side in cases]
+            names = [name, "side"] if sides else [name]
+            metafunc.parametrize(names, [case if sides else case[:1] for case in cases], ids=ids, indirect=[name])
 
 
-@pytest.fixture
-def any_pair(request) -> Pair:
-    return request.param
-
-
-@pytest.fixture
-def pair(request) -> Pair:
-    if reason := refused(request.param):
+def accepted(pair):
+    if reason := refused(pair):
         pytest.skip(f"un-skip when the engine takes this pair: {reason}")
+    return pair
+
+
+@pytest.fixture
+def any_pair(request):
     return request.param
 
 
 @pytest.fixture
-def talker(request) -> Pair:
-    if reason := refused(request.param):
-        pytest.skip(f"un-skip when the engine takes this pair: {reason}")
-    return request.param
+def pair(request):
+    return accepted(request.param)
+
+
+@pytest.fixture
+def talker(request):
+    return accepted(request.param)
+
+
+@pytest.fixture
+def padded_talker(request):
+    return accepted(request.param)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from hf_tokens.registry import MethodInfo
 from hf_tokens.testing.probe import ProbeInsertConfig
 from hf_tokens.tuner import plan
 
-STIR = 0.1  # adapters start from zeros here and there; a test of what they do must not
+STIRS = (0.1, 1.0)  # adapters start from zeros here and there, and routers open; a test of what they do must not
 METHODS = {info.name: info for info in list_methods()}
 
 
@@ -52,11 +53,11 @@ def strong(config: type[MethodConfig]) -> Iterator[MethodConfig]:
 
 
 @torch.no_grad()
-def stir(model: nn.Module) -> nn.Module:
+def stir(model: nn.Module, size: float = STIRS[0]) -> nn.Module:
     """Move every adapter parameter away from where it starts."""
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter_parameters(model).values():
-        parameter.add_(STIR * torch.randn(parameter.shape, generator=generator))
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -117,16 +118,26 @@ class Pair:
         """The streams that the method acts on."""
         return [p.stream for p in plan(found(self.architecture), HFTokensConfig(methods=[self.info.config()]))]
 
-    @cached_property
+    @property
     def config(self) -> MethodConfig:
         """The mildest config that changes the model's cost or its outputs."""
-        return config_of(self)
+        return mildest(self)[0]
 
-    def attach(self, *more: Any, config: MethodConfig | None = None, train: bool = False, stirred: bool = True, **kwargs: Any) -> Any:
+    def attach(
+        self, *more: Any, config: MethodConfig | None = None, train: bool = False, stirred: bool = True, size: float | None = None, **kwargs: Any
+    ) -> Any:
         """A fresh base with the surgery in it; the same one at every call."""
+        config, size = (config or mildest(self)[0], size or mildest(self)[1]) if config is None or stirred and size is None else (config, size)
         torch.manual_seed(0)
-        model = get_token_model(self.base().train(train), [config or self.config, *more], **kwargs)
-        return stir(model) if stirred else model
+        model = get_token_model(self.base().train(train), [config, *more], **kwargs)
+        return stir(model, size) if stirred else model
+
+    def stack(self, *more: Any, **kwargs: Any) -> Any:
+        """The same with another method and more beside it; without that method where it has to stand alone."""
+        try:
+            return self.attach(PARTNER, *more, **kwargs)
+        except UnsupportedError:
+            return self.attach(*more, **kwargs)
 
     def run(self, model: nn.Module, inputs: Inputs | None = None) -> list[Tensor]:
         """What the model puts out; a cache compressor needs a token after the prompt to show."""
@@ -165,18 +176,17 @@ def planned(pair: Pair) -> str | None:
 def refused(pair: Pair) -> str | None:
     """Why the engine refuses a pair when it sees the model or the first inputs; None if it does not."""
     try:
-        pair.run(pair.attach(config=pair.info.config()))
+        pair.run(pair.attach(config=pair.info.config(), size=STIRS[0]))
     except UnsupportedError as error:
         return str(error)
     return None
 
 
 @cache
-def config_of(pair: Pair) -> MethodConfig:
-    for config in strong(pair.info.config):
-        if saves(pair, config):
-            return config
-    return pair.info.config()
+def mildest(pair: Pair) -> tuple[MethodConfig, float]:
+    """The first config, and stir of the parameters, with which the method does something."""
+    tries = itertools.product(STIRS, strong(pair.info.config))
+    return next(((config, size) for size, config in tries if saves(pair, config, size)), (pair.info.config(), STIRS[0]))
 
 
 # role -> the costs that must fall; a role that is not here adds tokens and must change the outputs
@@ -199,9 +209,9 @@ def cost(pair: Pair, model: nn.Module, inputs: Inputs) -> Cost:
     return measure(model, **calls[-1], **more)
 
 
-def saves(pair: Pair, config: MethodConfig) -> bool:
+def saves(pair: Pair, config: MethodConfig, size: float) -> bool:
     """Whether a method does what its role promises with this config."""
-    base, model = pair.base(), pair.attach(config=config)
+    base, model = pair.base(), pair.attach(config=config, size=size)
     falls = FALLS.get(pair.info.role)
     if falls is None:
         return differs(pair.run(model), pair.run(base))

@@ -80,7 +80,7 @@ def test_two_adapters_switch_and_delete(pair):
 
 def test_a_stack_of_two_methods_and_a_lora(pair, tmp_path):
     alone = pair.run(pair.attach())
-    model = pair.attach(PARTNER, lora(pair.streams()[0]))
+    model = pair.stack(lora(pair.streams()[0]))
     want = pair.run(model)
     assert differs(want, alone) and all(t.isfinite().all() for t in want)
     names = list(adapter_parameters(model))

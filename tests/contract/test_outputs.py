@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from contract.architectures import BATCH, PADS
-from contract.pairs import difference, planned, refused, saves, snapshot, unwrapped
+from contract.pairs import difference, mildest, planned, refused, saves, snapshot, unwrapped
 from tolerances import all_close, all_equal
 
 from hf_tokens import UnsupportedError, get_token_model
@@ -14,7 +14,7 @@ WORDS = r"(?s)^.+, got .+\. .+\.$"  # rule, value that came, remedy
 
 
 def test_supported_or_refused(any_pair):
-    base, row = any_pair.base(), any_pair.row
+    base, row = any_pair.base().requires_grad_(), any_pair.row
     before, trainable = snapshot(base), [p.requires_grad for p in base.parameters()]
     at_once = planned(any_pair) is not None
     reason = planned(any_pair) or refused(any_pair)
@@ -40,13 +40,11 @@ def test_supported_or_refused(any_pair):
 
 
 def test_it_does_what_its_role_promises(pair):
-    assert saves(pair, pair.config), f"{pair.config} saves nothing on {pair.architecture}"
+    assert saves(pair, *mildest(pair)), f"{pair.config} saves nothing on {pair.architecture}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_zero_strength_is_the_base(pair, dtype):
-    if dtype == torch.bfloat16 and pair.row.library == "diffusers":
-        return
     cast = lambda value: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
     inputs = {name: cast(value) for name, value in pair.inputs.items()}
     model = pair.attach(config=pair.config.at_zero(), stirred=False).to(dtype)
@@ -63,12 +61,9 @@ def test_a_batch_is_each_sample_alone(pair):
         all_close(pair.row.sample(whole, i), pair.row.run(model, pair.row.alone(pair.inputs, i)), f"sample {i}")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_padded_batch_is_each_sample_alone(pair, side):
     row, model = pair.row, pair.attach()
-    if side not in row.pads:
-        return
     whole = row.run(model, row.padded(pair.inputs, side))
     for i in range(BATCH):
         real = row.sample(whole, i, *row.real(pair.inputs, i, side))
