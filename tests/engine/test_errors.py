@@ -77,7 +77,8 @@ def test_a_failure_half_way_rolls_back(monkeypatch):
 def test_a_failed_second_adapter_leaves_the_first():
     specimen = zoo.build("llama")
     model = get_token_model(specimen.model, ProbeInsertConfig())
-    before, out = snapshot(model), model(**specimen.inputs).logits
+    out = model(**specimen.inputs).logits
+    before = snapshot(model)
     with pytest.raises(ConfigError):
         model.add_adapter("second", hf_tokens.HFTokensConfig(methods=[ProbeDropConfig(layers=(9,))]))
     assert not difference(before, snapshot(model))
