@@ -214,14 +214,14 @@ class TokenCacheLayer(CacheLayerMixin):
             self.filled = None
 
     def _map_rows(self, change) -> None:
+        self.first = None if self.first is None else change(self.first)
+        self.shares = None if self.shares is None else change(self.shares)
         if self.keys is None:
             return
         self.keys, self.values, self._room = change(self.keys), change(self.values), None
         self.origins = change(self.origins)
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
-        self.first = None if self.first is None else change(self.first)
-        self.shares = None if self.shares is None else change(self.shares)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""

@@ -487,7 +487,7 @@ class Runtime:
         layer.expect(Arrival(books.rows + books.start, books.filled, books.fresh, books.start + books.n))
         if layer.origins is None:
             empty = books.rows.new_empty(books.batch, 0)
-            return None if books.untouched else Stored(empty, None)
+            return None if books.untouched and not books.start else Stored(empty, None)  # every token of the prompt may have skipped it
         whole = layer.filled is None and layer.length == layer.seen
         return None if whole and books.untouched else Stored(layer.origins, layer.filled)
 
