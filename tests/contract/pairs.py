@@ -123,11 +123,10 @@ class Pair:
         """The mildest config that changes the model's cost or its outputs."""
         return mildest(self)[0]
 
-    def attach(
-        self, *more: Any, config: MethodConfig | None = None, train: bool = False, stirred: bool = True, size: float | None = None, **kwargs: Any
-    ) -> Any:
+    def attach(self, *more: Any, config: MethodConfig | None = None, train=False, stirred=True, size=STIRS[0], **kwargs: Any) -> Any:
         """A fresh base with the surgery in it; the same one at every call."""
-        config, size = (config or mildest(self)[0], size or mildest(self)[1]) if config is None or stirred and size is None else (config, size)
+        if config is None:
+            config, size = mildest(self)
         torch.manual_seed(0)
         model = get_token_model(self.base().train(train), [config, *more], **kwargs)
         return stir(model, size) if stirred else model
@@ -176,7 +175,7 @@ def planned(pair: Pair) -> str | None:
 def refused(pair: Pair) -> str | None:
     """Why the engine refuses a pair when it sees the model or the first inputs; None if it does not."""
     try:
-        pair.run(pair.attach(config=pair.info.config(), size=STIRS[0]))
+        pair.run(pair.attach(config=pair.info.config()))
     except UnsupportedError as error:
         return str(error)
     return None
