@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
-from peft.utils import load_peft_weights
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import MethodConfig
@@ -30,7 +21,6 @@ from .roles import Method
 from .root import Root
 from .tuner import HFTokensConfig
 
-WEIGHTS = "adapter_model.safetensors"
 Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
 
 
@@ -247,7 +237,7 @@ def load(
     """
     folder = Path(repo)
     if not folder.is_dir():
-        patterns = ["adapter_config.json", WEIGHTS]
+        patterns = ["adapter_config.json", "adapter_model.safetensors"]
         folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
     check_files(folder)
     config = PeftConfig.from_pretrained(str(folder))
@@ -256,28 +246,10 @@ def load(
     if model is None:
         model = base_model(config, **kwargs)
     inner = denoiser(model)
-    target = inner if inner is not None else model
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
-        try:
-            loaded = put(model, target, folder, config, adapter_name, is_trainable)
-        except RuntimeError as error:
-            take_out(target, adapter_name)
-            raise AdapterError(explain("The tensors of an adapter have the shapes of its methods", str(error), "Save it again.")) from error
-    wrong = stray_tensors(folder, loaded if inner is None else inner, adapter_name)
-    if wrong:
-        take_out(target, adapter_name)
-        raise AdapterError(explain("An adapter file holds the tensors of its methods and no others", wrong, "Save it again."))
-    return loaded
-
-
-def put(model: Any, target: nn.Module, folder: Path, config: HFTokensConfig, adapter_name: str, is_trainable: bool) -> Any:
-    """Inject a saved adapter and load its weights."""
-    if target is not model:
-        weights = load_peft_weights(str(folder))
-        inject_adapter_in_model(config, target, adapter_name)
-        set_peft_model_state_dict(target, weights, adapter_name)
-        return model
+    if not isinstance(model, PeftModel) and not sides(model):
+        check_tensors(model if inner is None else inner, config, folder)
+    if inner is not None:
+        return load_into(model, inner, folder, config, adapter_name)
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
         model.set_adapter(adapter_name)
@@ -285,24 +257,9 @@ def put(model: Any, target: nn.Module, folder: Path, config: HFTokensConfig, ada
     return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config)
 
 
-def take_out(target: nn.Module, adapter_name: str) -> None:
-    """Remove one adapter after a failed load."""
-    if isinstance(target, PeftModel):
-        target.delete_adapter(adapter_name)
-    elif sides(target):
-        unload(target)
-
-
-def stray_tensors(folder: Path, module: nn.Module, adapter_name: str) -> list[str]:
-    """Tensors that the file lacks or that no method of the model has."""
-    with safe_open(str(folder / WEIGHTS), framework="pt") as file:
-        there = set(file.keys())
-    return sorted(there ^ set(get_peft_model_state_dict(module, adapter_name=adapter_name)))
-
-
 def check_files(folder: Path) -> None:
     """Refuse an adapter whose files are missing or damaged, before anything is changed."""
-    weights = folder / WEIGHTS
+    weights = folder / "adapter_model.safetensors"
     for path in (folder / "adapter_config.json", weights):
         if not path.is_file():
             raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
@@ -314,6 +271,22 @@ def check_files(folder: Path) -> None:
         raise AdapterError(
             explain(f"{weights.name} must be a whole safetensors file", f"one that says: {error}", "Download or save it again.")
         ) from error
+
+
+def check_tensors(model: nn.Module, config: HFTokensConfig, folder: Path) -> None:
+    """Refuse an adapter whose file lacks tensors that its methods need, or holds others: a trial tells, and the model is as it was."""
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    trial = get_peft_model(model, copy.deepcopy(config))
+    needed = {key: list(value.shape) for key, value in get_peft_model_state_dict(trial, save_embedding_layers=False).items()}
+    trial.unload()
+    for parameter, wants in zip(model.parameters(), wanted, strict=True):
+        parameter.requires_grad_(wants)
+    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
+        there = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
+    wrong = [f"{key} {there.get(key, 'missing')}" for key, shape in needed.items() if there.get(key) != shape]
+    if wrong:
+        rule = f"adapter_model.safetensors holds the {len(needed)} tensors of the methods in adapter_config.json"
+        raise AdapterError(explain(rule, f"{len(wrong)} missing or of another shape, the first {wrong[0]}", "Save the adapter again."))
 
 
 AUTO_CLASSES = {
@@ -338,14 +311,27 @@ def base_model(config: HFTokensConfig, **kwargs: Any) -> nn.Module:
     return getattr(library, mapping["base_model_class"]).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
 
 
+def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensConfig, adapter_name: str) -> Any:
+    """Inject a saved adapter into a pipeline's denoiser."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(str(folder))
+    inject_adapter_in_model(config, inner, adapter_name)
+    set_peft_model_state_dict(inner, weights, adapter_name)
+    return pipeline
+
+
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
     """Save the adapter of a PeftModel or of a pipeline's denoiser."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
         return
+    from safetensors.torch import save_file
+
     inner = denoiser(model) or model
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, str(folder / WEIGHTS))
+    save_file({key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
     inner.peft_config[adapter_name].save_pretrained(str(folder))
