@@ -14,7 +14,7 @@ from .token_map import TokenMap, take
 
 # Arguments that belong to another sequence, to a sample, or to a step, never to the tokens of this stream.
 FOREIGN = re.compile(r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|layer_head_mask|past|cache|use_cache|output_)")
-CROSS = re.compile(r"encoder|cross|context|memory|image_attention")
+CROSS = re.compile(r"encoder|cross(?!_attention_gate)|context|memory|image_attention")
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
@@ -147,6 +147,10 @@ class Books:
             return value
         if self._is_mask(name, value):
             return self.mask(name, value, stored)
+        pair = [d for d in range(value.dim()) if value.shape[d] == self.n]
+        if len(pair) == 2 and value.dim() > 2 and self.n != self.batch and not CROSS.search(name):  # from token to token
+            first = self._take(name, value, pair[1])
+            return self._take(name, first, pair[0])
         axis = self._axis(name, value)
         return value if axis is None else self._take(name, value, axis)
 
@@ -180,7 +184,7 @@ class Books:
             index = torch.cat([front, index + self.context], dim=1)
         elif value.shape[axis] != self.n:
             index = self._behind_prefix(name)
-        if axis > 0 and value.shape[0] in (1, self.batch):
+        if axis > 0 and (value.shape[0] == self.batch or value.shape[0] == 1 and not self._shared(value, axis)):
             return take(value, index, axis)
         if axis == 2 and value.shape[1] in (1, self.batch):  # M-RoPE: sections x batch x tokens
             return take(value.movedim(1, 0), index, axis).movedim(0, 1)
@@ -189,6 +193,10 @@ class Books:
         if axis > 0 and value.shape[0] % self.batch == 0:  # heads folded into the batch
             return take(value.unflatten(0, (self.batch, -1)), index, axis + 1).flatten(0, 1)
         raise self._unlike(name)
+
+    def _shared(self, value: Tensor, axis: int) -> bool:
+        """Whether a table without a batch can stay without one."""
+        return value.shape.count(self.n) > 1 and self.uniform()
 
     def _behind_prefix(self, name: str) -> Tensor:
         """Rows of a table that has none for the special tokens in front."""
@@ -225,6 +233,8 @@ class Books:
             return self._joint(value)
         out = take(value, self.rows, 2) if value.shape[2] == self.n and (self.n > 1 or self.m != 1) else value
         if cross:
+            return out
+        if value.shape[-1] == 1:
             return out
         columns = self._columns(value.shape[-1], stored)
         out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)

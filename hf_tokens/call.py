@@ -111,7 +111,18 @@ class Call:
         name = self._mask_name()
         if name is not None and given.get(name) is None and self.layout != "n d":
             given[name] = books.implied_mask(hidden, stored)
-        output = self._apply(inner, given)
+        try:
+            output = self._apply(inner, given)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            if isinstance(error, UnsupportedError) or books.m == books.n:
+                raise
+            block = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]}"
+            rule = f"The blocks of a stream must run on another number of tokens than the model gave ({books.m}, not {books.n})"
+            raise UnsupportedError(
+                explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")
+            ) from error
         return self._give_back(output, given)
 
     def _spell_out_bias(self, books: Books) -> None:
