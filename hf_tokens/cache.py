@@ -63,7 +63,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def __init__(self, window: int | None = None):
         super().__init__()
-        self.window = window
+        self.window, self.record_past = window, False
         self.is_sliding = window is not None
         self.reset()
 
@@ -71,7 +71,8 @@ class TokenCacheLayer(CacheLayerMixin):
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self._room: tuple[Tensor, Tensor] | None = None
+        self._room: tuple[Tensor, Tensor] | None = None  # buffers that the states are views of
+        self._begin = 0  # where in them the states begin
         self.origins: Tensor | None = None  # b n
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
@@ -137,27 +138,37 @@ class TokenCacheLayer(CacheLayerMixin):
             self.keys, self.values, self._room = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2), None
             return
         old, new = self.length, self.length + k.shape[2]
-        if self._room is None or self._room[0].shape[2] < new:
+        if self._room is None or self._room[0].shape[2] < self._begin + new:
             capacity = max(FIRST_CAPACITY, new + new // 2)
             room = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
             for buffer, stored in zip(room, (self.keys, self.values), strict=True):
                 buffer[:, :, :old] = stored
-            self._room = room
+            self._room, self._begin = room, 0
+        at = self._begin
         for buffer, states in zip(self._room, (k, v), strict=True):
-            buffer[:, :, old:new] = states
-        self.keys, self.values = (buffer[:, :, :new] for buffer in self._room)
+            buffer[:, :, at + old : at + new] = states
+        self.keys, self.values = (buffer[:, :, at : at + new] for buffer in self._room)
+
+    def activate_past_recording(self) -> None:
+        """Free nothing before the next `crop`: what is seen now may be taken back."""
+        self.record_past = True
 
     def _slide(self) -> None:
-        """Free what no later query of a sliding window can see, once it is a good part of the store."""
-        if self.window is None or self.length <= 2 * self.window:
+        """Free what no later query of a sliding window can see."""
+        if self.window is None or self.record_past or self.length < self.window:
             return
         live = self.origins > self.seen - self.window
         first = int(live.any(dim=0).long().argmax())
-        if first:
-            self._select(slice(first, None))
+        if first == 0:
+            return
+        room = self._room
+        self._select(slice(first, None), copy=room is None)
+        if room is not None:
+            self._room, self._begin = room, self._begin + first
 
-    def _select(self, place: slice) -> None:
-        self.keys, self.values, self._room = self.keys[:, :, place].clone(), self.values[:, :, place].clone(), None
+    def _select(self, place: slice, copy: bool = True) -> None:
+        keys, values = self.keys[:, :, place], self.values[:, :, place]
+        self.keys, self.values, self._room = (keys.clone(), values.clone(), None) if copy else (keys, values, None)
         self.origins = self.origins[:, place]
         self.filled = None if self.filled is None else self.filled[..., place]
         self.fresh = None if self.fresh is None else self.fresh[:, place]
@@ -201,10 +212,14 @@ class TokenCacheLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise UnsupportedError(explain("`crop` takes zero or a negative number", tokens_to_remove, "Pass -k to remove k tokens."))
         self.seen = max(self.seen + tokens_to_remove, 0)
-        if self.origins is None or tokens_to_remove == 0:
+        if self.origins is None:
+            return
+        if tokens_to_remove == 0:
+            self._free()
             return
         live = self.origins < self.seen
         if bool(live.all()):
+            self._free()
             return
         self.filled = live if self.filled is None else (live if live.dim() == self.filled.dim() else live[:, None]) & self.filled
         width = int(live.flatten(0, -2).any(dim=0).sum())
@@ -212,6 +227,12 @@ class TokenCacheLayer(CacheLayerMixin):
             self._select(slice(0, width))
         if bool(self.filled.all()):
             self.filled = None
+        self._free()
+
+    def _free(self) -> None:
+        recording, self.record_past = self.record_past, False
+        self._slide()
+        self.record_past = recording
 
     def _map_rows(self, change) -> None:
         self.first = None if self.first is None else change(self.first)
@@ -296,6 +317,7 @@ def adopt(cache: Cache, last: int) -> bool:
                 explain("A cache can be taken over before its window is full", f"{layer.get_seq_length()} tokens", "Start a new cache.")
             )
         ours = TokenCacheLayer(window)
+        ours.record_past = window is not None and layer.record_past
         if layer.get_seq_length():
             ours.update(layer.keys, layer.values)
         cache.layers[index] = ours
