@@ -1,0 +1,235 @@
+"""PEFT's ground: the private things that the tuner leans on, and the doors of transformers, diffusers and accelerate that lead through PEFT."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from contract.architectures import ARCHITECTURES
+from contract.pairs import difference, snapshot, stir
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, mapping
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
+from tolerances import all_equal
+
+import hf_tokens
+from hf_tokens import DeepPromptConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
+from hf_tokens.layer import BlockSurgery
+from hf_tokens.testing import zoo
+from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
+from hf_tokens.tuner import PlainType
+
+# what the tuner overrides or calls -> its parameters, without self
+SIGNATURES = {
+    BaseTuner._prepare_adapter_config: ("peft_config", "model_config"),
+    BaseTuner._create_and_replace: ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name"),
+    BaseTuner._unload_and_optionally_merge: ("merge", "progressbar", "safe_merge", "adapter_names"),
+    BaseTuner._enable_adapter_layers: ("enabled",),
+    BaseTuner._get_adapter_state_dict: ("model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
+    BaseTuner._remove_adapter_name_from_key: ("key", "adapter_name"),
+    BaseTuner.inject_adapter: ("model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"),
+    BaseTuner.set_adapter: ("adapter_name", "inference_mode"),
+    BaseTuner.delete_adapter: ("adapter_name",),
+    BaseTunerLayer.set_adapter: ("adapter_names", "inference_mode"),
+    BaseTunerLayer.enable_adapters: ("enabled",),
+    BaseTunerLayer.delete_adapter: ("adapter_name",),
+    BaseTunerLayer._move_adapter_to_device_of_base_layer: ("adapter_name", "device"),
+    BaseTunerLayer._get_available_adapters: (),
+    AuxiliaryTrainingWrapper._get_available_adapters: (),
+    register_peft_method: ("name", "config_cls", "model_cls", "prefix", "is_mixed_compatible"),
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_what_the_tuner_leans_on_is_as_it_was(function):
+    names = tuple(name for name in inspect.signature(function).parameters if name not in ("self", "cls"))
+    assert names == SIGNATURES[function]
+
+
+def test_what_the_tuner_reads_is_there():
+    assert {"prefix", "tuner_layer_cls", "target_module_mapping"} <= set(BaseTuner.__annotations__)
+    assert isinstance(BaseTunerLayer.adapter_layer_names, tuple) and isinstance(BaseTunerLayer.other_param_names, tuple)
+    assert {"_disable_adapters", "_active_adapter", "merged_adapters"} <= {*BaseTunerLayer.__annotations__, *vars(BaseTunerLayer)}
+    assert all(isinstance(getattr(mapping, f"PEFT_TYPE_TO_{what}_MAPPING"), dict) for what in ("CONFIG", "TUNER", "PREFIX"))
+
+
+def test_the_type_is_a_member_like_any_other():
+    kind = PeftType("HF_TOKENS")
+    assert kind is PeftType.HF_TOKENS is PeftType["HF_TOKENS"] and kind == "HF_TOKENS" and kind in list(PeftType)
+    assert copy.deepcopy(kind) is kind
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] is HFTokensConfig and mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] is HFTokensModel
+    assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] == "hf_tokens_"
+
+
+def test_a_plain_string_would_do_as_the_type():
+    kind = PlainType("HF_TOKENS")
+    assert kind == "HF_TOKENS" and kind.value == kind.name == "HF_TOKENS" and {kind: 1}["HF_TOKENS"] == 1
+
+
+# -- transformers' own door ------------------------------------------------------------------------------------------
+
+
+def test_transformers_add_save_and_load(tmp_path):
+    specimen = zoo.build("llama")
+    model = specimen.model.eval()
+    off, before = specimen.run(), snapshot(model)
+    model.add_adapter(HFTokensConfig(methods=[ProbeInsertConfig(), ProbeDropConfig()]), adapter_name="surgery")
+    stir(model)
+    model.eval()
+    on = specimen.run()
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    model.disable_adapters()
+    all_equal(specimen.run(), off, "disabled")
+    model.enable_adapters()
+    all_equal(specimen.run(), on, "enabled")
+    hf_tokens.unload(model)
+    assert not difference(before, snapshot(model))
+    all_equal(specimen.run(), off, "unloaded")
+
+    fresh = zoo.build("llama")
+    fresh.model.load_adapter(str(tmp_path), adapter_name="again")
+    all_equal(fresh.run(), on, "loaded")
+    fresh.model.delete_adapter("again")
+    all_equal(fresh.run(), off, "deleted")
+
+
+# -- diffusers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "DiTTransformer2DModel"])
+def test_get_peft_model_on_denoisers(name, tmp_path):
+    row = ARCHITECTURES[name]
+    model, inputs = row.build()
+    with torch.no_grad():
+        off = row.run(model, inputs)
+        surgery = stir(get_peft_model(model, HFTokensConfig(methods=probe_config(0.5))).eval())
+        on = row.run(surgery, inputs)
+        surgery.save_pretrained(tmp_path)
+        all_equal(row.run(surgery.unload(), inputs), off, "unloaded")
+        again = PeftModel.from_pretrained(row.build()[0], tmp_path).eval()
+        all_equal(row.run(again, inputs), on, "loaded")
+
+
+def test_a_unet_adds_an_adapter():
+    row = ARCHITECTURES["UNet2DConditionModel"]
+    unet, inputs = row.build()
+    with torch.no_grad():
+        off = row.run(unet, inputs)
+        unet.add_adapter(HFTokensConfig(methods=[ProbeInsertConfig()]), adapter_name="surgery")
+        stir(unet)
+        unet.eval()
+        on = row.run(unet, inputs)
+        unet.disable_adapters()
+        all_equal(row.run(unet, inputs), off, "disabled")
+        unet.enable_adapters()
+        all_equal(row.run(unet, inputs), on, "enabled")
+        hf_tokens.unload(unet)
+        all_equal(row.run(unet, inputs), off, "unloaded")
+
+
+def test_the_step_comes_from_the_cache_context():
+    row = ARCHITECTURES["PixArtTransformer2DModel"]
+    model, inputs = row.build()
+    heard = []
+    with model.cache_context("cond"):  # the registry has looked for its children before
+        model(**inputs)
+    surgery = get_token_model(model, ProbeDropConfig())
+    side = next(module for module in surgery.modules() if isinstance(module, BlockSurgery))
+    surgery.register_forward_hook(lambda *_: heard.append(dict(side.runtime.inputs)))
+    with torch.no_grad():
+        for step in range(2):
+            for name in ("cond", "uncond"):
+                with model.cache_context(name, step_index=step, num_inference_steps=2):
+                    surgery(**inputs)
+    assert [(one["context"][0], one["step"], one["steps"]) for one in heard] == [("cond", 0, 2), ("uncond", 0, 2), ("cond", 1, 2), ("uncond", 1, 2)]
+    base = surgery.unload()
+    with torch.no_grad(), base.cache_context("cond"):
+        base(**inputs)
+
+
+def test_a_pipeline_is_a_door(tmp_path):
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    row = ARCHITECTURES["DiTTransformer2DModel"]
+
+    def pipeline():
+        return DiTPipeline(transformer=row.build()[0], vae=None, scheduler=DDIMScheduler())
+
+    inputs = row.build()[1]
+    with torch.no_grad():
+        pipe = pipeline()
+        off = row.run(pipe.transformer, inputs)
+        assert get_token_model(pipe, probe_config(0.5)) is pipe
+        stir(pipe.transformer).eval()
+        on = row.run(pipe.transformer, inputs)
+        hf_tokens.save_adapter(pipe, tmp_path)
+        again = hf_tokens.load(tmp_path, pipeline())
+        all_equal(row.run(again.transformer.eval(), inputs), on, "loaded")
+        assert hf_tokens.unload(pipe) is pipe
+        all_equal(row.run(pipe.transformer, inputs), off, "unloaded")
+
+
+# -- memory and devices ----------------------------------------------------------------------------------------------
+
+
+def test_loading_with_low_memory_is_the_same(tmp_path):
+    specimen = zoo.build("llama")
+    surgery = stir(get_token_model(copy.deepcopy(specimen.model), DeepPromptConfig(tokens=3)).eval())
+    surgery.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(specimen.model, tmp_path, low_cpu_mem_usage=True).eval()
+    assert not any(p.is_meta for p in again.parameters())
+    with torch.no_grad():
+        all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
+
+
+def test_a_base_on_the_meta_device():
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        base = LlamaForCausalLM(zoo.build("llama").model.config)
+    surgery = get_peft_model(base, HFTokensConfig(methods=["deep-prompt"]), low_cpu_mem_usage=True)
+    assert all(p.is_meta for p in surgery.parameters())
+
+
+def test_offloaded_weights_come_when_they_are_due():
+    from accelerate import cpu_offload
+
+    specimen = zoo.build("llama")
+    surgery = stir(get_token_model(copy.deepcopy(specimen.model), [DeepPromptConfig(tokens=3), ProbeDropConfig()]).eval())
+    with torch.no_grad():
+        want = surgery(**specimen.inputs).logits
+        cpu_offload(surgery.get_base_model(), execution_device=torch.device("cpu"))
+        all_equal([surgery(**specimen.inputs).logits], [want], "attached before")
+        base = cpu_offload(specimen.model, execution_device=torch.device("cpu"))
+        late = get_token_model(base, [DeepPromptConfig(tokens=3), ProbeDropConfig()]).eval()
+        late.load_state_dict({k: v for k, v in surgery.state_dict().items() if ".hf_tokens." in k and not v.is_meta}, strict=False)
+        assert late(**specimen.inputs).logits.isfinite().all()
+
+
+def test_a_model_saved_whole_and_a_state_dict(tmp_path):
+    specimen = zoo.build("llama")
+    surgery = stir(get_token_model(specimen.model, probe_config(0.5)).eval())
+    torch.save(surgery, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
+
+
+def test_an_adapter_config_reads_back_and_says_its_type(tmp_path):
+    get_token_model(zoo.build("llama").model, "probe-drop").save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, HFTokensConfig) and config.methods == [{"method": "probe-drop", "version": 1}]
+    assert config.base == {"text": [4, 32]} and config.target_modules is None
+
+
+def test_a_lora_among_the_methods_is_one_file(tmp_path):
+    specimen = zoo.build("llama")
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    surgery = stir(get_token_model(copy.deepcopy(specimen.model), ["deep-prompt", lora]).eval())
+    surgery.save_pretrained(tmp_path)
+    again = hf_tokens.load(tmp_path, copy.deepcopy(specimen.model)).eval()
+    with torch.no_grad():
+        all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
+    with pytest.raises(UnsupportedError, match="cannot be merged"):
+        surgery.merge_and_unload()

@@ -1,0 +1,176 @@
+"""Training with the unmodified Trainer: losses, accumulation, checkpoints, schedules, precision, two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tolerances import all_equal, close
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_tokens import FTPConfig, aux_loss, get_token_model, set_progress
+from hf_tokens.api import root_of
+from hf_tokens.testing import zoo
+from hf_tokens.testing.probe import ProbeInsertConfig
+
+STACK = [FTPConfig(sparsity=0.3), ProbeInsertConfig(tokens=2)]  # a method with losses and a schedule, and one with neither
+
+
+def model(methods=STACK, **kwargs):
+    specimen = zoo.build("llama")
+    torch.manual_seed(0)
+    return get_token_model(specimen.model, methods, **kwargs)
+
+
+def data(rows=8, length=12):
+    ids = torch.randint(5, 80, (rows, length), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+PLAIN = dict(max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0)
+QUIET = dict(logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", seed=0)
+
+
+def trainer(surgery, folder, rows=8, callbacks=(), **arguments):
+    args = TrainingArguments(output_dir=str(folder), **(PLAIN | QUIET | arguments))
+    return Trainer(model=surgery, args=args, train_dataset=data(rows), eval_dataset=data(4), callbacks=list(callbacks))
+
+
+def trained(surgery):
+    return {name: p.detach().clone() for name, p in surgery.named_parameters() if p.requires_grad}
+
+
+def losses(run):
+    return [row["loss"] for row in run.state.log_history if "loss" in row]
+
+
+def test_the_methods_losses_are_in_the_loss(tmp_path):
+    surgery = model().train()
+    batch = {name: torch.stack([row[name] for row in data(2)]) for name in ("input_ids", "labels", "attention_mask")}
+    torch.manual_seed(0)
+    out = surgery(**batch)
+    extra = aux_loss(surgery)
+    bare = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert float(extra) > 0
+    close(out.loss, bare + extra, "loss")
+    surgery.eval()
+    with torch.no_grad():
+        out = surgery(**batch)
+    close(out.loss, torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()), "evaluation")
+
+
+def test_accumulated_small_batches_are_one_big_batch(tmp_path):
+    big = trainer(model(), tmp_path / "big", max_steps=2, per_device_train_batch_size=4)
+    small = trainer(model(), tmp_path / "small", max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    before = trained(big.model)
+    big.train()
+    small.train()
+    ours, theirs = trained(big.model), trained(small.model)
+    assert any(not torch.equal(before[name], value) for name, value in ours.items())
+    for name, value in ours.items():
+        close(theirs[name], value, name)
+    close(torch.tensor(losses(small)), torch.tensor(losses(big)), "logged losses")
+
+
+def test_checkpoints_resume_to_the_bit(tmp_path):
+    whole = trainer(model(), tmp_path / "whole", save_strategy="steps", save_steps=2)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert {path.name for path in checkpoint.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"}
+    assert not (checkpoint / "model.safetensors").exists()
+    again = trainer(model(), tmp_path / "again")
+    again.train(resume_from_checkpoint=str(checkpoint))
+    first, second = trained(whole.model), trained(again.model)
+    all_equal(list(second.values()), list(first.values()), "resumed")
+    assert losses(again)[-2:] == losses(whole)[-2:]
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.note(kwargs["model"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.note(kwargs["model"])
+
+    def note(self, surgery):
+        self.seen.append({runtime.progress for runtime in root_of(surgery).runtimes})
+
+
+def test_schedules_follow_the_steps(tmp_path):
+    watch, surgery = Watch(), model()
+    run = trainer(surgery, tmp_path, callbacks=[watch], per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    run.train()
+    assert watch.seen == [{step / 4} for step in range(4) for _ in range(2)]
+    assert {runtime.progress for runtime in root_of(surgery).runtimes} == {1.0}
+    set_progress(surgery, 0.5)
+    assert {runtime.progress for runtime in root_of(surgery).runtimes} == {0.5}
+
+
+def test_gradient_checkpointing_trains_the_same(tmp_path):
+    plain, saved = trainer(model(), tmp_path / "a"), trainer(model(), tmp_path / "b", gradient_checkpointing=True)
+    plain.train()
+    saved.train()
+    for name, value in trained(plain.model).items():
+        close(trained(saved.model)[name], value, name)
+
+
+def test_bf16(tmp_path):
+    surgery = model()
+    run = trainer(surgery, tmp_path, bf16=True)
+    run.train()
+    assert all(p.dtype == torch.float32 for p in trained(surgery).values())
+    assert all(p.isfinite().all() for p in trained(surgery).values()) and all(value < 100 for value in losses(run))
+
+
+def test_a_bf16_base_trains_float32_adapters():
+    specimen = zoo.build("llama", dtype=torch.bfloat16)
+    surgery = get_token_model(specimen.model, STACK).train()
+    out = surgery(**specimen.inputs, labels=specimen.inputs["input_ids"])
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in surgery.parameters() if p.requires_grad)
+
+
+def test_the_best_model_comes_back(tmp_path):
+    surgery = model()
+    run = trainer(surgery, tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True)
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    want = get_token_model(zoo.build("llama").model, STACK)
+    want.load_adapter(best, "best")
+    ours, theirs = trained(surgery), {k.replace(".best.", ".default."): v for k, v in want.named_parameters() if ".best." in k}
+    all_equal([ours[name] for name in sorted(ours)], [theirs[name] for name in sorted(theirs)], "best")
+
+
+def test_modules_to_save_train_too(tmp_path):
+    surgery = model(modules_to_save=["lm_head"])
+    names = [name for name in trained(surgery) if "lm_head" in name]
+    assert names
+    before = trained(surgery)
+    trainer(surgery, tmp_path).train()
+    assert not torch.equal(trained(surgery)[names[0]], before[names[0]])
+    surgery.save_pretrained(tmp_path / "saved")
+    base = surgery.unload()
+    assert torch.equal(base.lm_head.weight, zoo.build("llama").model.lm_head.weight)
+
+
+TWO = Path(__file__).parent / "two_processes.py"
+
+
+def test_two_processes_train_as_one(tmp_path):
+    root = Path(__file__).parents[2]
+    paths = [root, root / "adapters", root / "kernels" / "torch-ext", root / "tests"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TWO), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = trainer(model(), tmp_path / "one", max_steps=2, per_device_train_batch_size=4)
+    one.train()
+    two = torch.load(tmp_path / "two.pt")
+    assert two["ranks"] == 2
+    for name, value in trained(one.model).items():
+        close(two["parameters"][name], value, name)
