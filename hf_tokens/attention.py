@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hf_tokens_kernels import attention_columns, attention_rows
@@ -28,6 +28,7 @@ class Scores:
         mask: The mask of the call, (b|1 h|1 m n), or None.
         real: Queries that are real tokens, (b m) bool.
         back: Brings what the call's keys received back to the tokens of the stream.
+        known: Sums over all real queries that some method has asked for already.
     """
 
     q: Tensor
@@ -37,13 +38,19 @@ class Scores:
     causal: bool
     real: Tensor | None = None
     back: Callable[[Tensor, int], Tensor] | None = None
+    known: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def columns(self, weights: Tensor | None = None, reduce: str = "sum") -> Tensor:
         """What each key receives: (b h n), over all real queries or those with a weight, (b m)."""
-        if self.real is not None:
-            weights = self.real.to(self.q.dtype) if weights is None else weights * self.real
-        causal = self.causal and self.q.shape[2] > 1
-        out = attention_columns(self.q, self.k, scaling=self.scaling, mask=self.mask, causal=causal, weights=weights, reduce=reduce)
+        key = reduce, torch.is_grad_enabled()
+        out = self.known.get(key) if weights is None else None
+        if out is None:
+            real = None if self.real is None else self.real.to(self.q.dtype)
+            heed = real if weights is None else weights if real is None else weights * real
+            causal = self.causal and self.q.shape[2] > 1
+            out = attention_columns(self.q, self.k, scaling=self.scaling, mask=self.mask, causal=causal, weights=heed, reduce=reduce)
+            if weights is None:
+                self.known[key] = out
         return out if self.back is None else self.back(out, 2)
 
     def rows(self, index: Tensor) -> Tensor:

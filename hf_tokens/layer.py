@@ -236,7 +236,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     def seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None:
         """Hold what the attention call got until the verbs have spoken."""
-        self.heard_call = (q, k, v, mask, scaling, causal)
+        self.heard_call = (q, k, v, mask, scaling, causal, {})
 
     def attention_call(self) -> tuple:
         """What the attention call of this block got.
@@ -252,10 +252,10 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     def heard(self, name: str, moment: Moment) -> Any:
         """A signal of the attention call, over the tokens of the stream."""
-        q, k, v, mask, scaling, causal = self.attention_call()
+        q, k, v, mask, scaling, causal, known = self.attention_call()
         if name == "scores":
             back = moment.from_call if moment.whole_cache else moment.from_local
-            return Scores(q, k, mask, scaling, causal, real=moment.local_real(q.shape[2]), back=back)
+            return Scores(q, k, mask, scaling, causal, real=moment.local_real(q.shape[2]), back=back, known=known)
         if moment.whole_cache:
             return {"keys": moment.layer.keys, "values": moment.layer.values, "queries": q}[name]
         return moment.from_local({"queries": q, "keys": k, "values": v}[name], 2)
