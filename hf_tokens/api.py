@@ -21,6 +21,7 @@ from .roles import Method
 from .root import Root
 from .tuner import HFTokensConfig
 
+PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
 Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
 
 
@@ -117,8 +118,7 @@ def unload(model: Any) -> Any:
         side.detach()
     root.detach()
     vars(inner).pop("peft_config", None)
-    if "_hf_peft_config_loaded" in vars(inner):
-        inner._hf_peft_config_loaded = False
+    vars(inner).pop("_hf_peft_config_loaded", None)
     return model
 
 
@@ -316,7 +316,7 @@ def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensCon
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    weights = load_peft_weights(str(folder))
+    weights = {key.removeprefix(PREFIX): value for key, value in load_peft_weights(str(folder)).items()}
     inject_adapter_in_model(config, inner, adapter_name)
     set_peft_model_state_dict(inner, weights, adapter_name)
     return pipeline
@@ -333,5 +333,5 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
+    save_file({PREFIX + key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
     inner.peft_config[adapter_name].save_pretrained(str(folder))

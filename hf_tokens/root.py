@@ -118,7 +118,7 @@ class Root:
         with torch.no_grad(), self.without_adapters():
             self.teaching = True
             try:
-                module(*args, **{k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
+                module(*args, **kwargs)  # labels too: TRL's forward needs them
             finally:
                 self.teaching = False
         for runtime in pupils:
