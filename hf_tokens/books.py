@@ -18,6 +18,7 @@ CROSS = re.compile(r"encoder|cross(?!_attention_gate)|context|memory|image_atten
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
+PAIRS = re.compile(r"bias|(^|_)rel(ative)?_|bbox")  # the same, whatever stands beside the two tokens
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -148,7 +149,7 @@ class Books:
         if self._is_mask(name, value):
             return self.mask(name, value, stored)
         pair = [d for d in range(value.dim()) if value.shape[d] == self.n]
-        if len(pair) == 2 and value.dim() > 2 and self.n != self.batch and not CROSS.search(name):  # from token to token
+        if len(pair) == 2 and PAIRS.search(name) and self.n != self.batch and not CROSS.search(name):
             first = self._take(name, value, pair[1])
             return self._take(name, first, pair[0])
         axis = self._axis(name, value)

@@ -40,11 +40,13 @@ class Moment:
     mask: Tensor | None = None  # of the tokens at hand, where the block has no argument for it
     middle: dict[int, TokenMap | None] = field(default_factory=dict)  # maps between attention and MLP, by the method's id
 
-    def local_real(self, queries: int) -> Tensor:
-        """Queries of the block's attention call that are real tokens, (b m) bool."""
-        books = self.local
+    def local_real(self, queries: int) -> Tensor | None:
+        """Queries of the block's attention call that are real tokens, (b m) bool; None if all are."""
+        books, padding = self.local, self.now.padding
+        if books.filled is None and books.fresh is None and padding is None:
+            return None
         flags = books.flags(books.filled, True) & ~books.flags(books.fresh, False)
-        return flags if self.now.padding is None else flags & self.now.padding.gather(1, books.rows)
+        return flags if padding is None else flags & padding.gather(1, books.rows)
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has let the first ones go since."""

@@ -4,25 +4,28 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22  # probabilities held at a time
+CAUSAL_CHUNK = 128  # queries of a chunk that looks back only
 
 
-def probabilities(q: Tensor, k: Tensor, scaling: float, mask: Tensor | None, visible: Tensor | None) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, scaling: float, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T * scaling + mask): q (b h c e), k (b g n e), mask (b|1 h|1 c n) bool or additive, visible (b h|1 c n) bool."""
     groups = q.shape[1] // k.shape[1]
     b, h, c, e = q.shape
-    scores = torch.matmul(q.reshape(b, k.shape[1], groups * c, e), k.transpose(-1, -2)).view(b, h, c, -1) * scaling
+    scores = torch.matmul((q * scaling).reshape(b, k.shape[1], groups * c, e), k.transpose(-1, -2)).view(b, h, c, -1)
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    return torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    p = torch.softmax(scores, dim=-1)
+    return p if mask is None else p.nan_to_num(0.0)  # a query that sees nothing gives nothing
 
 
-def causal_part(first: int, c: int, q_len: int, n: int, device: torch.device) -> Tensor:
-    """What queries first .. first + c of q_len see of n keys when the last query stands at the last key, (1 1 c n) bool."""
-    query = torch.arange(first, first + c, device=device) + (n - q_len)
-    return (torch.arange(n, device=device) <= query[:, None])[None, None]
+def causal_probabilities(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """The same where the last query stands at the last key and sees what is before: q (b h c e), k (b g n e)."""
+    c, n = q.shape[2], k.shape[2]
+    visible = torch.ones(c, n, dtype=torch.bool, device=q.device).tril(n - c)
+    return probabilities(q, k, scaling, visible=visible)
 
 
 def attention_columns(
@@ -51,21 +54,25 @@ def attention_columns(
     """
     b, h, m, _ = q.shape
     n = k.shape[2]
-    step = max(1, min(m, CHUNK_ELEMENTS // max(1, b * h * n)))
+    skips = causal and mask is None
+    step = max(1, min(m, CHUNK_ELEMENTS // max(1, b * h * n), CAUSAL_CHUNK if skips else m))
     out: Tensor | None = None
     for first in range(0, m, step):
-        part = slice(first, min(first + step, m))
-        rows = q[:, :, part]
-        seen = None if mask is None else (mask[:, :, part] if mask.shape[2] > 1 else mask)
-        visible = causal_part(first, rows.shape[2], m, n, q.device) if causal and mask is None else None
-        p = probabilities(rows, k, scaling, seen, visible)
-        if weights is not None:
-            p = p * weights[:, None, part, None].to(p.dtype)
-        part_out = p.sum(dim=2) if reduce == "sum" else p.amax(dim=2)
-        if out is None:
-            out = part_out
+        rows = q[:, :, first : first + step]
+        c = rows.shape[2]
+        if skips:  # no query of the chunk sees a key behind its last one
+            end = n - m + first + c
+            p = causal_probabilities(rows, k[:, :, :end], scaling)
         else:
-            out = out + part_out if reduce == "sum" else torch.maximum(out, part_out)
+            end = n
+            p = probabilities(rows, k, scaling, mask if mask is None or mask.shape[2] == 1 else mask[:, :, first : first + step])
+        if weights is not None:
+            p = p * weights[:, None, first : first + step, None].to(p.dtype)
+        part = torch.nn.functional.pad(p.sum(dim=2) if reduce == "sum" else p.amax(dim=2), (0, n - end))
+        if out is None:
+            out = part
+        else:
+            out = out + part if reduce == "sum" else torch.maximum(out, part)
     return out
 
 
@@ -95,7 +102,7 @@ def attention_entropy(q: Tensor, k: Tensor, *, scaling: float, mask: Tensor | No
     for first in range(0, m, step):
         part = slice(first, min(first + step, m))
         seen = None if mask is None else (mask[:, :, part] if mask.shape[2] > 1 else mask)
-        p = probabilities(q[:, :, part], k, scaling, seen, None)
+        p = probabilities(q[:, :, part], k, scaling, seen)
         p = p.mean(dim=1) if pooled else p
         parts.append(-torch.xlogy(p, p).sum(dim=-1))
     return torch.cat(parts, dim=-1)
