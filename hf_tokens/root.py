@@ -17,6 +17,7 @@ from .call import parameters
 from .errors import UnsupportedError, explain
 from .roles import Method
 from .surgery import Runtime
+from .training import share
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -42,6 +43,8 @@ class Root:
         self.runtimes: list[Runtime] = []
         self._trainer: weakref.ref | None = None
         self.teaching = False
+        self.added: Any = None  # the node of the autograd graph that added the methods' losses to the model's own
+        self.lent: Any = None  # the loss function that a trainer has from us
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -60,7 +63,7 @@ class Root:
         self._trainer = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trainer": None}
+        return {**vars(self), "_trainer": None, "added": None, "lent": None}
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""
@@ -162,24 +165,26 @@ class Root:
                     if method.teaches and method.leads:
                         method.teach(runtime.final, runtime.taught, mask)
             runtime.keeps_final, runtime.taught, runtime.final = False, None, None
-        extra = [loss for method in self.methods() for loss in method.losses]
-        if not extra:
+        extra = self.extra()
+        if extra is None:
             return None
-        total = torch.stack([loss.float() for loss in extra]).sum() * share(kwargs)
+        total = extra * share(kwargs)
         if isinstance(output, tuple):
-            return (output[0] + total.to(output[0].dtype), *output[1:]) if kwargs.get("labels") is not None else None
+            return (self._add(output[0], total), *output[1:]) if kwargs.get("labels") is not None else None
         if isinstance(output, dict) and output.get("loss") is not None:
-            output["loss"] = output["loss"] + total.to(output["loss"].dtype)
+            output["loss"] = self._add(output["loss"], total)
             return output
         return None
 
+    def extra(self) -> Tensor | None:
+        """The sum of the active methods' losses; None if they have none."""
+        losses = [loss.float() for method in self.methods() for loss in method.losses]
+        return torch.stack(losses).sum() if losses else None
 
-def share(kwargs: dict) -> float | Tensor:
-    """What part of an optimiser step this batch is: under accumulation the Trainer passes the number of targets of all its batches."""
-    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if items is None or not isinstance(labels, Tensor):
-        return 1.0
-    return (labels[..., 1:] != -100).sum() / items
+    def _add(self, loss: Tensor, extra: Tensor) -> Tensor:
+        total = loss + extra.to(loss.dtype)
+        self.added = total.grad_fn
+        return total
 
 
 class Denoising:

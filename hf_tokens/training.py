@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -28,16 +31,67 @@ def calling_trainer() -> Trainer | None:
     return None
 
 
-def callback(root: Root) -> TrainerCallback:
+def reaches(node: Any, wanted: Any) -> bool:
+    """Whether one node of an autograd graph is below another."""
+    seen, todo = set(), [node]
+    while todo:
+        here = todo.pop()
+        if here is wanted:
+            return True
+        if here is not None and here not in seen:
+            seen.add(here)
+            todo += [below for below, _ in here.next_functions]
+    return False
+
+
+def lend_losses(trainer: Trainer, root: Root) -> None:
+    """Let a trainer that computes its loss without reading the model's own, as TRL's do, have the methods' losses too."""
+    if root.lent is not None and vars(trainer).get("compute_loss") is root.lent:
+        return
+    inner, reads = trainer.compute_loss, []
+
+    @functools.wraps(inner)
+    def compute_loss(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        labels, items = inputs.get("labels"), kwargs.get("num_items_in_batch")
+        root.added = None
+        output = inner(model, inputs, *args, **kwargs)
+        loss, extra = output[0] if isinstance(output, tuple) else output, root.extra()
+        if extra is None or not extra.requires_grad:
+            return output
+        if not reads:
+            reads.append(root.added is not None and reaches(loss.grad_fn, root.added))
+        if reads[0]:
+            return output
+        ranks = trainer.accelerator.num_processes if items is not None and trainer.args.average_tokens_across_devices else 1
+        loss = loss + extra.to(loss.dtype) * share({"labels": labels, "num_items_in_batch": items}) * ranks
+        return (loss, *output[1:]) if isinstance(output, tuple) else loss
+
+    trainer.compute_loss = root.lent = compute_loss
+
+
+def share(kwargs: dict) -> float | Tensor:
+    """What part of an optimiser step this batch is: under accumulation the Trainer passes the number of targets of all its batches."""
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / items
+
+
+def callback(trainer: Trainer, root: Root) -> TrainerCallback:
     """The callback that tells the methods how much of the training is done."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            lend_losses(trainer, root)
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             root.set_progress(state.global_step / max(1, state.max_steps))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             root.set_progress(1.0)
+            if vars(trainer).get("compute_loss") is root.lent:
+                del trainer.compute_loss
 
     return Progress()
 
@@ -48,5 +102,6 @@ def follow_trainer(root: Root) -> None:
     if trainer is None or trainer is root.trainer:
         return
     root.trainer = trainer
-    trainer.add_callback(callback(root))
+    trainer.add_callback(callback(trainer, root))
+    lend_losses(trainer, root)
     root.set_progress(trainer.state.global_step / max(1, trainer.state.max_steps))
