@@ -63,7 +63,7 @@ def test_tag_keeps_the_old_revision(hub, repo):
     api = HfApi()
     api.create_tag(repo, tag="v1")
     api.upload_file(repo_id=repo, path_in_repo="adapter_config.json", path_or_fileobj=b'{"new": true}')
-    read = lambda **kw: json.load(open(hf_hub_download(repo, "adapter_config.json", **kw)))
+    read = lambda **kw: json.loads(Path(hf_hub_download(repo, "adapter_config.json", **kw)).read_text())
     assert read() == {"new": True}
     assert read(revision="v1") == {"peft_type": "HF_TOKENS"}
     assert read(revision=api.model_info(repo, revision="v1").sha) == {"peft_type": "HF_TOKENS"}

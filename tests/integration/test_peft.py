@@ -1,4 +1,4 @@
-"""PEFT's ground: the private things that the tuner leans on, and the doors of transformers, diffusers and accelerate that lead through PEFT."""
+"""PEFT's ground: the private things that the tuner leans on, and the doors of transformers, diffusers and accelerate that lead there."""
 
 import copy
 import inspect
@@ -72,6 +72,7 @@ def test_a_plain_string_would_do_as_the_type():
 def test_transformers_add_save_and_load(tmp_path):
     specimen = zoo.build("llama")
     model = specimen.model.eval()
+    model.save_pretrained(tmp_path / "base")  # it writes into the config
     off, before = specimen.run(), snapshot(model)
     model.add_adapter(HFTokensConfig(methods=[ProbeInsertConfig(), ProbeDropConfig()]), adapter_name="surgery")
     stir(model)
@@ -129,7 +130,7 @@ def test_a_unet_adds_an_adapter():
 
 
 def test_the_step_comes_from_the_cache_context():
-    row = ARCHITECTURES["PixArtTransformer2DModel"]
+    row = ARCHITECTURES["FluxTransformer2DModel"]
     model, inputs = row.build()
     heard = []
     with model.cache_context("cond"):  # the registry has looked for its children before
@@ -142,7 +143,8 @@ def test_the_step_comes_from_the_cache_context():
             for name in ("cond", "uncond"):
                 with model.cache_context(name, step_index=step, num_inference_steps=2):
                     surgery(**inputs)
-    assert [(one["context"][0], one["step"], one["steps"]) for one in heard] == [("cond", 0, 2), ("uncond", 0, 2), ("cond", 1, 2), ("uncond", 1, 2)]
+    said = [(one["context"][0], one["step"], one["steps"]) for one in heard]
+    assert said == [("cond", 0, 2), ("uncond", 0, 2), ("cond", 1, 2), ("uncond", 1, 2)]
     base = surgery.unload()
     with torch.no_grad(), base.cache_context("cond"):
         base(**inputs)
@@ -186,25 +188,23 @@ def test_loading_with_low_memory_is_the_same(tmp_path):
 def test_a_base_on_the_meta_device():
     from transformers import LlamaForCausalLM
 
+    config = zoo.build("llama").model.config
     with torch.device("meta"):
-        base = LlamaForCausalLM(zoo.build("llama").model.config)
+        base = LlamaForCausalLM(config)
     surgery = get_peft_model(base, HFTokensConfig(methods=["deep-prompt"]), low_cpu_mem_usage=True)
     assert all(p.is_meta for p in surgery.parameters())
 
 
-def test_offloaded_weights_come_when_they_are_due():
+def test_a_base_whose_weights_are_offloaded(tmp_path):
     from accelerate import cpu_offload
 
     specimen = zoo.build("llama")
     surgery = stir(get_token_model(copy.deepcopy(specimen.model), [DeepPromptConfig(tokens=3), ProbeDropConfig()]).eval())
+    surgery.save_pretrained(tmp_path)
+    base = cpu_offload(specimen.model, execution_device=torch.device("cpu"))
+    late = PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
-        want = surgery(**specimen.inputs).logits
-        cpu_offload(surgery.get_base_model(), execution_device=torch.device("cpu"))
-        all_equal([surgery(**specimen.inputs).logits], [want], "attached before")
-        base = cpu_offload(specimen.model, execution_device=torch.device("cpu"))
-        late = get_token_model(base, [DeepPromptConfig(tokens=3), ProbeDropConfig()]).eval()
-        late.load_state_dict({k: v for k, v in surgery.state_dict().items() if ".hf_tokens." in k and not v.is_meta}, strict=False)
-        assert late(**specimen.inputs).logits.isfinite().all()
+        all_equal([late(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
 
 
 def test_a_model_saved_whole_and_a_state_dict(tmp_path):

@@ -32,9 +32,9 @@ PLAIN = dict(max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, opti
 QUIET = dict(logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", seed=0)
 
 
-def trainer(surgery, folder, rows=8, callbacks=(), **arguments):
+def trainer(surgery, folder, rows=8, callbacks=(), kind=Trainer, **arguments):
     args = TrainingArguments(output_dir=str(folder), **(PLAIN | QUIET | arguments))
-    return Trainer(model=surgery, args=args, train_dataset=data(rows), eval_dataset=data(4), callbacks=list(callbacks))
+    return kind(model=surgery, args=args, train_dataset=data(rows), eval_dataset=data(4), callbacks=list(callbacks))
 
 
 def trained(surgery):
@@ -52,7 +52,7 @@ def test_the_methods_losses_are_in_the_loss(tmp_path):
     out = surgery(**batch)
     extra = aux_loss(surgery)
     bare = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    assert float(extra) > 0
+    assert extra.item() > 0
     close(out.loss, bare + extra, "loss")
     surgery.eval()
     with torch.no_grad():
@@ -71,6 +71,28 @@ def test_accumulated_small_batches_are_one_big_batch(tmp_path):
     for name, value in ours.items():
         close(theirs[name], value, name)
     close(torch.tensor(losses(small)), torch.tensor(losses(big)), "logged losses")
+
+
+class OwnLoss(Trainer):
+    """A trainer that does not read the model's loss, as TRL's do not."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), reduction="sum")
+        loss = loss / num_items_in_batch
+        return (loss, out) if return_outputs else loss
+
+
+def test_a_trainer_with_a_loss_of_its_own_has_the_methods_losses_too(tmp_path):
+    given = dict(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    usual, own = trainer(model(), tmp_path / "usual", **given), trainer(model(), tmp_path / "own", kind=OwnLoss, **given)
+    for run in (usual, own, own):
+        run.train()
+        assert "compute_loss" not in vars(run)
+    usual.train()
+    close(torch.tensor(losses(own)), torch.tensor(losses(usual)), "logged losses")
+    for name, value in trained(usual.model).items():
+        close(trained(own.model)[name], value, name)
 
 
 def test_checkpoints_resume_to_the_bit(tmp_path):

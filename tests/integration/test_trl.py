@@ -7,6 +7,8 @@ import torch
 from integration.test_training import QUIET, STACK, model, trained
 from tolerances import ROUNDING
 
+from hf_tokens import FTPConfig
+
 trl = pytest.importorskip("trl", reason="un-skip when the extra `dev` is installed")
 datasets = pytest.importorskip("datasets", reason="un-skip when the extra `dev` is installed")
 
@@ -49,6 +51,21 @@ def test_sft(tokenizer, tmp_path, more):
     assert any(not torch.equal(before[name], after[name]) for name in after)
     run.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+def first_loss(tokenizer, folder, config):
+    rows = datasets.Dataset.from_dict({"text": [sentence(i) for i in range(4)]})
+    run = trl.SFTTrainer(
+        model=model(config), args=trl.SFTConfig(output_dir=str(folder), **ARGUMENTS), train_dataset=rows, processing_class=tokenizer
+    )
+    run.train()
+    return next(row["loss"] for row in run.state.log_history if "loss" in row)
+
+
+def test_the_methods_losses_are_in_trl_s_loss(tokenizer, tmp_path):
+    weights = {"guide_weight": 0.0, "sparsity_weight": 0.0, "distillation_weight": 0.0}
+    without, with_them = (first_loss(tokenizer, tmp_path, FTPConfig(sparsity=0.3, **given)) for given in (weights, {}))
+    assert with_them > without + ROUNDING[torch.float32]
 
 
 def test_dpo_copies_the_reference(tokenizer, tmp_path):

@@ -16,3 +16,5 @@ for value in mine.values():
     assert torch.equal(*both), "the ranks drifted apart"
 if run.is_world_process_zero():
     torch.save({"ranks": torch.distributed.get_world_size(), "parameters": mine}, folder / "two.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
