@@ -62,8 +62,8 @@ def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list
 @app.command()
 def quickstart(
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model. Default: SmolLM2-135M from PyPI.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
-    seq_len: Annotated[int, typer.Option(min=32, help="Tokens per piece of text.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    seq_len: Annotated[int, typer.Option(min=32, help="Tokens per piece of text.")] = 192,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("quickstart-output"),
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch takes.")] = None,

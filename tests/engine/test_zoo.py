@@ -22,7 +22,7 @@ diffusers/LTXVideoTransformer3DModel diffusers/SanaTransformer2DModel diffusers/
 
 
 # blocks that think of their tokens as a grid, or number them, do not run on some of them
-GRIDS = {"swin", "xlnet", "mllama", "diffusers/SanaTransformer2DModel"}
+GRIDS = {"swin", "xlnet", "diffusers/SanaTransformer2DModel"}
 
 
 @pytest.mark.parametrize("family", SAMPLE)
