@@ -332,7 +332,8 @@ def _count(rows: list[dict[str, Any]]) -> str:
         f"{len(rows)} families; {len(blocks)} with Transformer blocks, {len(rows) - wanted} without, "
         f"{len(unknown)} not built ({lacking} for want of an optional library). "
         f"Of the {wanted} with blocks or not built, {len(ran)} run ({_percent(len(ran), wanted)}) "
-        f"and {len(good)} are read rightly ({_percent(len(good), wanted)}). Of the {len(ran)} that run, {len(safe)} pass the identity surgery "
+        f"and {len(good)} are read rightly ({_percent(len(good), wanted)}). Of the {len(ran)} that run, "
+        f"{len(safe)} pass the identity surgery "
         f"({_percent(len(safe), len(ran))}) and {len(cut)} both surgeries ({_percent(len(cut), len(ran))})."
     )
 

@@ -120,9 +120,7 @@ class Call:
                 raise
             block = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]}"
             rule = f"The blocks of a stream must run on another number of tokens than the model gave ({books.m}, not {books.n})"
-            raise UnsupportedError(
-                explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")
-            ) from error
+            raise UnsupportedError(explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")) from error
         return self._give_back(output, given)
 
     def _spell_out_bias(self, books: Books) -> None:
