@@ -87,12 +87,26 @@ class Call:
         value = None if context is None else self.arguments.get(context.name)
         self.context = value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
 
-    def segments(self) -> Tensor | None:
-        """Where each sample begins in a packed row, (s); None if each sample has a row of its own."""
-        if self.layout != PACKED:
+    def segments(self, real: Tensor | None) -> Tensor | None:
+        """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own.
+
+        Raises:
+            UnsupportedError: Samples are packed into several rows.
+        """
+        if self.layout == PACKED:
+            bounds = next((v for name, v in self.arguments.items() if SEGMENTS.match(name) and isinstance(v, Tensor)), None)
+            return None if bounds is None else bounds[:-1].long().unique()
+        places, (batch, n) = self.arguments.get("position_ids"), self.hidden.shape[:2]
+        if not isinstance(places, Tensor) or places.dim() != 2 or places.shape[1] != n or places.shape[0] not in (1, batch) or n == 1:
             return None
-        bounds = next((v for name, v in self.arguments.items() if SEGMENTS.match(name) and isinstance(v, Tensor)), None)
-        return None if bounds is None else bounds[:-1].long().unique()
+        again = places[:, 1:] <= places[:, :-1]  # a sequence whose positions begin anew
+        again = again if real is None else again & real[:, 1:] & real[:, :-1]
+        if not bool(again.any()):
+            return None
+        if batch > 1:
+            came = f"a batch of {batch} in which positions begin anew"
+            raise UnsupportedError(explain("Packed samples must lie in one row", came, "Pack them into one row, or pad them."))
+        return torch.nn.functional.pad(again[0].nonzero()[:, 0] + 1, (1, 0))
 
     @property
     def cache(self) -> Cache | None:

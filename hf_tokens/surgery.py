@@ -234,8 +234,6 @@ class Runtime:
     def _open(self, side: BlockSurgery, call: Call) -> Pass:
         self._refuse_cache(side, call.cache)
         layers, start, memory = [], 0, Memory()
-        segments = call.segments()
-        self._refuse_packed(segments)
         if self.moves:
             cache = call.cache
             if cache is not None:
@@ -250,6 +248,8 @@ class Runtime:
             memory.tokens.clear()
         books = Books.open(call.hidden, start, self.stream.causal, call.context, self.prefix, side.additive_mask)
         real, first = padding(call.arguments, books)
+        segments = None if start else call.segments(real)
+        self._refuse_packed(segments)
         apart = None if self.stream.causal else views(call.arguments, books, real)
         self._admit_prompt(memory, books)
         if layers and start:
@@ -262,7 +262,7 @@ class Runtime:
         """A method that thinks of one sample a row cannot be right for several in one."""
         if segments is not None and len(segments) > 1 and not all(method.packed for method in self.methods()):
             rule = f"The stream {self.stream.name!r} packs its samples into one row, and these methods take one sample a call"
-            raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give the model one image, or name another stream."))
+            raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give it one sample a call, or name another stream."))
 
     def _admit_prompt(self, memory: Memory, books: Books) -> None:
         """A prompt that comes right behind another one is a chunk of one prompt."""

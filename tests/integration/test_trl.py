@@ -33,14 +33,17 @@ def sentence(i, length=6):
 ARGUMENTS = {**QUIET, "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.1, "bf16": False, "max_length": 24}
 
 
-@pytest.mark.parametrize("more", [{}, {"packing": True, "eval_packing": False}], ids=["plain", "packed"])
-def test_sft(tokenizer, tmp_path, more):
+PACKING = {"packing": True, "eval_packing": False, "per_device_train_batch_size": 1}
+
+
+@pytest.mark.parametrize(("more", "config"), [({}, None), (PACKING, "deep-prompt")], ids=["plain", "packed"])
+def test_sft(tokenizer, tmp_path, more, config):
     rows = datasets.Dataset.from_dict({"text": [sentence(i, 5 + i % 3) for i in range(8)]})
-    surgery = model()
+    surgery = model() if config is None else model(config)
     before = trained(surgery)
     run = trl.SFTTrainer(
         model=surgery,
-        args=trl.SFTConfig(output_dir=str(tmp_path), **ARGUMENTS, **more),
+        args=trl.SFTConfig(output_dir=str(tmp_path), **{**ARGUMENTS, **more}),
         train_dataset=rows,
         processing_class=tokenizer,
     )
