@@ -23,10 +23,10 @@ quickstart: $(VENV)/quickstart.stamp ## Operate on a real model: about 3 minutes
 test: $(VENV)/dev.stamp ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
-sweep: $(VENV)/dev.stamp ## Run every method on the real models that the package registries hold
+sweep: $(VENV)/dev.stamp ## Try identity and drop surgeries on every model family: benchmarks/results/sweep.md
 	$(BIN)/python benchmarks/sweep.py $(ARGS)
 
-bench: $(VENV)/dev.stamp ## Measure against the alternatives
+bench: $(VENV)/dev.stamp ## What the engine costs and saves, in paired runs
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 cards: $(VENV)/dev.stamp ## Write the generated pages again: model cards and the README's table
