@@ -278,7 +278,7 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
         kv_heads=kv_heads,
         head_dim=head_dim,
         causal=_causal(line, blocks[0], attending, config),
-        layout=_layout(type(blocks[0])),
+        layout="n b d" if vars(attending).get("batch_first") is False else _layout(type(blocks[0])),
         mixers=tuple(_mixer(block) for block in blocks),
         config=config,
     )

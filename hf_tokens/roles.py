@@ -219,7 +219,7 @@ class CacheCompressor(Method):
         Args:
             scores: What `score` returned in each block, (b n), -inf where a row has no entry.
         """
-        raise NotImplementedError
+        raise UnsupportedError(explain("A cache compressor that sets `allots` says how", type(self).__name__, "Define its `allot`."))
 
 
 class FeatureCache(Method):
