@@ -149,7 +149,7 @@ class Books:
         if self._is_mask(name, value):
             return self.mask(name, value, stored)
         pair = [d for d in range(value.dim()) if value.shape[d] == self.n]
-        if len(pair) == 2 and PAIRS.search(name) and self.n != self.batch and not CROSS.search(name):
+        if len(pair) > 1 and PAIRS.search(name) and self.n != self.batch and not CROSS.search(name):
             first = self._take(name, value, pair[1])
             return self._take(name, first, pair[0])
         axis = self._axis(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from . import families
 from .anatomy import Stream
 from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import self_attention_cache
@@ -28,6 +30,7 @@ def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 # How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
+NUMBERING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 PACKED = "n d"  # samples one behind the other in one row
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "b n d": (lambda x: x, lambda x, came: x),
@@ -42,6 +45,13 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], 
         lambda x, came: x.unflatten(2, (came.shape[0], came.shape[3])).permute(2, 0, 1, 3),
     ),
 }
+
+
+def numbers_tokens(block: nn.Module) -> bool:
+    """Whether a block holds a table of places or distances, to be looked up by itself."""
+    if block not in NUMBERING:
+        NUMBERING[block] = any(families.TABLES.search(name.rpartition(".")[2]) for name, _ in block.named_modules())
+    return NUMBERING[block]
 
 
 def axes(layout: str) -> int:
@@ -120,6 +130,7 @@ class Call:
             given = {**self.arguments, self.hidden_name: original}
             return self._apply(inner, given)
         self._spell_out_bias(books)
+        self._refuse_numbering()
         given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
         given[self.hidden_name] = original
         name = self._mask_name()
@@ -136,6 +147,17 @@ class Call:
             rule = f"The blocks of a stream must run on another number of tokens than the model gave ({books.m}, not {books.n})"
             raise UnsupportedError(explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")) from error
         return self._give_back(output, given)
+
+    def _refuse_numbering(self) -> None:
+        """A block that counts its tokens by itself would give those that are left other places than they had."""
+        block = self.stream.blocks[self.index]
+        if not numbers_tokens(block):
+            return
+        told = [name for name, value in self.arguments.items() if families.PLACES.search(name) and value is not None]
+        if not told:
+            rule = "A block must be told the places of its tokens, or all of them must be there"
+            came = f"{type(block).__name__} at {self.stream.paths[self.index]}, which counts them by itself"
+            raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
 
     def _spell_out_bias(self, books: Books) -> None:
         """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""

@@ -109,3 +109,8 @@ CALLED_BEFORE = {"mid_block": "up_blocks"}
 
 # Parameters that are special tokens in front of the patches of a picture.
 PREFIX = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")
+# Tables of places or distances inside of a block, and the arguments by which a block is told the places instead.
+TABLES = re.compile(
+    r"^(relative_attention_bias|rel_attn_embed|rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$"
+)
+PLACES = re.compile(r"position|rotary|rope|relative")
