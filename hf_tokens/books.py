@@ -128,9 +128,9 @@ class Books:
             if stored is None:
                 self.memo[id(value)] = (value, out)
             return out
-        if type(value) in (tuple, list) and len(value) == 2 and all(isinstance(v, Tensor) and v.is_complex() for v in value):
-            return type(value)((self.realign(name, value[0], stored), value[1]))  # tables of the picture and of the text
-        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        if type(value) in (tuple, list):
+            if self.context and len(value) == 2 and all(isinstance(v, Tensor) and v.is_complex() for v in value):
+                return type(value)((self.realign(name, value[0], stored), value[1]))  # tables of the picture and of the text
             return type(value)(self.realign(name, item, stored) for item in value)
         if type(value) is dict:
             return {key: self.realign(name, item, stored) for key, item in value.items()}

@@ -26,7 +26,7 @@ from .eviction import compress
 from .passes import Entry, Memory, Pass, first_real
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
 from .signals import HOOKED, SUPPLY, TAPPED, Moment, padding, views
-from .token_map import TokenMap, take
+from .token_map import TokenMap, overwrite, take
 from .training import follow_trainer
 
 if TYPE_CHECKING:
@@ -35,23 +35,6 @@ if TYPE_CHECKING:
 
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
-
-
-def overwrite(x: Tensor, marked: Tensor, tokens: Tensor) -> Tensor:
-    """Write tokens (b k d) over the marked ones (b m) bool of x (b m d); marks of several segments take them in turn."""
-    turn = (marked.cumsum(dim=1) - 1).clamp(min=0) % tokens.shape[1]
-    return torch.where(marked[..., None], take(tokens, turn), x)
-
-
-def fill(opened: TokenMap, x: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens behind an insertion: x (b n d) and tokens (b k d) to (b m d)."""
-    return overwrite(opened.gather(x), opened.fresh, tokens)
-
-
-def fresh_rows(opened: TokenMap, y: Tensor) -> Tensor:
-    """What stands in the inserted places, (b m d) to (b k d)."""
-    index = opened.fresh.long().argsort(dim=1, descending=True, stable=True)[:, : opened.m - opened.n]
-    return take(y, index)
 
 
 Guest = tuple[TokenBank, TokenMap, Tensor]  # a bank, the map that opened its places, and the tokens before it
@@ -339,13 +322,13 @@ class Runtime:
                     at, beside = (0, first_real(now, books)) if now.segments is None else 2 * (now.starts(books),)
                     opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
                     guests.append((method, opened, x))
-                    x, books = fill(opened, x, tokens), books.move(opened)
+                    x, books = opened.fill(x, tokens), books.move(opened)
         return books, x, guests
 
     def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor) -> Tensor:
         """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
         for bank, opened, x in reversed(guests):
-            summary, y = fresh_rows(opened, y), take(y, opened.slot)
+            summary, y = opened.inserted(y), take(y, opened.slot)
             if bank.site != "query":
                 continue
             read = bank.read(summary)
@@ -466,7 +449,7 @@ class Runtime:
         end = real.shape[1] - real.flip(1).long().argmax(dim=1)
         at = bank.place(start, end) if now.segments is None else now.starts(now.books)
         opened = TokenMap.insert(now.books.m, at, tokens.shape[1], len(hidden), hidden.device, beside=torch.minimum(at, end - 1))
-        self._move(opened, moment, fill(opened, hidden, tokens))
+        self._move(opened, moment, opened.fill(hidden, tokens))
         now.memory.tokens[bank.key] = opened.fresh
 
     @staticmethod

@@ -20,6 +20,12 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return x.gather(dim, index.view(shape).expand(target))
 
 
+def overwrite(x: Tensor, marked: Tensor, tokens: Tensor) -> Tensor:
+    """Write tokens (b k d) over the marked ones (b m) bool of x (b m d); marks of several segments take them in turn."""
+    turn = (marked.cumsum(dim=1) - 1).clamp(min=0) % tokens.shape[1]
+    return torch.where(marked[..., None], take(tokens, turn), x)
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """A map of n tokens onto m slots, per row of the batch.
@@ -115,6 +121,14 @@ class TokenMap:
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The row of each slot's source token: x (b n ...) to (b m ...)."""
         return take(x, self.source, dim)
+
+    def fill(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Behind an insertion: x (b n d) with tokens (b k d) in the fresh slots, (b m d)."""
+        return overwrite(self.gather(x), self.fresh, tokens)
+
+    def inserted(self, y: Tensor) -> Tensor:
+        """What stands in the fresh slots of an insertion, (b m d) to (b k d)."""
+        return take(y, self.fresh.long().argsort(dim=1, descending=True, stable=True)[:, : self.m - self.n])
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all tokens in each slot: x (b n d) to (b m d)."""

@@ -157,7 +157,7 @@ def _find(model: nn.Module, *names: str, default: Any = None) -> Any:
 
 def _vision(model: nn.Module) -> Any:
     for config in _configs(model.config):
-        if getattr(config, "patch_size", None) is not None and not hasattr(config, "vocab_size"):
+        if getattr(config, "patch_size", None) is not None and getattr(config, "vocab_size", None) is None:
             return config
     return model.config
 
@@ -245,7 +245,7 @@ def _text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
 
 def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
     """How many positions of the text one image or sound takes: asked of the model itself."""
-    get = next((getattr(module, getter) for module in model.modules() if hasattr(module, getter)), None)
+    get = next((found for module in model.modules() if (found := getattr(module, getter, None)) is not None), None)
     accepted = inspect.signature(get).parameters if get is not None else {}
     image = ("pixel", "image", "spatial", "qformer", "target", "high_res")
     mine = image if "image" in getter else ("input_features", "feature", "input_values", "audio", "pad")
