@@ -1,6 +1,6 @@
 """What methods cost and save on SmolLM2-135M and real text: the numbers in their cards.
 
-    python benchmarks/methods.py
+python benchmarks/methods.py
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
     blocks = tuple(items.values())
     line = _lineage(model, path)
     owner, holder = next((at, module) for at, module in reversed(line) if not isinstance(module, CONTAINERS))
-    attending = next((found[0] for block in blocks if (found := attentions(block))), None)
+    attending = next((found[0] for block in reversed(blocks) if (found := attentions(block))), None)  # the first may change the width
     if attending is None:
         attending = next(module for block in blocks for _, module in _attentions(block))
     config = next((_config(module) for _, module in reversed(line) if _config(module) is not None), None)

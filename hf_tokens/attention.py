@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,68 +18,107 @@ from .errors import UnsupportedError, explain
 PREFIX = "hf_tokens_"
 BACKENDS = ("sdpa", "eager")
 TAP = "_hf_tokens_tap"
+STRANGE = ("sinks", "indices", "block_indices")  # arguments of attention functions that change the probabilities
 
 
-@dataclass
-class Scores:
-    """Attention probabilities of one block, computed in chunks when asked, never as a matrix.
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention function got.
 
     Attributes:
-        q, k: Queries (b h m e) and keys (b g n e) of the call; the last m keys belong to the queries.
-        mask: The mask of the call, (b|1 h|1 m n), or None.
-        real: Queries that are real tokens, (b m) bool.
-        back: Brings what the call's keys received back to the tokens of the stream.
+        q, k, v: Queries (b h m e), keys and values (b g n e); the last m keys belong to the queries.
+        mask: (b|1 h|1 m n) bool or additive, or None.
+        scaling: Factor on the dot products.
+        causal: Whether a query sees only what is before it, where there is no mask.
+        bias: Added to the scores, (b|1 h m n), or None.
+        softcap: The scores become softcap * tanh(score / softcap); None leaves them.
+        sinks: The score of a key without a value, (h), or None.
+        strange: What else shapes the keys or the probabilities.
         known: Sums over all real queries that some method has asked for already.
     """
 
     q: Tensor
     k: Tensor
+    v: Tensor
     mask: Tensor | None
     scaling: float
     causal: bool
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    strange: tuple[str, ...] = ()
+    known: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
+
+    def check(self) -> None:
+        """Refuse a call whose keys or probabilities are not those of an attention among the tokens.
+
+        Raises:
+            UnsupportedError: Something shapes them that we do not know.
+        """
+        if self.strange:
+            rule = "Keys and scores need an attention among the stream's own tokens: a softmax of products, mask, bias, soft cap and sinks"
+            raise UnsupportedError(explain(rule, f"one with {', '.join(self.strange)}", "Choose a method that does not look at attention."))
+
+    def shape(self) -> dict[str, Any]:
+        """What the kernels must know to compute the same probabilities."""
+        mask, causal = self.mask, self.causal and self.q.shape[2] > 1
+        if self.bias is not None:
+            m, n = self.q.shape[2], self.k.shape[2]
+            if mask is None and causal:
+                mask = torch.ones(m, n, dtype=torch.bool, device=self.q.device).tril(n - m)
+            hides = mask is not None and mask.dtype == torch.bool
+            mask = self.bias if mask is None else self.bias.masked_fill(~mask, -torch.inf) if hides else self.bias + mask
+        return dict(scaling=self.scaling, mask=mask, causal=causal, softcap=self.softcap, sinks=self.sinks)
+
+
+@dataclass
+class Scores:
+    """Attention probabilities of one call, computed in chunks when asked, never as a matrix.
+
+    Attributes:
+        call: The attention call.
+        real: Queries that are real tokens, (b m) bool.
+        back: Brings what the call's keys received back to the tokens of the stream.
+    """
+
+    call: AttentionCall
     real: Tensor | None = None
     back: Callable[[Tensor, int], Tensor] | None = None
-    known: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def columns(self, weights: Tensor | None = None, reduce: str = "sum") -> Tensor:
         """What each key receives: (b h n), over all real queries or those with a weight, (b m)."""
         key = reduce, torch.is_grad_enabled()
-        out = self.known.get(key) if weights is None else None
+        out = self.call.known.get(key) if weights is None else None
         if out is None:
-            real = None if self.real is None else self.real.to(self.q.dtype)
+            real = None if self.real is None else self.real.to(self.call.q.dtype)
             heed = real if weights is None else weights if real is None else weights * real
-            causal = self.causal and self.q.shape[2] > 1
-            out = attention_columns(self.q, self.k, scaling=self.scaling, mask=self.mask, causal=causal, weights=heed, reduce=reduce)
+            out = attention_columns(self.call.q, self.call.k, weights=heed, reduce=reduce, **self.call.shape())
             if weights is None:
-                self.known[key] = out
+                self.call.known[key] = out
         return out if self.back is None else self.back(out, 2)
 
     def rows(self, index: Tensor) -> Tensor:
         """The probabilities of chosen queries: index (b r) to (b h r n)."""
-        causal = self.causal and self.q.shape[2] > 1
-        out = attention_rows(self.q, self.k, index, scaling=self.scaling, mask=self.mask, causal=causal)
+        out = attention_rows(self.call.q, self.call.k, index, **self.call.shape())
         return out if self.back is None else self.back(out, 3)
 
 
 class Tap(Protocol):
-    """What a block's surgery may do at its attention call."""
+    """What a block's surgery does with its attention call."""
 
-    def before(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
-
-    def seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None: ...
+    def hear_call(self, call: AttentionCall) -> AttentionCall: ...
 
 
 def base_function(backend: str, module: nn.Module) -> Callable:
     """The attention function that the model would call itself."""
     if backend != "eager":
         return ALL_ATTENTION_FUNCTIONS[backend]
-    for cls in type(module).__mro__:
-        own = vars(sys.modules[cls.__module__]).get("eager_attention_forward")
-        if own is not None:
-            return own
-    raise UnsupportedError(
-        explain("Eager attention scores need the model's own `eager_attention_forward`", type(module).__name__, "Load the model with sdpa.")
-    )
+    forward = inspect.unwrap(type(module).forward)
+    own = [name for name in forward.__code__.co_names if "eager" in name and inspect.isfunction(forward.__globals__.get(name))]
+    if not own:
+        rule = "Eager attention scores need an attention that names its own eager function"
+        raise UnsupportedError(explain(rule, type(module).__name__, "Load the model with sdpa."))
+    return forward.__globals__[own[0]]
 
 
 def tapped(backend: str) -> Callable:
@@ -90,13 +129,22 @@ def tapped(backend: str) -> Callable:
         held = vars(module).get(TAP)
         if held is None or not held[0].listening:
             return base(module, query, key, value, attention_mask, **kwargs)
-        tap = held[0]
-        query, key, value, attention_mask = tap.before(query, key, value, attention_mask)
-        scaling = kwargs.get("scaling")
-        causal = kwargs.get("is_causal")
-        causal = vars(module).get("is_causal", True) if causal is None else causal
-        tap.seen(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, causal)
-        return base(module, query, key, value, attention_mask, **kwargs)
+        scaling, causal = kwargs.get("scaling"), False if backend == "eager" else kwargs.get("is_causal")  # eager goes by the mask alone
+        call = AttentionCall(
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            causal=vars(module).get("is_causal", True) if causal is None else causal,
+            bias=kwargs.pop("position_bias", None),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            strange=tuple(name for name in STRANGE if kwargs.get(name) is not None),
+        )
+        call = held[0].hear_call(call)
+        biased = {} if call.bias is None else {"position_bias": call.bias}
+        return base(module, call.q, call.k, call.v, call.mask, **biased, **kwargs)
 
     return attention
 

@@ -43,7 +43,8 @@ class Books:
         fresh: Inserted tokens, (b m) bool, or None.
         filled: Tokens that are there at all, (b m) bool, or None for all.
         sizes: How many entry tokens each token stands for, (b m), or None for one each.
-        context: Length of the second sequence that a joint block carries in front.
+        context: Length of the second sequence that the blocks get, to carry it along or to read it.
+        behind: Whether it stands behind the tokens in what they share, and not in front.
         prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
@@ -60,6 +61,7 @@ class Books:
     filled: Tensor | None = None
     sizes: Tensor | None = None
     context: int = 0
+    behind: bool = False
     prefix: int = 0
     additive: bool = False
     proportional: bool = False
@@ -68,11 +70,11 @@ class Books:
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, hidden: Tensor, start: int, causal: bool, context: int = 0, prefix: int = 0, additive: bool = False) -> Books:
+    def open(cls, hidden: Tensor, start: int, causal: bool, **more: Any) -> Books:
         """Books of a sequence that nothing has changed yet, hidden (b n d)."""
         batch, n = hidden.shape[:2]
         rows = torch.arange(n, device=hidden.device).expand(batch, n)
-        return cls(n, batch, start, rows, rows, causal, context=context, prefix=prefix, additive=additive, dtype=hidden.dtype)
+        return cls(n, batch, start, rows, rows, causal, dtype=hidden.dtype, **more)
 
     @property
     def m(self) -> int:
@@ -129,8 +131,9 @@ class Books:
                 self.memo[id(value)] = (value, out)
             return out
         if type(value) in (tuple, list):
-            if self.context and len(value) == 2 and all(isinstance(v, Tensor) and v.is_complex() for v in value):
-                return type(value)((self.realign(name, value[0], stored), value[1]))  # tables of the picture and of the text
+            complex_pair = len(value) == 2 and all(isinstance(v, Tensor) and v.is_complex() for v in value)
+            if complex_pair and len(value[1]) == self.context:  # rotary tables of the picture and of the text
+                return type(value)((self.realign(name, value[0], stored), value[1]))
             return type(value)(self.realign(name, item, stored) for item in value)
         if type(value) is dict:
             return {key: self.realign(name, item, stored) for key, item in value.items()}
@@ -145,8 +148,9 @@ class Books:
             return self.mask(name, value, stored)
         pair = [d for d in range(value.dim()) if value.shape[d] == self.n]
         if len(pair) > 1 and PAIRS.search(name) and self.n != self.batch and not CROSS.search(name):
-            first = self._take(name, value, pair[1])
-            return self._take(name, first, pair[0])
+            if value.shape[0] == 1 and self.uniform():  # without a batch it came, and can stay
+                return value.index_select(pair[1], self.rows[0]).index_select(pair[0], self.rows[0])
+            return self._take(name, self._take(name, value, pair[1]), pair[0])
         axis = self._axis(name, value)
         return value if axis is None else self._take(name, value, axis)
 
@@ -159,7 +163,8 @@ class Books:
     def _axis(self, name: str, value: Tensor) -> int | None:
         """The axis of a tensor that runs over the tokens of the stream; None if there is none."""
         sizes = {self.n, self.n + self.context, self.n - self.prefix}
-        dims = [d for d in range(value.dim()) if value.shape[d] in sizes]
+        last = value.dim() > 2 and value.is_floating_point() and "position_ids" not in name  # features, maybe as many as tokens
+        dims = [d for d in range(value.dim() - last) if value.shape[d] in sizes]
         if (
             value.dim() > 1
             and 0 in dims
@@ -176,11 +181,10 @@ class Books:
     def _take(self, name: str, value: Tensor, axis: int) -> Tensor:
         index = self.rows
         if value.shape[axis] == self.n + self.context and self.context:
-            front = torch.arange(self.context, device=index.device).expand(self.batch, self.context)
-            index = torch.cat([front, index + self.context], dim=1)
+            index = self._joint()
         elif value.shape[axis] != self.n:
             index = self._behind_prefix(name)
-        if axis > 0 and (value.shape[0] == self.batch or value.shape[0] == 1 and not self._shared(value, axis)):
+        if axis > 0 and value.shape[0] in (1, self.batch):
             return take(value, index, axis)
         if axis == 2 and value.shape[1] in (1, self.batch):  # M-RoPE: sections x batch x tokens
             return take(value.movedim(1, 0), index, axis).movedim(0, 1)
@@ -188,20 +192,17 @@ class Books:
             return value.index_select(axis, index[0])
         if axis > 0 and value.shape[0] % self.batch == 0:  # heads folded into the batch
             return take(value.unflatten(0, (self.batch, -1)), index, axis + 1).flatten(0, 1)
-        raise self._unlike(name)
-
-    def _shared(self, value: Tensor, axis: int) -> bool:
-        """Whether a table without a batch can stay without one."""
-        return value.shape.count(self.n) > 1 and self.uniform()
+        raise self.unlike(name)
 
     def _behind_prefix(self, name: str) -> Tensor:
         """Rows of a table that has none for the special tokens in front."""
         behind = self.rows >= self.prefix
         if not bool((behind == behind[:1]).all()):
-            raise self._unlike(name)
+            raise self.unlike(name)
         return self.rows[:, behind[0]] - self.prefix
 
-    def _unlike(self, name: str) -> UnsupportedError:
+    def unlike(self, name: str) -> UnsupportedError:
+        """The error for a table that cannot be cut for each sample apart."""
         return UnsupportedError(
             explain(
                 f"A table that all samples share ({name}) needs the same tokens in each sample",
@@ -220,17 +221,11 @@ class Books:
             return self.mask(name, value[:, None], stored)[:, 0]
         cross = CROSS.search(name) is not None
         if value.dim() == 2:
-            if cross:
-                return value
-            out = take(value, self._columns(value.shape[-1], stored))
-            filled = self._filled(stored)
-            return out if filled is None or filled.dim() == 3 else hide(out, filled)
+            return value if cross else self._mask_of_keys(value, stored)
         if self.context and not cross and value.shape[-1] == self.n + self.context:
-            return self._joint(value)
+            return self._joint_mask(value)
         out = take(value, self.rows, 2) if value.shape[2] == self.n and (self.n > 1 or self.m != 1) else value
-        if cross:
-            return out
-        if value.shape[-1] == 1:
+        if cross or value.shape[-1] == 1:
             return out
         columns = self._columns(value.shape[-1], stored)
         out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)
@@ -240,13 +235,29 @@ class Books:
         if visible is not None:
             behind = out.shape[-1] - visible.shape[-1]  # keys of another sequence
             out = hide(out, torch.nn.functional.pad(visible, (0, behind), value=True) if behind > 0 else visible)
-        return self._weigh(out) if "mask" in name else out  # a bias comes beside a mask
+        return self._weigh(out, self.all_sizes()) if "mask" in name else out  # a bias comes beside a mask
 
-    def _weigh(self, mask: Tensor | None) -> Tensor | None:
-        """Add log(size) of each key to a mask (proportional attention)."""
+    def _mask_of_keys(self, value: Tensor, stored: Stored | None) -> Tensor:
+        """The same of a mask (b|1 n)."""
+        if self.context and value.shape[-1] == self.n + self.context:
+            out, filled = take(value, self._joint()), None if self.filled is None else self._beside(self.filled, True)
+        else:
+            out, filled = take(value, self._columns(value.shape[-1], stored)), self._filled(stored)
+        return out if filled is None or filled.dim() == 3 else hide(out, filled)
+
+    def _joint_mask(self, value: Tensor) -> Tensor:
+        """The same of a mask (b|1 h|1 n|1 n) over both sequences of a joint block."""
+        joint = self._joint()
+        out = take(value, joint if value.shape[2] == value.shape[3] else self.rows, 2) if value.shape[2] > 1 else value
+        out = take(out, joint, 3)
+        out = out if self.filled is None else hide(out, self._beside(self.filled, True)[:, None, None])
+        return self._weigh(out, self._beside(self.all_sizes(), 1.0))
+
+    def _weigh(self, mask: Tensor | None, sizes: Tensor) -> Tensor | None:
+        """Add log(size) of each key to a mask (proportional attention), sizes (b s)."""
         if not self.proportional:
             return mask
-        bias = self.all_sizes().double().log()[:, None, None].to(self.dtype)
+        bias = sizes.double().log()[:, None, None].to(self.dtype)
         if mask is None:
             return bias
         if mask.dtype == torch.bool:
@@ -260,18 +271,21 @@ class Books:
         columns = columns.repeat_interleave(wide.shape[1] // k, dim=1)
         return wide.gather(3, columns[:, :, None].expand(-1, -1, wide.shape[2], -1))
 
-    def _joint(self, value: Tensor) -> Tensor:
-        front = torch.arange(self.context, device=self.rows.device).expand(self.batch, self.context)
-        index = torch.cat([front, self.rows + self.context], dim=1)
-        out = take(value, index, 2) if value.shape[2] == value.shape[3] else value
-        return take(out, index, 3)
+    def _joint(self) -> Tensor:
+        """Places in the joint sequence of the tokens that are left and of the second one's, (b m+context)."""
+        other = torch.arange(self.context, device=self.rows.device).expand(self.batch, -1)
+        return torch.cat([self.rows, other + self.n] if self.behind else [other, self.rows + self.context], dim=1)
+
+    def _beside(self, flags: Tensor, value: float) -> Tensor:
+        """Something of each token (b m), with a value for those of the second sequence."""
+        return torch.nn.functional.pad(flags, (0, self.context) if self.behind else (self.context, 0), value=value)
 
     def _columns(self, width: int, stored: Stored | None) -> Tensor:
         """Places in the full sequence of the keys that this block sees, (b s) or (b k s); those of another sequence stand behind."""
         full = self.start + self.n
-        if width > full and not self.start:
-            behind = torch.arange(full, width, device=self.rows.device).expand(self.batch, -1)
-            return torch.cat([self.rows if stored is None else self._columns(full, stored), behind], dim=-1)
+        if width > full and (stored is not None or not self.start):
+            own = self.rows if stored is None else self._columns(full, stored)
+            return torch.cat([own, torch.arange(full, width, device=own.device).expand(*own.shape[:-1], -1)], dim=-1)
         if stored is None:
             return self.rows + (width - self.n if self.start and width != self.n else 0)
         rows = self.rows + self.start
@@ -308,7 +322,7 @@ class Books:
         """The mask where the model gave none: it relied on the order of the tokens, which may not be enough any more."""
         filled = self._filled(stored)
         if not self.causal:
-            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden))
+            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden), self.all_sizes())
         past = stored is not None and stored.origins.shape[-1] > 0
         if filled is None and (not past or self.m == 1):
             return None

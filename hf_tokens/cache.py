@@ -77,6 +77,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
         self.seen = 0
+        self.handed = 0  # entries that the last `update` returned
         self.arrival: Arrival | None = None
         self.banks: set[str] = set()  # token banks whose keys are stored
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
@@ -126,7 +127,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = torch.cat([self.origins, arrival.origins], dim=1)
         self.seen = arrival.total
         self._append(key_states, value_states)
-        keys, values = self.keys, self.values
+        keys, values, self.handed = self.keys, self.values, self.length
         self._slide()
         return keys, values
 
@@ -278,12 +279,12 @@ def self_attention_cache(cache: object) -> Cache | None:
     return cache if isinstance(cache, Cache) else None
 
 
-def refuse(layer: CacheLayerMixin) -> UnsupportedError:
-    """The error for a cache layer whose tokens we cannot keep books of."""
+def refuse(cls: type) -> UnsupportedError:
+    """The error for a class of cache, or of its layers, whose tokens we cannot keep books of."""
     return UnsupportedError(
         explain(
             "A surgery that changes the number of tokens needs a dynamic cache",
-            f"a cache of {type(layer).__name__}",
+            f"a cache of {cls.__name__}",
             "Leave out `cache_implementation`, or pass `past_key_values=DynamicCache()`.",
         )
     )
@@ -305,7 +306,9 @@ def adopt(cache: Cache, last: int) -> bool:
     strange = [layer for layer in cache.layers if not isinstance(layer, (TokenCacheLayer, *STATELESS)) and type(layer) not in PLAIN_LAYERS]
     attending = [layer for layer in strange if isinstance(layer, CacheLayerMixin)]
     if any(isinstance(layer, StaticLayer) or layer.get_seq_length() for layer in attending):
-        raise refuse(attending[0])
+        raise refuse(type(attending[0]))
+    if type(cache) is not DynamicCache and cache.get_seq_length():
+        raise refuse(type(cache))
     if attending or type(cache) is not DynamicCache:
         return False
     for index, layer in enumerate(cache.layers):

@@ -30,7 +30,7 @@ def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 # How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
-NUMBERING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+COUNTING: weakref.WeakKeyDictionary[nn.Module, tuple[bool, bool]] = weakref.WeakKeyDictionary()
 PACKED = "n d"  # samples one behind the other in one row
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "b n d": (lambda x: x, lambda x, came: x),
@@ -47,11 +47,12 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], 
 }
 
 
-def numbers_tokens(block: nn.Module) -> bool:
-    """Whether a block holds a table of places or distances, to be looked up by itself."""
-    if block not in NUMBERING:
-        NUMBERING[block] = any(families.TABLES.search(name.rpartition(".")[2]) for name, _ in block.named_modules())
-    return NUMBERING[block]
+def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
+    """Whether a block counts its tokens by itself: whatever it is told, and where it is not told their places."""
+    if block not in COUNTING:
+        names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
+        COUNTING[block] = tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
+    return COUNTING[block]
 
 
 def axes(layout: str) -> int:
@@ -94,8 +95,13 @@ class Call:
             )
         self.hidden: Tensor = LAYOUTS[self.layout][0](raw)
         context = stream.context_index(index)
-        value = None if context is None else self.arguments.get(context.name)
-        self.context = value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
+        self.context = 0 if stream.causal else self._length("encoder_hidden_states" if context is None else context.name)
+        self.behind = bool(families.CONTEXT_BEHIND.search(type(block).__name__))
+
+    def _length(self, name: str) -> int:
+        """Length of a sequence among the arguments; 0 if there is none."""
+        value = self.arguments.get(name)
+        return value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
 
     def segments(self, real: Tensor | None) -> Tensor | None:
         """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own.
@@ -129,12 +135,14 @@ class Call:
         if books.untouched and stored is None:
             given = {**self.arguments, self.hidden_name: original}
             return self._apply(inner, given)
+        self._refuse_counting()
+        self._refuse_filler(books)
         self._spell_out_bias(books)
-        self._refuse_numbering()
-        given = {name: books.realign(name, value, stored) for name, value in self.arguments.items() if name != self.hidden_name}
+        whole = (self.hidden_name, families.INDEXED.get(type(self.stream.blocks[self.index]).__name__))
+        given = {name: value if name in whole else books.realign(name, value, stored) for name, value in self.arguments.items()}
         given[self.hidden_name] = original
         name = self._mask_name()
-        if name is not None and given.get(name) is None and self.layout != "n d":
+        if name is not None and given.get(name) is None and self.layout != "n d" and self.attends:
             given[name] = books.implied_mask(hidden, stored)
         try:
             output = self._apply(inner, given)
@@ -148,30 +156,55 @@ class Call:
             raise UnsupportedError(explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")) from error
         return self._give_back(output, given)
 
-    def _refuse_numbering(self) -> None:
+    @property
+    def attends(self) -> bool:
+        """Whether the block mixes its tokens by an attention."""
+        return self.stream.mixers[self.index] == "attention"
+
+    def _refuse_filler(self, books: Books) -> None:
+        """No mask hides filler from a state space or a convolution."""
+        if books.filled is not None and self.stream.mixers[self.index] == "other":
+            block = type(self.stream.blocks[self.index]).__name__
+            rule = "Blocks that mix tokens without an attention need as many tokens in each row of the batch"
+            came = f"{block} at {self.stream.paths[self.index]} and rows that keep different numbers"
+            raise UnsupportedError(explain(rule, came, "Run one sample at a time, or choose other layers."))
+
+    def _refuse_counting(self) -> None:
         """A block that counts its tokens by itself would give those that are left other places than they had."""
         block = self.stream.blocks[self.index]
-        if not numbers_tokens(block):
-            return
-        told = [name for name, value in self.arguments.items() if families.PLACES.search(name) and value is not None]
-        if not told:
+        always, untold = counts_tokens(block)
+        told = any(families.PLACES.search(name) and value is not None for name, value in self.arguments.items())
+        if always or untold and not told and self._bias_maker() is None:
             rule = "A block must be told the places of its tokens, or all of them must be there"
             came = f"{type(block).__name__} at {self.stream.paths[self.index]}, which counts them by itself"
             raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
 
     def _spell_out_bias(self, books: Books) -> None:
         """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
-        attention, context = self.stream.attention(self.index), self.arguments.get("encoder_hidden_states")
+        maker, context = self._bias_maker(), self.arguments.get("encoder_hidden_states")
         missing = {name for name in parameters(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
-        if BIAS in missing and attention is not None and vars(attention).get("has_relative_attention_bias"):
-            self.arguments[BIAS] = attention.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
+        if BIAS in missing and maker is not None:
+            self.arguments[BIAS] = maker.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
         if CROSS_BIAS in missing and context is not None:
             self.arguments[CROSS_BIAS] = context.new_zeros(1, self.stream.heads, books.n, context.shape[1])
+
+    def _bias_maker(self) -> nn.Module | None:
+        """The block's attention, if it makes a bias of the distances: in T5 that of the first block, in UMT5 that of each."""
+        attention = self.stream.attention(self.index)
+        makes = attention is not None and vars(attention).get("has_relative_attention_bias") is True
+        return attention if makes and "compute_bias" in dir(type(attention)) else None
+
+    def unsaid_bias(self, books: Books, stored: Stored | None) -> Tensor | None:
+        """The bias that the scores of these tokens need where the block has no argument for one."""
+        maker, named = self._bias_maker(), BIAS in parameters(type(self.stream.blocks[self.index]))
+        if books.untouched and stored is None or maker is None or named:
+            return None
+        return books.mask(BIAS, maker.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start), stored)
 
     def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
         """The mask that these tokens need where the block has no argument for one."""
         named = self._mask_name() is not None and self.layout != "n d"
-        if books.untouched or named or self.stream.causal or self.stream.attention(self.index) is None:
+        if books.untouched or named or self.stream.causal or not self.attends:
             return None
         return books.implied_mask(hidden, None)
 
@@ -202,3 +235,8 @@ class Call:
     def write(self, output: Any, hidden: Tensor) -> Any:
         """A block's output with other hidden states."""
         return hidden if output is None else self.stream.write(self.index, output, hidden)
+
+    def blank(self, output: Any) -> tuple:
+        """A block's output without its hidden states, in a tuple of one; an empty one if it holds more than these."""
+        rest = None if isinstance(output, Tensor) else self.stream.write(self.index, output, None)
+        return (rest,) if rest is None or all(item is None for item in rest) else ()

@@ -81,6 +81,8 @@ LAYOUTS = (
     (re.compile(r"XLNetLayer|modeling_fsmt|BridgeTowerResidualAttention|ErnieImageSharedAdaLNBlock"), "n b d"),
     (re.compile(r"TemporalBasicTransformerBlock"), "(b t) n d"),
 )
+# Blocks that put a second sequence behind their own tokens where they join the two, and not in front of them.
+CONTEXT_BEHIND = re.compile(r"^(Hunyuan|Motif|HiDream|NucleusMoE|JoyImage|JointTransformer)")
 # block class -> what no mask function tells
 CAUSAL = {
     "modeling_fsmt.EncoderLayer": False,
@@ -109,8 +111,14 @@ CALLED_BEFORE = {"mid_block": "up_blocks"}
 
 # Parameters that are special tokens in front of the patches of a picture.
 PREFIX = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")
-# Tables of places or distances inside of a block, and the arguments by which a block is told the places instead.
-TABLES = re.compile(
-    r"^(relative_attention_bias|rel_attn_embed|rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$"
+# Modules of a block, by name or class, that look up the places or distances of its tokens by counting them: those that are let off where
+# the block is told by one of these arguments, and those that count whatever they are told.
+TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
+PLACES = re.compile(r"position|relative")
+COUNTS = re.compile(
+    r"(^|\.)(rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$|^LongT5(Local|TransientGlobal)Attention$|^MptAttention$"
 )
-PLACES = re.compile(r"position|rotary|rope|relative")
+# Attribute of an attention that takes a whole number of windows of twice this size; they are counted over the tokens that are left.
+HALF_WINDOW = "one_sided_attn_window_size"
+# block class -> the table that it looks up at its `position_ids`, and that must stay whole for it
+INDEXED = {"ClvpEncoderLayer": "rotary_pos_emb"}

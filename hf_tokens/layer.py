@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import PREFIX, Scores, close_tap, open_tap, tapped_now
+from . import families
+from .attention import PREFIX, AttentionCall, Scores, close_tap, open_tap, tapped_now
 from .errors import UnsupportedError, explain
 from .features import FeatureSites
 from .roles import FeatureCache, Method, TokenBank, TokenReducer
@@ -48,6 +50,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self._block = (block,)  # a tuple keeps it from becoming a submodule
         self._attention = () if attention is None else (attention,)
         self.layer_idx = layer_index(block, attention)
+        self.window = 1 if attention is None else 2 * vars(attention).get(families.HALF_WINDOW, 0) or 1
         self.checkpoints_itself = isinstance(block, GradientCheckpointingLayer)
         self.in_features = self.out_features = stream.width
         self.merged_adapters: list[str] = []
@@ -55,8 +58,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self._handles: dict[str, list] = {}
         self.captured: dict[str, Tensor] = {}
         self.listening, self.queries_only, self.moment = False, 0, None
-        self.heard_call: tuple | None = None
-        self.bare = False  # whether the block is known to return its hidden states and nothing else
+        self.heard_call: AttentionCall | None = None
+        self.blank: tuple = ()  # what the block is known to return beside its hidden states, if that is nothing
         self.features = FeatureSites(self)
         self._acting: list[Method] = []
         self._before = vars(block).get("forward")
@@ -225,20 +228,22 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     # -- the attention call ------------------------------------------------------------------------------------------
 
-    def before(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Tokens that only ask lend no key and no value; they stand in front. A block without an argument for a mask gets it here."""
-        mask = self.moment.mask if mask is None else mask
-        p = self.queries_only
-        if p:
-            mask = mask[..., p:] if mask is not None and mask.shape[-1] == k.shape[2] else mask
-            k, v = k[:, :, p:], v[:, :, p:]
-        return q, k, v, mask
+    def hear_call(self, call: AttentionCall) -> AttentionCall:
+        """Hold what the attention call gets until the verbs have spoken.
 
-    def seen(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> None:
-        """Hold what the attention call got until the verbs have spoken."""
-        self.heard_call = (q, k, v, mask, scaling, causal, {})
+        Tokens that only ask lend no key and no value; they stand in front. A mask or a bias that the block had no argument for comes in.
+        """
+        mask = self.moment.mask if call.mask is None else call.mask
+        bias = call.bias if self.moment.bias is None else self.moment.bias
+        n, p = call.k.shape[2], self.queries_only
+        mask, bias = (t[..., p:] if p and t is not None and t.shape[-1] == n else t for t in (mask, bias))
+        local, layer = self.moment.local, self.moment.layer
+        own = n <= (local.m if layer is None else layer.handed) and call.q.shape[0] in (1, local.batch)
+        strange = call.strange if own else (*call.strange, "other keys than those")
+        self.heard_call = replace(call, k=call.k[:, :, p:], v=call.v[:, :, p:], mask=mask, bias=bias, strange=strange)
+        return self.heard_call
 
-    def attention_call(self) -> tuple:
+    def attention_call(self) -> AttentionCall:
         """What the attention call of this block got.
 
         Raises:
@@ -252,13 +257,15 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     def heard(self, name: str, moment: Moment) -> Any:
         """A signal of the attention call, over the tokens of the stream."""
-        q, k, v, mask, scaling, causal, known = self.attention_call()
+        call = self.attention_call()
+        if name != "queries":
+            call.check()
         if name == "scores":
             back = moment.from_call if moment.whole_cache else moment.from_local
-            return Scores(q, k, mask, scaling, causal, real=moment.local_real(q.shape[2]), back=back, known=known)
+            return Scores(call, moment.local_real(call.q.shape[2]), back)
         if moment.whole_cache:
-            return {"keys": moment.layer.keys, "values": moment.layer.values, "queries": q}[name]
-        return moment.from_local({"queries": q, "keys": k, "values": v}[name], 2)
+            return {"keys": moment.layer.keys, "values": moment.layer.values, "queries": call.q}[name]
+        return moment.from_local({"queries": call.q, "keys": call.k, "values": call.v}[name], 2)
 
     # -- PEFT --------------------------------------------------------------------------------------------------------
 
@@ -300,7 +307,6 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
     """The cache slot of a block."""
-    for module in (attention, block, *block.modules()):
-        if module is not None and isinstance(vars(module).get("layer_idx"), int):
-            return vars(module)["layer_idx"]
-    return None
+    modules = [module for module in (attention, block, *block.modules()) if module is not None]
+    found = [vars(module)[name] for name in ("layer_idx", "layer_id") for module in modules if isinstance(vars(module).get(name), int)]
+    return found[0] if found else None

@@ -38,6 +38,7 @@ class Moment:
     routed: TokenMap | None = None
     whole_cache: bool = False
     mask: Tensor | None = None  # of the tokens at hand, where the block has no argument for it
+    bias: Tensor | None = None  # the same of a bias on their scores
     middle: dict[int, TokenMap | None] = field(default_factory=dict)  # maps between attention and MLP, by the method's id
 
     def local_real(self, queries: int) -> Tensor | None:

@@ -229,7 +229,8 @@ class Runtime:
             memory = layers[0].memory if start and layers[0].memory is not None else memory
             layers[0].memory = memory
             memory.tokens.clear()
-        books = Books.open(call.hidden, start, self.stream.causal, call.context, self.prefix, side.additive_mask)
+        given = dict(context=call.context, behind=call.behind, prefix=self.prefix, additive=side.additive_mask)
+        books = Books.open(call.hidden, start, self.stream.causal, **given)
         real, first = padding(call.arguments, books)
         segments = None if start else call.segments(real)
         self._refuse_packed(segments)
@@ -273,24 +274,29 @@ class Runtime:
         now, hidden, layer = moment.now, moment.hidden, moment.layer
         gate, dense = self._gate(methods, moment)
         books, x, routed = self._route(gate, dense, now.books, hidden)
-        if side.bare and books.m == 1 and books.filled is not None and not bool(books.filled.any()):  # nothing is left to compute
+        if side.blank and books.m == 1 and books.filled is not None and not bool(books.filled.any()):  # nothing is left to compute
             if layer is not None:
                 layer.seen = books.start + books.n
-            return None, hidden
+            return side.blank[0], hidden
         books, x, guests = self._invite(methods, replace(moment, hidden=x, now=replace(now, books=books)))
+        m, lack = books.m, 0 if books.untouched else -books.m % side.window
+        if lack:
+            padded = TokenMap.pad(m, lack, len(x), x.device)
+            books, x = books.move(padded), padded.gather(x)
         stored = self._expect(layer, books, now)
         moment.local, moment.routed = books, routed
-        unsaid = call.unsaid_mask(x, books)
-        if unsaid is not None or side.taps:
+        mask, bias = call.unsaid_mask(x, books), call.unsaid_bias(books, stored)
+        unsaid = mask is not None or bias is not None
+        if unsaid or side.taps:
             side.open_tap()
         asking = sum(opened.m - opened.n for bank, opened, _ in guests if bank.site == "query")
-        with self._listen(side, asking, replace(moment, hidden=x, now=replace(now), mask=unsaid)):
+        with self._listen(side, unsaid or side.taps, asking, replace(moment, hidden=x, now=replace(now), mask=mask, bias=bias)):
             output = call.run(side.inner, x, books, stored)
-        if unsaid is not None:
+        if unsaid:
             side.attention_call()
         self._count(side, x.shape[0] * x.shape[1])
-        side.bare = isinstance(output, Tensor)
-        y = self._dismiss(side, call, guests, call.read(output))
+        side.blank = call.blank(output)
+        y = self._dismiss(side, call, guests, call.read(output)[:, :m])
         if routed is not None:
             y = routed.restore(y, hidden)
         if gate is not None:
@@ -339,9 +345,9 @@ class Runtime:
         return y
 
     @contextlib.contextmanager
-    def _listen(self, side: BlockSurgery, asking: int, moment: Moment) -> Iterator[None]:
+    def _listen(self, side: BlockSurgery, taps: bool, asking: int, moment: Moment) -> Iterator[None]:
         """Open the hooks inside of the block while it runs, and again when its own checkpoint runs it in the backward pass."""
-        hearing = partial(side.hearing, side.taps or moment.mask is not None, asking, moment)
+        hearing = partial(side.hearing, taps, asking, moment)
         checkpoint = vars(side.block).get("_gradient_checkpointing_func")
         if checkpoint is not None:
             side.block._gradient_checkpointing_func = lambda function, *args: checkpoint(hearing()(function), *args)

@@ -118,6 +118,12 @@ class TokenMap:
         group = ((fresh.cumsum(dim=1) - 1) // max(k, 1)).clamp(min=0, max=at.shape[1] - 1)
         return cls(slot, torch.where(fresh, beside.gather(1, group), source).clamp(max=n - 1), fresh=fresh)
 
+    @classmethod
+    def pad(cls, n: int, k: int, batch: int, device: torch.device | None = None) -> TokenMap:
+        """Put k slots of filler behind n tokens."""
+        slots = torch.arange(n + k, device=device).expand(batch, n + k)
+        return cls(slots[:, :n], slots.clamp(max=n - 1), filled=slots < n)
+
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The row of each slot's source token: x (b n ...) to (b m ...)."""
         return take(x, self.source, dim)

@@ -82,11 +82,11 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Spe
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
-    """The floating tensors in an output, flattened; caches are left out."""
+    """The floating tensors in an output, flattened; caches are left out, and attention maps, which are those of the tokens that ran."""
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
-        return [t for name, value in output.items() if "past_key_values" not in name for t in tensors(value)]
+        return [t for name, value in output.items() if not name.endswith(("past_key_values", "attentions")) for t in tensors(value)]
     if isinstance(output, (tuple, list)):
         return [t for value in output for t in tensors(value)]
     if is_dataclass(output):

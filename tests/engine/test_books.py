@@ -28,7 +28,7 @@ def books(index=KEPT, causal=True, **more):
         ("cos", (BATCH, N, E), 1),
         ("rotary", (BATCH, N, N), 1),
         ("freqs", (BATCH, 3, N, E), 2),
-        ("mrope", (3, BATCH, N), 2),
+        ("position_ids", (3, BATCH, N), 2),
         ("mrope", (3, 1, N, E), 2),
         ("visual_mask", (BATCH, N), 1),
     ],

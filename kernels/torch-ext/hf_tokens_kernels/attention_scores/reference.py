@@ -1,5 +1,7 @@
 """The torch reference: queries in chunks, so that memory grows with n and not with n squared."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,25 +9,36 @@ CHUNK_ELEMENTS = 1 << 22  # probabilities held at a time
 CAUSAL_CHUNK = 128  # queries of a chunk that looks back only
 
 
-def probabilities(q: Tensor, k: Tensor, scaling: float, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    visible: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T * scaling + mask): q (b h c e), k (b g n e), mask (b|1 h|1 c n) bool or additive, visible (b h|1 c n) bool."""
     groups = q.shape[1] // k.shape[1]
     b, h, c, e = q.shape
     scores = torch.matmul((q * scaling).reshape(b, k.shape[1], groups * c, e), k.transpose(-1, -2)).view(b, h, c, -1)
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    p = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores).view(1, h, 1, 1).expand(b, h, c, 1)], dim=-1)
+    p = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
     return p if mask is None else p.nan_to_num(0.0)  # a query that sees nothing gives nothing
 
 
-def causal_probabilities(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+def causal_probabilities(q: Tensor, k: Tensor, scaling: float, **shape: Any) -> Tensor:
     """The same where the last query stands at the last key and sees what is before: q (b h c e), k (b g n e)."""
     c, n = q.shape[2], k.shape[2]
     visible = torch.ones(c, n, dtype=torch.bool, device=q.device).tril(n - c)
-    return probabilities(q, k, scaling, visible=visible)
+    return probabilities(q, k, scaling, visible=visible, **shape)
 
 
 def attention_columns(
@@ -37,6 +50,8 @@ def attention_columns(
     causal: bool = False,
     weights: Tensor | None = None,
     reduce: str = "sum",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What every key receives from the queries, per query head.
 
@@ -48,6 +63,8 @@ def attention_columns(
         causal: Without a mask, whether query i sees only the keys up to its own place; the last query stands at the last key.
         weights: How much each query counts, (b m); 0 leaves it out.
         reduce: `sum` over queries or `max`.
+        softcap: The scores become softcap * tanh(score / softcap), before the mask.
+        sinks: The score of a key that every query sees and that is not returned, (h).
 
     Returns:
         (b h n), float32 at least.
@@ -62,10 +79,11 @@ def attention_columns(
         c = rows.shape[2]
         if skips:  # no query of the chunk sees a key behind its last one
             end = n - m + first + c
-            p = causal_probabilities(rows, k[:, :, :end], scaling)
+            p = causal_probabilities(rows, k[:, :, :end], scaling, softcap=softcap, sinks=sinks)
         else:
             end = n
-            p = probabilities(rows, k, scaling, mask if mask is None or mask.shape[2] == 1 else mask[:, :, first : first + step])
+            seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, first : first + step]
+            p = probabilities(rows, k, scaling, seen, softcap=softcap, sinks=sinks)
         if weights is not None:
             p = p * weights[:, None, first : first + step, None].to(p.dtype)
         part = torch.nn.functional.pad(p.sum(dim=2) if reduce == "sum" else p.amax(dim=2), (0, n - end))
@@ -76,8 +94,18 @@ def attention_columns(
     return out
 
 
-def attention_rows(q: Tensor, k: Tensor, index: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """The probabilities of chosen queries: index (b r) into q (b h m e), to (b h r n)."""
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    index: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The probabilities of chosen queries: index (b r) into q (b h m e), to (b h r n); the rest as in `attention_columns`."""
     b, h, m, e = q.shape
     wide = index[:, None, :, None]
     rows = q.gather(2, wide.expand(b, h, -1, e))
@@ -87,7 +115,7 @@ def attention_rows(q: Tensor, k: Tensor, index: Tensor, *, scaling: float, mask:
         seen = mask.expand(b, mask.shape[1], m, n).gather(2, wide.expand(b, mask.shape[1], -1, n))
     elif causal:
         visible = (torch.arange(n, device=q.device) <= index[..., None] + (n - m))[:, None]
-    return probabilities(rows, k, scaling, seen, visible)
+    return probabilities(rows, k, scaling, seen, visible, softcap, sinks)
 
 
 def attention_entropy(q: Tensor, k: Tensor, *, scaling: float, mask: Tensor | None = None, pooled: bool = False) -> Tensor:
