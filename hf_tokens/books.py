@@ -136,7 +136,7 @@ class Books:
                 return type(value)((self.realign(name, value[0], stored), value[1]))
             return type(value)(self.realign(name, item, stored) for item in value)
         if type(value) is dict:
-            return {key: self.realign(name, item, stored) for key, item in value.items()}
+            return {key: self.realign(f"{name}.{key}" if "mask" in name else key, item, stored) for key, item in value.items()}
         return value
 
     def _tensor(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:

@@ -142,8 +142,8 @@ class Call:
         given = {name: value if name in whole else books.realign(name, value, stored) for name, value in self.arguments.items()}
         given[self.hidden_name] = original
         name = self._mask_name()
-        if name is not None and given.get(name) is None and self.layout != "n d" and self.attends:
-            given[name] = books.implied_mask(hidden, stored)
+        if name is not None and self.layout != "n d":
+            given[name] = self._implied(given.get(name), hidden, books, stored)
         try:
             output = self._apply(inner, given)
         except torch.OutOfMemoryError:
@@ -161,9 +161,21 @@ class Call:
         """Whether the block mixes its tokens by an attention."""
         return self.stream.mixers[self.index] == "attention"
 
+    def _implied(self, value: Any, hidden: Tensor, books: Books, stored: Stored | None) -> Any:
+        """A mask as the model gave it; where it gave none, the one that these tokens need."""
+        if value is not None and not (isinstance(value, dict) and None in value.values()):
+            return value
+        mask = books.implied_mask(hidden, stored) if self.attends else books.filled
+        if value is None or mask is None:
+            return mask if value is None else value
+        rule = "Rows that keep different numbers of tokens need one mask a block, or all of its masks said"
+        raise UnsupportedError(explain(rule, f"the masks {sorted(value)}, of which some are None", "Run one sample at a time."))
+
     def _refuse_filler(self, books: Books) -> None:
-        """No mask hides filler from a state space or a convolution."""
-        if books.filled is not None and self.stream.mixers[self.index] == "other":
+        """A state space can be kept from filler as from padding: in front of a whole sequence."""
+        if self.stream.mixers[self.index] != "other" or books.filled is None:
+            return
+        if not self.stream.causal or books.start or bool((books.filled[:, :-1] & ~books.filled[:, 1:]).any()):
             block = type(self.stream.blocks[self.index]).__name__
             rule = "Blocks that mix tokens without an attention need as many tokens in each row of the batch"
             came = f"{block} at {self.stream.paths[self.index]} and rows that keep different numbers"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +73,20 @@ def shown(mask: Tensor) -> Tensor:
     return mask > (torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0)
 
 
+def masks(arguments: dict[str, Any]) -> Iterator[Tensor]:
+    """The masks of a block's own tokens among its arguments."""
+    for name, value in arguments.items():
+        if "mask" in name and not CROSS.search(name):
+            yield from (mask for mask in (value.values() if isinstance(value, dict) else [value]) if isinstance(mask, Tensor))
+
+
 def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Tensor | None]:
     """Real tokens of this chunk (b n) bool and the place of each row's first one (b), by the block's own mask; None if all are real."""
-    for name, value in arguments.items():
-        if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.dim() not in (2, 3, 4):
+    for mask in masks(arguments):
+        if mask.dim() not in (2, 3, 4):
             continue
-        seen = shown(value)
-        if value.dim() > 2:
+        seen = shown(mask)
+        if mask.dim() > 2:
             seen = seen.flatten(1, -2).any(dim=1)
         if seen.shape[-1] < books.start + books.n or seen.shape[0] not in (1, books.batch):
             continue
@@ -90,10 +97,10 @@ def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Ten
 
 def views(arguments: dict[str, Any], books: Books, padding: Tensor | None) -> Tensor | None:
     """The first token that each real one sees by the block's own mask, -1 for the others, (b n); None if all see the same."""
-    for name, value in arguments.items():
-        if "mask" not in name or CROSS.search(name) or not isinstance(value, Tensor) or value.shape[-2:] != (books.n, books.n):
+    for mask in masks(arguments):
+        if mask.shape[-2:] != (books.n, books.n):
             continue
-        seen = shown(value)
+        seen = shown(mask)
         first = seen.reshape(-1, *seen.shape[-3:]).any(dim=1).long().argmax(dim=-1).expand(books.batch, -1)  # b n
         first = first if padding is None else first.masked_fill(~padding, -1)
         return None if bool((first == first.amax(dim=1, keepdim=True)).logical_or(first < 0).all()) else first

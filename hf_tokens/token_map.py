@@ -68,12 +68,13 @@ class TokenMap:
 
     @classmethod
     def select(cls, kept: Tensor) -> TokenMap:
-        """Keep the tokens marked in `kept` (b n) bool; rows may keep different numbers, and there is at least one slot."""
-        count = kept.sum(dim=1)
+        """Keep the tokens marked in `kept` (b n) bool; rows that keep fewer are filled up in front, and there is one slot at least."""
+        n, count = kept.shape[1], kept.sum(dim=1)
         m = max(1, int(count.max()))
-        slot = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
-        source = kept.long().argsort(dim=1, descending=True, stable=True)[:, :m]
-        filled = torch.arange(m, device=kept.device) < count[:, None]
+        lack = m - count[:, None]
+        slot = torch.where(kept, kept.cumsum(dim=1) - 1 + lack, -1)
+        source = kept.long().argsort(dim=1, stable=True)[:, n - m :]
+        filled = torch.arange(m, device=kept.device) >= lack
         return cls(slot, source, filled=None if bool((count == m).all()) else filled)
 
     @classmethod

@@ -118,8 +118,9 @@ def test_select_pads_ragged_rows(size):
     assert tokens.m == max(1, int(kept.sum(dim=1).max()))
     for b in range(batch):
         count = int(kept[b].sum())
-        assert tokens.source[b, :count].tolist() == kept[b].nonzero()[:, 0].tolist()
-        assert tokens.filled is None and count == tokens.m or tokens.filled[b].tolist() == [i < count for i in range(tokens.m)]
+        lack = tokens.m - count
+        assert tokens.source[b, lack:].tolist() == kept[b].nonzero()[:, 0].tolist()
+        assert tokens.filled is None and lack == 0 or tokens.filled[b].tolist() == [i >= lack for i in range(tokens.m)]
         assert (tokens.slot[b] >= 0).tolist() == kept[b].tolist()
 
 
@@ -143,8 +144,9 @@ def test_pool_groups_by_label(size):
     tokens = TokenMap.pool(labels)
     for b in range(batch):
         firsts = [labels[b].tolist().index(label) for label in dict.fromkeys(labels[b].tolist()) if label >= 0]
-        assert tokens.source[b, : len(firsts)].tolist() == firsts
-        slots = {label: i for i, label in enumerate(dict.fromkeys(v for v in labels[b].tolist() if v >= 0))}
+        lack = tokens.m - len(firsts)
+        assert tokens.source[b, lack:].tolist() == firsts
+        slots = {label: lack + i for i, label in enumerate(dict.fromkeys(v for v in labels[b].tolist() if v >= 0))}
         assert tokens.slot[b].tolist() == [slots.get(label, -1) for label in labels[b].tolist()]
 
 
