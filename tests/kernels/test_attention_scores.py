@@ -17,7 +17,7 @@ SHAPES = [  # batch, query heads, key heads, queries, keys, head size
 ]
 
 
-def matrix(q, k, scaling, mask=None, causal=False):
+def matrix(q, k, scaling, mask=None, causal=False, softcap=None, sinks=None):
     """softmax(q k^T) row by row, with one key head for each group of query heads."""
     b, h, m, _ = q.shape
     g, n = k.shape[1], k.shape[2]
@@ -27,12 +27,14 @@ def matrix(q, k, scaling, mask=None, causal=False):
             for i in range(m):
                 logits = [float(q[row, head, i] @ k[row, head * g // h, j]) * scaling for j in range(n)]
                 for j in range(n):
+                    logits[j] = logits[j] if softcap is None else softcap * math.tanh(logits[j] / softcap)
                     seen = j <= i + n - m if causal else True
                     seen = seen and (mask is None or bool(mask[row, 0, i, j]))
                     logits[j] = logits[j] if seen else -math.inf
+                logits += [] if sinks is None else [float(sinks[head])]
                 top = max(logits)
                 weights = [0.0 if v == -math.inf else math.exp(v - top) for v in logits]
-                out[row, head, i] = torch.tensor(weights, dtype=torch.float64) / (sum(weights) or 1.0)
+                out[row, head, i] = torch.tensor(weights[:n], dtype=torch.float64) / (sum(weights) or 1.0)
     return out
 
 
@@ -63,6 +65,18 @@ def test_columns_rows_and_entropy_are_those_of_the_matrix(shape, case, chunk, mo
     if not causal:
         entropy = -(full * full.clamp(min=1e-300).log()).sum(-1)
         torch.testing.assert_close(attention_entropy(q, k, scaling=0.3, **given), entropy)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_soft_caps_and_sinks_shape_the_probabilities(shape, causal):
+    q, k, _ = sample(shape)
+    given = {"softcap": 0.7, "sinks": torch.linspace(-1, 1, shape[1], dtype=torch.float64)}
+    full = matrix(q, k, 0.3, causal=causal, **given)
+    torch.testing.assert_close(attention_columns(q, k, scaling=0.3, causal=causal, **given), full.sum(2))
+    index = torch.randint(q.shape[2], (q.shape[0], 3))
+    rows = torch.stack([full[b][:, index[b]] for b in range(len(q))])
+    torch.testing.assert_close(attention_rows(q, k, index, scaling=0.3, causal=causal, **given), rows)
 
 
 def test_weights_leave_queries_out():

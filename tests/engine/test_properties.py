@@ -1,0 +1,192 @@
+"""What must hold of a surgery in any family, checked against the model itself: no number here comes from the engine."""
+
+import inspect
+
+import pytest
+import torch
+
+from hf_tokens import MethodConfig, anatomy, get_token_model, option, register
+from hf_tokens.errors import UnsupportedError
+from hf_tokens.registry import METHODS
+from hf_tokens.roles import TokenReducer
+from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
+
+TEXTS = """
+llama gpt2 gpt_neo gemma2 gemma3 gpt_oss qwen3 mixtral deepseek_v3 falcon phi glm4 cohere2 olmo2 starcoder2 bert roberta electra deberta-v2
+modernbert distilbert albert mpnet xlm-roberta t5 umt5 bart mbart splinter
+""".split()
+TALKERS = "llama gpt2 gpt_neo gemma2 gpt_oss qwen3 falcon bamba jamba qwen3_next lfm2 granitemoehybrid t5gemma2 bart umt5".split()
+SCORED = """
+llama gemma2 gpt_oss qwen3 bert t5 umt5 switch_transformers vit dinov2 clip siglip phi4_multimodal_vision whisper splinter align_text_model
+""".split()
+DENOISERS = """
+HunyuanVideoTransformer3DModel HunyuanImageTransformer2DModel HunyuanVideo15Transformer3DModel MotifVideoTransformer3DModel
+QwenImageTransformer2DModel LTXVideoTransformer3DModel
+PixArtTransformer2DModel LuminaNextDiT2DModel Lumina2Transformer2DModel UNet2DConditionModel
+""".split()
+# family -> stream; their blocks count their tokens by themselves
+COUNTING = {"mpt": None, "longt5": "encoder", "inkling_text": None, "inkling2_text": None, "granite_speech": "audio", "wav2vec2-bert": None}
+
+
+def text_stream(model):
+    """The stream that reads the text first."""
+    streams = anatomy(model).streams
+    return next((s for s in streams if s.name == "encoder"), streams[-1])
+
+
+def first_states(specimen, stream, **more):
+    """What the last block of a stream put out, b n d."""
+    seen = []
+    block = stream.blocks[-1]
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(stream.read(len(stream) - 1, output)))
+    try:
+        specimen.run(**more)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_a_dropped_token_is_as_one_that_the_mask_hides(family):
+    specimen = zoo.build(family)
+    stream = text_stream(specimen.model)
+    ids = specimen.inputs["input_ids"]
+    place = torch.arange(ids.shape[1]) - torch.tensor([[3], [0]])  # the first row is padded
+    specimen.inputs["attention_mask"] = (place >= 0).long()
+    more = {"use_cache": False} if "use_cache" in inspect.signature(specimen.model.forward).parameters else {}
+    if "bart" in family or family in ("t5", "umt5"):
+        specimen.inputs["decoder_input_ids"] = ids
+    rate = 0.6
+    kept = (((place + 1) * rate).floor() > (place * rate).floor()) & (place >= 0)
+    hidden = first_states(specimen, stream, attention_mask=kept.long(), **more)
+    model = get_token_model(specimen.model, ProbeDropConfig(share=1 - rate, layers=(0,), stream=stream.name)).eval()
+    dropped = first_states(specimen, stream, **more)
+    assert not torch.equal(hidden, dropped)  # those that are gone are not what the mask leaves of them
+    torch.testing.assert_close(dropped[kept], hidden[kept], rtol=1e-3, atol=1e-4)
+    model.unload()
+
+
+def generate(model, inputs, **more):
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True, **more
+        )
+    return out.sequences[:, -6:], torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("family", TALKERS)
+def test_cached_generation_and_a_padded_batch_give_what_each_sample_gives_alone(family):
+    specimen = zoo.build(family)
+    model, ids = specimen.model, specimen.inputs["input_ids"]
+    stream = anatomy(model).streams[-1]
+    insert, drop = probe_config(0.5)
+    get_token_model(model, [ProbeInsertConfig(tokens=insert.tokens, stream=stream.name), ProbeDropConfig(drop.share, stream=stream.name)])
+    model.eval()
+    inputs = {name: value for name, value in specimen.inputs.items() if name not in ("labels", "decoder_input_ids", "attention_mask")}
+    mask = torch.ones_like(ids)
+    if not model.config.is_encoder_decoder:
+        mask[0, :4] = 0
+    inputs["attention_mask"] = mask
+    sequences, logits = generate(model, inputs)
+    for uncached in (False, True):
+        for row in range(len(ids)):
+            real = mask[row].bool()
+            one = {name: value[row : row + 1] for name, value in inputs.items()}
+            one |= {name: one[name][:, real] for name in ("input_ids", "attention_mask")}
+            alone, its_logits = generate(model, one, use_cache=not uncached)
+            assert torch.equal(sequences[row], alone[0])
+            torch.testing.assert_close(logits[:, row], its_logits[:, 0], rtol=1e-3, atol=2e-3)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A method that changes nothing and notes each block's column sums."""
+    monkeypatch.setitem(METHODS, "watch", {})
+    seen = {}
+
+    class WatchConfig(MethodConfig):
+        sharp: float = option(1.0, ge=0, zero=0.0, help="Nothing.")
+
+    @register("watch", WatchConfig)
+    class Watch(TokenReducer):
+        def assign(self, scores, layer):
+            seen.setdefault(layer, scores.columns())
+
+    return WatchConfig, seen
+
+
+def maps_of(stream, seen):
+    """Hooks that note the attention maps which a stream's attentions return."""
+
+    def hook(layer):
+        def note(module, args, output):
+            maps = [item for item in output[1:] if isinstance(item, torch.Tensor) and item.dim() == 4]
+            seen.setdefault(layer, maps[-1])  # T5 returns its bias before
+
+        return note
+
+    return [stream.attention(i).register_forward_hook(hook(i)) for i in range(len(stream))]
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_scores_are_the_attention_maps_that_the_model_returns(family, watch):
+    config, columns = watch
+    specimen = zoo.build(family)
+    specimen.model.set_attn_implementation("eager")
+    for stream in anatomy(specimen.model).streams:
+        columns.clear()
+        model = get_token_model(specimen.model, config(stream=stream.name)).eval()
+        maps = {}
+        handles = maps_of(stream, maps)
+        specimen.run()
+        for handle in handles:
+            handle.remove()
+        model.unload()
+        assert maps.keys() == columns.keys() == set(range(len(stream)))
+        for layer, full in maps.items():
+            torch.testing.assert_close(columns[layer], full.sum(dim=2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", DENOISERS)
+def test_what_a_mask_hides_from_a_denoiser_stays_hidden(family):
+    specimen = zoo.build(f"diffusers/{family}")
+    parameters = inspect.signature(specimen.model.forward).parameters
+    text = specimen.inputs["encoder_hidden_states"]
+    seen = torch.ones(text.shape[:2], dtype=torch.bool)
+    seen[0, text.shape[1] // 2 :] = False
+    names = ("encoder_attention_mask", "encoder_hidden_states_mask", "encoder_mask")
+    mask = next(name for name in names if name in parameters)
+    given = specimen.inputs.get(mask)
+    specimen.inputs[mask] = seen if given is None else seen.to(given.dtype)
+    other = torch.where(seen[..., None], text, text + 5)
+    model = get_token_model(specimen.model, probe_config(0.5))
+    base = [out for out in specimen.run(encoder_hidden_states=text)]
+    for a, b in zip(base, specimen.run(encoder_hidden_states=other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(base, specimen.run(encoder_hidden_states=text + 5), strict=True))
+    del model
+
+
+@pytest.mark.parametrize("family", COUNTING)
+def test_blocks_that_count_their_tokens_are_not_shortened(family):
+    specimen = zoo.build(family)
+    get_token_model(specimen.model, [ProbeDropConfig(stream=COUNTING[family])])
+    with pytest.raises(UnsupportedError, match="A block must be told the places of its tokens"):
+        specimen.run()
+
+
+def test_a_cache_of_an_own_kind_is_not_continued():
+    model = zoo.build("minimax").model
+    get_token_model(model, ProbeDropConfig())
+    with pytest.raises(UnsupportedError, match="needs a dynamic cache, got a cache of MiniMaxCache"):
+        model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3)
+
+
+def test_a_state_space_takes_no_rows_of_different_lengths_in_the_middle_of_a_sequence():
+    model = zoo.build("bamba").model
+    get_token_model(model, ProbeDropConfig()).eval()
+    ids, mask = torch.randint(5, 90, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0  # the rows drop their new tokens in turn
+    with pytest.raises(UnsupportedError, match="mix tokens without an attention need as many tokens in each row"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)
