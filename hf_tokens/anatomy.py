@@ -452,7 +452,11 @@ def _returned(cls: type[nn.Module], name: str) -> int | None:
     """The place of a variable in the tuple that a forward returns; None where it returns no such tuple.
 
     Read from the source, which holds for every class; Diffusers' notes cover a few, and one of them (Bria's) swaps the two."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except OSError:  # written at a prompt; what comes first is the hidden states then, as it is nearly everywhere
+        return None
+    tree = ast.parse(textwrap.dedent(source))
     for node in ast.walk(tree):
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
             names = [item.id if isinstance(item, ast.Name) else None for item in node.value.elts]

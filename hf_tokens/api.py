@@ -99,8 +99,8 @@ def root_of(model: Any) -> Root:
 
 def aux_loss(model: Any) -> Tensor:
     """The sum of the methods' losses in the last forward, for training loops that compute their own loss."""
-    losses = [loss for method in root_of(model).methods() for loss in method.losses]
-    return torch.stack(losses).sum() if losses else torch.zeros(())
+    extra = root_of(model).extra()
+    return torch.zeros(()) if extra is None else extra
 
 
 def set_progress(model: Any, progress: float) -> None:
@@ -275,12 +275,9 @@ def check_files(folder: Path) -> None:
 
 def check_tensors(model: nn.Module, config: HFTokensConfig, folder: Path) -> None:
     """Refuse an adapter whose file lacks tensors that its methods need, or holds others: a trial tells, and the model is as it was."""
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
     trial = get_peft_model(model, copy.deepcopy(config))
     needed = {key: list(value.shape) for key, value in get_peft_model_state_dict(trial, save_embedding_layers=False).items()}
     trial.unload()
-    for parameter, wants in zip(model.parameters(), wanted, strict=True):
-        parameter.requires_grad_(wants)
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
         there = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
     wrong = [f"{key} {there.get(key, 'missing')}" for key, shape in needed.items() if there.get(key) != shape]

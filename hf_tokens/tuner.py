@@ -130,7 +130,7 @@ def demand(info: MethodInfo) -> str:
     """What streams a method supports, in words."""
     causal = {True: "causal ", False: "bidirectional ", None: ""}[info.cls.causal]
     kinds = f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else ""
-    return f"a {causal}stream{kinds} whose tokens lie as one of {sorted(LAYOUTS)}"
+    return f"a {causal}stream{kinds} whose tokens stand in a row"
 
 
 def head_outputs(found: Anatomy) -> int | None:
@@ -153,7 +153,8 @@ def before_head(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list
 def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> list[Stream]:
     """The streams that a method acts on."""
     rule = f"Method {info.name!r} needs {demand(info)}"
-    here = ", ".join(f"{s.name} ({'causal ' if s.causal else ''}{s.kind})" for s in found.streams)
+    grid = lambda s: "" if s.layout in LAYOUTS else f", on a grid: {s.layout}"
+    here = ", ".join(f"{s.name} ({'causal ' if s.causal else ''}{s.kind}{grid(s)})" for s in found.streams)
     if config.stream is not None:
         named = [s for s in found.streams if config.stream in (s.name, s.name.split(".")[0])]
         if not named:

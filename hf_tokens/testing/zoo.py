@@ -75,8 +75,9 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Spe
         torch.manual_seed(seed)
         model = _diffusers_model(family, row) if family.startswith("diffusers/") else _transformers_model(family, row)
         liven(model)
-        model = model.to(dtype).eval()
+        model.eval()
         inputs = _diffusers_inputs(model, row) if family.startswith("diffusers/") else _transformers_inputs(model, row)
+    model.to(dtype)
     inputs = {name: _cast(value, dtype) for name, value in inputs.items() if value is not None}
     return Specimen(family, model, inputs, {"tokens": TOKENS, "batch": BATCH})
 
