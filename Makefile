@@ -30,10 +30,10 @@ bench: $(VENV)/dev.stamp ## What the engine costs and saves, in paired runs
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 cards: $(VENV)/dev.stamp ## Write the generated pages again: model cards and the README's table
-	$(BIN)/python -m hf_tokens.cards $(ARGS)
+	$(BIN)/python -m hf_tokens.commands.cards $(ARGS)
 
 new: $(VENV)/dev.stamp ## Start a method: make new m=<name> role=<role>
-	$(BIN)/python -m hf_tokens.scaffold "$(m)" "$(role)"
+	$(BIN)/python -m hf_tokens.commands.scaffold "$(m)" "$(role)"
 
 check: $(VENV)/dev.stamp ## Lint
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hf_tokens
-from hf_tokens.quickstart import load_base, packaged_smollm2
+from hf_tokens.commands.quickstart import load_base, packaged_smollm2
 from hf_tokens.testing import probe_config
 from hf_tokens.testing.probe import ProbeDropConfig
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import hf_tokens
-from hf_tokens.quickstart import documentation, load_base, packaged_smollm2
+from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 COMMAND = "python benchmarks/methods.py"

@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig
 
 import hf_tokens
-from hf_tokens.blueprint import blueprints
-from hf_tokens.cli import main
+from hf_tokens.commands.blueprint import blueprints
+from hf_tokens.commands.cli import main
 from hf_tokens.testing import zoo
 
 

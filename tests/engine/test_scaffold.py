@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
+from hf_tokens.commands.scaffold import known_roles, write
 from hf_tokens.errors import ConfigError
-from hf_tokens.scaffold import known_roles, write
 
 
 @pytest.mark.parametrize("role", sorted(known_roles()))

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_tokens.quickstart import Options, paragraphs, run, split
+from hf_tokens.commands.quickstart import Options, paragraphs, run, split
 
 pytest.importorskip("matplotlib", reason="un-skip when the extra `quickstart` is installed")
 

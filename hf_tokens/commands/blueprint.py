@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
-from .errors import UnsupportedError, explain
+from ..errors import UnsupportedError, explain
 
 
 def check_source(model: str) -> None:

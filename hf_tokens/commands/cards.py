@@ -1,4 +1,4 @@
-"""The generated pages: a card for each method, their index, and the table in the README. `python -m hf_tokens.cards [--check]`."""
+"""The generated pages: a card for each method, their index, and the table in the README. `python -m hf_tokens.commands.cards [--check]`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 import sys
 from pathlib import Path
 
-from .config import interval
-from .registry import MethodInfo, list_methods
+from ..config import interval
+from ..registry import MethodInfo, list_methods
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BOUNDS = ("ge", "gt", "le", "lt", "choices")
 START, END = "<!-- methods -->", "<!-- /methods -->"
 NOT_MEASURED = "Not measured on a real model yet."
