@@ -19,6 +19,7 @@ EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
 PAIRS = re.compile(r"bias|(^|_)rel(ative)?_|bbox")  # the same, whatever stands beside the two tokens
+HIDES = re.compile(r"masked$|padding_mask$")  # a bool mask that is True where a token is hidden
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -145,7 +146,8 @@ class Books:
         if FOREIGN.match(name) or value.dim() == 0:
             return value
         if self._is_mask(name, value):
-            return self.mask(name, value, stored)
+            hides = HIDES.search(name) and value.dtype == torch.bool
+            return ~self.mask(name, ~value, stored) if hides else self.mask(name, value, stored)
         pair = [d for d in range(value.dim()) if value.shape[d] == self.n]
         if len(pair) > 1 and PAIRS.search(name) and self.n != self.batch and not CROSS.search(name):
             if value.shape[0] == 1 and self.uniform():  # without a batch it came, and can stay
@@ -220,6 +222,11 @@ class Books:
         if value.dim() == 3:
             return self.mask(name, value[:, None], stored)[:, 0]
         cross = CROSS.search(name) is not None
+        if value.dim() == 2 and len(value) not in (1, self.batch) and not cross:  # queries by keys, for all samples
+            out = self.mask(name, value[None, None], stored)[:, 0]
+            if not self.uniform():
+                raise self.unlike(name)
+            return out[0]
         if value.dim() == 2:
             return value if cross else self._mask_of_keys(value, stored)
         if self.context and not cross and value.shape[-1] == self.n + self.context:

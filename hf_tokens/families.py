@@ -116,7 +116,8 @@ PREFIX = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_
 TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
 PLACES = re.compile(r"position|relative")
 COUNTS = re.compile(
-    r"(^|\.)(rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$|^LongT5(Local|TransientGlobal)Attention$|^MptAttention$"
+    r"(^|\.)(rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$|"
+    r"^(LongT5(Local|TransientGlobal)Attention|MptAttention|SinusoidalPositionalEmbedding)$"
 )
 # Attribute of an attention that takes a whole number of windows of twice this size; they are counted over the tokens that are left.
 HALF_WINDOW = "one_sided_attn_window_size"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .books import CROSS, Books
+from .books import CROSS, HIDES, Books
 from .cache import TokenCacheLayer
 from .errors import UnsupportedError, explain
 from .token_map import TokenMap, take
@@ -77,7 +77,8 @@ def masks(arguments: dict[str, Any]) -> Iterator[Tensor]:
     """The masks of a block's own tokens among its arguments."""
     for name, value in arguments.items():
         if "mask" in name and not CROSS.search(name):
-            yield from (mask for mask in (value.values() if isinstance(value, dict) else [value]) if isinstance(mask, Tensor))
+            found = [mask for mask in (value.values() if isinstance(value, dict) else [value]) if isinstance(mask, Tensor)]
+            yield from (~mask if HIDES.search(name) and mask.dtype == torch.bool else mask for mask in found)
 
 
 def padding(arguments: dict[str, Any], books: Books) -> tuple[Tensor | None, Tensor | None]:

@@ -297,6 +297,10 @@ class Runtime:
         self._count(side, x.shape[0] * x.shape[1])
         side.blank = call.blank(output)
         y = self._dismiss(side, call, guests, call.read(output)[:, :m])
+        if y.shape[-1] != hidden.shape[-1] and not books.untouched:
+            rule = "A block that gets other tokens than the model gave must keep their width"
+            came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {self.stream.paths[side.index]}"
+            raise UnsupportedError(explain(rule, came, "Choose other layers."))
         if routed is not None:
             y = routed.restore(y, hidden)
         if gate is not None:

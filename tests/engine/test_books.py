@@ -71,6 +71,30 @@ def test_joint_tables_keep_the_context_in_front():
     assert torch.equal(out[1], value[0, [0, 1, 3, 4, 6]])
 
 
+@pytest.mark.parametrize(("behind", "left"), [(False, [0, 1, 3, 4, 6]), (True, [1, 2, 4, 6, 7])], ids=["in front", "behind"])
+def test_joint_masks_and_tables_know_where_the_context_stands(behind, left):
+    mine, row = books(context=2, behind=behind), torch.arange(N + 2.0)
+    assert mine.realign("rotary", row[None, :, None].expand(1, -1, E), None)[1, :, 0].tolist() == left
+    assert mine.realign("attention_mask", row.expand(BATCH, -1), None)[1].tolist() == left
+    assert mine.realign("attention_mask", row.expand(BATCH, 1, 1, -1), None)[1, 0, 0].tolist() == left
+    both = mine.realign("attention_mask", row.expand(BATCH, 1, N + 2, -1) + 10 * row[:, None], None)[1, 0]
+    assert both.tolist() == [[10.0 * i + j for j in left] for i in left]
+
+
+def test_a_mask_without_a_batch_is_cut_where_all_samples_keep_the_same():
+    mask = torch.ones(N, N).tril()
+    assert torch.equal(books(UNIFORM).realign("causal_mask", mask, None), mask[[0, 2, 5]][:, [0, 2, 5]])
+    with pytest.raises(UnsupportedError, match=r"all samples share \(causal_mask\) needs the same tokens"):
+        books().realign("causal_mask", mask, None)
+
+
+def test_a_mask_that_is_true_where_it_hides_hides_filler():
+    filled = torch.tensor([[True, False, True], [True, True, True]])
+    mine = Books(**{**vars(books()), "filled": filled})
+    hidden = torch.tensor([[True] + [False] * 5, [False] * 6])
+    assert mine.realign("is_index_masked", hidden, None).tolist() == [[True, True, False], [False, False, False]]
+
+
 def test_segments_follow_the_tokens():
     packed = Books.open(torch.zeros(1, N, E), 0, False).move(TokenMap.keep(N, torch.tensor([[0, 2, 5]])))
     assert packed.realign("cu_seqlens", torch.tensor([0, 3, 6], dtype=torch.int32), None).tolist() == [0, 2, 3]

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from transformers import LongformerConfig, LongformerModel
 
 from hf_tokens import MethodConfig, anatomy, get_token_model, option, register
 from hf_tokens.errors import UnsupportedError
@@ -27,6 +28,7 @@ PixArtTransformer2DModel LuminaNextDiT2DModel Lumina2Transformer2DModel UNet2DCo
 """.split()
 # family -> stream; their blocks count their tokens by themselves
 COUNTING = {"mpt": None, "longt5": "encoder", "inkling_text": None, "inkling2_text": None, "granite_speech": "audio", "wav2vec2-bert": None}
+COUNTING |= {"diffusers/UNetMotionModel": "denoiser.3"}
 
 
 def text_stream(model):
@@ -65,6 +67,21 @@ def test_a_dropped_token_is_as_one_that_the_mask_hides(family):
     assert not torch.equal(hidden, dropped)  # those that are gone are not what the mask leaves of them
     torch.testing.assert_close(dropped[kept], hidden[kept], rtol=1e-3, atol=1e-4)
     model.unload()
+
+
+@pytest.mark.parametrize("looks_everywhere", [False, True])
+def test_blocks_that_take_whole_windows_get_them_filled_up(looks_everywhere):
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, max_position_embeddings=99)
+    base = LongformerModel(LongformerConfig(vocab_size=99, attention_window=32, pad_token_id=1, **sizes)).eval()
+    ids, place = torch.randint(5, 90, (2, 16)), torch.arange(16)
+    kept = (((place + 1) * 0.6).floor() > (place * 0.6).floor()).expand(2, -1)
+    everywhere = torch.zeros_like(ids)
+    everywhere[:, kept[0].long().argmax()] = int(looks_everywhere)
+    with torch.no_grad():
+        hidden = base(ids, attention_mask=kept.long(), global_attention_mask=everywhere)[0]
+        model = get_token_model(base, ProbeDropConfig(share=0.4, layers=(0,))).eval()
+        dropped = model(input_ids=ids, attention_mask=torch.ones_like(ids), global_attention_mask=everywhere)[0]
+    torch.testing.assert_close(dropped[kept], hidden[kept], rtol=1e-4, atol=1e-5)
 
 
 def generate(model, inputs, **more):
@@ -190,3 +207,10 @@ def test_a_state_space_takes_no_rows_of_different_lengths_in_the_middle_of_a_seq
     mask[0, :3] = 0  # the rows drop their new tokens in turn
     with pytest.raises(UnsupportedError, match="mix tokens without an attention need as many tokens in each row"):
         model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)
+
+
+def test_a_block_that_changes_the_width_is_not_shortened():
+    specimen = zoo.build("fun_asr_nano_encoder")
+    get_token_model(specimen.model, ProbeDropConfig(layers=(0,)))
+    with pytest.raises(UnsupportedError, match="must keep their width, got 112 features in and 32 out, at layers.0"):
+        specimen.run()
