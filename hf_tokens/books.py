@@ -20,6 +20,7 @@ SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but noth
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
 PAIRS = re.compile(r"bias|(^|_)rel(ative)?_|bbox")  # the same, whatever stands beside the two tokens
 HIDES = re.compile(r"masked$|padding_mask$")  # a bool mask that is True where a token is hidden
+LENGTHS = re.compile(r"^(query_length|num_memory_tokens|segments)$")  # how many tokens in front are of another kind
 SEGMENTS = re.compile(r"^cu_(seq|window)")
 
 
@@ -138,7 +139,15 @@ class Books:
             return type(value)(self.realign(name, item, stored) for item in value)
         if type(value) is dict:
             return {key: self.realign(f"{name}.{key}" if "mask" in name else key, item, stored) for key, item in value.items()}
-        return value
+        return self._length(name, value) if type(value) is int and LENGTHS.match(name) else value
+
+    def _length(self, name: str, value: int) -> int:
+        """How many of the first tokens are left, which must stand in front in every sample."""
+        inside = self.rows < value
+        count = inside.sum(dim=1)
+        if bool((count != count[0]).any()) or not bool(inside[:, : int(count[0])].all()):
+            raise self.unlike(name)
+        return int(count[0])
 
     def _tensor(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:
         if SEGMENTS.match(name):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LongformerConfig, LongformerModel
 
-from hf_tokens import MethodConfig, anatomy, get_token_model, option, register
+from hf_tokens import MethodConfig, anatomy, get_token_model, option, register, unload
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.registry import METHODS
 from hf_tokens.roles import TokenReducer
@@ -214,3 +214,85 @@ def test_a_block_that_changes_the_width_is_not_shortened():
     get_token_model(specimen.model, ProbeDropConfig(layers=(0,)))
     with pytest.raises(UnsupportedError, match="must keep their width, got 112 features in and 32 out, at layers.0"):
         specimen.run()
+
+
+SHORTENED = """
+vit dinov3_vit siglip beit clip qwen2_vl qwen2_5_vl internvl instructblip whisper wav2vec2 videomae
+diffusers/FluxTransformer2DModel diffusers/Flux2Transformer2DModel diffusers/SD3Transformer2DModel diffusers/HunyuanVideoTransformer3DModel
+diffusers/HiDreamImageTransformer2DModel diffusers/WanTransformer3DModel
+diffusers/LTXVideoTransformer3DModel diffusers/StableAudio3DiTModel diffusers/ZImageTransformer2DModel diffusers/Lumina2Transformer2DModel
+diffusers/PixArtTransformer2DModel diffusers/MochiTransformer3DModel
+""".split()
+
+
+class HiddenKeys:
+    """torch's attention with the keys of some tokens hidden, in calls over these tokens alone or beside a second sequence."""
+
+    def __init__(self, monkeypatch):
+        self.inside, self.gone, self.offset, self.second = False, None, 0, 0
+        self.inner = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", self)
+
+    def __call__(self, query, key, value, attn_mask=None, is_causal=False, **more):
+        n, length = len(self.gone), key.shape[-2]
+        if not self.inside or length not in (n, n + self.second):
+            return self.inner(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **more)
+        seen = torch.ones(query.shape[-2], length, dtype=torch.bool)
+        seen = seen.tril() if is_causal else seen
+        first = self.offset if length > n else 0
+        seen[:, first : first + n] &= ~self.gone
+        seen |= ~seen.any(dim=-1, keepdim=True)
+        if attn_mask is None:
+            attn_mask = seen
+        else:
+            attn_mask = attn_mask & seen if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~seen, -torch.inf)
+        return self.inner(query, key, value, attn_mask=attn_mask, **more)
+
+    def states(self, specimen, stream, gone, second, offset):
+        """What the last block puts out with these tokens' keys hidden in every block of the stream."""
+        self.gone, self.second, self.offset = gone, second, offset
+        enter, leave = (lambda *_: setattr(self, "inside", True)), (lambda *_: setattr(self, "inside", False))
+        handles = [b.register_forward_pre_hook(enter) for b in stream.blocks] + [b.register_forward_hook(leave) for b in stream.blocks]
+        try:
+            return first_states(specimen, stream)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("family", SHORTENED)
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+def test_dropped_tokens_are_as_those_whose_keys_are_hidden(family, monkeypatch):
+    specimen = zoo.build(family)
+    for name, value in specimen.inputs.items():  # a second sequence of another length cannot be taken for the first
+        if family.startswith("diffusers") and name.startswith("encoder_") and isinstance(value, torch.Tensor) and value.shape[1] == 16:
+            specimen.inputs[name] = value[:, :11]
+    if "Flux" in family:
+        specimen.inputs["txt_ids"] = specimen.inputs["txt_ids"][..., :11, :]
+    hidden_keys = HiddenKeys(monkeypatch)
+    for stream in anatomy(specimen.model).streams:
+        if stream.layout != "b n d" or stream.causal:
+            continue
+        entered, context = [], stream.context_index(0)
+
+        def look(module, args, kwargs, stream=stream, context=context, entered=entered):
+            given = {**dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False)), **kwargs}
+            second = given.get("encoder_hidden_states" if context is None else context.name)
+            entered.append((stream.bind(0, args, kwargs).shape[1], 0 if second is None else second.shape[1]))
+
+        handle = stream.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+        hidden_keys.gone = torch.zeros(0, dtype=torch.bool)
+        specimen.run()
+        handle.remove()
+        if not entered:
+            continue  # the zoo's inputs do not reach it
+        n, second = entered[0]
+        place = torch.arange(n)
+        kept = ((place + 1) * 0.6).floor() > (place * 0.6).floor()
+        either = [hidden_keys.states(specimen, stream, ~kept, second, offset)[:, kept] for offset in {0, second}]
+        model = get_token_model(specimen.model, ProbeDropConfig(share=0.4, layers=(0,), stream=stream.name))
+        specimen.model.eval()
+        ours = first_states(specimen, stream)[:, kept]
+        unload(model)
+        errors = [(ours - one).abs().max() / one.abs().max().clamp(min=1) for one in either]
+        assert min(errors) < 1e-4, (stream.name, errors)
