@@ -243,6 +243,18 @@ class HFTokensModel(BaseTuner):
     tuner_layer_cls = BlockSurgery
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        there = model.peft_config if isinstance(model, PeftModel) else vars(model).get("peft_config", {})
+        if adapter_name in there:  # one would take the other's place in the dict that they share
+            rule = "Every adapter in a model has a name of its own"
+            came = f"{adapter_name!r} for HF_TOKENS beside {adapter_name!r} for {there[adapter_name].peft_type.value}"
+            raise ConfigError(explain(rule, came, "Pass another `adapter_name`, or unload the one that is there."))
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            there.pop(adapter_name, None)
+            raise
+
     def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
         self._anatomy = anatomy(self.model)
         self._plan = plan(self._anatomy, peft_config)

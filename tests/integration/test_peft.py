@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from tolerances import all_equal
 
 import hf_tokens
-from hf_tokens import DeepPromptConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
+from hf_tokens import ConfigError, DeepPromptConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
 from hf_tokens.layer import BlockSurgery
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
@@ -233,3 +233,31 @@ def test_a_lora_among_the_methods_is_one_file(tmp_path):
         all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
     with pytest.raises(UnsupportedError, match="cannot be merged"):
         surgery.merge_and_unload()
+
+
+# -- beside a LoRA in a PeftModel ------------------------------------------------------------------------------------
+
+SECOND = pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a `peft_config` attribute"
+)
+
+
+def a_lora(name, **more):
+    model = get_peft_model(zoo.build("llama").model, LoraConfig(r=2, target_modules=["q_proj"], **more), adapter_name=name)
+    return stir(model).eval()
+
+
+@SECOND
+def test_two_adapters_of_one_name_are_refused():
+    model = a_lora("default")
+    before = snapshot(model)
+    words = "Every adapter in a model has a name of its own, got 'default' for HF_TOKENS beside 'default' for LORA. Pass another"
+    with pytest.raises(ConfigError, match=words):
+        get_token_model(model, "probe-insert")
+    with pytest.raises(UnsupportedError):
+        get_token_model(model, "vqt", adapter_name="surgery")
+    assert not difference(before, snapshot(model)) and set(model.peft_config) == {"default"}
+    plain = zoo.build("llama").model
+    get_token_model(plain, ["deep-prompt"])
+    with pytest.raises(ConfigError, match="'default' for HF_TOKENS beside 'default' for HF_TOKENS"):
+        get_token_model(plain, "probe-insert")
