@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
 from torch import nn
 
 from .anatomy import Anatomy, Stream, anatomy, prefix_tokens
@@ -375,24 +375,35 @@ class HFTokensModel(BaseTuner):
 
     # -- switching ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _ours(self) -> set[str]:
+        """Names of our adapters; a PeftModel inside of ours shares its dict with us."""
+        return {name for name, config in self.peft_config.items() if config.peft_type == HF_TOKENS}
+
     def _owned(self) -> list[BaseTunerLayer]:
         """Our layers, and those of a PEFT method inside one of our adapters; not those of an adapter stacked from outside."""
-        inner = {name for name, c in self.peft_config.items() if c.peft_type == HF_TOKENS and c.peft_configs()}
+        inner = {name for name in self._ours if self.peft_config[name].peft_configs()}
         return [
             m
             for m in self.model.modules()
             if isinstance(m, BlockSurgery) or (isinstance(m, BaseTunerLayer) and inner & m._get_available_adapters())
         ]
 
+    def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
+        """Modules that one of our adapters saves as a whole; not those that only an adapter stacked from outside does."""
+        found = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        return [m for m in found if m._get_available_adapters() & self._ours]
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Switch to these adapters."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        """Switch to these adapters; what an adapter stacked from outside has stays as it is."""
+        for wrapper in self._wrappers():
+            _set_adapter(wrapper, adapter_name, inference_mode=inference_mode)
         for layer in self._owned():
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        for layer in [*self._owned(), *wrappers]:
+        for layer in [*self._owned(), *self._wrappers()]:
             layer.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -415,7 +426,7 @@ class HFTokensModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> nn.Module:
         if merge:
             self.merge_adapter()
-        ours = {name for name, config in self.peft_config.items() if config.peft_type == HF_TOKENS}
+        ours = self._ours
         self._unwrap(ours)
         self._detach()
         if isinstance(self.model, PeftModel):  # it shares its dict with us
@@ -433,6 +444,9 @@ class HFTokensModel(BaseTuner):
             if there <= ours:
                 trained = isinstance(module, AuxiliaryTrainingWrapper)
                 self.model.set_submodule(path, module.original_module if trained else module.get_base_layer())
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                for name in there & ours:
+                    module.delete_adapter(name, new_active_adapters=sorted(there - ours)[:1])
             else:
                 for name in there & ours:
                     module.delete_adapter(name)

@@ -9,7 +9,7 @@ from contract.architectures import ARCHITECTURES
 from contract.pairs import difference, snapshot, stir
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
 from tolerances import all_equal
 
 import hf_tokens
@@ -30,12 +30,14 @@ SIGNATURES = {
     BaseTuner.inject_adapter: ("model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"),
     BaseTuner.set_adapter: ("adapter_name", "inference_mode"),
     BaseTuner.delete_adapter: ("adapter_name",),
+    _set_adapter: ("model", "adapter_name", "inference_mode"),
     BaseTunerLayer.set_adapter: ("adapter_names", "inference_mode"),
     BaseTunerLayer.enable_adapters: ("enabled",),
     BaseTunerLayer.delete_adapter: ("adapter_name",),
     BaseTunerLayer._move_adapter_to_device_of_base_layer: ("adapter_name", "device"),
     BaseTunerLayer._get_available_adapters: (),
     AuxiliaryTrainingWrapper._get_available_adapters: (),
+    AuxiliaryTrainingWrapper.delete_adapter: ("adapter_name", "new_active_adapters"),
     register_peft_method: ("name", "config_cls", "model_cls", "prefix", "is_mixed_compatible"),
 }
 
@@ -261,3 +263,22 @@ def test_two_adapters_of_one_name_are_refused():
     get_token_model(plain, ["deep-prompt"])
     with pytest.raises(ConfigError, match="'default' for HF_TOKENS beside 'default' for HF_TOKENS"):
         get_token_model(plain, "probe-insert")
+
+
+@SECOND
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["a surgery", "a surgery that trains the head too"])
+def test_the_head_that_a_lora_trained_stays_in_use(more):
+    inputs = zoo.build("llama").inputs
+    run = lambda model: [model(**inputs).logits]
+    with torch.no_grad():
+        inner = a_lora("tuning", modules_to_save=["lm_head"])
+        inner.base_model.model.lm_head.modules_to_save["tuning"].weight.mul_(2)
+        want, before = run(inner), snapshot(inner)
+        trained = [p.requires_grad for p in inner.parameters()]
+        surgery = get_token_model(inner, ProbeInsertConfig(tokens=0), adapter_name="surgery", **more).eval()
+        if not more:
+            all_equal(run(surgery), want, "at zero strength")
+            with surgery.disable_adapter():
+                all_equal(run(surgery), want, "disabled")
+        all_equal(run(surgery.unload()), want, "unloaded")
+    assert not difference(before, snapshot(inner)) and trained == [p.requires_grad for p in inner.parameters()]
