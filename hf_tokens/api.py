@@ -19,8 +19,9 @@ from .errors import AdapterError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .roles import Method
 from .root import Root
-from .tuner import HFTokensConfig
+from .tuner import PEFT_METHOD, HFTokensConfig, check_name
 
+TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
 PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
 Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
 
@@ -72,11 +73,16 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
     if inner is not None:
         inject_adapter_in_model(config, inner, adapter_name)
         return model
-    if isinstance(model, PeftModel) and all(c.peft_type == config.peft_type for c in model.peft_config.values()):
+    if beside_its_like(model, config):
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def beside_its_like(model: Any, config: HFTokensConfig) -> bool:
+    """Whether a model is a PeftModel of adapters like ours, which takes one more; around another one goes a PeftModel of our own."""
+    return isinstance(model, PeftModel) and all(c.peft_type == config.peft_type for c in model.peft_config.values())
 
 
 def sides(model: Any) -> list[BlockSurgery]:
@@ -246,11 +252,14 @@ def load(
     if model is None:
         model = base_model(config, **kwargs)
     inner = denoiser(model)
-    if not isinstance(model, PeftModel) and not sides(model):
+    beside = inner is None and beside_its_like(model, config)
+    if beside:
+        check_name(adapter_name, model.peft_config)
+    if beside or not sides(model):
         check_tensors(model if inner is None else inner, config, folder)
     if inner is not None:
         return load_into(model, inner, folder, config, adapter_name)
-    if isinstance(model, PeftModel):
+    if beside:
         model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
         model.set_adapter(adapter_name)
         return model
@@ -275,9 +284,20 @@ def check_files(folder: Path) -> None:
 
 def check_tensors(model: nn.Module, config: HFTokensConfig, folder: Path) -> None:
     """Refuse an adapter whose file lacks tensors that its methods need, or holds others: a trial tells, and the model is as it was."""
-    trial = get_peft_model(model, copy.deepcopy(config))
-    needed = {key: list(value.shape) for key, value in get_peft_model_state_dict(trial, save_embedding_layers=False).items()}
-    trial.unload()
+    tried = copy.deepcopy(config)
+    for method in tried.methods:  # nothing begins here, and some beginnings of a LoRA change the base
+        if method["method"] == PEFT_METHOD:
+            method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
+    beside = beside_its_like(model, config)
+    trial = model if beside else get_peft_model(model, tried, adapter_name=TRIAL)
+    if beside:
+        model.add_adapter(TRIAL, tried)
+    state = get_peft_model_state_dict(trial, adapter_name=TRIAL, save_embedding_layers=False)
+    needed = {key: list(value.shape) for key, value in state.items()}
+    if beside:
+        model.delete_adapter(TRIAL)
+    else:
+        trial.unload()
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
         there = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
     wrong = [f"{key} {there.get(key, 'missing')}" for key, shape in needed.items() if there.get(key) != shape]

@@ -236,6 +236,14 @@ def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placemen
     config.base = now
 
 
+def check_name(adapter_name: str, there: dict[str, PeftConfig]) -> None:
+    """Refuse a name that is taken: one adapter would take the other's place in the dict that they share."""
+    if adapter_name in there:
+        rule = "Every adapter in a model has a name of its own"
+        came = f"{adapter_name!r} for {NAME} beside {adapter_name!r} for {there[adapter_name].peft_type.value}"
+        raise ConfigError(explain(rule, came, "Pass another `adapter_name`, or unload the one that is there."))
+
+
 class HFTokensModel(BaseTuner):
     """The tuner behind `get_peft_model`."""
 
@@ -245,10 +253,7 @@ class HFTokensModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         there = model.peft_config if isinstance(model, PeftModel) else vars(model).get("peft_config", {})
-        if adapter_name in there:  # one would take the other's place in the dict that they share
-            rule = "Every adapter in a model has a name of its own"
-            came = f"{adapter_name!r} for HF_TOKENS beside {adapter_name!r} for {there[adapter_name].peft_type.value}"
-            raise ConfigError(explain(rule, came, "Pass another `adapter_name`, or unload the one that is there."))
+        check_name(adapter_name, there)
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except BaseException:

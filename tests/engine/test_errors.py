@@ -159,6 +159,23 @@ def test_tensors_of_another_shape(saved):
     refused(saved, r"got 1 missing or of another shape, the first .*bank \[7, 3\]. Save the adapter again")
 
 
+def test_a_damaged_adapter_beside_another(saved):
+    """What is refused alone is refused beside another one, and so is a name that is taken."""
+    specimen = zoo.build("llama")
+    model = get_token_model(specimen.model, ProbeDropConfig(), adapter_name="first").eval()
+    out = model(**specimen.inputs).logits
+    weights = saved / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    save_file({f"{key}.more": value for key, value in load_file(weights).items()}, weights)
+    refused(saved, "got 1 missing or of another shape", model)
+    assert set(model.peft_config) == {"first"} and model.active_adapters == ["first"]
+    weights.write_bytes(whole)
+    with pytest.raises(ConfigError, match="has a name of its own, got 'first' for HF_TOKENS beside 'first' for HF_TOKENS"):
+        hf_tokens.load(saved, model, adapter_name="first")
+    all_equal([model(**specimen.inputs).logits], [out])
+    assert hf_tokens.load(saved, model, adapter_name="second") is model
+
+
 def test_an_adapter_of_another_type(tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -237,6 +237,17 @@ def test_a_lora_among_the_methods_is_one_file(tmp_path):
         surgery.merge_and_unload()
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_begins_in_the_base_s_weights_loads(start, tmp_path):
+    specimen = zoo.build("llama")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    surgery = stir(get_token_model(copy.deepcopy(specimen.model), ["probe-insert", lora]).eval())
+    surgery.save_pretrained(tmp_path)
+    again = hf_tokens.load(tmp_path, specimen.model).eval()
+    with torch.no_grad():
+        all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
+
+
 # -- beside a LoRA in a PeftModel ------------------------------------------------------------------------------------
 
 SECOND = pytest.mark.filterwarnings(
