@@ -19,7 +19,7 @@ from .errors import AdapterError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .roles import Method
 from .root import Root
-from .tuner import PEFT_METHOD, HFTokensConfig, check_name
+from .tuner import PEFT_METHOD, HFTokensConfig, check_name, names_of_ours, unwrap
 
 TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
 PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
@@ -119,12 +119,17 @@ def unload(model: Any) -> Any:
     if isinstance(model, PeftModel):
         return model.unload()
     inner = denoiser(model) or model
-    root = root_of(model)
+    root, configs = root_of(model), vars(inner).get("peft_config", {})
+    ours = names_of_ours(configs)
+    unwrap(inner, ours)
     for side in sides(model):
         side.detach()
     root.detach()
-    vars(inner).pop("peft_config", None)
-    vars(inner).pop("_hf_peft_config_loaded", None)
+    for name in ours:
+        del configs[name]
+    if not configs:  # another library's adapters keep theirs
+        vars(inner).pop("peft_config", None)
+        vars(inner).pop("_hf_peft_config_loaded", None)
     return model
 
 

@@ -236,6 +236,39 @@ def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placemen
     config.base = now
 
 
+def names_of_ours(configs: dict[str, PeftConfig]) -> set[str]:
+    """Names of our adapters among those of a model."""
+    return {name for name, config in configs.items() if config.peft_type == HF_TOKENS}
+
+
+def bare(module: nn.Module, ours: set[str]) -> nn.Module:
+    """What is left of a module without the layers that only a LoRA or `modules_to_save` of these adapters put around it."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, BlockSurgery):
+        if not module._get_available_adapters() <= ours:
+            break
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+    return module
+
+
+def unwrap(model: nn.Module, ours: set[str]) -> None:
+    """Give modules that a LoRA or `modules_to_save` of ours wraps their own place back; leave what an adapter from outside wraps."""
+    done = None
+    for path, module in list(model.named_modules()):
+        if done is not None and path.startswith(done):
+            continue
+        inner = bare(module, ours)
+        if inner is not module:
+            model.set_submodule(path, inner)
+            done = f"{path}."
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            there = module._get_available_adapters()
+            for name in there & ours:
+                module.delete_adapter(name, new_active_adapters=sorted(there - ours)[:1])
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, BlockSurgery):
+            for name in module._get_available_adapters() & ours:
+                module.delete_adapter(name)
+
+
 def check_name(adapter_name: str, there: dict[str, PeftConfig]) -> None:
     """Refuse a name that is taken: one adapter would take the other's place in the dict that they share."""
     if adapter_name in there:
@@ -355,6 +388,7 @@ class HFTokensModel(BaseTuner):
                 model.peft_config = ours
 
     def _roll_back(self, adapter_name: str) -> None:
+        unwrap(self.model, {adapter_name})
         for side in list(self._sides()):
             if adapter_name in side.hf_tokens_methods:
                 del side.hf_tokens_methods[adapter_name]
@@ -383,7 +417,7 @@ class HFTokensModel(BaseTuner):
     @property
     def _ours(self) -> set[str]:
         """Names of our adapters; a PeftModel inside of ours shares its dict with us."""
-        return {name for name, config in self.peft_config.items() if config.peft_type == HF_TOKENS}
+        return names_of_ours(self.peft_config)
 
     def _owned(self) -> list[BaseTunerLayer]:
         """Our layers, and those of a PEFT method inside one of our adapters; not those of an adapter stacked from outside."""
@@ -432,29 +466,13 @@ class HFTokensModel(BaseTuner):
         if merge:
             self.merge_adapter()
         ours = self._ours
-        self._unwrap(ours)
+        unwrap(self.model, ours)
         self._detach()
         if isinstance(self.model, PeftModel):  # it shares its dict with us
             for name in ours:
                 del self.peft_config[name]
         vars(self.model).pop("peft_config", None)
         return self.model
-
-    def _unwrap(self, ours: set[str]) -> None:
-        """Give modules that a LoRA or `modules_to_save` of ours wraps their own place back; leave what an adapter from outside wraps."""
-        for path, module in list(self.model.named_modules()):
-            if isinstance(module, BlockSurgery) or not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
-            there = module._get_available_adapters()
-            if there <= ours:
-                trained = isinstance(module, AuxiliaryTrainingWrapper)
-                self.model.set_submodule(path, module.original_module if trained else module.get_base_layer())
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                for name in there & ours:
-                    module.delete_adapter(name, new_active_adapters=sorted(there - ours)[:1])
-            else:
-                for name in there & ours:
-                    module.delete_adapter(name)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 

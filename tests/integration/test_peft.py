@@ -97,6 +97,34 @@ def test_transformers_add_save_and_load(tmp_path):
     all_equal(fresh.run(), off, "deleted")
 
 
+def test_transformers_door_leaves_no_lora_of_the_stack_behind():
+    specimen = zoo.build("llama")
+    model, trained = specimen.model, [p.requires_grad for p in specimen.model.parameters()]
+    off, before = specimen.run(), snapshot(model)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    model.add_adapter(HFTokensConfig(methods=["probe-insert", lora], modules_to_save=["lm_head"]), adapter_name="surgery")
+    stir(model)
+    assert hf_tokens.unload(model) is model
+    assert not difference(before, snapshot(model)) and trained == [p.requires_grad for p in model.parameters()]
+    all_equal(specimen.run(), off, "unloaded")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_transformers_door_keeps_a_lora_beside_the_surgery():
+    specimen = zoo.build("llama")
+    model, lora = specimen.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter(lora, adapter_name="tuning")
+    model.eval()
+    on = specimen.run()
+    model.add_adapter(HFTokensConfig(methods=["probe-insert"]), adapter_name="surgery")
+    model.set_adapter(["tuning", "surgery"])
+    hf_tokens.unload(model)
+    all_equal(specimen.run(), on, "unloaded")
+    assert set(model.peft_config) == {"tuning"} and model._hf_peft_config_loaded
+    model.set_adapter("tuning")
+    model.delete_adapter("tuning")
+
+
 # -- diffusers -------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +274,25 @@ def test_a_lora_that_begins_in_the_base_s_weights_loads(start, tmp_path):
     again = hf_tokens.load(tmp_path, specimen.model).eval()
     with torch.no_grad():
         all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
+
+
+def test_tokens_trained_in_the_stack_come_out():
+    specimen = zoo.build("llama")
+    off, before = specimen.run(), snapshot(specimen.model)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    surgery = stir(get_token_model(specimen.model, ["probe-insert", lora]))
+    assert surgery.unload() is specimen.model
+    assert not difference(before, snapshot(specimen.model))
+    all_equal(specimen.run(), off, "unloaded")
+
+
+def test_a_failure_behind_a_lora_rolls_back():
+    model = zoo.build("llama").model
+    before, trained = snapshot(model), [p.requires_grad for p in model.parameters()]
+    good, bad = LoraConfig(r=2, target_modules=["q_proj"]), LoraConfig(target_modules=["nonesuch"])
+    with pytest.raises(ValueError, match="nonesuch"):
+        get_token_model(model, ["deep-prompt", good, bad], modules_to_save=["lm_head"])
+    assert not difference(before, snapshot(model)) and trained == [p.requires_grad for p in model.parameters()]
 
 
 # -- beside a LoRA in a PeftModel ------------------------------------------------------------------------------------
