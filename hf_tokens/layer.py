@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import families
-from .attention import PREFIX, AttentionCall, Scores, close_tap, open_tap, tapped_now
+from .attention import BACKENDS, PREFIX, AttentionCall, Scores, close_tap, open_tap, tapped_name, tapped_now
 from .errors import UnsupportedError, explain
 from .features import FeatureSites
 from .roles import FeatureCache, Method, TokenBank, TokenReducer
@@ -69,6 +69,13 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             runtime.root.denoising.stand_in(self)
         self.refresh()
         self.train(block.training)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come out of a file: this process may not know the functions that the model's config names."""
+        super().__setstate__(state)
+        if "tap" in self._handles:
+            for backend in BACKENDS:
+                tapped_name(backend)
 
     weight = property(lambda self: next(self.parameters(), None))
     bias = None

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_met
 from tolerances import all_equal
 
 import hf_tokens
-from hf_tokens import ConfigError, DeepPromptConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
+from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
 from hf_tokens.layer import BlockSurgery
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
@@ -244,6 +246,19 @@ def test_a_model_saved_whole_and_a_state_dict(tmp_path):
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     with torch.no_grad():
         all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
+
+
+def test_a_model_saved_whole_runs_where_nothing_was_attached(tmp_path):
+    specimen = zoo.build("llama")
+    surgery = stir(get_token_model(specimen.model, FTPConfig(sparsity=0.4)).eval())
+    with torch.no_grad():
+        torch.save((surgery, specimen.inputs, surgery(**specimen.inputs).logits), tmp_path / "model.pt")
+    script = (
+        "import sys, torch; torch.set_grad_enabled(False); model, inputs, want = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(model(**inputs).logits, want)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_adapter_config_reads_back_and_says_its_type(tmp_path):
