@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import MethodConfig
-from .errors import AdapterError, UnsupportedError, explain
+from .errors import AdapterError, ConfigError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .roles import Method
 from .root import Root
@@ -28,11 +28,12 @@ Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
 
 def adapter_config(methods: Methods, **kwargs: Any) -> HFTokensConfig:
     """The PEFT config of one method or a stack of them."""
-    if isinstance(methods, HFTokensConfig):
-        return methods
-    if isinstance(methods, (str, dict, MethodConfig, PeftConfig)):
-        methods = [methods]
-    return HFTokensConfig(methods=list(methods), **kwargs)
+    if not isinstance(methods, HFTokensConfig):
+        return HFTokensConfig(methods=methods, **kwargs)
+    if kwargs:
+        rule = "What belongs to an adapter stands in its HFTokensConfig, if one is passed"
+        raise ConfigError(explain(rule, f"one and {sorted(kwargs)} beside it", "Pass them to HFTokensConfig."))
+    return methods
 
 
 def denoiser(pipeline: Any) -> nn.Module | None:

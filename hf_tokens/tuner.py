@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from .surgery import Runtime
 NAME = "HF_TOKENS"
 CHILD = "hf_tokens"
 PEFT_METHOD = "peft"
+FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
 
 
 def extend_peft_type() -> PeftType:
@@ -77,16 +78,29 @@ class HFTokensConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     init_weights: bool = field(default=True)
     base: dict[str, list[int]] | None = field(default=None)
-    hf_tokens_version: int = field(default=1)
+    hf_tokens_version: int = field(default=FORMAT)
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HF_TOKENS
+        if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
+            self.methods = [self.methods]
+        if self.methods is not None and not isinstance(self.methods, Iterable):
+            rule = "The methods of an adapter are a name, a config, or a list of them"
+            raise ConfigError(explain(rule, repr(self.methods), "`hf-tokens list` names them."))
         if not self.methods:
             raise ConfigError(
                 explain("An adapter has at least one method", self.methods, "Pass methods=['...']; `hf-tokens list` names them.")
             )
         self.methods = [plain_form(method) for method in self.methods]
+        if self.target_modules or self.exclude_modules:
+            came = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
+            raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", came, "Set those in its config."))
+        if self.hf_tokens_version != FORMAT:
+            rule = f"This hf-tokens reads adapters of format {FORMAT}"
+            raise ConfigError(
+                explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", "Update hf-tokens, or train the adapter again.")
+            )
 
     def stack(self) -> list[MethodConfig]:
         """The method configs, in order, without the PEFT configs among them."""
@@ -101,10 +115,15 @@ def plain_form(method: Any) -> dict[str, Any]:
     """The checked JSON form of one method."""
     if isinstance(method, PeftConfig):
         data = {k: sorted(v) if isinstance(v, set) else v for k, v in method.to_dict().items() if v is not None}
-        return {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
+        method = {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
     if isinstance(method, dict) and method.get("method") == PEFT_METHOD:
         if not isinstance(method.get("config"), dict) or "peft_type" not in method["config"]:
             raise ConfigError(explain("A 'peft' method has a config with a 'peft_type'", repr(method), "Pass the PeftConfig itself."))
+        kind = method["config"]["peft_type"]
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object)
+        if not issubclass(tuner, BaseTuner) or tuner is HFTokensModel:
+            rule = "A 'peft' method is one of PEFT's that act on layers, such as LORA"
+            raise ConfigError(explain(rule, repr(kind), "Put another kind around the model, by `peft.get_peft_model`."))
         return method
     return method_config(method).to_dict()
 
