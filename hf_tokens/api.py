@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .errors import AdapterError, ConfigError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .roles import Method
 from .root import Root
-from .tuner import PEFT_METHOD, HFTokensConfig, check_name, names_of_ours, unwrap
+from .tuner import NAME, PEFT_METHOD, HFTokensConfig, check_name, names_of_ours, unwrap
 
 TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
 PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
@@ -253,10 +254,8 @@ def load(
         folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
     check_files(folder)
     config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, HFTokensConfig):
-        raise AdapterError(explain("hf_tokens.load needs an adapter of type HF_TOKENS", config.peft_type, "Use peft for other adapters."))
     if model is None:
-        model = base_model(config, **kwargs)
+        model = base_model(config, token=token, **kwargs)
     inner = denoiser(model)
     beside = inner is None and beside_its_like(model, config)
     if beside:
@@ -278,6 +277,14 @@ def check_files(folder: Path) -> None:
     for path in (folder / "adapter_config.json", weights):
         if not path.is_file():
             raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
+    try:
+        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        rule = "adapter_config.json must be a whole JSON file"
+        raise AdapterError(explain(rule, f"one that says: {error}", "Download or save it again.")) from error
+    kind = data.get("peft_type") if isinstance(data, dict) else None
+    if kind != NAME:
+        raise AdapterError(explain(f"hf_tokens.load needs an adapter of type {NAME}", repr(kind), "Use peft for other adapters."))
     try:
         with safe_open(str(weights), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)

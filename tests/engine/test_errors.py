@@ -159,6 +159,18 @@ def test_a_file_that_is_no_safetensors(saved):
     refused(saved, "must be a whole safetensors file")
 
 
+@pytest.mark.parametrize("text", ["", "{", "\xff"])
+def test_a_config_that_is_no_json(saved, text):
+    (saved / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    refused(saved, "adapter_config.json must be a whole JSON file, got one that says: .* Download or save it again")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"peft_type": "nonesuch"}'])
+def test_a_config_of_no_adapter(saved, text):
+    (saved / "adapter_config.json").write_text(text)
+    refused(saved, "hf_tokens.load needs an adapter of type HF_TOKENS, got (None|'nonesuch'). Use peft for other adapters")
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_missing_file(saved, name):
     (saved / name).unlink()
