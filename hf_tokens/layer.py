@@ -119,6 +119,12 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.train(self.block.training)
 
+    def know(self, adapters: Iterable[str]) -> None:
+        """Hold these adapters by name, also where they do nothing in this block: PEFT asks any layer which one to switch to."""
+        for adapter in adapters:
+            if adapter not in self.hf_tokens_methods:
+                self.hf_tokens_methods[adapter] = nn.ModuleDict()
+
     def detach(self) -> None:
         """Take everything off the block."""
         for handles in self._handles.values():

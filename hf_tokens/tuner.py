@@ -387,6 +387,8 @@ class HFTokensModel(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for side in self._sides():
+                side.know(self._ours)
             for inner in config.peft_configs():
                 self._inject_peft(model, inner, adapter_name, kwargs.get("low_cpu_mem_usage", False))
             if config.peft_configs():

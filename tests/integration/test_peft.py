@@ -310,6 +310,27 @@ def test_a_failure_behind_a_lora_rolls_back():
     assert not difference(before, snapshot(model)) and trained == [p.requires_grad for p in model.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+@pytest.mark.parametrize("deleted", ["first", "second"])
+def test_adapters_in_different_blocks_are_switched_and_deleted(deleted):
+    specimen = zoo.build("llama")
+    before = snapshot(specimen.model)
+    surgery = get_token_model(specimen.model, ProbeDropConfig(layers=(0,)), adapter_name="first").eval()
+    surgery.add_adapter("second", HFTokensConfig(methods=ProbeInsertConfig(layers=(3,))))
+    run = lambda: [surgery(**specimen.inputs).logits]
+    with torch.no_grad():
+        want = {"first": run()}
+        surgery.set_adapter("second")
+        want["second"] = run()
+        surgery.set_adapter(deleted)
+        surgery.delete_adapter(deleted)
+        (left,) = {"first", "second"} - {deleted}
+        assert surgery.active_adapters == [left]
+        all_equal(run(), want[left], "left")
+    surgery.delete_adapter(left)
+    assert not difference(before, snapshot(surgery.unload()))
+
+
 # -- beside a LoRA in a PeftModel ------------------------------------------------------------------------------------
 
 SECOND = pytest.mark.filterwarnings(
