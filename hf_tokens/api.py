@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import MethodConfig
-from .errors import AdapterError, UnsupportedError, explain
+from .errors import AdapterError, ConfigError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .roles import Method
 from .root import Root
-from .tuner import HFTokensConfig
+from .tuner import NAME, PEFT_METHOD, HFTokensConfig, check_name, names_of_ours, unwrap
 
+TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
 PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
 Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
 
 
 def adapter_config(methods: Methods, **kwargs: Any) -> HFTokensConfig:
     """The PEFT config of one method or a stack of them."""
-    if isinstance(methods, HFTokensConfig):
-        return methods
-    if isinstance(methods, (str, dict, MethodConfig, PeftConfig)):
-        methods = [methods]
-    return HFTokensConfig(methods=list(methods), **kwargs)
+    if not isinstance(methods, HFTokensConfig):
+        return HFTokensConfig(methods=methods, **kwargs)
+    if kwargs:
+        rule = "What belongs to an adapter stands in its HFTokensConfig, if one is passed"
+        raise ConfigError(explain(rule, f"one and {sorted(kwargs)} beside it", "Pass them to HFTokensConfig."))
+    return methods
 
 
 def denoiser(pipeline: Any) -> nn.Module | None:
@@ -72,11 +75,16 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
     if inner is not None:
         inject_adapter_in_model(config, inner, adapter_name)
         return model
-    if isinstance(model, PeftModel) and all(c.peft_type == config.peft_type for c in model.peft_config.values()):
+    if beside_its_like(model, config):
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def beside_its_like(model: Any, config: HFTokensConfig) -> bool:
+    """Whether a model is a PeftModel of adapters like ours, which takes one more; around another one goes a PeftModel of our own."""
+    return isinstance(model, PeftModel) and all(c.peft_type == config.peft_type for c in model.peft_config.values())
 
 
 def sides(model: Any) -> list[BlockSurgery]:
@@ -113,12 +121,17 @@ def unload(model: Any) -> Any:
     if isinstance(model, PeftModel):
         return model.unload()
     inner = denoiser(model) or model
-    root = root_of(model)
+    root, configs = root_of(model), vars(inner).get("peft_config", {})
+    ours = names_of_ours(configs)
+    unwrap(inner, ours)
     for side in sides(model):
         side.detach()
     root.detach()
-    vars(inner).pop("peft_config", None)
-    vars(inner).pop("_hf_peft_config_loaded", None)
+    for name in ours:
+        del configs[name]
+    if not configs:  # another library's adapters keep theirs
+        vars(inner).pop("peft_config", None)
+        vars(inner).pop("_hf_peft_config_loaded", None)
     return model
 
 
@@ -241,16 +254,17 @@ def load(
         folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
     check_files(folder)
     config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, HFTokensConfig):
-        raise AdapterError(explain("hf_tokens.load needs an adapter of type HF_TOKENS", config.peft_type, "Use peft for other adapters."))
     if model is None:
-        model = base_model(config, **kwargs)
+        model = base_model(config, token=token, **kwargs)
     inner = denoiser(model)
-    if not isinstance(model, PeftModel) and not sides(model):
+    beside = inner is None and beside_its_like(model, config)
+    if beside:
+        check_name(adapter_name, model.peft_config)
+    if beside or not sides(model):
         check_tensors(model if inner is None else inner, config, folder)
     if inner is not None:
         return load_into(model, inner, folder, config, adapter_name)
-    if isinstance(model, PeftModel):
+    if beside:
         model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
         model.set_adapter(adapter_name)
         return model
@@ -264,6 +278,14 @@ def check_files(folder: Path) -> None:
         if not path.is_file():
             raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
     try:
+        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        rule = "adapter_config.json must be a whole JSON file"
+        raise AdapterError(explain(rule, f"one that says: {error}", "Download or save it again.")) from error
+    kind = data.get("peft_type") if isinstance(data, dict) else None
+    if kind != NAME:
+        raise AdapterError(explain(f"hf_tokens.load needs an adapter of type {NAME}", repr(kind), "Use peft for other adapters."))
+    try:
         with safe_open(str(weights), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 file.get_slice(key).get_shape()
@@ -275,9 +297,20 @@ def check_files(folder: Path) -> None:
 
 def check_tensors(model: nn.Module, config: HFTokensConfig, folder: Path) -> None:
     """Refuse an adapter whose file lacks tensors that its methods need, or holds others: a trial tells, and the model is as it was."""
-    trial = get_peft_model(model, copy.deepcopy(config))
-    needed = {key: list(value.shape) for key, value in get_peft_model_state_dict(trial, save_embedding_layers=False).items()}
-    trial.unload()
+    tried = copy.deepcopy(config)
+    for method in tried.methods:  # nothing begins here, and some beginnings of a LoRA change the base
+        if method["method"] == PEFT_METHOD:
+            method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
+    beside = beside_its_like(model, config)
+    trial = model if beside else get_peft_model(model, tried, adapter_name=TRIAL)
+    if beside:
+        model.add_adapter(TRIAL, tried)
+    state = get_peft_model_state_dict(trial, adapter_name=TRIAL, save_embedding_layers=False)
+    needed = {key: list(value.shape) for key, value in state.items()}
+    if beside:
+        model.delete_adapter(TRIAL)
+    else:
+        trial.unload()
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
         there = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
     wrong = [f"{key} {there.get(key, 'missing')}" for key, shape in needed.items() if there.get(key) != shape]

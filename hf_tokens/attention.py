@@ -166,13 +166,18 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
             )
         )
     backend = backend.removeprefix(PREFIX)
+    vars(attention)[TAP] = (tap,)
+    config._attn_implementation_internal = tapped_name(backend)
+    return backend
+
+
+def tapped_name(backend: str) -> str:
+    """Name of a backend's tapped function, registered with its mask function."""
     name = PREFIX + backend
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, tapped(backend))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
-    vars(attention)[TAP] = (tap,)
-    config._attn_implementation_internal = name
-    return backend
+    return name
 
 
 def tapped_now(attention: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import families
-from .attention import PREFIX, AttentionCall, Scores, close_tap, open_tap, tapped_now
+from .attention import BACKENDS, PREFIX, AttentionCall, Scores, close_tap, open_tap, tapped_name, tapped_now
 from .errors import UnsupportedError, explain
 from .features import FeatureSites
 from .roles import FeatureCache, Method, TokenBank, TokenReducer
@@ -70,6 +70,13 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.refresh()
         self.train(block.training)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come out of a file: this process may not know the functions that the model's config names."""
+        super().__setstate__(state)
+        if "tap" in self._handles:
+            for backend in BACKENDS:
+                tapped_name(backend)
+
     weight = property(lambda self: next(self.parameters(), None))
     bias = None
 
@@ -111,6 +118,12 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
                 self._handles[need] = getattr(self, f"_hook_{need}")()
         self._move_adapter_to_device_of_base_layer(adapter)
         self.train(self.block.training)
+
+    def know(self, adapters: Iterable[str]) -> None:
+        """Hold these adapters by name, also where they do nothing in this block: PEFT asks any layer which one to switch to."""
+        for adapter in adapters:
+            if adapter not in self.hf_tokens_methods:
+                self.hf_tokens_methods[adapter] = nn.ModuleDict()
 
     def detach(self) -> None:
         """Take everything off the block."""

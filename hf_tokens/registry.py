@@ -124,6 +124,6 @@ def method_config(spec: str | dict | MethodConfig) -> MethodConfig:
         return spec
     if isinstance(spec, str):
         return method_info(spec).config()
-    if isinstance(spec, dict) and "method" in spec:
+    if isinstance(spec, dict) and isinstance(spec.get("method"), str):
         return method_info(spec["method"], spec.get("version")).config.from_dict(spec)
     raise ConfigError(explain("A method is a name, a MethodConfig, or a dict with the key 'method'", repr(spec), "See `hf-tokens list`."))

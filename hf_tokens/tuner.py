@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
 from torch import nn
 
 from .anatomy import Anatomy, Stream, anatomy, prefix_tokens
@@ -26,6 +26,7 @@ from .surgery import Runtime
 NAME = "HF_TOKENS"
 CHILD = "hf_tokens"
 PEFT_METHOD = "peft"
+FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
 
 
 def extend_peft_type() -> PeftType:
@@ -77,16 +78,29 @@ class HFTokensConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     init_weights: bool = field(default=True)
     base: dict[str, list[int]] | None = field(default=None)
-    hf_tokens_version: int = field(default=1)
+    hf_tokens_version: int = field(default=FORMAT)
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HF_TOKENS
+        if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
+            self.methods = [self.methods]
+        if self.methods is not None and not isinstance(self.methods, Iterable):
+            rule = "The methods of an adapter are a name, a config, or a list of them"
+            raise ConfigError(explain(rule, repr(self.methods), "`hf-tokens list` names them."))
         if not self.methods:
             raise ConfigError(
                 explain("An adapter has at least one method", self.methods, "Pass methods=['...']; `hf-tokens list` names them.")
             )
         self.methods = [plain_form(method) for method in self.methods]
+        if self.target_modules or self.exclude_modules:
+            came = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
+            raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", came, "Set those in its config."))
+        if self.hf_tokens_version != FORMAT:
+            rule = f"This hf-tokens reads adapters of format {FORMAT}"
+            raise ConfigError(
+                explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", "Update hf-tokens, or train the adapter again.")
+            )
 
     def stack(self) -> list[MethodConfig]:
         """The method configs, in order, without the PEFT configs among them."""
@@ -101,10 +115,15 @@ def plain_form(method: Any) -> dict[str, Any]:
     """The checked JSON form of one method."""
     if isinstance(method, PeftConfig):
         data = {k: sorted(v) if isinstance(v, set) else v for k, v in method.to_dict().items() if v is not None}
-        return {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
+        method = {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
     if isinstance(method, dict) and method.get("method") == PEFT_METHOD:
         if not isinstance(method.get("config"), dict) or "peft_type" not in method["config"]:
             raise ConfigError(explain("A 'peft' method has a config with a 'peft_type'", repr(method), "Pass the PeftConfig itself."))
+        kind = method["config"]["peft_type"]
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object)
+        if not issubclass(tuner, BaseTuner) or tuner is HFTokensModel:
+            rule = "A 'peft' method is one of PEFT's that act on layers, such as LORA"
+            raise ConfigError(explain(rule, repr(kind), "Put another kind around the model, by `peft.get_peft_model`."))
         return method
     return method_config(method).to_dict()
 
@@ -236,12 +255,62 @@ def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placemen
     config.base = now
 
 
+def names_of_ours(configs: dict[str, PeftConfig]) -> set[str]:
+    """Names of our adapters among those of a model."""
+    return {name for name, config in configs.items() if config.peft_type == HF_TOKENS}
+
+
+def bare(module: nn.Module, ours: set[str]) -> nn.Module:
+    """What is left of a module without the layers that only a LoRA or `modules_to_save` of these adapters put around it."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, BlockSurgery):
+        if not module._get_available_adapters() <= ours:
+            break
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+    return module
+
+
+def unwrap(model: nn.Module, ours: set[str]) -> None:
+    """Give modules that a LoRA or `modules_to_save` of ours wraps their own place back; leave what an adapter from outside wraps."""
+    done = None
+    for path, module in list(model.named_modules()):
+        if done is not None and path.startswith(done):
+            continue
+        inner = bare(module, ours)
+        if inner is not module:
+            model.set_submodule(path, inner)
+            done = f"{path}."
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            there = module._get_available_adapters()
+            for name in there & ours:
+                module.delete_adapter(name, new_active_adapters=sorted(there - ours)[:1])
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, BlockSurgery):
+            for name in module._get_available_adapters() & ours:
+                module.delete_adapter(name)
+
+
+def check_name(adapter_name: str, there: dict[str, PeftConfig]) -> None:
+    """Refuse a name that is taken: one adapter would take the other's place in the dict that they share."""
+    if adapter_name in there:
+        rule = "Every adapter in a model has a name of its own"
+        came = f"{adapter_name!r} for {NAME} beside {adapter_name!r} for {there[adapter_name].peft_type.value}"
+        raise ConfigError(explain(rule, came, "Pass another `adapter_name`, or unload the one that is there."))
+
+
 class HFTokensModel(BaseTuner):
     """The tuner behind `get_peft_model`."""
 
     prefix = "hf_tokens_"
     tuner_layer_cls = BlockSurgery
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        there = model.peft_config if isinstance(model, PeftModel) else vars(model).get("peft_config", {})
+        check_name(adapter_name, there)
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            there.pop(adapter_name, None)
+            raise
 
     def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
         self._anatomy = anatomy(self.model)
@@ -318,6 +387,8 @@ class HFTokensModel(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for side in self._sides():
+                side.know(self._ours)
             for inner in config.peft_configs():
                 self._inject_peft(model, inner, adapter_name, kwargs.get("low_cpu_mem_usage", False))
             if config.peft_configs():
@@ -338,6 +409,7 @@ class HFTokensModel(BaseTuner):
                 model.peft_config = ours
 
     def _roll_back(self, adapter_name: str) -> None:
+        unwrap(self.model, {adapter_name})
         for side in list(self._sides()):
             if adapter_name in side.hf_tokens_methods:
                 del side.hf_tokens_methods[adapter_name]
@@ -363,24 +435,35 @@ class HFTokensModel(BaseTuner):
 
     # -- switching ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _ours(self) -> set[str]:
+        """Names of our adapters; a PeftModel inside of ours shares its dict with us."""
+        return names_of_ours(self.peft_config)
+
     def _owned(self) -> list[BaseTunerLayer]:
         """Our layers, and those of a PEFT method inside one of our adapters; not those of an adapter stacked from outside."""
-        inner = {name for name, c in self.peft_config.items() if c.peft_type == HF_TOKENS and c.peft_configs()}
+        inner = {name for name in self._ours if self.peft_config[name].peft_configs()}
         return [
             m
             for m in self.model.modules()
             if isinstance(m, BlockSurgery) or (isinstance(m, BaseTunerLayer) and inner & m._get_available_adapters())
         ]
 
+    def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
+        """Modules that one of our adapters saves as a whole; not those that only an adapter stacked from outside does."""
+        found = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        return [m for m in found if m._get_available_adapters() & self._ours]
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Switch to these adapters."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        """Switch to these adapters; what an adapter stacked from outside has stays as it is."""
+        for wrapper in self._wrappers():
+            _set_adapter(wrapper, adapter_name, inference_mode=inference_mode)
         for layer in self._owned():
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        for layer in [*self._owned(), *wrappers]:
+        for layer in [*self._owned(), *self._wrappers()]:
             layer.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -403,27 +486,14 @@ class HFTokensModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> nn.Module:
         if merge:
             self.merge_adapter()
-        ours = {name for name, config in self.peft_config.items() if config.peft_type == HF_TOKENS}
-        self._unwrap(ours)
+        ours = self._ours
+        unwrap(self.model, ours)
         self._detach()
         if isinstance(self.model, PeftModel):  # it shares its dict with us
             for name in ours:
                 del self.peft_config[name]
         vars(self.model).pop("peft_config", None)
         return self.model
-
-    def _unwrap(self, ours: set[str]) -> None:
-        """Give modules that a LoRA or `modules_to_save` of ours wraps their own place back; leave what an adapter from outside wraps."""
-        for path, module in list(self.model.named_modules()):
-            if isinstance(module, BlockSurgery) or not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
-            there = module._get_available_adapters()
-            if there <= ours:
-                trained = isinstance(module, AuxiliaryTrainingWrapper)
-                self.model.set_submodule(path, module.original_module if trained else module.get_base_layer())
-            else:
-                for name in there & ours:
-                    module.delete_adapter(name)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 

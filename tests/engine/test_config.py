@@ -179,3 +179,10 @@ def test_a_lora_among_the_methods():
     assert inner.r == 3 and inner.target_modules == {"q", "k"} and config.stack() == []
     with pytest.raises(ConfigError, match="A 'peft' method has a config with a 'peft_type'"):
         plain_form({"method": "peft", "config": {"r": 3}})
+
+
+def test_one_method_is_a_stack_of_one():
+    want = HFTokensConfig(methods=[ProbeDropConfig(share=0.25)]).methods
+    for one in (ProbeDropConfig(share=0.25), {"method": "probe-drop", "share": 0.25}, (ProbeDropConfig(share=0.25),)):
+        assert HFTokensConfig(methods=one).methods == want
+    assert HFTokensConfig(methods="probe-drop").methods == [{"method": "probe-drop", "version": 1}]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from contract.architectures import ARCHITECTURES
 from contract.pairs import difference, snapshot
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from tolerances import all_equal
 
 import hf_tokens
-from hf_tokens import AdapterError, ConfigError, HFTokensError, UnsupportedError, get_token_model
+from hf_tokens import AdapterError, ConfigError, HFTokensConfig, HFTokensError, UnsupportedError, get_token_model
 from hf_tokens.errors import explain
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
@@ -39,6 +39,16 @@ MISTAKES = {
     "a version to come": ("llama", {**DROP, "version": 9}, ConfigError, r"'probe-drop' has versions \[1\], got 9. Update hf-tokens"),
     "no method": ("llama", [], ConfigError, r"An adapter has at least one method, got \[\]. Pass methods="),
     "no name": ("llama", {"share": 0.5}, ConfigError, "a dict with the key 'method', got {'share': 0.5}"),
+    "a name that is none": ("llama", {"method": ["ftp"]}, ConfigError, r"a dict with the key 'method', got {'method': \['ftp'\]}"),
+    "a class": ("llama", ProbeDropConfig, ConfigError, "The methods of an adapter are a name, a config, or a list of them, got <class"),
+    "nothing": ("llama", None, ConfigError, "An adapter has at least one method, got None"),
+    "a prompt tuning in the stack": (
+        "llama",
+        ["probe-drop", PromptTuningConfig(num_virtual_tokens=2)],
+        ConfigError,
+        "one of PEFT's that act on layers, such as LORA, got 'PROMPT_TUNING'. Put another kind around the model",
+    ),
+    "an adapter in the stack": ("llama", [HFTokensConfig(methods="probe-drop")], ConfigError, "such as LORA, got 'HF_TOKENS'"),
     "a layer out of range": ("llama", ProbeDropConfig(layers=(4,)), ConfigError, r"layers must lie in \[-4, 3\] for the 4 blocks"),
     "a layer below the range": ("llama", ProbeDropConfig(layers=(0, -5)), ConfigError, r"got \[-5\]\. Name blocks that exist"),
     "an unknown stream": ("llama", ProbeDropConfig(stream="vision"), ConfigError, "must be a stream of the model, got 'vision'"),
@@ -56,6 +66,15 @@ def test_a_mistake_is_refused_and_the_model_is_as_it_was(family, methods, error,
     assert WORDS.match(str(caught.value))
     assert not difference(before, snapshot(model))
     assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_an_argument_that_would_be_lost_is_refused():
+    config, model = HFTokensConfig(methods="probe-drop"), base()
+    with pytest.raises(ConfigError, match=r"if one is passed, got one and \['modules_to_save'\] beside it. Pass them to HFTokensConfig"):
+        get_token_model(model, config, modules_to_save=["lm_head"])
+    for more in ({"target_modules": ["q_proj"]}, {"exclude_modules": ["layers.0"]}):
+        with pytest.raises(ConfigError, match="A method's own `layers` and `stream` say where it acts, got target_modules="):
+            get_token_model(model, "probe-drop", **more)
 
 
 def test_a_failure_half_way_rolls_back(monkeypatch):
@@ -140,6 +159,18 @@ def test_a_file_that_is_no_safetensors(saved):
     refused(saved, "must be a whole safetensors file")
 
 
+@pytest.mark.parametrize("text", ["", "{", "\xff"])
+def test_a_config_that_is_no_json(saved, text):
+    (saved / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    refused(saved, "adapter_config.json must be a whole JSON file, got one that says: .* Download or save it again")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"peft_type": "nonesuch"}'])
+def test_a_config_of_no_adapter(saved, text):
+    (saved / "adapter_config.json").write_text(text)
+    refused(saved, "hf_tokens.load needs an adapter of type HF_TOKENS, got (None|'nonesuch'). Use peft for other adapters")
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_missing_file(saved, name):
     (saved / name).unlink()
@@ -159,6 +190,23 @@ def test_tensors_of_another_shape(saved):
     refused(saved, r"got 1 missing or of another shape, the first .*bank \[7, 3\]. Save the adapter again")
 
 
+def test_a_damaged_adapter_beside_another(saved):
+    """What is refused alone is refused beside another one, and so is a name that is taken."""
+    specimen = zoo.build("llama")
+    model = get_token_model(specimen.model, ProbeDropConfig(), adapter_name="first").eval()
+    out = model(**specimen.inputs).logits
+    weights = saved / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    save_file({f"{key}.more": value for key, value in load_file(weights).items()}, weights)
+    refused(saved, "got 1 missing or of another shape", model)
+    assert set(model.peft_config) == {"first"} and model.active_adapters == ["first"]
+    weights.write_bytes(whole)
+    with pytest.raises(ConfigError, match="has a name of its own, got 'first' for HF_TOKENS beside 'first' for HF_TOKENS"):
+        hf_tokens.load(saved, model, adapter_name="first")
+    all_equal([model(**specimen.inputs).logits], [out])
+    assert hf_tokens.load(saved, model, adapter_name="second") is model
+
+
 def test_an_adapter_of_another_type(tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -172,6 +220,13 @@ def test_a_config_with_an_unknown_method(saved):
     data["methods"] = [{"method": "nonesuch", "version": 1}]
     path.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match="A method must be one of .*, got 'nonesuch'. Install the package that has it"):
+        hf_tokens.load(saved, base())
+
+
+def test_an_adapter_of_a_format_to_come(saved):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hf_tokens_version": 2}))
+    with pytest.raises(ConfigError, match="reads adapters of format 1, got hf_tokens_version=2. Update hf-tokens"):
         hf_tokens.load(saved, base())
 
 

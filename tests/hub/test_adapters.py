@@ -71,6 +71,16 @@ def test_the_base_is_found_by_the_adapter(hub, specimen, surgery, tmp_path):
     all_equal(run(hf_tokens.load(REPO), specimen), run(surgery, specimen), "base and adapter")
 
 
+def test_the_token_opens_a_private_base_too(hub, specimen, monkeypatch):
+    specimen.model.push_to_hub("alice/base", private=True)
+    base = copy.deepcopy(specimen.model)
+    base.name_or_path = "alice/base"
+    surgery = stir(get_token_model(base, DeepPromptConfig(tokens=3), task_type="CAUSAL_LM").eval())
+    surgery.push_to_hub(REPO, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    all_equal(run(hf_tokens.load(REPO, token="hf_alice"), specimen), run(surgery, specimen), "base and adapter")
+
+
 def test_a_second_adapter_beside_the_first(hub, specimen, surgery):
     surgery.push_to_hub(REPO)
     want = run(surgery, specimen)

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,11 +11,11 @@ from contract.architectures import ARCHITECTURES
 from contract.pairs import difference, snapshot, stir
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
 from tolerances import all_equal
 
 import hf_tokens
-from hf_tokens import DeepPromptConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
+from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
 from hf_tokens.layer import BlockSurgery
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
@@ -30,12 +32,14 @@ SIGNATURES = {
     BaseTuner.inject_adapter: ("model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"),
     BaseTuner.set_adapter: ("adapter_name", "inference_mode"),
     BaseTuner.delete_adapter: ("adapter_name",),
+    _set_adapter: ("model", "adapter_name", "inference_mode"),
     BaseTunerLayer.set_adapter: ("adapter_names", "inference_mode"),
     BaseTunerLayer.enable_adapters: ("enabled",),
     BaseTunerLayer.delete_adapter: ("adapter_name",),
     BaseTunerLayer._move_adapter_to_device_of_base_layer: ("adapter_name", "device"),
     BaseTunerLayer._get_available_adapters: (),
     AuxiliaryTrainingWrapper._get_available_adapters: (),
+    AuxiliaryTrainingWrapper.delete_adapter: ("adapter_name", "new_active_adapters"),
     register_peft_method: ("name", "config_cls", "model_cls", "prefix", "is_mixed_compatible"),
 }
 
@@ -93,6 +97,34 @@ def test_transformers_add_save_and_load(tmp_path):
     all_equal(fresh.run(), on, "loaded")
     fresh.model.delete_adapter("again")
     all_equal(fresh.run(), off, "deleted")
+
+
+def test_transformers_door_leaves_no_lora_of_the_stack_behind():
+    specimen = zoo.build("llama")
+    model, trained = specimen.model, [p.requires_grad for p in specimen.model.parameters()]
+    off, before = specimen.run(), snapshot(model)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    model.add_adapter(HFTokensConfig(methods=["probe-insert", lora], modules_to_save=["lm_head"]), adapter_name="surgery")
+    stir(model)
+    assert hf_tokens.unload(model) is model
+    assert not difference(before, snapshot(model)) and trained == [p.requires_grad for p in model.parameters()]
+    all_equal(specimen.run(), off, "unloaded")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_transformers_door_keeps_a_lora_beside_the_surgery():
+    specimen = zoo.build("llama")
+    model, lora = specimen.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter(lora, adapter_name="tuning")
+    model.eval()
+    on = specimen.run()
+    model.add_adapter(HFTokensConfig(methods=["probe-insert"]), adapter_name="surgery")
+    model.set_adapter(["tuning", "surgery"])
+    hf_tokens.unload(model)
+    all_equal(specimen.run(), on, "unloaded")
+    assert set(model.peft_config) == {"tuning"} and model._hf_peft_config_loaded
+    model.set_adapter("tuning")
+    model.delete_adapter("tuning")
 
 
 # -- diffusers -------------------------------------------------------------------------------------------------------
@@ -216,6 +248,19 @@ def test_a_model_saved_whole_and_a_state_dict(tmp_path):
         all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
 
 
+def test_a_model_saved_whole_runs_where_nothing_was_attached(tmp_path):
+    specimen = zoo.build("llama")
+    surgery = stir(get_token_model(specimen.model, FTPConfig(sparsity=0.4)).eval())
+    with torch.no_grad():
+        torch.save((surgery, specimen.inputs, surgery(**specimen.inputs).logits), tmp_path / "model.pt")
+    script = (
+        "import sys, torch; torch.set_grad_enabled(False); model, inputs, want = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(model(**inputs).logits, want)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_adapter_config_reads_back_and_says_its_type(tmp_path):
     get_token_model(zoo.build("llama").model, "probe-drop").save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
@@ -233,3 +278,101 @@ def test_a_lora_among_the_methods_is_one_file(tmp_path):
         all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
     with pytest.raises(UnsupportedError, match="cannot be merged"):
         surgery.merge_and_unload()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_begins_in_the_base_s_weights_loads(start, tmp_path):
+    specimen = zoo.build("llama")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    surgery = stir(get_token_model(copy.deepcopy(specimen.model), ["probe-insert", lora]).eval())
+    surgery.save_pretrained(tmp_path)
+    again = hf_tokens.load(tmp_path, specimen.model).eval()
+    with torch.no_grad():
+        all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
+
+
+def test_tokens_trained_in_the_stack_come_out():
+    specimen = zoo.build("llama")
+    off, before = specimen.run(), snapshot(specimen.model)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    surgery = stir(get_token_model(specimen.model, ["probe-insert", lora]))
+    assert surgery.unload() is specimen.model
+    assert not difference(before, snapshot(specimen.model))
+    all_equal(specimen.run(), off, "unloaded")
+
+
+def test_a_failure_behind_a_lora_rolls_back():
+    model = zoo.build("llama").model
+    before, trained = snapshot(model), [p.requires_grad for p in model.parameters()]
+    good, bad = LoraConfig(r=2, target_modules=["q_proj"]), LoraConfig(target_modules=["nonesuch"])
+    with pytest.raises(ValueError, match="nonesuch"):
+        get_token_model(model, ["deep-prompt", good, bad], modules_to_save=["lm_head"])
+    assert not difference(before, snapshot(model)) and trained == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+@pytest.mark.parametrize("deleted", ["first", "second"])
+def test_adapters_in_different_blocks_are_switched_and_deleted(deleted):
+    specimen = zoo.build("llama")
+    before = snapshot(specimen.model)
+    surgery = get_token_model(specimen.model, ProbeDropConfig(layers=(0,)), adapter_name="first").eval()
+    surgery.add_adapter("second", HFTokensConfig(methods=ProbeInsertConfig(layers=(3,))))
+    run = lambda: [surgery(**specimen.inputs).logits]
+    with torch.no_grad():
+        want = {"first": run()}
+        surgery.set_adapter("second")
+        want["second"] = run()
+        surgery.set_adapter(deleted)
+        surgery.delete_adapter(deleted)
+        (left,) = {"first", "second"} - {deleted}
+        assert surgery.active_adapters == [left]
+        all_equal(run(), want[left], "left")
+    surgery.delete_adapter(left)
+    assert not difference(before, snapshot(surgery.unload()))
+
+
+# -- beside a LoRA in a PeftModel ------------------------------------------------------------------------------------
+
+SECOND = pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a `peft_config` attribute"
+)
+
+
+def a_lora(name, **more):
+    model = get_peft_model(zoo.build("llama").model, LoraConfig(r=2, target_modules=["q_proj"], **more), adapter_name=name)
+    return stir(model).eval()
+
+
+@SECOND
+def test_two_adapters_of_one_name_are_refused():
+    model = a_lora("default")
+    before = snapshot(model)
+    words = "Every adapter in a model has a name of its own, got 'default' for HF_TOKENS beside 'default' for LORA. Pass another"
+    with pytest.raises(ConfigError, match=words):
+        get_token_model(model, "probe-insert")
+    with pytest.raises(UnsupportedError):
+        get_token_model(model, "vqt", adapter_name="surgery")
+    assert not difference(before, snapshot(model)) and set(model.peft_config) == {"default"}
+    plain = zoo.build("llama").model
+    get_token_model(plain, ["deep-prompt"])
+    with pytest.raises(ConfigError, match="'default' for HF_TOKENS beside 'default' for HF_TOKENS"):
+        get_token_model(plain, "probe-insert")
+
+
+@SECOND
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["a surgery", "a surgery that trains the head too"])
+def test_the_head_that_a_lora_trained_stays_in_use(more):
+    inputs = zoo.build("llama").inputs
+    run = lambda model: [model(**inputs).logits]
+    with torch.no_grad():
+        inner = a_lora("tuning", modules_to_save=["lm_head"])
+        inner.base_model.model.lm_head.modules_to_save["tuning"].weight.mul_(2)
+        want, before = run(inner), snapshot(inner)
+        trained = [p.requires_grad for p in inner.parameters()]
+        surgery = get_token_model(inner, ProbeInsertConfig(tokens=0), adapter_name="surgery", **more).eval()
+        if not more:
+            all_equal(run(surgery), want, "at zero strength")
+            with surgery.disable_adapter():
+                all_equal(run(surgery), want, "disabled")
+        all_equal(run(surgery.unload()), want, "unloaded")
+    assert not difference(before, snapshot(inner)) and trained == [p.requires_grad for p in inner.parameters()]
