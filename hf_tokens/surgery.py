@@ -306,12 +306,12 @@ class Runtime:
 
     @staticmethod
     def _route(gate: Tensor | None, dense: bool, books: Books, hidden: Tensor) -> tuple[Books, Tensor, TokenMap | None]:
-        """The tokens that run the block, and the map to them; in dense training all do, but no one sees the others."""
+        """The tokens that run the block, and the map to them; in dense training all do, the others seen by themselves alone."""
         if gate is None:
             return books, hidden, None
         runs = (gate != 0) & books.flags(books.filled, True)
         if dense:
-            return replace(books, filled=runs, untouched=False, memo={}), hidden, None
+            return replace(books, filled=runs, alone=True, untouched=False, memo={}), hidden, None
         if bool(runs.all()):
             return books, hidden, None
         routed = TokenMap.select(runs)
