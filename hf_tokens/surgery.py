@@ -83,6 +83,7 @@ class Runtime:
                 self._count(side, hidden.numel() // hidden.shape[-1])
             if self.keeps_final and side.index == len(self.stream) - 1:
                 self.final = self.stream.read(side.index, output)
+                self.final_real = None if self.current is None else self.current.padding
             return output
         if torch._C._current_graph_task_id() != -1:
             return self._replay(side, methods, Call(self.stream, side.index, args, kwargs), known)

@@ -407,6 +407,23 @@ def trained_gradients(model, weights, **given):
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shares", [(0.3, 0.45, 0.0, 0.7), (0.6, 0.0, 0.0, 0.0)], ids=["last block too", "first block only"])
+def test_a_padded_batch_gets_the_gradients_of_its_samples(shares, side):
+    model, weights = routed(sparsities=shares)
+    model = get_token_model(gpt2(), FTPConfig(sparsities=shares, layers=tuple(i for i, share in enumerate(shares) if share)))
+    leader = next(module for module in model.modules() if isinstance(module, FTP))
+    for parameter, value in zip((leader.w1, leader.b1, leader.w2, leader.b2), weights, strict=True):
+        parameter.data.copy_(value)
+    model.train()
+    ids, mask = batch((11, 6), side)
+    heed = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * mask
+    together = trained_gradients(model, heed, input_ids=ids, attention_mask=mask, position_ids=positions(mask))
+    alone = [trained_gradients(model, w[None, m], input_ids=i[None, m]) for i, m, w in zip(ids, mask, heed, strict=True)]
+    for both, *each in zip(together, *alone, strict=True):
+        torch.testing.assert_close(both, sum(each), **CLOSE)
+
+
 def test_a_gate_hears_what_running_would_change():
     model, weights = routed(sparsities=(0.0, 0.0, 0.0, 0.6), guide_weight=0.0, sparsity_weight=0.0, distillation_weight=0.0)
     base, (ids, _) = model.get_base_model(), batch((12,))
