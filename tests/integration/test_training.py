@@ -1,5 +1,6 @@
 """Training with the unmodified Trainer: losses, accumulation, checkpoints, schedules, precision, two processes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -93,6 +94,18 @@ def test_a_trainer_with_a_loss_of_its_own_has_the_methods_losses_too(tmp_path):
     close(torch.tensor(losses(own)), torch.tensor(losses(usual)), "logged losses")
     for name, value in trained(usual.model).items():
         close(trained(own.model)[name], value, name)
+
+
+def test_a_copy_taken_in_the_middle_is_a_model_of_its_own():
+    surgery = model().train()
+    batch = {name: torch.stack([row[name] for row in data(2)]) for name in ("input_ids", "labels", "attention_mask")}
+    surgery(**batch)
+    before = aux_loss(surgery)
+    other = copy.deepcopy(surgery)
+    assert aux_loss(surgery) == before > 0 and aux_loss(other) == 0
+    close(other(**batch).loss, surgery(**batch).loss, "loss")
+    aux_loss(other).backward()
+    assert all(p.grad is None for p in surgery.parameters()) and any(p.grad is not None for p in other.parameters())
 
 
 def test_checkpoints_resume_to_the_bit(tmp_path):
