@@ -178,7 +178,7 @@ class Root:
 
     def extra(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""
-        losses = [loss.float() for method in self.methods() for loss in method.losses]
+        losses = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for method in self.methods() for loss in method.losses]
         return torch.stack(losses).sum() if losses else None
 
     def _add(self, loss: Tensor, extra: Tensor) -> Tensor:
