@@ -419,7 +419,10 @@ class Runtime:
         if id(method) not in held:
             held[id(method)] = self.ask(method, moment)
         tokens = held[id(method)]
-        return x if tokens is None else tokens.apply(x, moment.now.books.all_sizes())
+        if tokens is None:
+            return x
+        guests = moment.local.m - tokens.n  # in front, for this block only
+        return torch.cat([x[:, :guests], tokens.apply(x[:, guests:], moment.now.books.all_sizes())], dim=1)
 
     def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
         tokens = self.ask(bank, moment)
