@@ -424,6 +424,15 @@ def test_a_padded_batch_gets_the_gradients_of_its_samples(shares, side):
         torch.testing.assert_close(both, sum(each), **CLOSE)
 
 
+def test_a_row_of_padding_leaves_the_loss_a_number():
+    model, _ = routed(sparsity=0.4)
+    ids, mask = batch((9, 0))
+    model.train()(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
+    with_a_row = aux_loss(model).item()
+    model(input_ids=ids[:1], attention_mask=mask[:1], position_ids=positions(mask)[:1])
+    assert with_a_row == pytest.approx((aux_loss(model).item() + 4 * 0.4) / 2, abs=1e-9)  # L_s: it skips nothing in 4 blocks
+
+
 def test_a_gate_hears_what_running_would_change():
     model, weights = routed(sparsities=(0.0, 0.0, 0.0, 0.6), guide_weight=0.0, sparsity_weight=0.0, distillation_weight=0.0)
     base, (ids, _) = model.get_base_model(), batch((12,))
