@@ -44,6 +44,7 @@ class Books:
         causal: Whether a token sees only what stands before it.
         fresh: Inserted tokens, (b m) bool, or None.
         filled: Tokens that are there at all, (b m) bool, or None for all.
+        alone: Whether those that are not run all the same, each seen by itself alone.
         sizes: How many entry tokens each token stands for, (b m), or None for one each.
         context: Length of the second sequence that the blocks get, to carry it along or to read it.
         behind: Whether it stands behind the tokens in what they share, and not in front.
@@ -61,6 +62,7 @@ class Books:
     causal: bool
     fresh: Tensor | None = None
     filled: Tensor | None = None
+    alone: bool = False
     sizes: Tensor | None = None
     context: int = 0
     behind: bool = False
@@ -324,6 +326,9 @@ class Books:
         filled, visible = self._filled(stored), None
         if filled is not None:
             visible = filled[:, None, None] if filled.dim() == 2 else filled[:, :, None]
+            if self.alone:
+                itself = torch.eye(self.m, dtype=torch.bool, device=filled.device)  # m m, query by key
+                visible = visible | torch.nn.functional.pad(itself, (filled.shape[-1] - self.m, 0))
         if self.fresh is not None and self.causal:
             place = torch.arange(self.m, device=self.rows.device)
             later = place[None, :] > place[:, None]  # m m, query by key

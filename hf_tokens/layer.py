@@ -235,9 +235,11 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     def _leave_middle(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         held = None if self.moment is None else next(iter(self.moment.middle.values()), None)
-        if held is None or output.shape[1] != held.m:
+        guests = 0 if held is None else self.moment.local.m - held.n
+        if held is None or output.shape[1] != guests + held.m:
             return None
-        return held.restore(output, output.new_zeros(()).expand(len(output), held.n, output.shape[-1]))
+        back = held.restore(output[:, guests:], output.new_zeros(()).expand(len(output), held.n, output.shape[-1]))
+        return torch.cat([output[:, :guests], back], dim=1)
 
     # -- the attention call ------------------------------------------------------------------------------------------
 

@@ -108,6 +108,9 @@ class Method(nn.Module, abc.ABC):
         self.losses: list[Tensor] = []
         self._leader: tuple[Method, ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "losses": []}  # they belong to a forward, and no tensor of a graph can be copied
+
     @property
     def leader(self) -> Method:
         """The same method's instance in the first block that it acts on: the place of what all blocks share."""

@@ -43,7 +43,7 @@ class Root:
         self.runtimes: list[Runtime] = []
         self._trainer: weakref.ref | None = None
         self.teaching = False
-        self.added: Any = None  # the node of the autograd graph that added the methods' losses to the model's own
+        self.heard: list[tuple[Tensor, Any]] | None = None  # in a trainer: a forward's losses, and what added them to the model's own
         self.lent: Any = None  # the loss function that a trainer has from us
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.handles = [
@@ -63,7 +63,7 @@ class Root:
         self._trainer = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trainer": None, "added": None, "lent": None}
+        return {**vars(self), "_trainer": None, "heard": None, "lent": None}
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""
@@ -168,23 +168,23 @@ class Root:
         extra = self.extra()
         if extra is None:
             return None
-        total = extra * share(kwargs)
-        if isinstance(output, tuple):
-            return (self._add(output[0], total), *output[1:]) if kwargs.get("labels") is not None else None
+        loss = None
         if isinstance(output, dict) and output.get("loss") is not None:
-            output["loss"] = self._add(output["loss"], total)
-            return output
-        return None
+            loss = output["loss"] = self._add(output["loss"], extra, kwargs)
+        elif isinstance(output, tuple) and kwargs.get("labels") is not None:
+            loss = self._add(output[0], extra, kwargs)
+            output = (loss, *output[1:])
+        if self.heard is not None and extra.requires_grad:
+            self.heard.append((extra, None if loss is None else loss.grad_fn))
+        return None if loss is None else output
 
     def extra(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""
         losses = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for method in self.methods() for loss in method.losses]
         return torch.stack(losses).sum() if losses else None
 
-    def _add(self, loss: Tensor, extra: Tensor) -> Tensor:
-        total = loss + extra.to(loss.dtype)
-        self.added = total.grad_fn
-        return total
+    def _add(self, loss: Tensor, extra: Tensor, kwargs: dict) -> Tensor:
+        return loss + extra.to(loss.dtype) * share(self.model, kwargs)
 
 
 class Denoising:

@@ -83,6 +83,7 @@ class Runtime:
                 self._count(side, hidden.numel() // hidden.shape[-1])
             if self.keeps_final and side.index == len(self.stream) - 1:
                 self.final = self.stream.read(side.index, output)
+                self.final_real = None if self.current is None else self.current.padding
             return output
         if torch._C._current_graph_task_id() != -1:
             return self._replay(side, methods, Call(self.stream, side.index, args, kwargs), known)
@@ -310,12 +311,12 @@ class Runtime:
 
     @staticmethod
     def _route(gate: Tensor | None, dense: bool, books: Books, hidden: Tensor) -> tuple[Books, Tensor, TokenMap | None]:
-        """The tokens that run the block, and the map to them; in dense training all do, but no one sees the others."""
+        """The tokens that run the block, and the map to them; in dense training all do, the others seen by themselves alone."""
         if gate is None:
             return books, hidden, None
         runs = (gate != 0) & books.flags(books.filled, True)
         if dense:
-            return replace(books, filled=runs, untouched=False, memo={}), hidden, None
+            return replace(books, filled=runs, alone=True, untouched=False, memo={}), hidden, None
         if bool(runs.all()):
             return books, hidden, None
         routed = TokenMap.select(runs)
@@ -422,7 +423,10 @@ class Runtime:
         if id(method) not in held:
             held[id(method)] = self.ask(method, moment)
         tokens = held[id(method)]
-        return x if tokens is None else tokens.apply(x, moment.now.books.all_sizes())
+        if tokens is None:
+            return x
+        guests = moment.local.m - tokens.n  # in front, for this block only
+        return torch.cat([x[:, :guests], tokens.apply(x[:, guests:], moment.now.books.all_sizes())], dim=1)
 
     def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
         tokens = self.ask(bank, moment)

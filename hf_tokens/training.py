@@ -6,7 +6,8 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -52,29 +53,55 @@ def lend_losses(trainer: Trainer, root: Root) -> None:
 
     @functools.wraps(inner)
     def compute_loss(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        labels, items = inputs.get("labels"), kwargs.get("num_items_in_batch")
-        root.added = None
-        output = inner(model, inputs, *args, **kwargs)
-        loss, extra = output[0] if isinstance(output, tuple) else output, root.extra()
-        if extra is None or not extra.requires_grad:
+        given = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+        root.heard = []
+        try:
+            output = inner(model, inputs, *args, **kwargs)
+            heard = root.heard
+        finally:
+            root.heard = None
+        if not heard:
             return output
+        loss = output[0] if isinstance(output, tuple) else output
         if not reads:
-            reads.append(root.added is not None and reaches(loss.grad_fn, root.added))
+            reads.append(any(node is not None and reaches(loss.grad_fn, node) for _, node in heard))
         if reads[0]:
             return output
-        ranks = trainer.accelerator.num_processes if items is not None and trainer.args.average_tokens_across_devices else 1
-        loss = loss + extra.to(loss.dtype) * share({"labels": labels, "num_items_in_batch": items}) * ranks
+        extra = torch.stack([extra for extra, _ in heard]).sum()
+        loss = loss + extra.to(loss.dtype) * part(trainer, root.model, given)
         return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
     trainer.compute_loss = root.lent = compute_loss
 
 
-def share(kwargs: dict) -> float | Tensor:
-    """What part of an optimiser step this batch is: under accumulation the Trainer passes the number of targets of all its batches."""
-    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if items is None or not isinstance(labels, Tensor):
+def part(trainer: Trainer, model: nn.Module, given: dict) -> float | Tensor:
+    """What part of an optimiser step a batch is, where the trainer divides its loss no more; 1 where it still does."""
+    items, scaled = given["num_items_in_batch"], trainer.loss_is_scaled_for_ga
+    if scaled is None:
+        scaled = trainer.model_accepts_loss_kwargs and items is not None or trainer.compute_loss_func is not None
+    if not scaled:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / items
+    if items is None:
+        return 1 / trainer.current_gradient_accumulation_steps
+    return share(model, given) * (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
+
+
+def share(model: nn.Module, given: dict) -> float | Tensor:
+    """What part of an optimiser step this batch is: under accumulation the Trainer passes the number of targets of all its batches."""
+    items, labels, shifted = (given.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
+    if shifted is None and isinstance(labels, Tensor):
+        shifted = labels[..., 1:] if shifts_labels(model) else labels
+    if items is None or not isinstance(shifted, Tensor):
+        return 1.0
+    return (shifted != -100).sum() / items
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the Trainer counts the targets of a model's loss without the first label of each row."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    kind = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    return kind is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def callback(trainer: Trainer, root: Root) -> TrainerCallback:

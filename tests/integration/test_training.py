@@ -1,15 +1,17 @@
 """Training with the unmodified Trainer: losses, accumulation, checkpoints, schedules, precision, two processes."""
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tolerances import all_equal, close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_tokens import FTPConfig, aux_loss, get_token_model, set_progress
+from hf_tokens import FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
 from hf_tokens.api import root_of
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
@@ -17,8 +19,8 @@ from hf_tokens.testing.probe import ProbeInsertConfig
 STACK = [FTPConfig(sparsity=0.3), ProbeInsertConfig(tokens=2)]  # a method with losses and a schedule, and one with neither
 
 
-def model(methods=STACK, **kwargs):
-    specimen = zoo.build("llama")
+def model(methods=STACK, specimen=None, **kwargs):
+    specimen = specimen or zoo.build("llama")
     torch.manual_seed(0)
     return get_token_model(specimen.model, methods, **kwargs)
 
@@ -32,9 +34,10 @@ PLAIN = dict(max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, opti
 QUIET = dict(logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", seed=0)
 
 
-def trainer(surgery, folder, rows=8, callbacks=(), kind=Trainer, **arguments):
+def trainer(surgery, folder, rows=8, callbacks=(), kind=Trainer, train_dataset=None, **arguments):
     args = TrainingArguments(output_dir=str(folder), **(PLAIN | QUIET | arguments))
-    return kind(model=surgery, args=args, train_dataset=data(rows), eval_dataset=data(4), callbacks=list(callbacks))
+    given = train_dataset or data(rows)
+    return kind(model=surgery, args=args, train_dataset=given, eval_dataset=data(4), callbacks=list(callbacks))
 
 
 def trained(surgery):
@@ -93,6 +96,72 @@ def test_a_trainer_with_a_loss_of_its_own_has_the_methods_losses_too(tmp_path):
     close(torch.tensor(losses(own)), torch.tensor(losses(usual)), "logged losses")
     for name, value in trained(usual.model).items():
         close(trained(own.model)[name], value, name)
+
+
+class MeanLoss(Trainer):
+    """A trainer whose loss is a mean over its batch, which it divides by the steps of accumulation itself or lets be divided."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = out.logits.square().mean()
+        loss = loss / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else loss
+        return (loss, out) if return_outputs else loss
+
+
+class PeekingLoss(OwnLoss):
+    """A trainer that looks at the model once more behind the forward of its loss, as TRL's SFTTrainer does for its metrics."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with torch.no_grad():
+            model(**inputs)
+        return loss
+
+
+def same_run(one, other):
+    one.train()
+    other.train()
+    close(torch.tensor(losses(other)), torch.tensor(losses(one)), "logged losses")
+    for name, value in trained(one.model).items():
+        close(trained(other.model)[name], value, name)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_trainer_says_who_divides_its_loss(tmp_path, scaled):
+    kind = type("Kind", (MeanLoss,), {"loss_is_scaled_for_ga": scaled})
+    big = trainer(model(), tmp_path / "big", kind=kind, max_steps=2, per_device_train_batch_size=4)
+    small = trainer(model(), tmp_path / "small", kind=kind, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    same_run(big, small)
+
+
+def test_a_forward_without_gradients_takes_no_loss_away(tmp_path):
+    same_run(trainer(model(), tmp_path / "own", kind=OwnLoss), trainer(model(), tmp_path / "peeking", kind=PeekingLoss))
+
+
+def test_a_classifier_s_batches_weigh_what_they_hold(tmp_path):
+    runs = []
+    for batch, steps in ((4, 1), (1, 4)):
+        specimen = zoo.build("vit")
+        pixels = torch.randn(8, *specimen.inputs["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(3))
+        surgery = model(VQTConfig(tokens=2, lasso=1.0), specimen=specimen)
+        for name, value in trained(surgery).items():
+            surgery.get_parameter(name).data.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+        args = dict(max_steps=2, learning_rate=0.001, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        given = [{"pixel_values": image, "labels": i % 2} for i, image in enumerate(pixels)]
+        runs.append(trainer(surgery, tmp_path / str(batch), train_dataset=given, **args))
+    same_run(*runs)
+
+
+def test_a_copy_taken_in_the_middle_is_a_model_of_its_own():
+    surgery = model().train()
+    batch = {name: torch.stack([row[name] for row in data(2)]) for name in ("input_ids", "labels", "attention_mask")}
+    surgery(**batch)
+    before = aux_loss(surgery)
+    other = copy.deepcopy(surgery)
+    assert aux_loss(surgery) == before > 0 and aux_loss(other) == 0
+    close(other(**batch).loss, surgery(**batch).loss, "loss")
+    aux_loss(other).backward()
+    assert all(p.grad is None for p in surgery.parameters()) and any(p.grad is not None for p in other.parameters())
 
 
 def test_checkpoints_resume_to_the_bit(tmp_path):

@@ -1,5 +1,6 @@
 """ATC against a slow loop over one sample, written from the equations of arXiv:2409.11923."""
 
+import copy
 import math
 from itertools import combinations
 
@@ -18,6 +19,7 @@ from transformers import (
     Siglip2VisionConfig,
     Siglip2VisionModel,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
@@ -450,3 +452,31 @@ def test_saved_and_stacked_and_taken_out(tmp_path):
     with stacked.disable_adapter():
         assert torch.equal(stacked(pixels).last_hidden_state, base)
     assert torch.equal(stacked.unload()(pixels).last_hidden_state, base)
+
+
+@pytest.mark.parametrize("guest", ["deep-prompt", "vqt"])
+def test_tokens_that_are_there_for_one_block_do_not_join(guest):
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=4, num_labels=3
+    )
+    base = ViTForImageClassification(ViTConfig(**sizes)).double().eval()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    base.vit.embeddings.position_embeddings.data[:, 1:] = 0  # patches alike are tokens alike
+    patches = torch.randn(2, 3, 2, 4, 4, 4, dtype=torch.float64).expand(2, 3, 2, 4, 4, 4)
+    pixels = torch.stack([patches, patches], dim=2).reshape(2, 3, 4, 4, 4, 4).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 16, 16)
+
+    def logits(*more):
+        torch.manual_seed(1)
+        model = get_token_model(copy.deepcopy(base), [{"method": guest, "tokens": 3}, *more]).eval()
+        draw = torch.Generator().manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if ".hf_tokens." in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=draw))
+        with torch.no_grad():
+            return model(pixel_values=pixels).logits, measure(model, pixel_values=pixels).tokens
+
+    (merged, fewer), (apart, all_of_them) = logits(ATCConfig(keep_rate=0.5, layers=(1,))), logits()
+    close(merged, apart)
+    assert fewer < all_of_them

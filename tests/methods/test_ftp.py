@@ -399,6 +399,63 @@ def test_training_computes_what_evaluation_does():
     torch.testing.assert_close(trained[mask], expected[mask], **CLOSE)
 
 
+def trained_gradients(model, weights, **given):
+    """The gradients of the router from the methods' losses and from the logits, each position weighted."""
+    model.zero_grad()
+    logits = model(**given).logits
+    ((logits * weights[..., None]).sum() + len(logits) * aux_loss(model)).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shares", [(0.3, 0.45, 0.0, 0.7), (0.6, 0.0, 0.0, 0.0)], ids=["last block too", "first block only"])
+def test_a_padded_batch_gets_the_gradients_of_its_samples(shares, side):
+    model, weights = routed(sparsities=shares)
+    model = get_token_model(gpt2(), FTPConfig(sparsities=shares, layers=tuple(i for i, share in enumerate(shares) if share)))
+    leader = next(module for module in model.modules() if isinstance(module, FTP))
+    for parameter, value in zip((leader.w1, leader.b1, leader.w2, leader.b2), weights, strict=True):
+        parameter.data.copy_(value)
+    model.train()
+    ids, mask = batch((11, 6), side)
+    heed = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * mask
+    together = trained_gradients(model, heed, input_ids=ids, attention_mask=mask, position_ids=positions(mask))
+    alone = [trained_gradients(model, w[None, m], input_ids=i[None, m]) for i, m, w in zip(ids, mask, heed, strict=True)]
+    for both, *each in zip(together, *alone, strict=True):
+        torch.testing.assert_close(both, sum(each), **CLOSE)
+
+
+def test_a_row_of_padding_leaves_the_loss_a_number():
+    model, _ = routed(sparsity=0.4)
+    ids, mask = batch((9, 0))
+    model.train()(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
+    with_a_row = aux_loss(model).item()
+    model(input_ids=ids[:1], attention_mask=mask[:1], position_ids=positions(mask)[:1])
+    assert with_a_row == pytest.approx((aux_loss(model).item() + 4 * 0.4) / 2, abs=1e-9)  # L_s: it skips nothing in 4 blocks
+
+
+def test_a_gate_hears_what_running_would_change():
+    model, weights = routed(sparsities=(0.0, 0.0, 0.0, 0.6), guide_weight=0.0, sparsity_weight=0.0, distillation_weight=0.0)
+    base, (ids, _) = model.get_base_model(), batch((12,))
+    place = torch.arange(12)
+    with torch.no_grad():
+        hidden, table = embed(base, ids[0], place), None
+        for block in blocks(base)[:3]:
+            hidden, attention = block(hidden)
+            table = attention.mean(dim=0).mean(dim=0).tolist()
+        runs, chance = dynamic(table, 0.6, weights, False)
+        updates = []
+        for i in range(12):
+            seen = [j for j in range(i) if runs[j]] + [i]
+            updates.append(blocks(base)[3](hidden[seen])[0][-1] - hidden[i])
+    assert any(runs) and not all(runs)
+    gate = torch.tensor(runs, dtype=torch.float64, requires_grad=True)
+    heed = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    (lm_head(base, hidden + gate[:, None] * torch.stack(updates)).sum(dim=-1) * heed).sum().backward()
+    chance = torch.tensor(chance, dtype=torch.float64)
+    *_, b2 = trained_gradients(model.train(), heed[None], input_ids=ids)
+    torch.testing.assert_close(b2, (gate.grad * chance * (1 - chance)).sum()[None], **CLOSE)
+
+
 def test_search_finds_the_block_that_minds_least():
     model, _ = routed(layers=3, sparsity=0.5, router="static", strict=True)
     ids, _ = batch((12, 12))

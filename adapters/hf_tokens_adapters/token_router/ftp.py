@@ -124,4 +124,4 @@ class FTP(TokenRouter):
 
     def teach(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
         off, size = (x.square().sum(dim=-1).masked_fill(~mask, 0).sum(dim=1) for x in (student - teacher, teacher))  # b
-        self.add_loss(self.config.distillation_weight * (off / size).mean())
+        self.add_loss(self.config.distillation_weight * (off / size.where(size > 0, 1)).mean())
