@@ -95,6 +95,11 @@ class TokenCacheLayer(CacheLayerMixin):
         return 0 if self.keys is None else self.keys.shape[2]
 
     @property
+    def whole(self) -> bool:
+        """Whether it holds every token seen, and nothing else."""
+        return self.length == self.seen and self.filled is None and self.fresh is None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
         return 0 if self.keys is None else sum(t.numel() * t.element_size() for t in (self.keys, self.values))
@@ -110,10 +115,10 @@ class TokenCacheLayer(CacheLayerMixin):
         batch, m = key_states.shape[0], key_states.shape[2]
         arrival, self.arrival = self.arrival, None
         if arrival is None:
-            if self.length != self.seen:
+            if not self.whole:
                 raise UnsupportedError(
                     explain(
-                        "A cache that a surgery shortened is read by that surgery only",
+                        "A cache that a surgery changed is read by that surgery only",
                         f"{self.length} entries of {self.seen} tokens and a model without it",
                         "Start a new cache after switching the adapter off.",
                     )

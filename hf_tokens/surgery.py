@@ -76,7 +76,7 @@ class Runtime:
             self._adopt(args, kwargs)
         known = self._known(side, args, kwargs)
         idle = not methods and side.index < self.exit and (self.current is None or self.current.books.untouched)
-        if idle and known is None and not self._shortened(side, args, kwargs):
+        if idle and known is None and not self._changed(side, args, kwargs):
             output = side.inner(*args, **kwargs)
             if self.counts is not None:
                 hidden = self.stream.bind(side.index, args, kwargs)
@@ -97,13 +97,13 @@ class Runtime:
         self.moves = self.stream.causal and any(method.moves_tokens for method in self.methods())
         self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
 
-    def _shortened(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
-        """Whether the block's cache holds fewer tokens than it has seen, so that its mask must be cut."""
+    def _changed(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
+        """Whether the block's cache holds other tokens than it has seen, so that its mask must be cut."""
         if not self.moves or side.layer_idx is None:
             return False
         cache = find_cache((*args, *kwargs.values()))
         layer = cache.layers[side.layer_idx] if cache is not None and side.layer_idx < len(cache.layers) else None
-        return isinstance(layer, TokenCacheLayer) and layer.length != layer.seen
+        return isinstance(layer, TokenCacheLayer) and not layer.whole
 
     def _adopt(self, args: tuple, kwargs: dict) -> None:
         """Let our layers hold the cache from the first token on."""
@@ -477,8 +477,7 @@ class Runtime:
         if layer.origins is None:
             empty = books.rows.new_empty(books.batch, 0)
             return None if books.untouched and not books.start else Stored(empty, None)  # every token of the prompt may have skipped it
-        whole = layer.filled is None and layer.length == layer.seen
-        return None if whole and books.untouched else Stored(layer.origins, layer.filled)
+        return None if layer.whole and books.untouched else Stored(layer.origins, layer.filled)
 
     def _close(self, now: Pass, whole: Tensor) -> None:
         for layer in now.layers:

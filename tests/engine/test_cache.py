@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import close
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_tokens import UnsupportedError
+from hf_tokens import DeepPromptConfig, TransPruneConfig, UnsupportedError, get_token_model
 from hf_tokens.cache import Arrival, TokenCacheLayer, adopt
+from hf_tokens.testing import zoo
 
 B, K, E = 2, 3, 4
 chunks = st.lists(st.integers(1, 70), min_size=1, max_size=5)
@@ -29,6 +31,19 @@ def filled(sizes=(7, 1, 5), window=None) -> tuple[TokenCacheLayer, DynamicLayer]
         if window is None:
             assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
     return ours, theirs
+
+
+def two_passes(model, inputs, split):
+    """The cache and the last logits of a prompt whose tokens behind `split` come in a second pass; of one more token behind it at 0."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if not split:
+        ids, mask, split = torch.cat([ids, ids[:, -1:]], dim=1), torch.nn.functional.pad(mask, (0, 1), value=1), ids.shape[1]
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    head = {"input_ids": ids[:, :split], "attention_mask": mask[:, :split], "position_ids": places[:, :split]}
+    cache = model(**rest, **head, use_cache=True).past_key_values
+    tail = {"input_ids": ids[:, split:], "attention_mask": mask, "position_ids": places[:, split:]}
+    return cache, model(**tail, past_key_values=cache).logits[:, -1]
 
 
 def same(ours: TokenCacheLayer, theirs: DynamicLayer) -> None:
@@ -126,6 +141,27 @@ def test_a_shortened_cache_takes_announced_tokens_only():
     ours.expect(Arrival(torch.tensor([[8], [8]]), None, None, 9))
     keys, _ = ours.update(*states(1, 5))
     assert keys.shape[2] == 3 and ours.get_seq_length() == 9 and ours.origins.tolist() == [[0, 3, 8], [1, 2, 8]]
+
+
+def test_a_cache_of_as_many_other_tokens_takes_announced_tokens_only():
+    ours = TokenCacheLayer()
+    ours.expect(Arrival(torch.tensor([[0, 0, 2]] * B), None, torch.tensor([[True, False, False]] * B), 3))
+    ours.update(*states(3))
+    assert ours.length == ours.seen
+    with pytest.raises(UnsupportedError, match="A cache that a surgery changed is read by that surgery only"):
+        ours.update(*states(1))
+
+
+@torch.no_grad()
+def test_a_mask_of_the_tokens_seen_is_cut_for_as_many_others():
+    """17 tokens come in front of 37, and 17 leave: the padding that the mask hides is among those that left."""
+    specimen = zoo.build("llava")
+    model = get_token_model(specimen.model, [DeepPromptConfig(tokens=17, stream="text"), TransPruneConfig()])
+    bare = {name: value[:1] for name, value in specimen.inputs.items()}
+    padded = {**bare, **{name: torch.nn.functional.pad(bare[name], (5, 0)) for name in ("input_ids", "attention_mask")}}
+    (cache, one), (_, other) = (two_passes(model, inputs, 0) for inputs in (padded, bare))
+    assert cache.layers[1].length == cache.layers[1].seen == 38
+    close(one, other)
 
 
 def test_keep_per_head():
