@@ -79,7 +79,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.seen = 0
         self.handed = 0  # entries that the last `update` returned
         self.arrival: Arrival | None = None
-        self.banks: set[str] = set()  # token banks whose keys are stored
+        self.banks: dict[str, int] = {}  # token banks whose keys are stored, and the tokens seen before them
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
         self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b), if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
@@ -218,6 +218,7 @@ class TokenCacheLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise UnsupportedError(explain("`crop` takes zero or a negative number", tokens_to_remove, "Pass -k to remove k tokens."))
         self.seen = max(self.seen + tokens_to_remove, 0)
+        self.banks = {bank: before for bank, before in self.banks.items() if before < self.seen}
         if self.origins is None:
             return
         if tokens_to_remove == 0:

@@ -435,7 +435,7 @@ class Runtime:
             return True
         if bank.key in layer.banks:
             return False
-        layer.banks.add(bank.key)
+        layer.banks[bank.key] = layer.seen
         return True
 
     def _insert(self, bank: TokenBank, moment: Moment) -> None:
@@ -464,7 +464,7 @@ class Runtime:
             return now.books.start == 0
         if bank.key in now.layers[0].banks:
             return False
-        now.layers[0].banks.add(bank.key)
+        now.layers[0].banks[bank.key] = now.books.start
         return True
 
     # -- cache and end ----------------------------------------------------------------------------------------------

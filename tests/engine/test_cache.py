@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_tokens import DeepPromptConfig, TransPruneConfig, UnsupportedError, get_token_model
 from hf_tokens.cache import Arrival, TokenCacheLayer, adopt
-from hf_tokens.testing import zoo
+from hf_tokens.testing import probe_config, zoo
 
 B, K, E = 2, 3, 4
 chunks = st.lists(st.integers(1, 70), min_size=1, max_size=5)
@@ -44,6 +44,14 @@ def two_passes(model, inputs, split):
     cache = model(**rest, **head, use_cache=True).past_key_values
     tail = {"input_ids": ids[:, split:], "attention_mask": mask, "position_ids": places[:, split:]}
     return cache, model(**tail, past_key_values=cache).logits[:, -1]
+
+
+def padded_llama():
+    """Inputs of two rows, the second with five tokens of padding in front, and that row alone."""
+    ids = zoo.build("llama").inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[1:, 5:], "attention_mask": mask[1:, 5:]}
 
 
 def same(ours: TokenCacheLayer, theirs: DynamicLayer) -> None:
@@ -231,6 +239,15 @@ def test_adopting_moves_the_states_over():
     assert torch.equal(cache.layers[0].keys, k) and cache.get_seq_length() == 5
     first = cache.layers[0]
     assert adopt(cache, 2) and cache.layers[0] is first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [DeepPromptConfig(tokens=2), probe_config(0.5)[0]], ids=["block", "input"])
+def test_inserted_tokens_come_again_where_a_crop_took_them(config):
+    model, inputs = get_token_model(zoo.build("llama").model, config), padded_llama()[0]
+    first = model(**inputs, use_cache=True)
+    first.past_key_values.crop(-inputs["input_ids"].shape[1])
+    close(model(**inputs, past_key_values=first.past_key_values).logits, first.logits)
 
 
 def test_a_static_cache_is_refused(llama_config):
