@@ -81,6 +81,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.arrival: Arrival | None = None
         self.banks: dict[str, int] = {}  # token banks whose keys are stored, and the tokens seen before them
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
+        self.placed = False  # whether `first` is known
         self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b), if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
 

@@ -236,11 +236,28 @@ class Runtime:
         self._refuse_packed(segments)
         apart = None if self.stream.causal else views(call.arguments, books, real)
         self._admit_prompt(memory, books)
-        if layers and start:
-            first = layers[0].first  # a sliding window hides it from later masks
-        elif layers:
-            layers[0].first = first
+        if layers:
+            first = self._begin_rows(layers, books, real, first)
         return Pass(books, real, first, memory, layers=layers, apart=apart, segments=segments)
+
+    @staticmethod
+    def _begin_rows(layers: list[TokenCacheLayer], books: Books, real: Tensor | None, first: Tensor | None) -> Tensor | None:
+        """Place of each row's first real token (b), held from the pass that brought it: a sliding window hides it from later masks."""
+        held, end = layers[0], books.start + books.n
+        if real is not None:
+            first = torch.where(real.any(dim=1), first, end)  # a row of padding has yet to begin
+        if held.placed and books.start:
+            if held.first is None or first is None:
+                return held.first
+            begins = held.first >= books.start
+            first = torch.where(begins, first, held.first)
+            late = (begins & (first < end)).nonzero()[:, 0].tolist()
+            if late and any(layer.banks for layer in layers):
+                rule = "Tokens go in front of a prompt in its first pass, which must hold a real token of each row"
+                remedy = "Choose a larger `prefill_chunk_size`, or pad less."
+                raise UnsupportedError(explain(rule, f"only padding in rows {late}", remedy))
+        held.first, held.placed = first, True
+        return first
 
     def _refuse_packed(self, segments: Tensor | None) -> None:
         """A method that thinks of one sample a row cannot be right for several in one."""

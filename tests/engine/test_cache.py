@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_tokens import DeepPromptConfig, TransPruneConfig, UnsupportedError, get_token_model
+from hf_tokens import DeepPromptConfig, PrefixKVConfig, TransPruneConfig, UnsupportedError, get_token_model
 from hf_tokens.cache import Arrival, TokenCacheLayer, adopt
 from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing.probe import ProbeDropConfig
 
 B, K, E = 2, 3, 4
 chunks = st.lists(st.integers(1, 70), min_size=1, max_size=5)
@@ -239,6 +240,42 @@ def test_adopting_moves_the_states_over():
     assert torch.equal(cache.layers[0].keys, k) and cache.get_seq_length() == 5
     first = cache.layers[0]
     assert adopt(cache, 2) and cache.layers[0] is first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [ProbeDropConfig(), PrefixKVConfig(budget=0.5, distance=2)], ids=["probe-drop", "prefixkv"])
+def test_a_padded_row_of_an_adopted_cache_is_that_row_alone(config):
+    model, found = get_token_model(zoo.build("llama").model, config), []
+    for inputs in padded_llama():
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        n = ids.shape[1] - 6
+        with model.disable_adapter():
+            given = {"attention_mask": mask[:, :n], "position_ids": places[:, :n]}
+            cache = model(input_ids=ids[:, :n], use_cache=True, **given).past_key_values
+        for part in (slice(n, n + 5), slice(n + 5, n + 6)):
+            given = {"attention_mask": mask[:, : part.stop], "position_ids": places[:, part]}
+            out = model(input_ids=ids[:, part], past_key_values=cache, **given)
+        found.append(out.logits[-1:])
+    close(*found)
+
+
+@torch.no_grad()
+def test_a_row_may_begin_behind_the_first_chunk():
+    model = get_token_model(zoo.build("llama").model, ProbeDropConfig())
+    batch, alone = padded_llama()
+    for split in (4, 8):
+        close(two_passes(model, batch, split)[1][1:], two_passes(model, alone, 2)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [DeepPromptConfig(tokens=2), probe_config(0.5)[0]], ids=["block", "input"])
+def test_tokens_in_front_of_a_row_that_has_not_begun_are_refused(config):
+    model = get_token_model(zoo.build("llama").model, config)
+    batch, alone = padded_llama()
+    close(two_passes(model, batch, 8)[1][1:], two_passes(model, alone, 2)[1])
+    with pytest.raises(UnsupportedError, match=r"a real token of each row, got only padding in rows \[1\]\. Choose a larger"):
+        two_passes(model, batch, 4)
 
 
 @torch.no_grad()
