@@ -341,8 +341,10 @@ class Runtime:
         for method in methods:
             if isinstance(method, TokenBank) and method.site != "input":
                 tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
-                if tokens is not None and self._admit(method, moment.layer):
-                    at, beside = (0, first_real(now, books)) if now.segments is None else 2 * (now.starts(books),)
+                if tokens is not None and self._admit(method, moment.layer, books):
+                    at = beside = first_real(now, books) if now.segments is None else now.starts(books)
+                    if now.segments is None and self.stream.mixers[moment.side.index] != "other":
+                        at = 0  # a state space reads its tokens in order, those that only ask stand in front
                     opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
                     guests.append((method, opened, x))
                     x, books = opened.fill(x, tokens), books.move(opened)
@@ -446,10 +448,12 @@ class Runtime:
         return tokens.expand(len(moment.hidden), -1, -1) if tokens.dim() == 2 else tokens
 
     @staticmethod
-    def _admit(bank: TokenBank, layer: TokenCacheLayer | None) -> bool:
-        """Tokens whose keys the cache holds already are not given again."""
-        if layer is None or bank.site == "query":
+    def _admit(bank: TokenBank, layer: TokenCacheLayer | None, books: Books) -> bool:
+        """Tokens whose keys the cache holds already, or that a state has read, are not given again."""
+        if bank.site == "query":
             return True
+        if layer is None:
+            return books.start == 0
         if bank.key in layer.banks:
             return False
         layer.banks[bank.key] = layer.seen
