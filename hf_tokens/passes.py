@@ -28,7 +28,7 @@ class Memory(dict):
     def __init__(self):
         super().__init__()
         self.tokens: dict[str, Tensor] = {}
-        self.prompted = False  # whether the last pass of the sequence brought a prompt
+        self.prompted, self.end = False, 0  # whether the last pass of the sequence brought a prompt, and where it ended
 
     def move(self, tokens: TokenMap) -> None:
         """Let the per-token entries follow a map."""

@@ -266,18 +266,18 @@ class Runtime:
             raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give it one sample a call, or name another stream."))
 
     def _admit_prompt(self, memory: Memory, books: Books) -> None:
-        """A prompt that comes right behind another one is a chunk of one prompt."""
-        prompt = books.n > 1 or books.start == 0
+        """A prompt that comes right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
+        prompt, cropped = books.n > 1 or books.start == 0, books.start < memory.end
         whole = [type(method).__name__ for method in self.methods() if not method.chunks]
-        if prompt and books.start and memory.prompted and whole:
+        if (prompt or cropped) and books.start and memory.prompted and whole:
             raise UnsupportedError(
                 explain(
                     "Methods that look at a prompt as a whole must get it in one pass",
-                    f"{', '.join(sorted(set(whole)))} and a prompt in chunks",
-                    "Leave out `prefill_chunk_size`, or pass the whole prompt to the model at once.",
+                    f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}",
+                    "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once.",
                 )
             )
-        memory.prompted = prompt
+        memory.prompted, memory.end = prompt, books.start + books.n
 
     def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
         cache = call.cache if now.layers else None

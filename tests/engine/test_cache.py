@@ -287,6 +287,21 @@ def test_inserted_tokens_come_again_where_a_crop_took_them(config):
     close(model(**inputs, past_key_values=first.past_key_values).logits, first.logits)
 
 
+@torch.no_grad()
+def test_a_prompt_that_was_cropped_is_refused_where_it_was_looked_at_as_a_whole():
+    """As assisted decoding does: the tokens that are taken back took part in what was decided."""
+    model, inputs = get_token_model(zoo.build("llama").model, PrefixKVConfig(budget=0.5)), padded_llama()[1]
+    ids = inputs["input_ids"]
+    cache = model(**inputs, use_cache=True).past_key_values
+    model(input_ids=ids[:, :1], past_key_values=cache)
+    cache.crop(-1)
+    model(input_ids=ids[:, 1:2], past_key_values=cache)  # a token of generation
+    cache = model(**inputs, use_cache=True).past_key_values
+    cache.crop(-2)
+    with pytest.raises(UnsupportedError, match=r"in one pass, got PrefixKV and a prompt that was cropped\. Leave out"):
+        model(input_ids=ids[:, -2:-1], past_key_values=cache)
+
+
 def test_a_static_cache_is_refused(llama_config):
     cache = StaticCache(config=llama_config, max_cache_len=16)
     before = list(cache.layers)
