@@ -79,8 +79,9 @@ class TokenCacheLayer(CacheLayerMixin):
         self.seen = 0
         self.handed = 0  # entries that the last `update` returned
         self.arrival: Arrival | None = None
-        self.banks: set[str] = set()  # token banks whose keys are stored
+        self.banks: dict[str, int] = {}  # token banks whose keys are stored, and the tokens seen before them
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
+        self.placed = False  # whether `first` is known
         self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b), if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
 
@@ -93,6 +94,11 @@ class TokenCacheLayer(CacheLayerMixin):
     def length(self) -> int:
         """Entries that are stored, filler included."""
         return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds every token seen, and nothing else."""
+        return self.length == self.seen and self.filled is None and self.fresh is None
 
     @property
     def nbytes(self) -> int:
@@ -110,10 +116,10 @@ class TokenCacheLayer(CacheLayerMixin):
         batch, m = key_states.shape[0], key_states.shape[2]
         arrival, self.arrival = self.arrival, None
         if arrival is None:
-            if self.length != self.seen:
+            if not self.whole:
                 raise UnsupportedError(
                     explain(
-                        "A cache that a surgery shortened is read by that surgery only",
+                        "A cache that a surgery changed is read by that surgery only",
                         f"{self.length} entries of {self.seen} tokens and a model without it",
                         "Start a new cache after switching the adapter off.",
                     )
@@ -213,6 +219,7 @@ class TokenCacheLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise UnsupportedError(explain("`crop` takes zero or a negative number", tokens_to_remove, "Pass -k to remove k tokens."))
         self.seen = max(self.seen + tokens_to_remove, 0)
+        self.banks = {bank: before for bank, before in self.banks.items() if before < self.seen}
         if self.origins is None:
             return
         if tokens_to_remove == 0:

@@ -31,8 +31,7 @@ def compress(runtime: Runtime, method: CacheCompressor, moment: Moment) -> None:
             allot(method, now.waiting.pop(method.key))
         return
     real = stored(moment)
-    lengths = real.sum(dim=-1)  # b, or b k
-    seen = now.seen().view(-1, *[1] * (lengths.dim() - 1)).expand_as(lengths)
+    lengths, seen = real.sum(dim=-1), brought(moment, real)  # b, or b k
     if method.allots:
         budgets = (layer.shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
     else:
@@ -48,6 +47,12 @@ def score_entries(runtime: Runtime, method: CacheCompressor, moment: Moment) -> 
     return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
 
 
+def brought(moment: Moment, real: Tensor) -> Tensor:
+    """How many tokens each row (b), or head (b k), was given so far, real or inserted, of which these are left."""
+    seen = moment.now.seen().view(-1, *[1] * (real.dim() - 2)).expand(real.shape[:-1])
+    return seen if moment.layer.fresh is None else seen + (moment.layer.fresh & real).sum(dim=-1)
+
+
 def overfull(layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
     """Whether rows have more real entries than they may, or more room than any of them needs."""
     return bool((budgets < lengths).any()) or int(lengths.max()) < layer.length
@@ -61,7 +66,7 @@ def allot(method: CacheCompressor, waiting: list[tuple[Method, Moment, Tensor]])
         layer = moment.side.index
         lengths = real[layer].sum(dim=-1)
         allowed = budgets[layer].minimum(lengths)
-        moment.layer.shares = allowed.double() / moment.now.seen()
+        moment.layer.shares = allowed.double() / brought(moment, real[layer])
         if overfull(moment.layer, lengths, allowed):
             evict(moment.layer, score, real[layer], allowed)
 

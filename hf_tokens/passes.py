@@ -28,7 +28,7 @@ class Memory(dict):
     def __init__(self):
         super().__init__()
         self.tokens: dict[str, Tensor] = {}
-        self.prompted = False  # whether the last pass of the sequence brought a prompt
+        self.prompted, self.end = False, 0  # whether the last pass of the sequence brought a prompt, and where it ended
 
     def move(self, tokens: TokenMap) -> None:
         """Let the per-token entries follow a map."""
@@ -53,7 +53,7 @@ class Pass:
     Attributes:
         books: The tokens that are left.
         padding: Real tokens of the sequence that entered, (b n) bool; None if all are.
-        first: Place of each row's first real token in the whole sequence, (b); None if it is 0.
+        first: Place of each row's first real token in the whole sequence, (b), behind its end if none came yet; None if it is 0.
         apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
         segments: Where each sample begins in a packed row, (s); None if each has a row of its own.
         inside: The tokens that are left, behind the last block that ran, (b m d).

@@ -214,7 +214,7 @@ class CacheCompressor(Method):
 
     @abc.abstractmethod
     def budget(self, length: int, seen: int) -> int:
-        """How many of `length` entries of a row stay in this block, once the model has seen so many real tokens of it."""
+        """How many of `length` entries of a row stay in this block, once the block has got so many of it, real or inserted."""
 
     def allot(self, scores: dict[int, Tensor]) -> dict[int, Tensor]:
         """If `allots`: how many entries stay in each block behind a prompt, (b) by layer; each row keeps that share while it decodes.

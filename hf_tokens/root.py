@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ class Root:
         self._trainer: weakref.ref | None = None
         self.teaching = False
         self.heard: list[tuple[Tensor, Any]] | None = None  # in a trainer: a forward's losses, and what added them to the model's own
+        self.callers: set[int] = set()  # threads that called the model, and may still be in it
         self.lent: Any = None  # the loss function that a trainer has from us
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.handles = [
@@ -63,7 +65,7 @@ class Root:
         self._trainer = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trainer": None, "heard": None, "lent": None}
+        return {**vars(self), "_trainer": None, "heard": None, "lent": None, "callers": set()}
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""
@@ -89,6 +91,8 @@ class Root:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Read the inputs; in training, ask the model without the adapter first if a method wants to learn from it."""
+        if not torch.compiler.is_compiling():
+            self._refuse_threads(module)
         if self.teaching:
             return
         for method in self.methods():
@@ -105,6 +109,20 @@ class Root:
             runtime.keeps_final = True
         if pupils:
             self._teach(module, args, kwargs, pupils)
+
+    def _refuse_threads(self, module: nn.Module) -> None:
+        """What is known of a pass belongs to the model, so that one thread at a time may be in it."""
+        me = threading.get_ident()
+        self.callers.add(me)
+        known = self.callers - {me}
+        others = {thread for thread in known if is_in(thread, module)}
+        self.callers -= known - others
+        if others and any(True for _ in self.methods()):
+            self.callers.discard(me)
+            remedy = "Take turns with a lock, or give each thread a `copy.deepcopy` of the model."
+            raise UnsupportedError(
+                explain("A model with an adapter takes one call at a time", "a call while another thread's runs", remedy)
+            )
 
     def _visual(self, args: tuple, kwargs: dict) -> Tensor | None:
         config = getattr(self.model, "config", None)
@@ -185,6 +203,14 @@ class Root:
 
     def _add(self, loss: Tensor, extra: Tensor, kwargs: dict) -> Tensor:
         return loss + extra.to(loss.dtype) * share(self.model, kwargs)
+
+
+def is_in(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is inside a call of a module."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and not (frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module):
+        frame = frame.f_back
+    return frame is not None
 
 
 class Denoising:

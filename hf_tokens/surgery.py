@@ -76,7 +76,7 @@ class Runtime:
             self._adopt(args, kwargs)
         known = self._known(side, args, kwargs)
         idle = not methods and side.index < self.exit and (self.current is None or self.current.books.untouched)
-        if idle and known is None and not self._shortened(side, args, kwargs):
+        if idle and known is None and not self._changed(side, args, kwargs):
             output = side.inner(*args, **kwargs)
             if self.counts is not None:
                 hidden = self.stream.bind(side.index, args, kwargs)
@@ -98,13 +98,13 @@ class Runtime:
         self.moves = self.stream.causal and any(method.moves_tokens for method in self.methods())
         self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
 
-    def _shortened(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
-        """Whether the block's cache holds fewer tokens than it has seen, so that its mask must be cut."""
+    def _changed(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
+        """Whether the block's cache holds other tokens than it has seen, so that its mask must be cut."""
         if not self.moves or side.layer_idx is None:
             return False
         cache = find_cache((*args, *kwargs.values()))
         layer = cache.layers[side.layer_idx] if cache is not None and side.layer_idx < len(cache.layers) else None
-        return isinstance(layer, TokenCacheLayer) and layer.length != layer.seen
+        return isinstance(layer, TokenCacheLayer) and not layer.whole
 
     def _adopt(self, args: tuple, kwargs: dict) -> None:
         """Let our layers hold the cache from the first token on."""
@@ -237,11 +237,28 @@ class Runtime:
         self._refuse_packed(segments)
         apart = None if self.stream.causal else views(call.arguments, books, real)
         self._admit_prompt(memory, books)
-        if layers and start:
-            first = layers[0].first  # a sliding window hides it from later masks
-        elif layers:
-            layers[0].first = first
+        if layers:
+            first = self._begin_rows(layers, books, real, first)
         return Pass(books, real, first, memory, layers=layers, apart=apart, segments=segments)
+
+    @staticmethod
+    def _begin_rows(layers: list[TokenCacheLayer], books: Books, real: Tensor | None, first: Tensor | None) -> Tensor | None:
+        """Place of each row's first real token (b), held from the pass that brought it: a sliding window hides it from later masks."""
+        held, end = layers[0], books.start + books.n
+        if real is not None:
+            first = torch.where(real.any(dim=1), first, end)  # a row of padding has yet to begin
+        if held.placed and books.start:
+            if held.first is None or first is None:
+                return held.first
+            begins = held.first >= books.start
+            first = torch.where(begins, first, held.first)
+            late = (begins & (first < end)).nonzero()[:, 0].tolist()
+            if late and any(layer.banks for layer in layers):
+                rule = "Tokens go in front of a prompt in its first pass, which must hold a real token of each row"
+                remedy = "Choose a larger `prefill_chunk_size`, or pad less."
+                raise UnsupportedError(explain(rule, f"only padding in rows {late}", remedy))
+        held.first, held.placed = first, True
+        return first
 
     def _refuse_packed(self, segments: Tensor | None) -> None:
         """A method that thinks of one sample a row cannot be right for several in one."""
@@ -250,18 +267,18 @@ class Runtime:
             raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give it one sample a call, or name another stream."))
 
     def _admit_prompt(self, memory: Memory, books: Books) -> None:
-        """A prompt that comes right behind another one is a chunk of one prompt."""
-        prompt = books.n > 1 or books.start == 0
+        """A prompt that comes right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
+        prompt, cropped = books.n > 1 or books.start == 0, books.start < memory.end
         whole = [type(method).__name__ for method in self.methods() if not method.chunks]
-        if prompt and books.start and memory.prompted and whole:
+        if (prompt or cropped) and books.start and memory.prompted and whole:
             raise UnsupportedError(
                 explain(
                     "Methods that look at a prompt as a whole must get it in one pass",
-                    f"{', '.join(sorted(set(whole)))} and a prompt in chunks",
-                    "Leave out `prefill_chunk_size`, or pass the whole prompt to the model at once.",
+                    f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}",
+                    "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once.",
                 )
             )
-        memory.prompted = prompt
+        memory.prompted, memory.end = prompt, books.start + books.n
 
     def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
         cache = call.cache if now.layers else None
@@ -329,8 +346,10 @@ class Runtime:
         for method in methods:
             if isinstance(method, TokenBank) and method.site != "input":
                 tokens = self._tokens(method, replace(moment, hidden=x, now=replace(now, books=books)))
-                if tokens is not None and self._admit(method, moment.layer):
-                    at, beside = (0, first_real(now, books)) if now.segments is None else 2 * (now.starts(books),)
+                if tokens is not None and self._admit(method, moment.layer, books):
+                    at = beside = first_real(now, books) if now.segments is None else now.starts(books)
+                    if now.segments is None and self.stream.mixers[moment.side.index] != "other":
+                        at = 0  # a state space reads its tokens in order, those that only ask stand in front
                     opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
                     guests.append((method, opened, x))
                     x, books = opened.fill(x, tokens), books.move(opened)
@@ -437,13 +456,15 @@ class Runtime:
         return tokens.expand(len(moment.hidden), -1, -1) if tokens.dim() == 2 else tokens
 
     @staticmethod
-    def _admit(bank: TokenBank, layer: TokenCacheLayer | None) -> bool:
-        """Tokens whose keys the cache holds already are not given again."""
-        if layer is None or bank.site == "query":
+    def _admit(bank: TokenBank, layer: TokenCacheLayer | None, books: Books) -> bool:
+        """Tokens whose keys the cache holds already, or that a state has read, are not given again."""
+        if bank.site == "query":
             return True
+        if layer is None:
+            return books.start == 0
         if bank.key in layer.banks:
             return False
-        layer.banks.add(bank.key)
+        layer.banks[bank.key] = layer.seen
         return True
 
     def _insert(self, bank: TokenBank, moment: Moment) -> None:
@@ -472,7 +493,7 @@ class Runtime:
             return now.books.start == 0
         if bank.key in now.layers[0].banks:
             return False
-        now.layers[0].banks.add(bank.key)
+        now.layers[0].banks[bank.key] = now.books.start
         return True
 
     # -- cache and end ----------------------------------------------------------------------------------------------
@@ -485,8 +506,7 @@ class Runtime:
         if layer.origins is None:
             empty = books.rows.new_empty(books.batch, 0)
             return None if books.untouched and not books.start else Stored(empty, None)  # every token of the prompt may have skipped it
-        whole = layer.filled is None and layer.length == layer.seen
-        return None if whole and books.untouched else Stored(layer.origins, layer.filled)
+        return None if layer.whole and books.untouched else Stored(layer.origins, layer.filled)
 
     def _close(self, now: Pass, whole: Tensor) -> None:
         for layer in now.layers:

@@ -4,12 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import close
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_tokens import UnsupportedError
+from hf_tokens import DeepPromptConfig, PrefixKVConfig, TransPruneConfig, UnsupportedError, get_token_model
 from hf_tokens.cache import Arrival, TokenCacheLayer, adopt
+from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing.probe import ProbeDropConfig
 
 B, K, E = 2, 3, 4
 chunks = st.lists(st.integers(1, 70), min_size=1, max_size=5)
@@ -29,6 +32,27 @@ def filled(sizes=(7, 1, 5), window=None) -> tuple[TokenCacheLayer, DynamicLayer]
         if window is None:
             assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
     return ours, theirs
+
+
+def two_passes(model, inputs, split):
+    """The cache and the last logits of a prompt whose tokens behind `split` come in a second pass; of one more token behind it at 0."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if not split:
+        ids, mask, split = torch.cat([ids, ids[:, -1:]], dim=1), torch.nn.functional.pad(mask, (0, 1), value=1), ids.shape[1]
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    head = {"input_ids": ids[:, :split], "attention_mask": mask[:, :split], "position_ids": places[:, :split]}
+    cache = model(**rest, **head, use_cache=True).past_key_values
+    tail = {"input_ids": ids[:, split:], "attention_mask": mask, "position_ids": places[:, split:]}
+    return cache, model(**tail, past_key_values=cache).logits[:, -1]
+
+
+def padded_llama():
+    """Inputs of two rows, the second with five tokens of padding in front, and that row alone."""
+    ids = zoo.build("llama").inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[1:, 5:], "attention_mask": mask[1:, 5:]}
 
 
 def same(ours: TokenCacheLayer, theirs: DynamicLayer) -> None:
@@ -128,6 +152,27 @@ def test_a_shortened_cache_takes_announced_tokens_only():
     assert keys.shape[2] == 3 and ours.get_seq_length() == 9 and ours.origins.tolist() == [[0, 3, 8], [1, 2, 8]]
 
 
+def test_a_cache_of_as_many_other_tokens_takes_announced_tokens_only():
+    ours = TokenCacheLayer()
+    ours.expect(Arrival(torch.tensor([[0, 0, 2]] * B), None, torch.tensor([[True, False, False]] * B), 3))
+    ours.update(*states(3))
+    assert ours.length == ours.seen
+    with pytest.raises(UnsupportedError, match="A cache that a surgery changed is read by that surgery only"):
+        ours.update(*states(1))
+
+
+@torch.no_grad()
+def test_a_mask_of_the_tokens_seen_is_cut_for_as_many_others():
+    """17 tokens come in front of 37, and 17 leave: the padding that the mask hides is among those that left."""
+    specimen = zoo.build("llava")
+    model = get_token_model(specimen.model, [DeepPromptConfig(tokens=17, stream="text"), TransPruneConfig()])
+    bare = {name: value[:1] for name, value in specimen.inputs.items()}
+    padded = {**bare, **{name: torch.nn.functional.pad(bare[name], (5, 0)) for name in ("input_ids", "attention_mask")}}
+    (cache, one), (_, other) = (two_passes(model, inputs, 0) for inputs in (padded, bare))
+    assert cache.layers[1].length == cache.layers[1].seen == 38
+    close(one, other)
+
+
 def test_keep_per_head():
     ours, theirs = filled((6,))
     index = torch.tensor([[[0, 1], [2, 3], [4, 5]], [[0, 5], [1, 4], [2, 2]]])
@@ -195,6 +240,66 @@ def test_adopting_moves_the_states_over():
     assert torch.equal(cache.layers[0].keys, k) and cache.get_seq_length() == 5
     first = cache.layers[0]
     assert adopt(cache, 2) and cache.layers[0] is first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [ProbeDropConfig(), PrefixKVConfig(budget=0.5, distance=2)], ids=["probe-drop", "prefixkv"])
+def test_a_padded_row_of_an_adopted_cache_is_that_row_alone(config):
+    model, found = get_token_model(zoo.build("llama").model, config), []
+    for inputs in padded_llama():
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        n = ids.shape[1] - 6
+        with model.disable_adapter():
+            given = {"attention_mask": mask[:, :n], "position_ids": places[:, :n]}
+            cache = model(input_ids=ids[:, :n], use_cache=True, **given).past_key_values
+        for part in (slice(n, n + 5), slice(n + 5, n + 6)):
+            given = {"attention_mask": mask[:, : part.stop], "position_ids": places[:, part]}
+            out = model(input_ids=ids[:, part], past_key_values=cache, **given)
+        found.append(out.logits[-1:])
+    close(*found)
+
+
+@torch.no_grad()
+def test_a_row_may_begin_behind_the_first_chunk():
+    model = get_token_model(zoo.build("llama").model, ProbeDropConfig())
+    batch, alone = padded_llama()
+    for split in (4, 8):
+        close(two_passes(model, batch, split)[1][1:], two_passes(model, alone, 2)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [DeepPromptConfig(tokens=2), probe_config(0.5)[0]], ids=["block", "input"])
+def test_tokens_in_front_of_a_row_that_has_not_begun_are_refused(config):
+    model = get_token_model(zoo.build("llama").model, config)
+    batch, alone = padded_llama()
+    close(two_passes(model, batch, 8)[1][1:], two_passes(model, alone, 2)[1])
+    with pytest.raises(UnsupportedError, match=r"a real token of each row, got only padding in rows \[1\]\. Choose a larger"):
+        two_passes(model, batch, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [DeepPromptConfig(tokens=2), probe_config(0.5)[0]], ids=["block", "input"])
+def test_inserted_tokens_come_again_where_a_crop_took_them(config):
+    model, inputs = get_token_model(zoo.build("llama").model, config), padded_llama()[0]
+    first = model(**inputs, use_cache=True)
+    first.past_key_values.crop(-inputs["input_ids"].shape[1])
+    close(model(**inputs, past_key_values=first.past_key_values).logits, first.logits)
+
+
+@torch.no_grad()
+def test_a_prompt_that_was_cropped_is_refused_where_it_was_looked_at_as_a_whole():
+    """As assisted decoding does: the tokens that are taken back took part in what was decided."""
+    model, inputs = get_token_model(zoo.build("llama").model, PrefixKVConfig(budget=0.5)), padded_llama()[1]
+    ids = inputs["input_ids"]
+    cache = model(**inputs, use_cache=True).past_key_values
+    model(input_ids=ids[:, :1], past_key_values=cache)
+    cache.crop(-1)
+    model(input_ids=ids[:, 1:2], past_key_values=cache)  # a token of generation
+    cache = model(**inputs, use_cache=True).past_key_values
+    cache.crop(-2)
+    with pytest.raises(UnsupportedError, match=r"in one pass, got PrefixKV and a prompt that was cropped\. Leave out"):
+        model(input_ids=ids[:, -2:-1], past_key_values=cache)
 
 
 def test_a_static_cache_is_refused(llama_config):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from tolerances import close
 from transformers import GPT2Config, GPT2Model, GPTNeoXConfig, GPTNeoXModel, ViTConfig, ViTModel
 
 from hf_tokens import DeepPrompt, DeepPromptConfig, get_token_model
+from hf_tokens.testing import zoo
 
 # per case: real tokens of each sample, prompt tokens k, blocks
 CASES = {
@@ -110,3 +112,20 @@ def test_dropout_acts_on_the_prompts_in_training_only():
     dropped = (bank.train().tokens() == 0).double().mean().item()
     assert 0.4 < dropped < 0.6
     torch.testing.assert_close(bank.eval().tokens(), bank.prompt, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next"])
+def test_a_state_reads_the_prompts_once_behind_the_padding(family):
+    """Blocks without an attention have no cache of keys to tell that the prompts are in: their state has read them."""
+    specimen = zoo.build(family)
+    model = get_token_model(specimen.model, DeepPromptConfig(tokens=3, init_std=0.5))
+    ids = specimen.inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    head = model(input_ids=ids[:, :-2], attention_mask=mask[:, :-2], use_cache=True)
+    step = model(input_ids=ids[:, -2:-1], attention_mask=mask[:, :-1], past_key_values=head.past_key_values)
+    step = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=head.past_key_values)
+    for row, pads in ((0, 0), (1, 5)):
+        alone = model(input_ids=ids[row : row + 1, pads:], use_cache=False).logits
+        close(step.logits[row], alone[0, -1:])

@@ -7,7 +7,7 @@ import torch
 from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
 from transformers import DynamicCache
 
-from hf_tokens import ConfigError, FTPConfig, PrefixKVConfig, UnsupportedError, calibrate, get_token_model, load, measure
+from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, PrefixKVConfig, UnsupportedError, calibrate, get_token_model, load, measure
 from hf_tokens.testing import zoo
 
 
@@ -336,6 +336,15 @@ def test_zero_strength_is_the_base():
     ids, mask = batch((9, 4))
     given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**given), gpt2().generate(**given))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("online", [False, True])
+def test_a_full_budget_evicts_nothing_where_tokens_are_inserted(online):
+    specimen = zoo.build("llama")
+    stack = [DeepPromptConfig(tokens=3), PrefixKVConfig(budget=1.0, online=online)]
+    cache = get_token_model(specimen.model, stack)(**specimen.inputs, use_cache=True).past_key_values
+    assert [layer.length for layer in cache.layers] == [16 + 3] * 4
 
 
 def test_ratios_must_fit_the_blocks():
