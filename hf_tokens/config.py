@@ -48,7 +48,7 @@ def interval(metadata: typing.Mapping) -> str:
 def inside(value: float, metadata: typing.Mapping) -> bool:
     """Whether a number keeps the bounds of its knob."""
     return (
-        not math.isnan(value)
+        -math.inf < value < math.inf
         and value >= metadata.get("ge", -math.inf)
         and value <= metadata.get("le", math.inf)
         and ("gt" not in metadata or value > metadata["gt"])

@@ -41,6 +41,7 @@ WORDS = [
     ({"stages": (0.1, 2)}, "Toy.stages must be in [0, 1], got (0.1, 2). Meaning: Where."),
     ({"stages": ("a",)}, "Toy.stages must be of type tuple[float, ...], got ('a',). Meaning: Where."),
     ({"limit": -1}, "Toy.limit must be in [0, inf), got -1. Meaning: At most."),
+    ({"limit": math.inf}, "Toy.limit must be in [0, inf), got inf. Meaning: At most."),
     ({"limit": "no"}, "Toy.limit must be of type float | None, got 'no'. Meaning: At most."),
     ({"exact": 1}, "Toy.exact must be of type bool, got 1. Meaning: Whether."),
     ({"layers": "all"}, "Toy.layers must be of type tuple[int, ...] | None, got 'all'. Meaning: Blocks the method acts on;"),
@@ -94,7 +95,7 @@ def test_unknown_keys_are_named_and_dropped():
 )
 def test_interval(bounds, text):
     assert interval(bounds) == text
-    assert not inside(math.nan, bounds)
+    assert not any(inside(value, bounds) for value in (math.nan, math.inf, -math.inf))
 
 
 @pytest.mark.parametrize(
