@@ -180,7 +180,7 @@ def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") 
         adapter_name: The adapter.
 
     Raises:
-        UnsupportedError: The adapter has no such method, or the config acts on other blocks.
+        UnsupportedError: The adapter has no such method, or the config acts on other blocks or needs other parameters.
     """
     found = [method for method in instances(model, adapter_name) if type(method.config) is type(config)]
     if not found:
@@ -190,10 +190,20 @@ def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") 
     old, key = found[0].config, found[0].key
     if (config.layers, config.stream) != (old.layers, old.stream):
         raise UnsupportedError(explain("A method stays in its blocks", f"layers={config.layers}", "Take the surgery out and start again."))
-    for method in found:
-        if method.key == key:
-            method.check(config, method.dims.kind, method.dims.layers, tuple(m.dims.layer for m in found if m.key == key))
+    mine = [method for method in found if method.key == key]
+    for method in mine:
+        method.check(config, method.dims.kind, method.dims.layers, tuple(m.dims.layer for m in mine))
+        with torch.random.fork_rng(devices=[]):
+            asked = shapes(type(method)(config, method.dims))
+        if missing := dict(sorted(asked.items() - shapes(method).items())):
+            came = f"a config that needs {missing} in block {method.dims.layer}"
+            raise UnsupportedError(explain("A method keeps its parameters", came, "Take the surgery out and start again."))
     rewrite(model, key, config)
+
+
+def shapes(method: Method) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a method saves."""
+    return {name: tuple(value.shape) for name, value in method.state_dict().items()}
 
 
 def instances(model: Any, adapter_name: str) -> list[Method]:

@@ -256,6 +256,13 @@ def test_no_image_where_a_method_acts_on_images():
         surgery(**inputs)
 
 
+def test_a_config_that_needs_other_parameters():
+    model = get_token_model(base(), ProbeInsertConfig(tokens=2))
+    with pytest.raises(UnsupportedError, match=r"keeps its parameters, got a config that needs {'bank': \(3, 32\)} in block 2. Take"):
+        hf_tokens.set_method(model, ProbeInsertConfig(tokens=3))
+    assert model.peft_config["default"].methods == [ProbeInsertConfig(tokens=2).to_dict()]
+
+
 def test_a_merge_is_refused():
     model = get_token_model(base(), "probe-insert")
     for name in ("merge_adapter", "merge_and_unload"):
