@@ -146,12 +146,18 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
 
     Returns:
         The JSON form of every method that changed.
+
+    Raises:
+        UnsupportedError: There is no batch, or the adapter is not active.
     """
     root, changed = root_of(model), {}
     batches = list(batches)
     if not batches:
         raise UnsupportedError(explain("`calibrate` needs at least one batch", "none", "Pass the inputs of the model."))
-    was_training = model.training
+    if adapter_name not in model.active_adapters:
+        rule = f"`calibrate` measures an adapter that acts, one of {model.active_adapters}"
+        raise UnsupportedError(explain(rule, repr(adapter_name), "Switch to it with `set_adapter`."))
+    training = [module for module in model.modules() if module.training]  # a PeftModel and its base need not agree
     model.eval()
     for runtime in root.runtimes:
         runtime.records = {}
@@ -159,13 +165,14 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
         for batch in batches:
             model(**{**batch, "use_cache": True})
         for runtime in root.runtimes:
-            for key, records in group_records(runtime.records).items():
+            for key, records in group_records(runtime.records, adapter_name).items():
                 method = next(m for m in runtime.methods() if m.key == key)
                 changed[key] = type(method).calibrate(method.config, records)
     finally:
         for runtime in root.runtimes:
             runtime.records = None
-        model.train(was_training)
+        for module in training:
+            module.training = True
     for key, config in changed.items():
         rewrite(model, key, config)
     return {key: config.to_dict() for key, config in changed.items()}
@@ -222,12 +229,13 @@ def rewrite(model: Any, key: str, config: MethodConfig) -> None:
     stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = config.to_dict()
 
 
-def group_records(records: dict[int, list]) -> dict[str, dict[int, list]]:
-    """Records by method: key -> layer -> values."""
+def group_records(records: dict[int, list], adapter_name: str) -> dict[str, dict[int, list]]:
+    """Records by method of an adapter: key -> layer -> values."""
     out: dict[str, dict[int, list]] = {}
     for layer, values in records.items():
         for key, value in values:
-            out.setdefault(key, {}).setdefault(layer, []).append(value)
+            if key.rpartition(".")[0] == adapter_name:
+                out.setdefault(key, {}).setdefault(layer, []).append(value)
     return out
 
 

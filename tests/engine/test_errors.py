@@ -281,6 +281,9 @@ def test_calibrating_without_data_or_without_need():
     model = get_token_model(specimen.model, "probe-drop")
     with pytest.raises(UnsupportedError, match="`calibrate` needs at least one batch, got none"):
         hf_tokens.calibrate(model, [])
+    with pytest.raises(UnsupportedError, match=r"an adapter that acts, one of \['default'\], got 'nonesuch'. Switch to it"):
+        hf_tokens.calibrate(model, [specimen.inputs], "nonesuch")
+    assert hf_tokens.calibrate(model, [specimen.inputs]) == {}
 
 
 def test_peft_s_own_door_refuses_the_same(saved):

@@ -270,6 +270,18 @@ def test_calibration_finds_the_configuration_of_the_loop(tmp_path):
     assert [layer.length for layer in cache.layers] == [held_back(14, ratio) for ratio in found]
 
 
+def test_calibration_leaves_modes_and_other_adapters_as_they_were():
+    base = gpt2().eval()
+    model = get_token_model(base, PrefixKVConfig(budget=0.4))
+    get_token_model(model, PrefixKVConfig(budget=0.6), adapter_name="other")
+    model.base_model.set_adapter(["default", "other"])
+    modes = [module.training for module in model.modules()]
+    assert model.training and not base.training
+    assert list(calibrate(model, [{"input_ids": batch((9,))[0]}], "other")) == ["other.0"]
+    assert model.peft_config["default"].methods == [PrefixKVConfig(budget=0.4).to_dict()]
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_padding_on_the_right_takes_no_entry():
     model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5)).eval()
     ids, mask = batch((11, 4), "right")
