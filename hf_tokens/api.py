@@ -113,7 +113,10 @@ def aux_loss(model: Any) -> Tensor:
 
 def set_progress(model: Any, progress: float) -> None:
     """Tell schedules how much of the training is done, in [0, 1]; a Trainer does it by itself."""
-    root_of(model).set_progress(progress)
+    root = root_of(model)
+    if not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
+        raise ConfigError(explain("The progress of a training is in [0, 1]", repr(progress), "Pass steps done / steps to do."))
+    root.set_progress(progress)
 
 
 def unload(model: Any) -> Any:

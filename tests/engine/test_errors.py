@@ -276,6 +276,13 @@ def test_doors_need_a_surgery(door):
         door(base())
 
 
+@pytest.mark.parametrize("progress", [1.5, -0.1, float("nan"), "half", None])
+def test_progress_is_a_share(progress):
+    model = get_token_model(base(), "probe-drop")
+    with pytest.raises(ConfigError, match=r"is in \[0, 1\], got .*\. Pass steps done / steps to do"):
+        hf_tokens.set_progress(model, progress)
+
+
 def test_calibrating_without_data_or_without_need():
     specimen = zoo.build("llama")
     model = get_token_model(specimen.model, "probe-drop")
