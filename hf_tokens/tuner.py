@@ -193,6 +193,9 @@ def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> li
 def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
     """The blocks of a stream that a method acts on."""
     n = len(stream)
+    if config.layers == ():
+        remedy = "Leave it out for the method's own choice, or leave out the method."
+        raise ConfigError(explain(f"{type(config).__name__}.layers must name a block", "()", remedy))
     named = info.cls.default_layers(config, n) if config.layers is None else config.layers
     outside = [i for i in named if not -n <= i < n]
     if outside:

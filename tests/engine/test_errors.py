@@ -51,6 +51,7 @@ MISTAKES = {
     "an adapter in the stack": ("llama", [HFTokensConfig(methods="probe-drop")], ConfigError, "such as LORA, got 'HF_TOKENS'"),
     "a layer out of range": ("llama", ProbeDropConfig(layers=(4,)), ConfigError, r"layers must lie in \[-4, 3\] for the 4 blocks"),
     "a layer below the range": ("llama", ProbeDropConfig(layers=(0, -5)), ConfigError, r"got \[-5\]\. Name blocks that exist"),
+    "no layer": ("llama", ProbeDropConfig(layers=[]), ConfigError, r"layers must name a block, got \(\)\. Leave it out"),
     "an unknown stream": ("llama", ProbeDropConfig(stream="vision"), ConfigError, "must be a stream of the model, got 'vision'"),
     "the wrong kind of model": ("vit", "prefixkv", UnsupportedError, r"Method 'prefixkv' needs a causal stream.*got ViT.* with vision"),
     "the second of a stack": ("llama", ["probe-drop", "nonesuch"], ConfigError, NONE),
