@@ -21,12 +21,19 @@ def inspect(model: Annotated[str, typer.Argument(help="Folder or Hub id of a Tra
     """Show where a model's streams, blocks, attention and heads are. Needs its config only, no weights."""
     import hf_tokens
 
+    from ..errors import UnsupportedError
     from .blueprint import blueprints
 
     for part, found in blueprints(model):
         if part:
             console().print(f"[bold]{part}[/]")
-        console().print(str(hf_tokens.anatomy(found)), markup=False, highlight=False)
+        try:
+            text = str(hf_tokens.anatomy(found))
+        except UnsupportedError:
+            if not part:
+                raise
+            text = f"{type(found).__name__}: no stream of Transformer blocks"  # as in the VAE of nearly every pipeline
+        console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("list")

@@ -45,6 +45,16 @@ def test_inspect_shows_every_model_of_a_pipeline(cli, tmp_path):
     assert code == 0 and out.startswith("unet")
 
 
+def test_a_part_of_a_pipeline_without_streams_does_not_end_it(cli, tmp_path):
+    from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    unet = zoo.build("diffusers/UNet2DConditionModel").model
+    LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    code, out, _ = cli("inspect", str(tmp_path))
+    assert code == 0 and "AutoencoderKL: no stream of Transformer blocks" in out and "UNet2DConditionModel (UNet2DConditionModel)" in out
+
+
 def test_every_method_is_listed_and_shows_its_knobs(cli):
     code, out, _ = cli("list")
     assert code == 0
