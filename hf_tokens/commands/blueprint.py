@@ -34,7 +34,15 @@ def read_json(model: str, file: str) -> dict[str, Any] | None:
         except RepositoryNotFoundError:
             remedy = "Check the name, or log in with `hf auth login` if it is private."
             raise UnsupportedError(explain("A model to inspect must be on the Hub or in a folder", repr(model), remedy)) from None
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedError(explain(f"{file} must be JSON", f"{path}, which says: {error}", "Download or save it again.")) from None
+    if not isinstance(found, dict):
+        raise UnsupportedError(explain(f"{file} must hold a JSON object", f"{path} with a {type(found).__name__}", "Save it again."))
+    return found
 
 
 def transformers_blueprint(model: str, subfolder: str) -> nn.Module:
@@ -45,10 +53,16 @@ def transformers_blueprint(model: str, subfolder: str) -> nn.Module:
 
 
 def diffusers_blueprint(config: dict[str, Any]) -> nn.Module:
-    import diffusers
-
+    name = config["_class_name"]
+    try:
+        import diffusers
+    except ModuleNotFoundError:
+        raise UnsupportedError(explain("A Diffusers model needs diffusers", name, 'Run `pip install "hf-tokens[diffusers]"`.')) from None
+    if name not in dir(diffusers) or not issubclass(getattr(diffusers, name), nn.Module):
+        rule = "`_class_name` in config.json must be a model of the installed diffusers"
+        raise UnsupportedError(explain(rule, repr(name), "Name the folder of a model, or update diffusers."))
     with torch.device("meta"):
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return getattr(diffusers, name).from_config(config)
 
 
 def one(model: str, subfolder: str = "") -> nn.Module | None:

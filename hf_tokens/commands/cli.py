@@ -94,7 +94,9 @@ def grid(headings: list[str], rows: list[list[str]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*headings)
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # a name is never cut, however narrow the terminal
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -65,6 +65,34 @@ def test_every_method_is_listed_and_shows_its_knobs(cli):
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{not json", "config.json must be JSON, got "),
+        ("[]", "config.json must hold a JSON object, got "),
+        ('{"_class_name": "Nonesuch"}', "must be a model of the installed diffusers, got 'Nonesuch'"),
+        ('{"_class_name": "DDIMScheduler"}', "must be a model of the installed diffusers, got 'DDIMScheduler'"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(cli, tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    code, _, err = cli("inspect", str(tmp_path))
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_diffusers_is_named_where_it_is_missing(cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    code, _, err = cli("inspect", str(tmp_path))
+    assert code == 2 and 'got UNet2DModel. Run `pip install "hf-tokens[diffusers]"`.' in err
+
+
+def test_a_narrow_terminal_cuts_nothing(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    code, out, _ = cli("list")
+    assert code == 0 and "\N{HORIZONTAL ELLIPSIS}" not in out
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("inspect", "/no/such/folder"), "folder or a Hub id"),
