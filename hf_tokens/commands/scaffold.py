@@ -76,7 +76,7 @@ def stub(cls: type[roles.Method], verb: str) -> str:
 
 
 def write(name: str, role: str, root: Path) -> list[Path]:
-    """Write the two files and return their paths; what exists is never written over.
+    """Write the two files and return their paths; what exists is never written over. The method `some_name` is registered as `some-name`.
 
     Raises:
         ConfigError: The name is no snake_case word, the role is unknown, or a file is there already.
@@ -90,7 +90,7 @@ def write(name: str, role: str, root: Path) -> list[Path]:
     title = "".join(part.capitalize() for part in name.split("_"))
     verbs = "\n\n".join(stub(cls, verb) for verb in sorted(cls.__abstractmethods__, key=lambda verb: verb != cls.verb))
     words = re.findall(r"\bTokenMap\b", verbs)[:1] + ["MethodConfig", cls.role, "register"]
-    fill = {"name": name, "title": title, "role": cls.role, "verbs": verbs, "imports": ", ".join(sorted(words))}
+    fill = {"name": name.replace("_", "-"), "title": title, "role": cls.role, "verbs": verbs, "imports": ", ".join(sorted(words))}
     texts = {
         root / "adapters" / "hf_tokens_adapters" / snake(role) / f"{name}.py": METHOD.format(**fill),
         root / "tests" / "methods" / f"test_{name}.py": TEST.format(**fill),

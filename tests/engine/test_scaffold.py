@@ -14,6 +14,7 @@ def test_both_files_of_every_role_are_python(role, tmp_path):
     (cls,) = [node for node in ast.parse(method.read_text()).body if isinstance(node, ast.ClassDef) and node.bases[0].id != "MethodConfig"]
     assert cls.name == "SomeMethod" and cls.bases[0].id == known_roles()[role].role
     assert {node.name for node in cls.body} == set(known_roles()[role].__abstractmethods__)
+    assert '@register("some-method", SomeMethodConfig)' in method.read_text()  # as `deep-prompt` is, not as its file is called
     assert "def naive" in test.read_text() and ast.parse(test.read_text())
 
 
