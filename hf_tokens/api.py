@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -272,7 +273,11 @@ def load(
     folder = Path(repo)
     if not folder.is_dir():
         patterns = ["adapter_config.json", "adapter_model.safetensors"]
-        folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
+        try:
+            folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
+        except HFValidationError:
+            rule = "An adapter is a folder or a Hub id like owner/name"
+            raise AdapterError(explain(rule, repr(str(repo)), "There is no such folder: check the path.")) from None
     check_files(folder)
     config = PeftConfig.from_pretrained(str(folder))
     if model is None:

@@ -178,6 +178,11 @@ def test_a_missing_file(saved, name):
     refused(saved, rf"An adapter has a file {name}, got a folder .* without it. Save the adapter again")
 
 
+@pytest.mark.parametrize("name", ["no/such/folder", "/no/such", "~/adapter"])
+def test_a_folder_that_is_not_there(name):
+    refused(name, f"An adapter is a folder or a Hub id like owner/name, got '{name}'. There is no such folder")
+
+
 def test_missing_and_foreign_tensors(saved):
     weights = saved / "adapter_model.safetensors"
     tensors = load_file(weights)
