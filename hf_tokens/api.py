@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 from collections.abc import Iterable
@@ -30,6 +31,9 @@ Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
 
 def adapter_config(methods: Methods, **kwargs: Any) -> HFTokensConfig:
     """The PEFT config of one method or a stack of them."""
+    if unknown := sorted(kwargs.keys() - {field.name for field in dataclasses.fields(HFTokensConfig)}):
+        rule = "`get_token_model` takes methods and arguments of HFTokensConfig"
+        raise ConfigError(explain(rule, unknown, "Give a knob to its method: a config, or a dict with the key 'method'."))
     if not isinstance(methods, HFTokensConfig):
         return HFTokensConfig(methods=methods, **kwargs)
     if kwargs:
@@ -71,8 +75,8 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
         ConfigError: A method is unknown or a knob out of bounds.
         UnsupportedError: The methods do not fit the model. The model is as it was.
     """
-    config = adapter_config(methods, **kwargs)
     inner = denoiser(model)
+    config = adapter_config(methods, **kwargs)
     if inner is not None:
         inject_adapter_in_model(config, inner, adapter_name)
         return model

@@ -31,6 +31,7 @@ def test_the_wording():
 
 
 DROP = {"method": "probe-drop"}
+PIXART = "diffusers/PixArtTransformer2DModel"
 NONE = r"A method must be one of \[.*'probe-drop'.*\], got 'nonesuch'. Install the package that has it, or fix the name."
 MISTAKES = {
     "an unknown method": ("llama", "nonesuch", ConfigError, NONE),
@@ -54,6 +55,12 @@ MISTAKES = {
     "no layer": ("llama", ProbeDropConfig(layers=[]), ConfigError, r"layers must name a block, got \(\)\. Leave it out"),
     "an unknown stream": ("llama", ProbeDropConfig(stream="vision"), ConfigError, "must be a stream of the model, got 'vision'"),
     "the wrong kind of model": ("vit", "prefixkv", UnsupportedError, r"Method 'prefixkv' needs a causal stream.*got ViT.* with vision"),
+    "an unknown PEFT method": ("llama", {"method": "peft", "config": {"peft_type": "X"}}, ConfigError, "such as LORA, got 'X'"),
+    "ratios of other blocks": ("llama", {"method": "prefixkv", "ratios": [0.5]}, ConfigError, "for each of 4 blocks, got 1. Give one a"),
+    "sparsities of other blocks": ("llama", {"method": "ftp", "sparsities": [0.5]}, ConfigError, "each of 4 blocks of the stream, got 1"),
+    "shares of other stages": ("llama", {"method": "transprune", "prune": [1]}, ConfigError, "each of 1 layers in `prune`, got 3. Give"),
+    "stages that are not there": ("llama", {"method": "transprune", "accumulate": [9]}, ConfigError, r"lie in \[1, 4\].*, got 9. Name"),
+    "factors of other parts": (PIXART, {"method": "toca", "types": [1.0]}, ConfigError, "attention, cross_attention, mlp, got 1. Give"),
     "the second of a stack": ("llama", ["probe-drop", "nonesuch"], ConfigError, NONE),
 }
 
@@ -76,6 +83,20 @@ def test_an_argument_that_would_be_lost_is_refused():
     for more in ({"target_modules": ["q_proj"]}, {"exclude_modules": ["layers.0"]}):
         with pytest.raises(ConfigError, match="A method's own `layers` and `stream` say where it acts, got target_modules="):
             get_token_model(model, "probe-drop", **more)
+
+
+def test_a_knob_given_to_the_door_is_not_ignored():
+    model = base()
+    before = snapshot(model)
+    words = r"takes methods and arguments of HFTokensConfig, got \['share'\]. Give a knob to its method"
+    with pytest.raises(ConfigError, match=words):
+        get_token_model(model, "probe-drop", share=0.5)
+    assert not difference(before, snapshot(model))
+
+
+def test_swapped_arguments():
+    with pytest.raises(UnsupportedError, match="needs a torch module or a diffusers pipeline, got str"):
+        get_token_model("probe-drop", base())
 
 
 def test_a_failure_half_way_rolls_back(monkeypatch):

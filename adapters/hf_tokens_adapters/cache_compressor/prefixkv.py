@@ -69,7 +69,8 @@ class PrefixKV(CacheCompressor):
     @classmethod
     def check(cls, config: PrefixKVConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
         if len(config.ratios) not in (0, len(chosen)):
-            raise ConfigError(f"PrefixKVConfig.ratios must have one value for each of {len(chosen)} blocks. Got {len(config.ratios)}.")
+            rule = f"PrefixKVConfig.ratios must have one value for each of {len(chosen)} blocks"
+            raise ConfigError(f"{rule}, got {len(config.ratios)}. Give one a block, or leave them out.")
 
     @classmethod
     def calibrate(cls, config: PrefixKVConfig, records: dict[int, list[Tensor]]) -> PrefixKVConfig:

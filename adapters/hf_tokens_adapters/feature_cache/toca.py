@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_tokens import FeatureCache, MethodConfig, UnsupportedError, option, register
+from hf_tokens import ConfigError, FeatureCache, MethodConfig, UnsupportedError, option, register
 
 PARTS = ("attention", "cross_attention", "mlp")
 
@@ -47,6 +47,12 @@ class ToCaConfig(MethodConfig):
 
 @register("toca", ToCaConfig)
 class ToCa(FeatureCache):
+    @classmethod
+    def check(cls, config: ToCaConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
+        if len(config.types) != len(PARTS):
+            rule = f"ToCaConfig.types must have one value for each of {', '.join(PARTS)}"
+            raise ConfigError(f"{rule}, got {len(config.types)}. Give {len(PARTS)}.")
+
     def share(self, part: str, step: int, steps: int | None) -> float:
         """The share of tokens that this sublayer reuses at this step."""
         config, dims = self.config, self.dims

@@ -40,7 +40,8 @@ class TransPruneConfig(MethodConfig):
         super().__post_init__()
         stages = len(PRUNE if self.prune is None else self.prune)
         if len(self.keep) not in (1, stages):
-            raise ConfigError(f"TransPruneConfig.keep must have one value, or one for each of {stages} layers. Got {len(self.keep)}.")
+            rule = f"TransPruneConfig.keep must have one value, or one for each of {stages} layers in `prune`"
+            raise ConfigError(f"{rule}, got {len(self.keep)}. Give as many, or one for all.")
 
     def accumulates(self, layers: int) -> set[int]:
         """A in a stream of so many blocks."""
@@ -95,7 +96,8 @@ class TransPrune(TokenReducer):
     def check(cls, config: TransPruneConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
         deepest = max([*config.accumulates(layers), *config.keeps(layers)], default=0)
         if deepest > layers:
-            raise ConfigError(f"TransPruneConfig.accumulate and .prune must lie in [1, {layers}], as the stream is deep. Got {deepest}.")
+            rule = f"TransPruneConfig.accumulate and .prune must lie in [1, {layers}], as the stream is deep"
+            raise ConfigError(f"{rule}, got {deepest}. Name layers that exist.")
 
     @classmethod
     def default_layers(cls, config: TransPruneConfig, layers: int) -> tuple[int, ...]:

@@ -72,7 +72,8 @@ class FTP(TokenRouter):
     @classmethod
     def check(cls, config: FTPConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
         if len(config.sparsities) not in (0, layers):
-            raise ConfigError(f"FTPConfig.sparsities must have one value for each of {layers} blocks. Got {len(config.sparsities)}.")
+            rule = f"FTPConfig.sparsities must have one value for each of {layers} blocks of the stream"
+            raise ConfigError(f"{rule}, got {len(config.sparsities)}. Give one a block, or leave them out.")
 
     def route(self, hidden: Tensor, mask: Tensor, prefill: bool, progress: float, memory: dict) -> Tensor | None:
         asked = self.config.asked(self.dims.layer)
