@@ -79,6 +79,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     weight = property(lambda self: next(self.parameters(), None))
     bias = None
+    r: dict[str, int] = {}  # ranks, by which diffusers counts the LoRAs to name the next one; a surgery has none
 
     @property
     def block(self) -> nn.Module:
@@ -304,6 +305,24 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """See `merge`."""
+
+    def scale_layer(self, scale: float) -> None:
+        """A LoRA's scale for one call is asked of every tuner layer; it says nothing to ours."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """See `scale_layer`."""
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Take the weight that diffusers gives an adapter; another adapter's is not for us.
+
+        Raises:
+            UnsupportedError: A surgery should act by halves.
+        """
+        if adapter in self.hf_tokens_methods and scale != 1:
+            rule = "The weight of an adapter that is a token surgery must be 1"
+            raise UnsupportedError(
+                explain(rule, f"{scale} for {adapter!r}", "Give weights to the LoRAs; the knobs of a method set its strength.")
+            )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         like = next((p for name, p in self.block.named_parameters() if p.is_floating_point() and "hf_tokens" not in name), None)

@@ -16,9 +16,10 @@ from diffusers import (
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 from hf_tokens import ToCaConfig, UnsupportedError, anatomy, get_token_model, load, save_adapter, unload
+from hf_tokens.api import adapter_config
 from hf_tokens.testing import zoo
 
 KINDS = ("attn", "cross", "mlp")
@@ -529,6 +530,34 @@ def test_stacked_on_lora_and_saved(tmp_path):
     assert torch.equal(sampled(load(tmp_path, denoiser("pixart")), calls), out)
     base = sampled(denoiser("pixart"), calls)
     assert torch.equal(sampled(model.unload(), calls), base)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # what PEFT says to any second adapter
+def test_loras_that_diffusers_loads_beside_it_are_named_and_weighed():
+    calls, lora = inputs("unet", (8, 8), 4), LoraConfig(target_modules=["to_q", "to_v"], r=2, init_lora_weights=False)
+    giver = denoiser("unet")
+    giver.add_adapter(lora)
+    weights = {f"transformer.{key}": value for key, value in get_peft_model_state_dict(giver).items()}
+    model = denoiser("unet")
+    inject_adapter_in_model(adapter_config(ToCaConfig()), model, "ours")
+    model.set_adapters("ours", 1.0)
+    alone = sampled(model, calls)
+    model.load_lora_adapter(dict(weights))
+    model.load_lora_adapter(dict(weights))
+    assert set(model.peft_config) == {"ours", "default_0", "default_1"}
+    model.set_adapters(["ours", "default_0"], [1.0, 0.5])
+    half = denoiser("unet")
+    half.load_lora_adapter(dict(weights))
+    half.set_adapters(["default_0"], [0.5])
+    base = sampled(half, calls)
+    inject_adapter_in_model(adapter_config(ToCaConfig()), half, "ours")
+    both = sampled(half, calls)
+    assert torch.equal(sampled(model, calls), both) and not torch.allclose(both, base) and not torch.allclose(both, alone)
+    scaled = [{**call, "cross_attention_kwargs": {"scale": 0.5}} for call in calls]
+    model.set_adapters(["ours", "default_0"])
+    torch.testing.assert_close(sampled(model, scaled), both)
+    with pytest.raises(UnsupportedError, match="must be 1, got 0.5 for 'ours'"):
+        model.set_adapters(["ours", "default_0"], [0.5, 1.0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
