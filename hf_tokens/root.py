@@ -85,7 +85,7 @@ class Root:
         for handle in self.handles:
             handle.remove()
         if self.denoising is not None:
-            self.denoising.look_again()
+            self.denoising.detach()
 
     # -- before the model --------------------------------------------------------------------------------------------
 
@@ -175,6 +175,8 @@ class Root:
         """Add the methods' losses to the model's own."""
         if self.teaching:
             return None
+        if self.denoising is not None:
+            self.denoising.under_way = False
         for runtime in self.runtimes:
             if runtime.keeps_final and runtime.final is not None and runtime.taught is not None:
                 real = runtime.final_real
@@ -216,7 +218,8 @@ def is_in(thread: int, module: nn.Module) -> bool:
 class Denoising:
     """Which denoising step a call is: from the pipeline's cache context where it says so, else counted by the timestep.
 
-    A timestep that rises begins a new run. Calls of one name at one timestep (guidance by several calls) are contexts of their own.
+    A timestep that rises begins a new run, and so does what comes behind a pipeline's end or a call that failed. Calls of one name at
+    one timestep (guidance by several calls) are contexts of their own.
     """
 
     def __init__(self, model: nn.Module):
@@ -228,8 +231,11 @@ class Denoising:
         self.index = 0
         self.calls: Counter[str] = Counter()
         self.standing = False
+        self.under_way = False  # whether a call has begun and not come to its end
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
             self.hook = context_hook(self.forget)
+            if END not in dir(type(model)):  # a model without caches of diffusers' own is not told of the end otherwise
+                vars(model)[END] = self.forget
 
     def stand_in(self, module: nn.Module) -> None:
         """Let `cache_context` find the hook in a module of ours: on the model it would rewrite a forward, which no deepcopy survives."""
@@ -249,6 +255,11 @@ class Denoising:
         if registry is not None:
             registry.invalidate_child_registries_cache()
 
+    def detach(self) -> None:
+        """Leave nothing on the model."""
+        self.look_again()
+        vars(self.model).pop(END, None)
+
     def forget(self) -> None:
         """Let the next call begin a run."""
         self.place = None
@@ -257,6 +268,9 @@ class Denoising:
         """Context, step, steps, timestep and picture of this call."""
         if self.hook is None:
             return None
+        if self.under_way:
+            self.forget()
+        self.under_way = True
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         context, timestep, sample = self.hook.manager._context, given.get("timestep"), given.get(self.names[0])
         name = "default" if context is None else context.name
@@ -280,6 +294,7 @@ class Denoising:
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
+END = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
 
 
 def context_hook(forget: Callable[[], None]) -> Any:

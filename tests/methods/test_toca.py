@@ -11,6 +11,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     PixArtTransformer2DModel,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
@@ -440,6 +441,42 @@ def test_second_run_begins_anew():
     assert torch.equal(sampled(model, first + second)[4:], alone)
     assert torch.equal(sampled(model, second * 2)[3:], alone)
     assert torch.equal(sampled(model, first[:2] + second)[2:], alone)
+
+
+@pytest.mark.parametrize("ended", ["interrupted", "one step", "failed"])
+def test_run_behind_one_that_ended_early_begins_anew(ended):
+    def pipeline():
+        parts = dict(text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(
+            AutoencoderKL(),
+            unet=denoiser("unet", torch.float32),
+            scheduler=DDIMScheduler(timestep_spacing="trailing", steps_offset=1, clip_sample=False),
+            **parts,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return get_token_model(pipe, ToCaConfig(cycle=5))
+
+    def draw(pipe, seed, steps=4, **more):
+        torch.manual_seed(seed)
+        given = dict(prompt_embeds=torch.randn(1, 5, 6), latents=torch.randn(1, 4, 8, 8), guidance_scale=1, output_type="latent")
+        return pipe(height=8, width=8, num_inference_steps=steps, **given, **more).images
+
+    def interrupt(pipe, step, time, given):
+        pipe._interrupt = True
+        return given
+
+    def fail(module, args):
+        raise ArithmeticError
+
+    want, pipe = draw(pipeline(), 1), pipeline()
+    if ended == "failed":
+        handle = pipe.unet.conv_out.register_forward_pre_hook(fail)
+        with pytest.raises(ArithmeticError):
+            draw(pipe, 2)
+        handle.remove()
+    else:
+        draw(pipe, 2, **({"steps": 1} if ended == "one step" else {"callback_on_step_end": interrupt}))
+    assert torch.equal(draw(pipe, 1), want)
 
 
 @pytest.mark.parametrize("named", [True, False])
