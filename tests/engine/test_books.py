@@ -100,6 +100,13 @@ def test_segments_follow_the_tokens():
     assert packed.realign("cu_seqlens", torch.tensor([0, 3, 6], dtype=torch.int32), None).tolist() == [0, 2, 3]
 
 
+def test_a_number_of_tokens_in_front_follows_them():
+    assert [books(UNIFORM).realign("query_length", count, None) for count in range(N + 1)] == [0, 1, 1, 2, 2, 2, 3]
+    assert books().realign("query_length", 3, None) == 2
+    with pytest.raises(UnsupportedError, match=r"\(query_length\) needs the same tokens in each sample"):
+        books().realign("query_length", 1, None)
+
+
 def random_books(seed, causal):
     """Books behind a random chain of maps."""
     g = torch.Generator().manual_seed(seed)

@@ -193,6 +193,17 @@ def test_blocks_that_count_their_tokens_are_not_shortened(family):
         specimen.run()
 
 
+def test_a_block_that_treats_the_first_tokens_otherwise_is_told_which_are_left():
+    specimen, seen = zoo.build("instructblip"), []
+    get_token_model(specimen.model, [ProbeDropConfig(stream="text.1"), ProbeInsertConfig(tokens=3, stream="text.1", layers=(3,))])
+    for block in specimen.model.qformer.encoder.layer:
+        block.intermediate_query.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    specimen.run()
+    queries = specimen.model.query_tokens.shape[1]
+    left = queries // 2  # every other one from the second on
+    assert seen == [queries, queries, left, left + 3]
+
+
 def test_a_cache_of_an_own_kind_is_not_continued():
     model = zoo.build("minimax").model
     get_token_model(model, ProbeDropConfig())
