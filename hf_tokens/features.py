@@ -58,6 +58,7 @@ class Sublayer:
             return self._before(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    @torch.compiler.disable  # hooks that come and go within a call are not heard in a compiled one
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, as the block calls it."""
         method = next(iter(self.sites.acting), None)

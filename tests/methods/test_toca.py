@@ -621,6 +621,14 @@ def test_training_computes_everything():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.compile tells of its graph breaks by warnings
+def test_a_compiled_denoiser_hears_what_it_scores_by():
+    calls, model = inputs("unet", (8, 8), 4), get_token_model(denoiser("unet"), ToCaConfig()).base_model.model
+    want = sampled(model, calls)
+    torch.compiler.reset()
+    torch.testing.assert_close(sampled(torch.compile(model, backend="eager"), calls), want)
+
+
 def test_counts_of_work():
     from torch.utils.flop_counter import FlopCounterMode
 
