@@ -22,7 +22,6 @@ PAIRS = re.compile(r"bias|(^|_)rel(ative)?_|bbox")  # the same, whatever stands 
 HIDES = re.compile(r"masked$|padding_mask$")  # a bool mask that is True where a token is hidden
 LENGTHS = re.compile(r"^(query_length|num_memory_tokens|segments)$")  # how many tokens in front are of another kind
 SEGMENTS = re.compile(r"^cu_(seq|window)")
-LEADING = re.compile(r"^query_length$")  # a number of tokens in front that the block treats otherwise than those behind
 
 
 @dataclass
@@ -140,8 +139,6 @@ class Books:
             if complex_pair and len(value[1]) == self.context:  # rotary tables of the picture and of the text
                 return type(value)((self.realign(name, value[0], stored), value[1]))
             return type(value)(self.realign(name, item, stored) for item in value)
-        if type(value) is int and LEADING.match(name):
-            return self._leading(name, value)
         if type(value) is dict:
             return {key: self.realign(f"{name}.{key}" if "mask" in name else key, item, stored) for key, item in value.items()}
         return self._length(name, value) if type(value) is int and LENGTHS.match(name) else value
@@ -153,13 +150,6 @@ class Books:
         if bool((count != count[0]).any()) or not bool(inside[:, : int(count[0])].all()):
             raise self.unlike(name)
         return int(count[0])
-
-    def _leading(self, name: str, value: int) -> int:
-        """How many of the tokens that are left stand among the first `value`."""
-        counts = ((self.rows < value) & self.flags(self.filled, True)).sum(dim=1)
-        if self.filled is not None or bool((counts != counts[0]).any()):
-            raise self.unlike(name)
-        return int(counts[0])
 
     def _tensor(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:
         if SEGMENTS.match(name):

@@ -204,6 +204,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         norm, mlp = self.runtime.stream.mlp_norm(self.index), self.runtime.stream.mlp(self.index)
         if norm is None or mlp is None:
             raise self._lacks("a norm in front of its MLP")
+        if self.runtime.stream.layout != "b n d":
+            raise self._lacks(f"tokens that lie as 'b n d', and not as {self.runtime.stream.layout!r},")
         return [norm.register_forward_pre_hook(self._enter_middle), mlp.register_forward_hook(self._leave_middle)]
 
     def _hook_features(self) -> list:
@@ -213,7 +215,9 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
     def _lacks(self, what: str) -> UnsupportedError:
         path = self.runtime.stream.paths[self.index]
         return UnsupportedError(
-            explain(f"This method needs {what} in the block", f"{type(self.block).__name__} at {path}", "Choose other layers.")
+            explain(
+                f"This method needs {what} in the block", f"{type(self.block).__name__} at {path}", "Choose other layers or another model."
+            )
         )
 
     def _hear(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:

@@ -178,13 +178,7 @@ class Root:
         if self.denoising is not None:
             self.denoising.under_way = False
         for runtime in self.runtimes:
-            if runtime.keeps_final and runtime.final is not None and runtime.taught is not None:
-                real = runtime.final_real
-                mask = real if real is not None else torch.ones(runtime.final.shape[:2], dtype=torch.bool, device=runtime.final.device)
-                for method in runtime.methods():
-                    if method.teaches and method.leads:
-                        method.teach(runtime.final, runtime.taught, mask)
-            runtime.keeps_final, runtime.taught, runtime.final = False, None, None
+            self._compare(runtime)
         extra = self.extra()
         if extra is None:
             return None
@@ -197,6 +191,17 @@ class Root:
         if self.heard is not None and extra.requires_grad:
             self.heard.append((extra, None if loss is None else loss.grad_fn))
         return None if loss is None else output
+
+    @staticmethod
+    def _compare(runtime: Runtime) -> None:
+        """Let the methods learn from the model without the adapter."""
+        if runtime.keeps_final and runtime.final is not None and runtime.taught is not None:
+            real = runtime.final_real
+            mask = real if real is not None else torch.ones(runtime.final.shape[:2], dtype=torch.bool, device=runtime.final.device)
+            for method in runtime.methods():
+                if method.teaches and method.leads:
+                    method.teach(runtime.final, runtime.taught, mask)
+        runtime.keeps_final, runtime.taught, runtime.final = False, None, None
 
     def extra(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""

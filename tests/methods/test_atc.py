@@ -23,7 +23,8 @@ from transformers import (
     ViTModel,
 )
 
-from hf_tokens import ATCConfig, anatomy, get_token_model, load, measure
+from hf_tokens import ATCConfig, DeepPromptConfig, UnsupportedError, VQTConfig, anatomy, get_token_model, load, measure
+from hf_tokens.testing import zoo
 
 LINKAGES = ("single", "complete", "average")
 
@@ -480,3 +481,33 @@ def test_tokens_that_are_there_for_one_block_do_not_join(guest):
     (merged, fewer), (apart, all_of_them) = logits(ATCConfig(keep_rate=0.5, layers=(1,))), logits()
     close(merged, apart)
     assert fewer < all_of_them
+
+
+@pytest.mark.parametrize("vqt_first", [True, False])
+def test_tokens_that_only_ask_leave_the_merging_alone(vqt_first):
+    """A VQT whose head starts at zero adds nothing, and no token sees its queries: what is left is ATC."""
+    stack = [VQTConfig(tokens=3), ATCConfig()]
+    want = get_token_model(zoo.build("vit").model, ATCConfig())
+    got = get_token_model(zoo.build("vit").model, stack if vqt_first else stack[::-1])
+    inputs = zoo.build("vit").inputs
+    with torch.no_grad():
+        assert torch.allclose(got(**inputs).logits, want(**inputs).logits, atol=1e-6)
+
+
+def test_prompts_pass_the_block_unmerged():
+    """Between attention and MLP the patches become means of patches; prompts and class token pass as they are."""
+    specimen = zoo.build("vit")
+    block, given, middle = specimen.model.vit.layers[1], [], []
+    get_token_model(specimen.model, [DeepPromptConfig(tokens=3, layers=(1,)), ATCConfig(layers=(1,), keep_rate=0.5)])
+    block.layernorm_after.register_forward_pre_hook(lambda module, args: given.append(args[0]), prepend=True)
+    block.layernorm_after.register_forward_pre_hook(lambda module, args: middle.append(args[0]))
+    specimen.run()
+    assert given[0].shape[1] == 3 + 17 and middle[0].shape[1] == 3 + 1 + 8
+    assert torch.equal(given[0][:, :4], middle[0][:, :4])  # prompts and class token
+    assert middle[0][:, 4:].amax() <= given[0][:, 4:].amax() and middle[0][:, 4:].amin() >= given[0][:, 4:].amin()
+
+
+@pytest.mark.parametrize("family", ["sam", "qwen2_vl"])
+def test_tokens_that_lie_otherwise_are_refused(family):
+    with pytest.raises(UnsupportedError, match="needs tokens that lie as 'b n d'"):
+        get_token_model(zoo.build(family).model, ATCConfig())
