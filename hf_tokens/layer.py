@@ -50,6 +50,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self._block = (block,)  # a tuple keeps it from becoming a submodule
         self._attention = () if attention is None else (attention,)
         self.layer_idx = layer_index(block, attention)
+        self.borrows, self.type = borrows_keys(attention), None if attention is None else vars(attention).get("layer_type")
         self.window = 1 if attention is None else 2 * vars(attention).get(families.HALF_WINDOW, 0) or 1
         self.checkpoints_itself = isinstance(block, GradientCheckpointingLayer)
         self.in_features = self.out_features = stream.width
@@ -343,8 +344,15 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
 
+def borrows_keys(attention: nn.Module | None) -> bool:
+    """Whether an attention reads the keys that an earlier block of its type stored."""
+    return attention is not None and vars(attention).get("is_kv_shared_layer") is True
+
+
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
-    """The cache slot of a block."""
+    """The cache slot of a block; None if it has none, or reads the keys of another block."""
+    if borrows_keys(attention):
+        return None
     modules = [module for module in (attention, block, *block.modules()) if module is not None]
     found = [vars(module)[name] for name in ("layer_idx", "layer_id") for module in modules if isinstance(vars(module).get(name), int)]
     return found[0] if found else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .books import Books
+from .books import Books, Stored
 from .cache import TokenCacheLayer
 from .roles import Method
 from .signals import Moment
@@ -58,6 +58,7 @@ class Pass:
         segments: Where each sample begins in a packed row, (s); None if each has a row of its own.
         inside: The tokens that are left, behind the last block that ran, (b m d).
         given: What the model got from that block.
+        lent: By the type of block, the tokens whose keys later blocks may read, and what was stored before them.
     """
 
     books: Books
@@ -70,6 +71,7 @@ class Pass:
     segments: Tensor | None = None
     inside: Tensor | None = None
     given: Tensor | None = None
+    lent: dict[str | None, tuple[Books, Stored | None]] = field(default_factory=dict)
     waiting: dict[str, list[tuple[Method, Moment, Tensor]]] = field(default_factory=dict)
 
     def starts(self, books: Books) -> Tensor:

@@ -99,7 +99,10 @@ class Runtime:
         self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
 
     def _changed(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
-        """Whether the block's cache holds other tokens than it has seen, so that its mask must be cut."""
+        """Whether the cache that the block reads holds other tokens than it has seen, so that its mask must be cut."""
+        if side.borrows and self.current is not None:
+            lent, stored = self.current.lent.get(side.type, (None, None))
+            return stored is not None or lent is not None and not lent.untouched
         if not self.moves or side.layer_idx is None:
             return False
         cache = find_cache((*args, *kwargs.values()))
@@ -301,7 +304,7 @@ class Runtime:
         if lack:
             padded = TokenMap.pad(m, lack, len(x), x.device)
             books, x = books.move(padded), padded.gather(x)
-        stored = self._expect(layer, books, now)
+        stored = self._lend(side, books, now, self._expect(layer, books, now))
         moment.local, moment.routed = books, routed
         mask, bias = call.unsaid_mask(x, books), call.unsaid_bias(books, stored)
         unsaid = mask is not None or bias is not None
@@ -497,6 +500,17 @@ class Runtime:
         return True
 
     # -- cache and end ----------------------------------------------------------------------------------------------
+
+    def _lend(self, side: BlockSurgery, books: Books, now: Pass, stored: Stored | None) -> Stored | None:
+        """What is stored before a block's own keys; a block that reads the keys of another one must have the tokens that this one had."""
+        if not side.borrows:
+            now.lent[side.type] = books, stored
+            return stored
+        lent, before = now.lent.get(side.type, (None, None))
+        if books is not lent and not (books.untouched and (lent is None or lent.untouched)):
+            rule = "A block that reads the keys of another one must get the tokens that this one had"
+            raise UnsupportedError(explain(rule, f"other ones at {self.stream.paths[side.index]}", "Act on the blocks before that place."))
+        return before
 
     @staticmethod
     def _expect(layer: TokenCacheLayer | None, books: Books, now: Pass) -> Stored | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LongformerConfig, LongformerModel
 
-from hf_tokens import MethodConfig, anatomy, get_token_model, option, register, unload
+from hf_tokens import DeepPromptConfig, MethodConfig, anatomy, get_token_model, option, register, unload
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.registry import METHODS
 from hf_tokens.roles import TokenReducer
@@ -218,6 +218,24 @@ def test_a_state_space_takes_no_rows_of_different_lengths_in_the_middle_of_a_seq
     mask[0, :3] = 0  # the rows drop their new tokens in turn
     with pytest.raises(UnsupportedError, match="mix tokens without an attention need as many tokens in each row"):
         model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)
+
+
+def test_blocks_that_read_the_keys_of_others_get_the_tokens_that_these_had():
+    specimen = zoo.build("gemma3n_text")
+    model, ids = specimen.model, specimen.inputs["input_ids"]
+    more = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    base = model.generate(ids, **more)
+    for methods in (probe_config(0.0), ProbeDropConfig(layers=(0,))):
+        get_token_model(model, methods)
+        cached, whole = model.generate(ids, **more), model.generate(ids, use_cache=False, **more)
+        assert torch.equal(cached, whole) and torch.equal(cached, base) == isinstance(methods, list)
+        unload(model)
+    for methods in (ProbeDropConfig(layers=(2,)), DeepPromptConfig(tokens=3, layers=(0,))):
+        get_token_model(model, methods)
+        for use_cache in (False, True):
+            with pytest.raises(UnsupportedError, match="reads the keys of another one must get the tokens that this one had"):
+                specimen.run(use_cache=use_cache)
+        unload(model)
 
 
 def test_a_block_that_changes_the_width_is_not_shortened():
