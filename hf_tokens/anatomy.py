@@ -162,6 +162,11 @@ def unwrap(model: Any) -> nn.Module:
         model = parts[0]
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         model = model.get_base_model()
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        raise UnsupportedError(
+            "A model is compiled with its surgery in it. Got one that is compiled already. Attach first, then call `torch.compile`."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"A model must be a torch.nn.Module or a Diffusers pipeline. Got {type(model).__name__}.")
     return model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .config import MethodConfig
 from .errors import AdapterError, ConfigError, UnsupportedError, explain
 from .layer import BlockSurgery
+from .registry import method_config
 from .roles import Method
 from .root import Root
 from .tuner import NAME, PEFT_METHOD, HFTokensConfig, check_name, names_of_ours, unwrap
@@ -197,6 +198,8 @@ def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") 
     Raises:
         UnsupportedError: The adapter has no such method, or the config acts on other blocks or needs other parameters.
     """
+    root_of(model)
+    config = method_config(config)
     found = [method for method in instances(model, adapter_name) if type(method.config) is type(config)]
     if not found:
         raise UnsupportedError(
@@ -384,6 +387,7 @@ def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensCon
 
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
     """Save the adapter of a PeftModel or of a pipeline's denoiser."""
+    root_of(model)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
         return

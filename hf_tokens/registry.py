@@ -85,14 +85,22 @@ def walk(package: ModuleType) -> None:
 def discover() -> None:
     """Load the built-in methods and those of installed third parties, all through one entry point group."""
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        loaded = entry.load()
-        if isinstance(loaded, ModuleType) and "__path__" in vars(loaded):
-            walk(loaded)
+        try:
+            loaded = entry.load()
+            if isinstance(loaded, ModuleType) and "__path__" in vars(loaded):
+                walk(loaded)
+        except Exception as error:
+            rule = f"What an entry point of {ENTRY_POINTS!r} names must import"
+            came = f"{entry.name!r} of {entry.dist.name}, {entry.value}, which says: {error!r}"
+            raise ConfigError(explain(rule, came, "Repair or uninstall that package.")) from error
 
 
 def list_methods(role: str | None = None) -> list[MethodInfo]:
     """Every registered method in its newest version, sorted by name; of one role if given."""
     discover()
+    roles = sorted({versions[max(versions)].role for versions in METHODS.values()})
+    if role not in (None, *roles):
+        raise ConfigError(explain(f"A role with methods is one of {roles}", repr(role), "Leave it out to list all."))
     newest = [versions[max(versions)] for _, versions in sorted(METHODS.items())]
     return [info for info in newest if role in (None, info.role)]
 

@@ -77,7 +77,7 @@ class HFTokensConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     init_weights: bool = field(default=True)
-    base: dict[str, list[int]] | None = field(default=None)
+    base: dict[str, list[Any]] | None = field(default=None)
     hf_tokens_version: int = field(default=FORMAT)
 
     def __post_init__(self):
@@ -249,11 +249,15 @@ def check_cache(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> No
 
 def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
     """Compare the base that an adapter was made for with this one."""
-    now = {p.stream.name: [len(p.stream), p.stream.width] for p in placements}
+    now = {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
     if config.base is not None and config.base != now:
-        text = lambda base: ", ".join(f"{name}: {n} blocks of width {width}" for name, (n, width) in base.items())
+        try:
+            text = lambda base: ", ".join(f"{name}: {n} blocks of width {width} at {path}" for name, (n, width, path) in base.items())
+            made_for = text(config.base)
+        except (AttributeError, TypeError, ValueError):
+            made_for = repr(config.base)
         raise AdapterError(
-            explain(f"This adapter was made for a base with {text(config.base)}", text(now), "Load the base model that its card names.")
+            explain(f"This adapter was made for a base with {made_for}", text(now), "Load the base model that its card names.")
         )
     config.base = now
 

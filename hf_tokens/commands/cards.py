@@ -76,7 +76,7 @@ def overview(methods: list[MethodInfo], folder: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated page with its text."""
-    methods = [info for info in list_methods() if not info.cls.__module__.startswith("hf_tokens.")]
+    methods = [info for info in list_methods() if info.cls.__module__.startswith("hf_tokens_adapters.")]
     cards = ROOT / "model_cards"
     template = (cards / "template.md").read_text()
     out = {cards / f"{info.name}.md": method_card(info, template) for info in methods}

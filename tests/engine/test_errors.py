@@ -2,6 +2,8 @@
 
 import json
 import re
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tolerances import all_equal
 
 import hf_tokens
-from hf_tokens import AdapterError, ConfigError, HFTokensConfig, HFTokensError, UnsupportedError, get_token_model
+from hf_tokens import AdapterError, ConfigError, HFTokensConfig, HFTokensError, UnsupportedError, get_token_model, registry
 from hf_tokens.errors import explain
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
@@ -161,9 +163,13 @@ def test_an_adapter_of_another_width(saved):
 
     small = dict(intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
     wide = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=4, **small))
-    refused(saved, "made for a base with text: 4 blocks of width 32, got text: 4 blocks of width 64. Load the base model", wide)
+    refused(
+        saved,
+        "made for a base with text: 4 blocks of width 32 at model.layers, got text: 4 blocks of width 64 at model.layers",
+        wide,
+    )
     deep = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=6, **small))
-    refused(saved, "text: 4 blocks of width 32, got text: 6 blocks of width 32", deep)
+    refused(saved, "text: 4 blocks of width 32 at model.layers, got text: 6 blocks of width 32", deep)
 
 
 def test_an_adapter_of_another_kind_of_model(saved):
@@ -328,3 +334,35 @@ def test_peft_s_own_door_refuses_the_same(saved):
     with pytest.raises(AdapterError, match="made for a base with text: 4 blocks of width 32"):
         PeftModel.from_pretrained(wide, saved)
     assert not difference(before, snapshot(wide))
+
+
+def test_an_adapter_of_another_part(tmp_path):
+    get_token_model(base(), "probe-insert").save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterError, match=r"4 blocks of width 32 at model.layers, got text: 4 blocks of width 32 at layers\. Load"):
+        hf_tokens.load(tmp_path, zoo.build("llama").model.model)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: hf_tokens.list_methods("nonesuch"), ConfigError, r"A role with methods is one of \[.*'TokenBank'.*\], got 'nonesuch'"),
+        (lambda: hf_tokens.save_adapter(base(), "nowhere"), UnsupportedError, "needs a model with a surgery, got LlamaForCausalLM"),
+        (lambda: hf_tokens.set_method(base(), "probe-drop"), UnsupportedError, "needs a model with a surgery, got LlamaForCausalLM"),
+        (lambda: get_token_model(torch.compile(base()), "probe-drop"), UnsupportedError, "Got one that is compiled already. Attach first"),
+    ],
+    ids=["an unknown role", "nothing to save", "nothing to change", "compiled"],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_cannot_be_asked(call, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_package_of_methods_is_named(monkeypatch):
+    entry = EntryPoint("mine", "nonesuch.methods", "hf_tokens.methods")
+    vars(entry)["dist"] = SimpleNamespace(name="my-methods")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry])
+    with pytest.raises(ConfigError, match="'mine' of my-methods, nonesuch.methods, which says: ModuleNotFoundError"):
+        registry.discover.__wrapped__()

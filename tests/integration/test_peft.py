@@ -265,7 +265,7 @@ def test_an_adapter_config_reads_back_and_says_its_type(tmp_path):
     get_token_model(zoo.build("llama").model, "probe-drop").save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(config, HFTokensConfig) and config.methods == [{"method": "probe-drop", "version": 1}]
-    assert config.base == {"text": [4, 32]} and config.target_modules is None
+    assert config.base == {"text": [4, 32, "model.layers"]} and config.target_modules is None
 
 
 def test_a_lora_among_the_methods_is_one_file(tmp_path):
