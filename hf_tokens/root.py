@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .call import parameters
@@ -147,13 +148,20 @@ class Root:
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """The base model for a moment."""
+        """The model without our adapters for a moment, and without the LoRAs in them."""
         held = [(side, side._acting) for runtime in self.runtimes for side in runtime.sides.values()]
+        names = {name for side, _ in held for name in side.hf_tokens_methods}
+        inner = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer) and m._get_available_adapters() & names]
+        inner = [m for m in inner if not m.disable_adapters and not m.merged]
         for side, _ in held:
             side._acting = []
+        for layer in inner:
+            layer._disable_adapters = True  # `enable_adapters` would freeze them as well
         try:
             yield
         finally:
+            for layer in inner:
+                layer._disable_adapters = False
             for side, acting in held:
                 side._acting = acting
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from hf_tokens import (
@@ -19,6 +20,7 @@ from hf_tokens import (
     set_method,
     set_progress,
 )
+from hf_tokens.api import root_of
 
 
 def static(count, sparsity):
@@ -374,6 +376,23 @@ def test_losses_are_those_of_the_loop(strict):
         labelled = output.loss.item()
         plain = base.loss_function(output.logits, ids, vocab_size=50).item()
         assert labelled == pytest.approx(plain + expected, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")  # so it is
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("inside", [True, False], ids=["a LoRA in the adapter", "a LoRA of the base"])
+def test_the_teacher_is_the_model_without_the_adapter(inside):
+    base = gpt2()
+    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    model = base if inside else get_peft_model(base, lora, adapter_name="task")
+    ids = torch.arange(9)[None]
+    want = model(input_ids=ids).logits
+    model = get_token_model(model, [FTPConfig(sparsity=0.5), *([lora] if inside else [])]).train()
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with root_of(model).without_adapters():
+        assert torch.equal(base(input_ids=ids).logits, want)
+    assert not torch.equal(base(input_ids=ids).logits, want)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
 def test_training_with_trainer_trains_the_router(tmp_path):
