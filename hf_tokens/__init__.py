@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .adapter import HFTokensConfig
 from .anatomy import Anatomy, Stream, anatomy
 from .api import aux_loss, calibrate, get_token_model, load, save_adapter, set_method, set_progress, unload
 from .config import MethodConfig, option
@@ -24,7 +25,7 @@ from .roles import (
 )
 from .search import search_shares
 from .token_map import TokenMap
-from .tuner import HFTokensConfig, HFTokensModel
+from .tuner import HFTokensModel
 
 __version__ = "0.1.0"
 

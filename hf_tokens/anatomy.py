@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,18 +16,10 @@ from torch import nn
 from hf_tokens import families
 
 from .errors import UnsupportedError
+from .signatures import HiddenIndex, context_index, hidden_index, parameters
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"
-
-
-@dataclass(frozen=True)
-class HiddenIndex:
-    """Where a block's hidden states enter its forward, and which element they are when it returns a tuple."""
-
-    name: str
-    position: int
-    returned: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,7 +313,7 @@ def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
             if pattern.search(path.rpartition(".")[2]) or pattern.search(type(module).__name__):
                 return kind
     nearest = next(module for _, module in reversed(line) if _is_transformers(module))
-    if _main_input(nearest) in _parameters(type(nearest)):
+    if _main_input(nearest) in parameters(type(nearest)):
         return families.MAIN_INPUTS.get(_main_input(nearest), "other")
     found = [kind for kind, pattern in families.KINDS if pattern.search(type(nearest).__name__)]
     return found[0] if found else families.MAIN_INPUTS.get(_main_input(model), "other")
@@ -368,7 +358,7 @@ def _layout(cls: type[nn.Module]) -> str:
     for pattern, layout in families.LAYOUTS:
         if pattern.search(_qualified(cls)):
             return layout
-    return "n d" if "cu_seqlens" in _parameters(cls) else "b n d"
+    return "n d" if "cu_seqlens" in parameters(cls) else "b n d"
 
 
 @cache
@@ -415,59 +405,6 @@ def _mlp(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     names = (known,) if known else families.MLP_NORMS
     norms = [children[name] for name in names if name in children and not (post and name.startswith("post_attention"))]
     return mlp, norms[0] if norms and not isinstance(norms[0], CONTAINERS) else None
-
-
-@cache
-def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
-@cache
-def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
-    names, known = _parameters(cls), _registered(cls)
-    name = known.hidden_states_argument_name if known else "hidden_states"
-    name = name if name in names else names[0]
-    returned = _returned(cls, name)
-    if returned is None and known:
-        returned = known.return_hidden_states_index
-    return HiddenIndex(name, names.index(name), returned or 0)
-
-
-@cache
-def context_index(cls: type[nn.Module]) -> HiddenIndex | None:
-    names, known = _parameters(cls), _registered(cls)
-    name = known.encoder_hidden_states_argument_name if known else "encoder_hidden_states"
-    returned = _returned(cls, name)
-    if returned is None and known:
-        returned = known.return_encoder_hidden_states_index
-    return HiddenIndex(name, names.index(name), returned) if returned is not None and name in names else None
-
-
-def _registered(cls: type[nn.Module]) -> Any:
-    """Diffusers' own note on a block class: which argument and which result are its hidden states."""
-    if "diffusers" not in sys.modules or not cls.__module__.startswith("diffusers."):
-        return None
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    TransformerBlockRegistry._register()
-    return TransformerBlockRegistry._registry.get(cls)
-
-
-def _returned(cls: type[nn.Module], name: str) -> int | None:
-    """The place of a variable in the tuple that a forward returns; None where it returns no such tuple.
-
-    Read from the source, which holds for every class; Diffusers' notes cover a few, and one of them (Bria's) swaps the two."""
-    try:
-        source = inspect.getsource(inspect.unwrap(cls.forward))
-    except OSError:  # written at a prompt; what comes first is the hidden states then, as it is nearly everywhere
-        return None
-    tree = ast.parse(textwrap.dedent(source))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-            names = [item.id if isinstance(item, ast.Name) else None for item in node.value.elts]
-            if name in names:
-                return names.index(name)
-    return None
 
 
 def _path_of(target: nn.Module, root: nn.Module) -> str | None:

@@ -17,13 +17,14 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .adapter import NAME, PEFT_METHOD, HFTokensConfig
 from .config import MethodConfig
 from .errors import AdapterError, ConfigError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .registry import method_config
 from .roles import Method
 from .root import Root
-from .tuner import NAME, PEFT_METHOD, HFTokensConfig, check_name, names_of_ours, unwrap
+from .tuner import check_name, names_of_ours, unwrap
 
 TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
 PREFIX = "base_model.model."  # how a PeftModel calls what is in its base

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,15 +16,9 @@ from .anatomy import Stream
 from .books import CROSS, SEGMENTS, Books, Stored
 from .cache import self_attention_cache
 from .errors import UnsupportedError, explain
+from .signatures import positional
 
 BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
-
-
-@cache
-def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the positional parameters of a block's forward."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(cls.forward).parameters.items() if p.kind in kinds)[1:]
 
 
 # How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
@@ -78,7 +70,7 @@ class Call:
     def __init__(self, stream: Stream, index: int, args: tuple, kwargs: dict):
         block = stream.blocks[index]
         self.stream, self.index = stream, index
-        self.names = parameters(type(block))[: len(args)]
+        self.names = positional(type(block))[: len(args)]
         self.rest = args[len(self.names) :]
         self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.hidden_name = stream.hidden_index(index).name
@@ -194,7 +186,7 @@ class Call:
     def _spell_out_bias(self, books: Books) -> None:
         """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
         maker, context = self._bias_maker(), self.arguments.get("encoder_hidden_states")
-        missing = {name for name in parameters(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
+        missing = {name for name in positional(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
         if BIAS in missing and maker is not None:
             self.arguments[BIAS] = maker.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start)
         if CROSS_BIAS in missing and context is not None:
@@ -208,7 +200,7 @@ class Call:
 
     def unsaid_bias(self, books: Books, stored: Stored | None) -> Tensor | None:
         """The bias that the scores of these tokens need where the block has no argument for one."""
-        maker, named = self._bias_maker(), BIAS in parameters(type(self.stream.blocks[self.index]))
+        maker, named = self._bias_maker(), BIAS in positional(type(self.stream.blocks[self.index]))
         if books.untouched and stored is None or maker is None or named:
             return None
         return books.mask(BIAS, maker.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start), stored)
@@ -221,7 +213,7 @@ class Call:
         return books.implied_mask(hidden, None)
 
     def _mask_name(self) -> str | None:
-        names = parameters(type(self.stream.blocks[self.index]))
+        names = positional(type(self.stream.blocks[self.index]))
         return next((name for name in (*self.arguments, *names) if "mask" in name and not CROSS.search(name) and "head" not in name), None)
 
     def _apply(self, inner: Callable, given: dict) -> Any:

@@ -13,9 +13,10 @@ import torch
 from hf_tokens_kernels import attention_columns, attention_entropy
 from torch import Tensor, nn
 
-from .anatomy import _attentions, _is_cross, _parameters
+from .anatomy import _attentions, _is_cross
 from .errors import UnsupportedError, explain
 from .roles import FeatureCache
+from .signatures import parameters
 from .token_map import take
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Sublayer:
         method = next(iter(self.sites.acting), None)
         if method is None:
             return self.inner(*args, **kwargs)
-        given = {**dict(zip(_parameters(type(self.module)), args, strict=False)), **kwargs}
+        given = {**dict(zip(parameters(type(self.module)), args, strict=False)), **kwargs}
         hidden = given.pop("hidden_states")
         if method.training or torch.is_grad_enabled() and hidden.requires_grad:  # what an earlier step computed has no gradient
             self.sites.count(self.part, hidden.shape[0] * hidden.shape[1])

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .books import Books, Stored
-from .cache import TokenCacheLayer
-from .roles import Method
-from .signals import Moment
+from .cache import Arrival, TokenCacheLayer
+from .call import Call
+from .errors import UnsupportedError, explain
+from .roles import CacheCompressor, Method
+from .signals import Moment, padding, views
 from .token_map import TokenMap
+
+if TYPE_CHECKING:
+    from .layer import BlockSurgery
+    from .surgery import Runtime
 
 
 def first_real(now: Pass, books: Books) -> Tensor:
@@ -88,3 +96,116 @@ class Pass:
         here = self.books.rows.new_full((self.books.batch,), self.books.n) if self.padding is None else self.padding.sum(dim=1)
         before = self.books.start if self.first is None or not self.books.start else self.books.start - self.first
         return here + before
+
+
+def refuse_cache(runtime: Runtime, side: BlockSurgery, cache: Cache | None) -> None:
+    """A method that reads the whole sequence cannot be right for a part of it."""
+    held = cache.layers[side.layer_idx] if cache is not None and side.layer_idx in range(len(cache.layers)) else None
+    seen = held.get_seq_length() if isinstance(held, CacheLayerMixin) else 0
+    whole = sorted({type(method).__name__ for method in runtime.methods() if not method.caches})
+    if seen and whole:
+        rule = f"{', '.join(whole)} must see the whole sequence in one pass"
+        raise UnsupportedError(
+            explain(rule, f"a cache of {seen} tokens", "Pass no `past_key_values`, and `use_cache=False` to `generate`.")
+        )
+
+
+def open_pass(runtime: Runtime, side: BlockSurgery, call: Call) -> Pass:
+    """Begin a pass at a block.
+
+    Raises:
+        UnsupportedError: A method of the stream cannot be right for such a pass.
+    """
+    refuse_cache(runtime, side, call.cache)
+    layers, start, memory = [], 0, Memory()
+    if runtime.moves:
+        cache = call.cache
+        if cache is not None:
+            slots = {i: s.layer_idx for i, s in runtime.sides.items() if s.layer_idx is not None and s.layer_idx < len(cache.layers)}
+            known = {i: cache.layers[slot] for i, slot in slots.items()}
+            known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
+            layers = list(known.values())
+            start = min((layer.seen for i, layer in known.items() if i >= side.index), default=0)  # blocks before have been run
+    if layers:
+        memory = layers[0].memory if start and layers[0].memory is not None else memory
+        layers[0].memory = memory
+        memory.tokens.clear()
+    given = dict(context=call.context, behind=call.behind, prefix=runtime.prefix, additive=side.additive_mask)
+    books = Books.open(call.hidden, start, runtime.stream.causal, **given)
+    real, first = padding(call.arguments, books)
+    segments = None if start else call.segments(real)
+    refuse_packed(runtime, segments, call.cache is not None)
+    apart = None if runtime.stream.causal else views(call.arguments, books, real)
+    admit_prompt(runtime, memory, books)
+    if layers:
+        first = begin_rows(layers, books, real, first)
+    return Pass(books, real, first, memory, layers=layers, apart=apart, segments=segments)
+
+
+def begin_rows(layers: list[TokenCacheLayer], books: Books, real: Tensor | None, first: Tensor | None) -> Tensor | None:
+    """Place of each row's first real token (b), held from the pass that brought it: a sliding window hides it from later masks."""
+    held, end = layers[0], books.start + books.n
+    if real is not None:
+        first = torch.where(real.any(dim=1), first, end)  # a row of padding has yet to begin
+    if held.placed and books.start:
+        if held.first is None or first is None:
+            return held.first
+        begins = held.first >= books.start
+        first = torch.where(begins, first, held.first)
+        late = (begins & (first < end)).nonzero()[:, 0].tolist()
+        if late and any(layer.banks for layer in layers):
+            rule = "Tokens go in front of a prompt in its first pass, which must hold a real token of each row"
+            remedy = "Choose a larger `prefill_chunk_size`, or pad less."
+            raise UnsupportedError(explain(rule, f"only padding in rows {late}", remedy))
+    held.first, held.placed = first, True
+    return first
+
+
+def needs_row(method: Method, cached: bool) -> bool:
+    """Whether a method wants each sample in a row of its own; one that compresses a cache has nothing to do where there is none."""
+    return not method.packed and (cached or not isinstance(method, CacheCompressor))
+
+
+def refuse_packed(runtime: Runtime, segments: Tensor | None, cached: bool) -> None:
+    """A method that thinks of one sample a row cannot be right for several in one."""
+    if segments is not None and len(segments) > 1 and any(needs_row(method, cached) for method in runtime.methods()):
+        rule = f"The stream {runtime.stream.name!r} packs its samples into one row, and these methods take one sample a call"
+        raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give it one sample a call, or name another stream."))
+
+
+def admit_prompt(runtime: Runtime, memory: Memory, books: Books) -> None:
+    """A prompt that comes right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
+    prompt, cropped = books.n > 1 or books.start == 0, books.start < memory.end
+    whole = [type(method).__name__ for method in runtime.methods() if not method.chunks]
+    if (prompt or cropped) and books.start and memory.prompted and whole:
+        raise UnsupportedError(
+            explain(
+                "Methods that look at a prompt as a whole must get it in one pass",
+                f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}",
+                "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once.",
+            )
+        )
+    memory.prompted, memory.end = prompt, books.start + books.n
+
+
+def lend(runtime: Runtime, side: BlockSurgery, books: Books, now: Pass, stored: Stored | None) -> Stored | None:
+    """What is stored before a block's own keys; a block that reads the keys of another one must have the tokens that this one had."""
+    if not side.borrows:
+        now.lent[side.type] = books, stored
+        return stored
+    lent, before = now.lent.get(side.type, (None, None))
+    if books is not lent and not (books.untouched and (lent is None or lent.untouched)):
+        rule = "A block that reads the keys of another one must get the tokens that this one had"
+        raise UnsupportedError(explain(rule, f"other ones at {runtime.stream.paths[side.index]}", "Act on the blocks before that place."))
+    return before
+
+
+def expect(layer: TokenCacheLayer | None, books: Books) -> Stored | None:
+    """Announce the tokens of a block to its cache; returns what is stored there already, where its mask must be cut for it."""
+    if layer is None:
+        return None
+    layer.expect(Arrival(books.rows + books.start, books.filled, books.fresh, books.start + books.n))
+    if layer.origins is None:
+        empty = books.rows.new_empty(books.batch, 0)
+        return None if books.untouched and not books.start else Stored(empty, None)  # every token of the prompt may have skipped it
+    return None if layer.whole and books.untouched else Stored(layer.origins, layer.filled)

@@ -15,9 +15,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .call import parameters
 from .errors import UnsupportedError, explain
 from .roles import Method
+from .signatures import positional
 from .surgery import Runtime
 from .training import share
 
@@ -238,7 +238,7 @@ class Denoising:
     def __init__(self, model: nn.Module):
         self.hook = None
         self.model = model
-        self.names = parameters(type(model))
+        self.names = positional(type(model))
         self.begins = False  # whether this call is the first of a run
         self.place: tuple[bool, float] | None = None
         self.index = 0

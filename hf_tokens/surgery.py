@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .anatomy import Stream
-from .books import Books, Stored
-from .cache import Arrival, TokenCacheLayer, adopt
+from .books import Books
+from .cache import TokenCacheLayer, adopt
 from .call import Call, find_cache
 from .errors import UnsupportedError, explain
 from .eviction import compress
-from .passes import Entry, Memory, Pass, first_real
+from .passes import Entry, Memory, Pass, expect, first_real, lend, open_pass
 from .roles import CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
 from .signals import HOOKED, SUPPLY, TAPPED, Moment, padding, views
 from .token_map import TokenMap, overwrite, take
@@ -195,7 +194,7 @@ class Runtime:
     def _enter(self, side: BlockSurgery, call: Call) -> Pass:
         now = self.current
         if now is None or side.index <= now.at:
-            now = self.current = self._open(side, call)
+            now = self.current = open_pass(self, side, call)
         if call.hidden.shape[1] != now.books.n:
             raise UnsupportedError(
                 explain(
@@ -206,82 +205,6 @@ class Runtime:
             )
         now.at = side.index
         return now
-
-    def _refuse_cache(self, side: BlockSurgery, cache: Cache | None) -> None:
-        """A method that reads the whole sequence cannot be right for a part of it."""
-        held = cache.layers[side.layer_idx] if cache is not None and side.layer_idx in range(len(cache.layers)) else None
-        seen = held.get_seq_length() if isinstance(held, CacheLayerMixin) else 0
-        whole = sorted({type(method).__name__ for method in self.methods() if not method.caches})
-        if seen and whole:
-            rule = f"{', '.join(whole)} must see the whole sequence in one pass"
-            raise UnsupportedError(
-                explain(rule, f"a cache of {seen} tokens", "Pass no `past_key_values`, and `use_cache=False` to `generate`.")
-            )
-
-    def _open(self, side: BlockSurgery, call: Call) -> Pass:
-        self._refuse_cache(side, call.cache)
-        layers, start, memory = [], 0, Memory()
-        if self.moves:
-            cache = call.cache
-            if cache is not None:
-                slots = {i: s.layer_idx for i, s in self.sides.items() if s.layer_idx is not None and s.layer_idx < len(cache.layers)}
-                known = {i: cache.layers[slot] for i, slot in slots.items()}
-                known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
-                layers = list(known.values())
-                start = min((layer.seen for i, layer in known.items() if i >= side.index), default=0)  # blocks before have been run
-        if layers:
-            memory = layers[0].memory if start and layers[0].memory is not None else memory
-            layers[0].memory = memory
-            memory.tokens.clear()
-        given = dict(context=call.context, behind=call.behind, prefix=self.prefix, additive=side.additive_mask)
-        books = Books.open(call.hidden, start, self.stream.causal, **given)
-        real, first = padding(call.arguments, books)
-        segments = None if start else call.segments(real)
-        self._refuse_packed(segments)
-        apart = None if self.stream.causal else views(call.arguments, books, real)
-        self._admit_prompt(memory, books)
-        if layers:
-            first = self._begin_rows(layers, books, real, first)
-        return Pass(books, real, first, memory, layers=layers, apart=apart, segments=segments)
-
-    @staticmethod
-    def _begin_rows(layers: list[TokenCacheLayer], books: Books, real: Tensor | None, first: Tensor | None) -> Tensor | None:
-        """Place of each row's first real token (b), held from the pass that brought it: a sliding window hides it from later masks."""
-        held, end = layers[0], books.start + books.n
-        if real is not None:
-            first = torch.where(real.any(dim=1), first, end)  # a row of padding has yet to begin
-        if held.placed and books.start:
-            if held.first is None or first is None:
-                return held.first
-            begins = held.first >= books.start
-            first = torch.where(begins, first, held.first)
-            late = (begins & (first < end)).nonzero()[:, 0].tolist()
-            if late and any(layer.banks for layer in layers):
-                rule = "Tokens go in front of a prompt in its first pass, which must hold a real token of each row"
-                remedy = "Choose a larger `prefill_chunk_size`, or pad less."
-                raise UnsupportedError(explain(rule, f"only padding in rows {late}", remedy))
-        held.first, held.placed = first, True
-        return first
-
-    def _refuse_packed(self, segments: Tensor | None) -> None:
-        """A method that thinks of one sample a row cannot be right for several in one."""
-        if segments is not None and len(segments) > 1 and not all(method.packed for method in self.methods()):
-            rule = f"The stream {self.stream.name!r} packs its samples into one row, and these methods take one sample a call"
-            raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give it one sample a call, or name another stream."))
-
-    def _admit_prompt(self, memory: Memory, books: Books) -> None:
-        """A prompt that comes right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
-        prompt, cropped = books.n > 1 or books.start == 0, books.start < memory.end
-        whole = [type(method).__name__ for method in self.methods() if not method.chunks]
-        if (prompt or cropped) and books.start and memory.prompted and whole:
-            raise UnsupportedError(
-                explain(
-                    "Methods that look at a prompt as a whole must get it in one pass",
-                    f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}",
-                    "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once.",
-                )
-            )
-        memory.prompted, memory.end = prompt, books.start + books.n
 
     def _cache_layer(self, side: BlockSurgery, call: Call, now: Pass) -> TokenCacheLayer | None:
         cache = call.cache if now.layers else None
@@ -304,7 +227,7 @@ class Runtime:
         if lack:
             padded = TokenMap.pad(m, lack, len(x), x.device)
             books, x = books.move(padded), padded.gather(x)
-        stored = self._lend(side, books, now, self._expect(layer, books, now))
+        stored = lend(self, side, books, now, expect(layer, books))
         moment.local, moment.routed = books, routed
         mask, bias = call.unsaid_mask(x, books), call.unsaid_bias(books, stored)
         unsaid = mask is not None or bias is not None
@@ -500,27 +423,6 @@ class Runtime:
         return True
 
     # -- cache and end ----------------------------------------------------------------------------------------------
-
-    def _lend(self, side: BlockSurgery, books: Books, now: Pass, stored: Stored | None) -> Stored | None:
-        """What is stored before a block's own keys; a block that reads the keys of another one must have the tokens that this one had."""
-        if not side.borrows:
-            now.lent[side.type] = books, stored
-            return stored
-        lent, before = now.lent.get(side.type, (None, None))
-        if books is not lent and not (books.untouched and (lent is None or lent.untouched)):
-            rule = "A block that reads the keys of another one must get the tokens that this one had"
-            raise UnsupportedError(explain(rule, f"other ones at {self.stream.paths[side.index]}", "Act on the blocks before that place."))
-        return before
-
-    @staticmethod
-    def _expect(layer: TokenCacheLayer | None, books: Books, now: Pass) -> Stored | None:
-        if layer is None:
-            return None
-        layer.expect(Arrival(books.rows + books.start, books.filled, books.fresh, books.start + books.n))
-        if layer.origins is None:
-            empty = books.rows.new_empty(books.batch, 0)
-            return None if books.untouched and not books.start else Stored(empty, None)  # every token of the prompt may have skipped it
-        return None if layer.whole and books.untouched else Stored(layer.origins, layer.filled)
 
     def _close(self, now: Pass, whole: Tensor) -> None:
         for layer in now.layers:

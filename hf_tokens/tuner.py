@@ -1,265 +1,27 @@
-"""The one PEFT type, HF_TOKENS: its config, where its methods go, and what PEFT does with them."""
+"""What PEFT does with an adapter of ours: inject it, switch it, save it, take it out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftConfig, PeftModel, PeftType, get_peft_config
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
 from torch import nn
 
-from .anatomy import Anatomy, Stream, anatomy, prefix_tokens
-from .call import LAYOUTS, PACKED
-from .config import MethodConfig
-from .errors import AdapterError, ConfigError, UnsupportedError, explain
-from .layer import BlockSurgery, layer_index
-from .registry import MethodInfo, method_config, method_info
-from .roles import CacheCompressor, Dims, LayerRouter, TokenRouter
+from .adapter import HF_TOKENS, NAME, HFTokensConfig, PlainType
+from .anatomy import Stream, anatomy, prefix_tokens
+from .errors import ConfigError, UnsupportedError, explain
+from .layer import BlockSurgery
+from .placement import Placement, head_outputs, plan
+from .roles import Dims
 from .root import Root
 from .surgery import Runtime
 
-NAME = "HF_TOKENS"
 CHILD = "hf_tokens"
-PEFT_METHOD = "peft"
-FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
-
-
-def extend_peft_type() -> PeftType:
-    """Add HF_TOKENS to PEFT's closed enum."""
-    if NAME in PeftType.__members__:
-        return PeftType[NAME]
-    member = str.__new__(PeftType, NAME)
-    member._name_, member._value_, member.__objclass__ = NAME, NAME, PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    type.__setattr__(PeftType, NAME, member)
-    PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = member
-    PeftType._value2member_map_[NAME] = member
-    return member
-
-
-class PlainType(str):
-    """Stands for the enum member where PEFT's enum cannot be extended: compares as the string, has what PEFT reads."""
-
-    value = property(str)
-    name = property(str)
-
-
-def peft_type() -> PeftType | PlainType:
-    """The PEFT type, as an enum member where that is possible."""
-    try:
-        return extend_peft_type()
-    except (AttributeError, TypeError):
-        return PlainType(NAME)
-
-
-HF_TOKENS = peft_type()
-
-
-@dataclass
-class HFTokensConfig(PeftConfig):
-    """An adapter: an ordered stack of methods, in their JSON form.
-
-    Args:
-        methods: Names, method configs, or dicts such as `{"method": "ftp", "sparsity": 0.3}`; a LoRA among them is
-            `{"method": "peft", "config": {"peft_type": "LORA", ...}}` or a PeftConfig.
-        modules_to_save: Modules that are trained and saved as a whole, such as a new head.
-        init_weights: Taken for PEFT's sake.
-    """
-
-    methods: list[Any] | None = field(default=None)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
-    init_weights: bool = field(default=True)
-    base: dict[str, list[Any]] | None = field(default=None)
-    hf_tokens_version: int = field(default=FORMAT)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = HF_TOKENS
-        if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
-            self.methods = [self.methods]
-        if self.methods is not None and not isinstance(self.methods, Iterable):
-            rule = "The methods of an adapter are a name, a config, or a list of them"
-            raise ConfigError(explain(rule, repr(self.methods), "`hf-tokens list` names them."))
-        if not self.methods:
-            raise ConfigError(
-                explain("An adapter has at least one method", self.methods, "Pass methods=['...']; `hf-tokens list` names them.")
-            )
-        self.methods = [plain_form(method) for method in self.methods]
-        if self.target_modules or self.exclude_modules:
-            came = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
-            raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", came, "Set those in its config."))
-        if self.hf_tokens_version != FORMAT:
-            rule = f"This hf-tokens reads adapters of format {FORMAT}"
-            raise ConfigError(
-                explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", "Update hf-tokens, or train the adapter again.")
-            )
-
-    def stack(self) -> list[MethodConfig]:
-        """The method configs, in order, without the PEFT configs among them."""
-        return [method_config(method) for method in self.methods if method["method"] != PEFT_METHOD]
-
-    def peft_configs(self) -> list[PeftConfig]:
-        """The PEFT configs among the methods."""
-        return [get_peft_config({**m["config"], "inference_mode": self.inference_mode}) for m in self.methods if m["method"] == PEFT_METHOD]
-
-
-def plain_form(method: Any) -> dict[str, Any]:
-    """The checked JSON form of one method."""
-    if isinstance(method, PeftConfig):
-        data = {k: sorted(v) if isinstance(v, set) else v for k, v in method.to_dict().items() if v is not None}
-        method = {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
-    if isinstance(method, dict) and method.get("method") == PEFT_METHOD:
-        if not isinstance(method.get("config"), dict) or "peft_type" not in method["config"]:
-            raise ConfigError(explain("A 'peft' method has a config with a 'peft_type'", repr(method), "Pass the PeftConfig itself."))
-        kind = method["config"]["peft_type"]
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object)
-        if not issubclass(tuner, BaseTuner) or tuner is HFTokensModel:
-            rule = "A 'peft' method is one of PEFT's that act on layers, such as LORA"
-            raise ConfigError(explain(rule, repr(kind), "Put another kind around the model, by `peft.get_peft_model`."))
-        return method
-    return method_config(method).to_dict()
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One method in one stream."""
-
-    slot: int
-    config: MethodConfig
-    info: MethodInfo
-    stream: Stream
-    layers: tuple[int, ...]
-
-
-def fits(info: MethodInfo, stream: Stream) -> bool:
-    """Whether a method supports a stream."""
-    cls = info.cls
-    return (not cls.kinds or stream.kind in cls.kinds) and cls.causal in (None, stream.causal) and stream.layout in LAYOUTS
-
-
-def demand(info: MethodInfo) -> str:
-    """What streams a method supports, in words."""
-    causal = {True: "causal ", False: "bidirectional ", None: ""}[info.cls.causal]
-    kinds = f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else ""
-    return f"a {causal}stream{kinds} whose tokens stand in a row"
-
-
-def head_outputs(found: Anatomy) -> int | None:
-    """Features that the model's head returns; None if it has no linear head."""
-    head = None if found.head is None else found.model.get_submodule(found.head)
-    head = head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head
-    return None if head is None else vars(head).get("out_features")
-
-
-def before_head(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
-    """The stream among these that the model's head reads: the last that is called."""
-    chosen = [stream for stream in streams if stream is found.streams[-1]]
-    if not chosen or head_outputs(found) is None:
-        rule = f"Method {info.name!r} needs a linear head behind {demand(info)}"
-        came = f"{type(found.model).__name__} with {found.head or 'no head'} behind its stream {found.streams[-1].name}"
-        raise UnsupportedError(explain(rule, came, "Load it with a classification head, such as AutoModelForImageClassification."))
-    return chosen
-
-
-def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> list[Stream]:
-    """The streams that a method acts on."""
-    rule = f"Method {info.name!r} needs {demand(info)}"
-    grid = lambda s: "" if s.layout in LAYOUTS else f", on a grid: {s.layout}"
-    here = ", ".join(f"{s.name} ({'causal ' if s.causal else ''}{s.kind}{grid(s)})" for s in found.streams)
-    if config.stream is not None:
-        named = [s for s in found.streams if config.stream in (s.name, s.name.split(".")[0])]
-        if not named:
-            raise ConfigError(
-                explain(f"{type(config).__name__}.stream must be a stream of the model", repr(config.stream), f"It has {here}.")
-            )
-        if not all(fits(info, s) for s in named):
-            raise UnsupportedError(explain(rule, f"{config.stream!r}", f"The model has {here}."))
-        return before_head(named, info, found) if info.cls.needs_head else named
-    fitting = [s for s in found.streams if fits(info, s)]
-    if not fitting:
-        raise UnsupportedError(explain(rule, f"{type(found.model).__name__} with {here}", "Choose another method or model."))
-    fitting = [s for s in fitting if s.layout != PACKED or info.cls.packed] or fitting  # what is packed only where nothing else is
-    return before_head(fitting, info, found) if info.cls.needs_head else fitting
-
-
-def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
-    """The blocks of a stream that a method acts on."""
-    n = len(stream)
-    if config.layers == ():
-        remedy = "Leave it out for the method's own choice, or leave out the method."
-        raise ConfigError(explain(f"{type(config).__name__}.layers must name a block", "()", remedy))
-    named = info.cls.default_layers(config, n) if config.layers is None else config.layers
-    outside = [i for i in named if not -n <= i < n]
-    if outside:
-        rule = f"{type(config).__name__}.layers must lie in [{-n}, {n - 1}] for the {n} blocks of stream {stream.name!r}"
-        raise ConfigError(explain(rule, outside, "Name blocks that exist."))
-    return tuple(sorted({i % n for i in named}))
-
-
-def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
-    """Where every method goes; everything that can be wrong with it is said here, before the model is touched."""
-    placements = []
-    for slot, one in enumerate(config.stack()):
-        info = method_info(one.method, one.version)
-        for stream in choose_streams(one, info, found):
-            layers = choose_layers(one, info, stream)
-            check_cache(info, stream, layers)
-            info.cls.check(one, stream.kind, len(stream), layers)
-            placements.append(Placement(slot, one, info, stream, layers))
-    for stream in found.streams:
-        for index in range(len(stream)):
-            here = [p for p in placements if p.stream is stream and index in p.layers]
-            in_middle = [p for p in here if p.info.role == "TokenReducer" and p.info.cls.site == "middle"]
-            routers = [p for p in here if issubclass(p.info.cls, (TokenRouter, LayerRouter))]
-            if len(in_middle) > 1 or in_middle and routers:
-                names = [p.info.name for p in in_middle + routers]
-                raise UnsupportedError(
-                    explain(
-                        "One block takes one reducer between its attention and MLP, and no router beside it",
-                        f"{names} in {stream.paths[index]}",
-                        "Give them different layers.",
-                    )
-                )
-            caches = [p for p in here if p.info.role == "FeatureCache"]
-            if caches and (len(caches) > 1 or any(p.info.cls.moves_tokens for p in here if p not in caches)):
-                rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"
-                names = [p.info.name for p in here]
-                raise UnsupportedError(explain(rule, f"{names} in {stream.paths[index]}", "Give them different layers."))
-    check_base(found, config, placements)
-    return placements
-
-
-def check_cache(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
-    """A cache compressor needs a cache."""
-    without = [i for i in layers if layer_index(stream.blocks[i], stream.attention(i)) is None]
-    if issubclass(info.cls, CacheCompressor) and without:
-        rule = f"Method {info.name!r} needs blocks that store their keys in a cache"
-        raise UnsupportedError(
-            explain(rule, f"{type(stream.blocks[without[0]]).__name__} at {stream.paths[without[0]]}", "Choose another stream or model.")
-        )
-
-
-def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
-    """Compare the base that an adapter was made for with this one."""
-    now = {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
-    if config.base is not None and config.base != now:
-        try:
-            text = lambda base: ", ".join(f"{name}: {n} blocks of width {width} at {path}" for name, (n, width, path) in base.items())
-            made_for = text(config.base)
-        except (AttributeError, TypeError, ValueError):
-            made_for = repr(config.base)
-        raise AdapterError(
-            explain(f"This adapter was made for a base with {made_for}", text(now), "Load the base model that its card names.")
-        )
-    config.base = now
 
 
 def names_of_ours(configs: dict[str, PeftConfig]) -> set[str]:

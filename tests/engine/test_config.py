@@ -9,10 +9,10 @@ import pytest
 from torch import Tensor
 
 from hf_tokens import ConfigError, HFTokensConfig, MethodConfig, TokenReducer, method_info, option, register
+from hf_tokens.adapter import plain_form
 from hf_tokens.config import inside, interval, matches
 from hf_tokens.registry import METHODS, method_config, read_card
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
-from hf_tokens.tuner import plain_form
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from tolerances import all_equal
 
 import hf_tokens
 from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
+from hf_tokens.adapter import PlainType
 from hf_tokens.layer import BlockSurgery
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
-from hf_tokens.tuner import PlainType
 
 # what the tuner overrides or calls -> its parameters, without self
 SIGNATURES = {
