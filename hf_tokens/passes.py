@@ -47,10 +47,10 @@ class Memory(dict):
 class Entry:
     """What a block needs to be run again in a backward pass."""
 
-    came: weakref.ref
+    came: weakref.ref  # the hidden states that the model gave it; what a graph no longer holds will not come again
     books: Books
     inside: Tensor | None
-    given: Tensor | None
+    kept: bool  # whether those were what the model had got from the block before
     tokens: dict[str, Tensor]
 
 

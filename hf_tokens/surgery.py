@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .root import Root
 
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
-REPLAYS = 8  # passes whose books are held for blocks that are run again in a backward pass
 
 
 Guest = tuple[TokenBank, TokenMap, Tensor]  # a bank, the map that opened its places, and the tokens before it
@@ -135,7 +134,7 @@ class Runtime:
         memory = Memory()
         memory.tokens = dict(known.tokens)
         outside = self.current
-        now = Pass(known.books, None, None, memory, side.index - 1, inside=known.inside, given=known.given)
+        now = Pass(known.books, None, None, memory, side.index - 1, inside=known.inside, given=call.raw if known.kept else None)
         now.padding, now.first = padding(call.arguments, known.books)
         now.apart = None if self.stream.causal else views(call.arguments, known.books, now.padding)
         self.current = now
@@ -147,9 +146,9 @@ class Runtime:
     def _run(self, side: BlockSurgery, methods: list[Method], call: Call, replaying: bool = False) -> Any:
         now = self._enter(side, call)
         if not replaying and torch.is_grad_enabled() and side.checkpointed_outside:
-            held = self.entries.setdefault(side.index, [])
-            held.append(Entry(weakref.ref(call.raw), now.books, now.inside, now.given, dict(now.memory.tokens)))
-            del held[:-REPLAYS]
+            alive = [entry for entry in self.entries.get(side.index, ()) if entry.came() is not None]
+            entry = Entry(weakref.ref(call.raw), now.books, now.inside, call.raw is now.given, dict(now.memory.tokens))
+            self.entries[side.index] = [*alive, entry]
         layer = self._cache_layer(side, call, now)
         moment = Moment(self, side, now, self._tokens_left(call, now), layer)
         for method in methods:

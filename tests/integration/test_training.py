@@ -1,6 +1,7 @@
 """Training with the unmodified Trainer: losses, accumulation, checkpoints, schedules, precision, two processes."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tokens import FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
 from hf_tokens.api import root_of
-from hf_tokens.testing import zoo
+from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
 
 STACK = [FTPConfig(sparsity=0.3), ProbeInsertConfig(tokens=2)]  # a method with losses and a schedule, and one with neither
@@ -265,3 +266,26 @@ def test_two_processes_train_as_one(tmp_path):
     assert two["ranks"] == 2
     for name, value in trained(one.model).items():
         close(two["parameters"][name], value, name)
+
+
+def test_many_checkpointed_forwards_before_one_backward():
+    """Whole blocks are run again in the backward pass, each with the books of its own forward; nothing is held longer than its graph."""
+    gradients = []
+    for checkpointing in (False, True):
+        specimen = zoo.build("diffusers/FluxTransformer2DModel")
+        torch.manual_seed(0)
+        model = get_token_model(specimen.model, probe_config(0.5)).train()
+        if checkpointing:
+            specimen.model.enable_gradient_checkpointing()
+        total = 0.0
+        for i in range(11):
+            out = specimen.model(**{**specimen.inputs, "hidden_states": specimen.inputs["hidden_states"] + 0.01 * i})
+            total = total + out.sample.square().mean()
+        total.backward()
+        gradients.append([p.grad for name, p in model.named_parameters() if "hf_tokens" in name])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    del total, out
+    gc.collect()
+    specimen.model(**specimen.inputs)
+    entries = [held for runtime in root_of(model).runtimes for held in runtime.entries.values()]
+    assert entries and all(len(held) == 1 for held in entries)
