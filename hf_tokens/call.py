@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from . import families
 from .anatomy import Stream
-from .books import CROSS, SEGMENTS, Books, Stored
+from .books import CROSS, HIDES, SEGMENTS, Books, Stored
 from .cache import self_attention_cache
 from .errors import UnsupportedError, explain
 from .signatures import positional
@@ -214,7 +214,8 @@ class Call:
 
     def _mask_name(self) -> str | None:
         names = positional(type(self.stream.blocks[self.index]))
-        return next((name for name in (*self.arguments, *names) if "mask" in name and not CROSS.search(name) and "head" not in name), None)
+        own = [name for name in (*self.arguments, *names) if "mask" in name and not CROSS.search(name) and not HIDES.search(name)]
+        return next((name for name in own if "head" not in name), None)
 
     def _apply(self, inner: Callable, given: dict) -> Any:
         given = dict(given)
