@@ -386,6 +386,18 @@ def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensCon
     return pipeline
 
 
+def recall(model: nn.Module, adapter_name: str) -> None:
+    """Give a model the config of an adapter in it again: when diffusers unloads its LoRAs, it throws away the configs of all adapters."""
+    configs = vars(model).setdefault("peft_config", {})
+    if adapter_name in configs:
+        return
+    stack = {int(method.key.rpartition(".")[2]): method.config for method in instances(model, adapter_name)}
+    if not stack:
+        known = sorted({name for side in sides(model) for name in side.hf_tokens_methods})
+        raise UnsupportedError(explain(f"The adapter must be one of {known}", repr(adapter_name), "Pass `adapter_name`."))
+    configs[adapter_name] = HFTokensConfig(methods=[stack[slot] for slot in sorted(stack)])
+
+
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
     """Save the adapter of a PeftModel or of a pipeline's denoiser."""
     root_of(model)
@@ -395,6 +407,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     from safetensors.torch import save_file
 
     inner = denoiser(model) or model
+    recall(inner, adapter_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)

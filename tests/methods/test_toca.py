@@ -19,7 +19,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
-from hf_tokens import ToCaConfig, UnsupportedError, anatomy, get_token_model, load, save_adapter, unload
+from hf_tokens import HFTokensConfig, ToCaConfig, UnsupportedError, anatomy, get_token_model, load, save_adapter, unload
 from hf_tokens.api import adapter_config
 from hf_tokens.testing import zoo
 
@@ -595,6 +595,24 @@ def test_loras_that_diffusers_loads_beside_it_are_named_and_weighed():
     torch.testing.assert_close(sampled(model, scaled), both)
     with pytest.raises(UnsupportedError, match="must be 1, got 0.5 for 'ours'"):
         model.set_adapters(["ours", "default_0"], [0.5, 1.0])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # so it is
+def test_it_is_saved_after_diffusers_has_unloaded_its_loras(tmp_path):
+    calls, model = inputs("unet", (8, 8), 4), denoiser("unet")
+    inject_adapter_in_model(adapter_config(ToCaConfig(ratio=0.4)), model, "ours")
+    model.add_adapter(LoraConfig(target_modules=["to_q"], r=2), "theirs")
+    model.set_adapters(["ours", "theirs"])
+    model.unload_lora()
+    want = sampled(model, calls)
+    with pytest.raises(UnsupportedError, match=r"must be one of \['ours'\], got 'mine'"):
+        save_adapter(model, tmp_path, "mine")
+    save_adapter(model, tmp_path, "ours")
+    config = HFTokensConfig.from_pretrained(tmp_path)
+    assert config.stack() == [ToCaConfig(ratio=0.4)]
+    again = denoiser("unet")
+    inject_adapter_in_model(config, again, "ours")
+    torch.testing.assert_close(sampled(again, calls), want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
