@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from . import families
-from .anatomy import Stream
+from .anatomy import Stream, attentions
 from .books import CROSS, HIDES, SEGMENTS, Books, Stored
 from .cache import self_attention_cache
 from .errors import UnsupportedError, explain
@@ -22,6 +22,7 @@ BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's firs
 
 
 # How a model may lay out its tokens: to (b n d), and back, given the tensor that came. Parallel residual streams (c) count as one token.
+MIXING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 COUNTING: weakref.WeakKeyDictionary[nn.Module, tuple[bool, bool]] = weakref.WeakKeyDictionary()
 PACKED = "n d"  # samples one behind the other in one row
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -45,6 +46,14 @@ def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
         names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
         COUNTING[block] = tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
     return COUNTING[block]
+
+
+def mixes_more(block: nn.Module) -> bool:
+    """Whether a block mixes its tokens by a convolution or a second self-attention too."""
+    if block not in MIXING:
+        convolves = any(isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1 for m in block.modules())
+        MIXING[block] = convolves or len(attentions(block)) > 1
+    return MIXING[block]
 
 
 def axes(layout: str) -> int:
@@ -164,13 +173,14 @@ class Call:
         raise UnsupportedError(explain(rule, f"the masks {sorted(value)}, of which some are None", "Run one sample at a time."))
 
     def _refuse_filler(self, books: Books) -> None:
-        """A state space can be kept from filler as from padding: in front of a whole sequence."""
-        if self.stream.mixers[self.index] != "other" or books.filled is None:
+        """A mask keeps filler from one attention; a state space can be kept from it as from padding: in front of a whole sequence."""
+        block = self.stream.blocks[self.index]
+        if books.filled is None or self.attends and not mixes_more(block):
             return
-        if not self.stream.causal or books.start or bool((books.filled[:, :-1] & ~books.filled[:, 1:]).any()):
-            block = type(self.stream.blocks[self.index]).__name__
-            rule = "Blocks that mix tokens without an attention need as many tokens in each row of the batch"
-            came = f"{block} at {self.stream.paths[self.index]} and rows that keep different numbers"
+        behind = bool((books.filled[:, :-1] & ~books.filled[:, 1:]).any())
+        if self.attends or not self.stream.causal or books.start or behind:
+            rule = "Blocks that mix tokens by something else than one attention need as many tokens in each row of the batch"
+            came = f"{type(block).__name__} at {self.stream.paths[self.index]} and rows that keep different numbers"
             raise UnsupportedError(explain(rule, came, "Run one sample at a time, or choose other layers."))
 
     def _refuse_counting(self) -> None:
@@ -208,7 +218,7 @@ class Call:
     def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
         """The mask that these tokens need where the block has no argument for one."""
         named = self._mask_name() is not None and self.layout != "n d"
-        if books.untouched or named or self.stream.causal or not self.attends:
+        if books.untouched or named or not self.attends:
             return None
         return books.implied_mask(hidden, None)
 

@@ -83,6 +83,8 @@ LAYOUTS = (
 )
 # Blocks that put a second sequence behind their own tokens where they join the two, and not in front of them.
 CONTEXT_BEHIND = re.compile(r"^(Hunyuan|Motif|HiDream|NucleusMoE|JoyImage|JointTransformer)")
+# Blocks of Diffusers that take a mask for bool, where others add it.
+BOOL_MASKS = re.compile(r"^Lumina2")
 # block class -> what no mask function tells
 CAUSAL = {
     "modeling_fsmt.EncoderLayer": False,

@@ -148,6 +148,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
     @property
     def additive_mask(self) -> bool:
         """Whether the block's backend adds its mask to the scores."""
+        if families.BOOL_MASKS.search(type(self.block).__name__):
+            return False
         config = self.runtime.stream.config
         backend = config._attn_implementation if "_attn_implementation_internal" in vars(config or object) else None
         return (backend or "").removeprefix(PREFIX) not in ("sdpa", "flex_attention")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LongformerConfig, LongformerModel
 
-from hf_tokens import DeepPromptConfig, MethodConfig, anatomy, get_token_model, option, register, unload
+from hf_tokens import DeepPromptConfig, MethodConfig, TokenMap, anatomy, get_token_model, option, register, unload
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.registry import METHODS
 from hf_tokens.roles import TokenReducer
@@ -216,7 +216,7 @@ def test_a_state_space_takes_no_rows_of_different_lengths_in_the_middle_of_a_seq
     get_token_model(model, ProbeDropConfig()).eval()
     ids, mask = torch.randint(5, 90, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0  # the rows drop their new tokens in turn
-    with pytest.raises(UnsupportedError, match="mix tokens without an attention need as many tokens in each row"):
+    with pytest.raises(UnsupportedError, match="mix tokens by something else than one attention need as many tokens in each row"):
         model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)
 
 
@@ -325,3 +325,54 @@ def test_dropped_tokens_are_as_those_whose_keys_are_hidden(family, monkeypatch):
         unload(model)
         errors = [(ours - one).abs().max() / one.abs().max().clamp(min=1) for one in either]
         assert min(errors) < 1e-4, (stream.name, errors)
+
+
+RAGGED = "llama bert t5 vit jamba qwen3_next diffusers/Lumina2Transformer2DModel diffusers/PixArtTransformer2DModel".split()
+MIXED = ["convbert", "parakeet_encoder", "diffusers/LTX2VideoTransformer3DModel"]
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    """A reducer that keeps another number of tokens in each sample."""
+    monkeypatch.setitem(METHODS, "uneven", {})
+
+    class UnevenConfig(MethodConfig):
+        sharp: float = option(1.0, ge=0, zero=0.0, help="Nothing.")
+
+    @register("uneven", UnevenConfig)
+    class Uneven(TokenReducer):
+        site = "before"
+
+        def assign(self, hidden, mask):
+            first = torch.arange(hidden.shape[1]) == 0
+            return TokenMap.select((hidden[..., 0] > hidden[..., 1]) & mask | first)
+
+    return UnevenConfig
+
+
+@pytest.mark.parametrize("family", RAGGED)
+def test_rows_that_keep_different_numbers_are_as_each_alone(family, uneven):
+    specimen = zoo.build(family)
+    for stream in anatomy(specimen.model).streams:
+        get_token_model(specimen.model, uneven(stream=stream.name, layers=(1,)))
+        specimen.model.eval()
+        both = specimen.run()
+        for row in range(2):
+            one = {
+                name: value[row : row + 1] if isinstance(value, torch.Tensor) and value.dim() and len(value) == 2 else value
+                for name, value in specimen.inputs.items()
+            }
+            with torch.no_grad():
+                alone = zoo.tensors(specimen.model(**one))
+            for a, b in zip(both, alone, strict=True):
+                torch.testing.assert_close(a[row], b[0], rtol=1e-3, atol=1e-4)
+        unload(specimen.model)
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_rows_that_keep_different_numbers_need_one_attention_a_block(family, uneven):
+    specimen = zoo.build(family)
+    get_token_model(specimen.model, uneven(layers=(1,)))
+    specimen.model.eval()
+    with pytest.raises(UnsupportedError, match="by something else than one attention need as many tokens in each row"):
+        specimen.run()
