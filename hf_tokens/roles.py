@@ -220,7 +220,7 @@ class Method(nn.Module, abc.ABC):
     def examine(self) -> Any:
         """What `calibrate` is told of a block, asked behind it with the signals that it names, in a method that defines it; None: nothing.
 
-        Where it is not defined, `calibrate` is told what the verb says.
+        A TokenReducer is asked where its verb is, before that. Where it is not defined, `calibrate` is told what another verb says.
         """
 
     def weigh(self, ids: Tensor) -> Tensor:

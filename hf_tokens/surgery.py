@@ -389,6 +389,9 @@ class Runtime:
         return [math.prod(gates[min(run, len(gates) - 1)] for gates in said) for run in range(runs)], dense
 
     def _reduce(self, method: TokenReducer, moment: Moment) -> None:
+        if self.records is not None and type(method).examine is not TokenReducer.examine:
+            told = self.ask(method, moment, "examine")
+            self.records.setdefault(moment.side.index, []).extend([] if told is None else [(method.key, told)])
         tokens = self.ask(method, moment)
         if tokens is not None and tokens.reads is not None and not method.spans:
             rule = "Tokens read other slots than their own behind a span of blocks only"

@@ -7,7 +7,17 @@ import torch
 from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from hf_tokens import ConfigError, DynamicTokenPooling, DynamicTokenPoolingConfig, UnsupportedError, aux_loss, get_token_model, measure
+from hf_tokens import (
+    ConfigError,
+    DynamicTokenPooling,
+    DynamicTokenPoolingConfig,
+    UnsupportedError,
+    aux_loss,
+    calibrate,
+    get_token_model,
+    measure,
+)
+from hf_tokens.testing import zoo
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -110,6 +120,30 @@ def test_fixed_segments(k, n):
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
     cost = measure(model, input_ids=ids, use_cache=True)
     assert cost.tokens == 2 * n + 2 * (sum(ends) + 1)
+
+
+@torch.no_grad()
+def test_a_segment_has_the_place_of_its_last_token():
+    base = zoo.build("llama").model.double().eval()
+    model = get_token_model(base, DynamicTokenPoolingConfig(boundaries="fixed", prior=0.25, layers=(1, 2))).eval()
+    leader = next(m for m in model.modules() if isinstance(m, DynamicTokenPooling) and m.leads)
+    ids = torch.randint(5, 80, (1, 14), generator=torch.Generator().manual_seed(0))
+    out = model(ids).logits[0]
+    inner, place = base.model, torch.arange(14)
+    ends = [every(4)(t, None) for t in range(14)]
+    with model.disable_adapter():
+        x = inner.layers[0](inner.embed_tokens(ids), **rotary(inner, place))[0]
+        slots, reads = naive(x, ends, leader.null)
+        slots = slots[None]
+        for i in (1, 2):
+            slots = inner.layers[i](slots, **rotary(inner, torch.tensor([0, 3, 7, 11])))
+        x = inner.layers[3](x[None] + slots[:, reads], **rotary(inner, place))
+        torch.testing.assert_close(out, base.lm_head(inner.norm(x))[0], **CLOSE)
+
+
+def rotary(inner, place):
+    table = inner.rotary_emb(torch.zeros(1, dtype=torch.float64), place[None])
+    return {"position_embeddings": table, "position_ids": place[None]}
 
 
 def test_no_token_hears_of_a_later_one():
@@ -272,6 +306,23 @@ def test_labels_teach_the_predictor():
     assert aux_loss(model).item() == pytest.approx(sum(terms) / len(terms), abs=1e-9)
     with pytest.raises(ConfigError, match=r"must hold 1, 0 or -100 for each of \(2, 9\) tokens"):
         model(ids, attention_mask=mask, hf_tokens_targets=labels[:, :-1])
+
+
+@pytest.mark.parametrize("prior", [0.2, 0.5])
+def test_calibrate_ends_as_many_segments_as_the_prior_wants(prior):
+    model, leader = pooled(prior=prior)
+    ids, mask = batch((20, 11))
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    found = calibrate(model, [given])["default.0"]["threshold"]
+    x = embed(model.get_base_model(), ids, positions(mask))
+    rows = [blocks(model.get_base_model())[0](row[real])[0] for row, real in zip(x, mask, strict=True)]
+    chances = [chance(leader)(token) for row in rows for token in row]
+    assert sum(c > found for c in chances) == int(prior * len(chances))
+    assert leader.config.threshold == found
+    with torch.no_grad():
+        entries = model(**given, use_cache=True).past_key_values.layers[1].filled
+    assert int(entries.sum()) == int(prior * len(chances)) + 2
+    assert calibrate(pooled(boundaries="fixed")[0], [given]) == {}
 
 
 def test_trainer_trains_the_predictor(tmp_path):

@@ -6,9 +6,10 @@ Maths:   p_t = sigmoid(W2 gelu(W1 h_t + c1) + c2);  b_t = [sigmoid((logit p_t + 
          the middle blocks run on s_0, s_1, ..;  behind them h_t + s'_{k(t)}, k(t) = sum_{j <= t} b_j: the last finished segment;
          L = -1/n log Binomial(sum_t b_t; n, alpha), or with labels the cross-entropy of p_t
 Differs: a segment has the position of its last token, the paper counts segments: a pretrained model's distances stay. There is no noise
-         outside of training, and no norm behind the pooling: the blocks have their own. Labels (subwords, spikes of entropy) come as a
-         column `hf_tokens_targets`, 1 where a segment ends, -100 where it is left open. What a token bank inserted ends its segment.
-         `upsample="update"` is ours: h_t + s'_k - s_k, milder on a model that was trained without pooling.
+         outside of training; `calibrate` finds the threshold that ends as many segments as the prior wants where the predictor is unsure.
+         No norm follows the pooling: the blocks have their own. Labels (subwords, spikes of entropy) come as `hf_tokens_targets`, 1 where
+         a segment ends, -100 where it is left open. What a token bank inserted ends its segment. `upsample="update"` is ours,
+         h_t + s'_k - s_k: milder on a model that was trained without pooling.
 
 >>> from hf_tokens import DynamicTokenPoolingConfig, get_token_model
 >>> from hf_tokens.testing import zoo
@@ -19,7 +20,7 @@ Differs: a segment has the position of its last token, the paper counts segments
 [16, 5, 5, 16]
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class DynamicTokenPoolingConfig(MethodConfig):
     )
     weight: float = option(1.0, ge=0, help="Weight of the loss of the boundaries.")
     temperature: float = option(0.5, gt=0, help="Temperature of the noisy boundaries in training (paper: tau).")
-    threshold: float = option(0.5, gt=0, lt=1, help="Probability above which a segment ends.")
+    threshold: float = option(0.5, gt=0, lt=1, help="Chance above which a segment ends outside of training; `calibrate` finds it.")
     hidden: int = option(2048, ge=1, size=True, help="Width of the predictor's hidden layer.")
     upsample: str = option("sum", choices=("sum", "update"), help="What a token gets of its segment: all, or what the blocks changed.")
 
@@ -106,13 +107,12 @@ class DynamicTokenPooling(TokenReducer):
 
     def predict(self, x: Tensor, mask: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         """The boundaries behind these tokens (b n d), hard and straight through; in training, their loss is noted."""
-        config, learns = self.config, self.training and torch.is_grad_enabled()
-        w1, b1, w2, b2 = (p.to(x.dtype) for p in (self.w1, self.b1, self.w2, self.b2))
-        logit = linear(gelu(linear(x, w1, b1)), w2, b2)[..., 0]
+        config, logit = self.config, self.logit(x)
+        learns, noisy = self.training and torch.is_grad_enabled(), self.training and config.boundaries == "learnt"
+        if noisy:
+            logit = (logit + torch.rand_like(logit).logit(eps=1e-6)) / config.temperature
         chance = logit.sigmoid()
-        if self.training and config.boundaries == "learnt":
-            chance = ((logit + torch.rand_like(logit).logit(eps=1e-6)) / config.temperature).sigmoid()
-        ends = mask & (chance > config.threshold)
+        ends = mask & (chance > (0.5 if noisy else config.threshold))
         soft = straight_through(ends.to(x.dtype), chance * mask)
         if learns and config.boundaries == "learnt":
             n = mask.sum(dim=1).to(x.dtype)
@@ -122,6 +122,22 @@ class DynamicTokenPooling(TokenReducer):
         if learns and config.boundaries == "labels" and targets is not None:
             self.add_loss(config.weight * self.blame(logit, mask, targets.to(x.device)))
         return ends, soft if config.boundaries == "learnt" else soft.detach()
+
+    def logit(self, x: Tensor) -> Tensor:
+        """How likely a segment ends behind each token (b n d), (b n)."""
+        w1, b1, w2, b2 = (p.to(x.dtype) for p in (self.w1, self.b1, self.w2, self.b2))
+        return linear(gelu(linear(x, w1, b1)), w2, b2)[..., 0]
+
+    def examine(self, hidden: Tensor, mask: Tensor, fresh: Tensor) -> Tensor | None:
+        if self.config.boundaries != "learnt":
+            return None
+        return self.logit(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))[mask & ~fresh].sigmoid()
+
+    @classmethod
+    def calibrate(cls, config: DynamicTokenPoolingConfig, records: dict[int, list[Tensor]]) -> DynamicTokenPoolingConfig:
+        chances = torch.cat([batch for batches in records.values() for batch in batches]).sort(descending=True).values
+        ends = int(config.prior * len(chances) + 1e-9)
+        return replace(config, threshold=float(chances[max(0, ends - 1) : ends + 1].mean()))
 
     @staticmethod
     def blame(logit: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
