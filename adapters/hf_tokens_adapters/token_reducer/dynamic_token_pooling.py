@@ -1,15 +1,15 @@
 """Dynamic token pooling: a small predictor cuts the text into segments, and the middle blocks run once for each segment.
 
 Paper:   Efficient Transformers with Dynamic Token Pooling (Nawrot et al., ACL 2023), arXiv:2211.09761
-Maths:   p_t = sigmoid(W2 gelu(W1 h_t + c1) + c2);  b_t = [sigmoid((logit p_t + g) / tau) > 1/2], g logistic noise, straight through;
+Maths:   p_t = sigmoid(W2 gelu(W1 norm(h_t) + c1) + c2);  b_t = [sigmoid((logit p_t + g) / tau) > 1/2], g logistic noise, straight through;
          s_0 learnt, s_k = sum_t a_t h_t / sum_t a_t over the t of segment k, sum_{j < t} b_j = k - 1, with a_t = 2 - k + sum_{j < t} b_j;
          the middle blocks run on s_0, s_1, ..;  behind them h_t + s'_{k(t)}, k(t) = sum_{j <= t} b_j: the last finished segment;
          L = -1/n log Binomial(sum_t b_t; n, alpha), or with labels the cross-entropy of p_t
 Differs: a segment has the position of its last token, the paper counts segments: a pretrained model's distances stay. There is no noise
          outside of training; `calibrate` finds the threshold that ends as many segments as the prior wants where the predictor is unsure.
-         No norm follows the pooling: the blocks have their own. Labels (subwords, spikes of entropy) come as `hf_tokens_targets`, 1 where
-         a segment ends, -100 where it is left open. What a token bank inserted ends its segment. `upsample="update"` is ours,
-         h_t + s'_k - s_k: milder on a model that was trained without pooling.
+         The paper's blocks end in a norm; here the predictor norms h_t, and the pooling leaves it to the blocks. Labels (of subwords, of
+         spikes of entropy) come as `hf_tokens_targets`, 1 where a segment ends, -100 where it is left open. What a token bank inserted
+         ends its segment. `upsample="update"` is ours, h_t + s'_k - s_k: milder on a model that was trained without pooling.
 
 >>> from hf_tokens import DynamicTokenPoolingConfig, get_token_model
 >>> from hf_tokens.testing import zoo
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, gelu, linear
+from torch.nn.functional import binary_cross_entropy_with_logits, gelu, layer_norm, linear
 
 from hf_tokens import ConfigError, Dims, MethodConfig, TokenMap, TokenReducer, option, register, straight_through
 
@@ -60,7 +60,7 @@ class DynamicTokenPooling(TokenReducer):
     def __init__(self, config: DynamicTokenPoolingConfig, dims: Dims):
         super().__init__(config, dims)
         if dims.leads:
-            self.null = nn.Parameter(torch.randn(dims.width))
+            self.null = nn.Parameter(0.02 * torch.randn(dims.width))  # as small as embeddings are
         if dims.leads and config.boundaries != "fixed":
             inner, outer = nn.Linear(dims.width, config.hidden), nn.Linear(config.hidden, 1)
             self.w1, self.b1, self.w2, self.b2 = inner.weight, inner.bias, outer.weight, outer.bias
@@ -126,7 +126,7 @@ class DynamicTokenPooling(TokenReducer):
     def logit(self, x: Tensor) -> Tensor:
         """How likely a segment ends behind each token (b n d), (b n)."""
         w1, b1, w2, b2 = (p.to(x.dtype) for p in (self.w1, self.b1, self.w2, self.b2))
-        return linear(gelu(linear(x, w1, b1)), w2, b2)[..., 0]
+        return linear(gelu(linear(layer_norm(x, x.shape[-1:]), w1, b1)), w2, b2)[..., 0]
 
     def examine(self, hidden: Tensor, mask: Tensor, fresh: Tensor) -> Tensor | None:
         if self.config.boundaries != "learnt":
