@@ -88,6 +88,8 @@ SIGNALS: dict[str, str] = {
 # What an Objective may ask for; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
 JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
 SHARED = frozenset({"hidden", "positions", "progress"})
+# What one word alone may ask for.
+OF_A_WORD = {"attend": frozenset({"affinity", "key_positions", "own_keys"}), "conclude": frozenset({"own"})}
 
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
 
@@ -160,7 +162,7 @@ class Method(nn.Module, abc.ABC):
     placed: ClassVar[bool] = True
     further: ClassVar[tuple[str, ...]] = ("examine",)
     words: ClassVar[dict[str, tuple[str, ...]]] = {}
-    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES
+    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES - frozenset().union(*OF_A_WORD.values())
     site: ClassVar[str] = "block"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     kinds: ClassVar[tuple[str, ...]] = ()
