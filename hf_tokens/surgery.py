@@ -296,7 +296,7 @@ class Runtime:
         heard = replace(moment, hidden=x, now=replace(now), mask=mask, bias=bias)
         with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps, asking, heard)):
             output = call.run(side.features.block, x, books, stored)
-        if unsaid:
+        if unsaid or side.attends is not None:
             side.attention_call()
         self._mark(side, moment)
         if not side.features.reused:

@@ -212,6 +212,9 @@ def test_gradients_reach_the_mark_through_the_choice_of_blocks():
 def test_what_looks_at_the_same_attention_is_refused():
     with pytest.raises(UnsupportedError, match="shapes an attention call"):
         get_token_model(gpt2(2), [LandmarkAttentionConfig(block=3), PrefixKVConfig()])
+    deaf = zoo.build("falcon")  # its attention calls no interface
+    with pytest.raises(UnsupportedError, match="calls the attention interface"):
+        get_token_model(deaf.model, LandmarkAttentionConfig(block=3))(**deaf.inputs)
     with pytest.raises(ConfigError, match="retrieve"):
         LandmarkAttentionConfig(retrieve=0)
 
