@@ -107,6 +107,7 @@ class Dims:
     kind: str
     causal: bool
     leads: bool = True  # whether this block is the first that the method acts on
+    ends: bool = True  # whether it is the last
     place: int = 0  # of this block among all that the method acts on, over all streams
     places: int = 1
     outputs: int | None = None  # features that the model's head returns
@@ -142,6 +143,7 @@ class Method(nn.Module, abc.ABC):
         proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
         decodes: A cache compressor speaks at each generated token too.
         parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
+        spans: A reducer at the site `before` is asked in front of the first of its blocks; behind the last its tokens are there again.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
         chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one.
         placed: It sits in blocks, as an adapter; False for one that a door of its own applies.
@@ -176,6 +178,7 @@ class Method(nn.Module, abc.ABC):
     proportional: bool = False
     decodes: bool = False
     parts: tuple[str, ...] = ("attention",)
+    spans: ClassVar[bool] = False
     exit: int | None = None
     chunks: ClassVar[bool] = True
     allots: bool = False
@@ -224,7 +227,7 @@ class Method(nn.Module, abc.ABC):
     def examine(self) -> Any:
         """What `calibrate` is told of a block, asked behind it with the signals that it names, in a method that defines it; None: nothing.
 
-        Where it is not defined, `calibrate` is told what the verb says.
+        A TokenReducer is asked where its verb is, before that. Where it is not defined, `calibrate` is told what another verb says.
         """
 
     def weigh(self, ids: Tensor) -> Tensor:
@@ -335,6 +338,7 @@ class TokenReducer(Method):
 
     At the site `sublayer` it is for the time of the block's `parts` only: each token keeps its own residual, and gets what its slot got.
     There and in the middle the verb is asked without gradients: the map is a decision, and what it joins has the gradient.
+    One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` says what comes back.
     """
 
     role, verb, site, sites = "TokenReducer", "assign", "after", ("before", "middle", "after", "sublayer")
@@ -342,6 +346,16 @@ class TokenReducer(Method):
     @abc.abstractmethod
     def assign(self, *signals: Any) -> TokenMap | None:
         """The map of the tokens at this site; None changes nothing."""
+
+    def regain(self, before: Tensor, given: Tensor, got: Tensor) -> Tensor:
+        """If it `spans`: the tokens behind the blocks, (b n d); by default each is what its slot is.
+
+        Args:
+            before: The tokens in front of the blocks, (b n d).
+            given: What stood there in the slot that each token reads; the token itself where it reads none.
+            got: What stands in that slot behind the blocks.
+        """
+        return got
 
 
 class TokenRouter(Method):
