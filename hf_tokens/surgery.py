@@ -20,6 +20,7 @@ from .anatomy import Stream
 from .books import Books
 from .cache import TokenCacheLayer, adopt, place
 from .call import Call, find_cache
+from .conditioning import read
 from .embedding import LookUp, at_table, check_look_up, rows_of_stream, write_rows
 from .errors import UnsupportedError, explain
 from .eviction import compress
@@ -74,7 +75,11 @@ class Runtime:
     # -- a block -----------------------------------------------------------------------------------------------------
 
     def run(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
-        """A block's forward."""
+        """A block's forward, on its own part of a prompt that has tokens for single blocks in it."""
+        args, kwargs, give_back = read(self, side, args, kwargs)
+        return give_back(self._pass(side, args, kwargs))
+
+    def _pass(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         methods = side.speakers
         if side.index == 0 and self.moves:
             self._adopt(args, kwargs)
@@ -228,6 +233,8 @@ class Runtime:
                     "Act on the blocks behind that place, or on another stream.",
                 )
             )
+        if call.context != now.books.context:
+            now.books = replace(now.books, context=call.context, memo={})
         now.at = side.index
         return now
 
