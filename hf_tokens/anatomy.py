@@ -179,10 +179,11 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def prompt_width(model: nn.Module) -> int | None:
-    """Features of the prompt that a denoiser is given; None for one that is given none, and for another model."""
+    """Features of the prompt, of any length, that a denoiser is given; None for one that is given none, and for another model."""
     if "diffusers" not in sys.modules or not isinstance(model, sys.modules["diffusers"].ModelMixin):
         return None
-    return _number(_config(model), "prompt") if PROMPT in parameters(type(model)) else None
+    takes = PROMPT in parameters(type(model)) and not families.FIXED_PROMPT.search(type(model).__name__)
+    return _number(_config(model), "prompt") if takes else None
 
 
 def image_tokens(model: nn.Module) -> list[int]:

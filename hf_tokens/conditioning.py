@@ -73,9 +73,11 @@ def gather(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments) -> list
     """What the banks put into the prompt of a call, as far as any sample takes it."""
     prompt, gifts, takers = call.get(PROMPT), [], {}
     for side, bank in banks:
-        if not isinstance(prompt, Tensor) or prompt.dim() != 3:
-            rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features)"
-            raise UnsupportedError(explain(rule, type(prompt).__name__, "Pass one, or disable the adapter."))
+        time = side.runtime.inputs["time"]
+        if not isinstance(prompt, Tensor) or prompt.dim() != 3 or time is not None and len(time) != len(prompt):
+            rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
+            came = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise UnsupportedError(explain(rule, came, "Pass one, or disable the adapter."))
         tokens = ask(side, bank, call, "tokens")
         if tokens is None or tokens.shape[-2] == 0:
             continue
@@ -241,12 +243,26 @@ class Layouts:
         return found[-1]
 
 
-def read(runtime: Runtime, side: BlockSurgery, args: tuple, kwargs: dict) -> tuple[tuple, dict, Callable[[Any], Any]]:
-    """The arguments of a block with its own part of the prompt only; and what gives the prompt back in what it returns."""
-    layouts = runtime.root.layouts
-    layout = layouts and layouts.at(side, runtime.stream.bind(side.index, args, kwargs))
+def on_its_own(runtime: Runtime, side: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run a block on its own part of the prompt only; what it returns has the whole prompt again."""
+    layout = runtime.root.layouts.at(side, runtime.stream.bind(side.index, args, kwargs))
     if layout is None:
-        return args, kwargs, lambda output: output
+        return run(side, args, kwargs)
+    own, more, give_back = cut(layout, runtime, side, args, kwargs)
+    try:
+        return give_back(run(side, own, more))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        if isinstance(error, UnsupportedError):
+            raise
+        rule = "A block with a prompt of its own must run on another number of its tokens than the model was given"
+        came = f"{type(side.block).__name__} at {runtime.stream.paths[side.index]}, which says: {error}"
+        raise UnsupportedError(explain(rule, came, "Choose another model, or one prompt for all blocks.")) from error
+
+
+def cut(layout: Layout, runtime: Runtime, side: BlockSurgery, args: tuple, kwargs: dict) -> tuple[tuple, dict, Callable[[Any], Any]]:
+    """The arguments of a block with its own part of the prompt only; and what gives the prompt back in what it returns."""
     index = runtime.stream.context_index(side.index)
     names = positional(type(side.block))[: len(args)]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -257,9 +273,10 @@ def read(runtime: Runtime, side: BlockSurgery, args: tuple, kwargs: dict) -> tup
         raise UnsupportedError(explain(rule, came, "Choose another model, or one prompt for all blocks."))
     keys = {(method.key, method.dims.place) for method in side.active() if isinstance(method, TokenBank)}
     keep = [*range(layout.length), *(i for key, own in layout.own.items() if key in keys for i in own)]
-    cut = {name: narrow(name, value, context, torch.tensor(keep, device=context.device), n, side) for name, value in arguments.items()}
-    more = {name: value for name, value in cut.items() if name not in names}
-    return tuple([*(cut[name] for name in names), *args[len(names) :]]), more, lambda output: give_back(output, index, context, layout)
+    kept = torch.tensor(keep, device=context.device)
+    own = {name: narrow(name, value, context, kept, n, side) for name, value in arguments.items()}
+    more = {name: value for name, value in own.items() if name not in names}
+    return (*(own[name] for name in names), *args[len(names) :]), more, lambda output: give_back(output, index, context, layout)
 
 
 def narrow(name: str, value: Any, context: Tensor, keep: Tensor, n: int, side: BlockSurgery) -> Any:

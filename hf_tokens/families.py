@@ -156,6 +156,10 @@ INDEXED = {"ClvpEncoderLayer": "rotary_pos_emb"}
 PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
 PROMPT_PLACES = ("txt_ids",)
 PROMPT_LENGTHS = re.compile(r"seq_lens$")
+# Denoisers that count on the length of their prompt, or are given it a second time in other words.
+FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
+# Denoisers that read their prompt as a whole too, beside their blocks.
+POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED = re.compile(r"^(txt|img)_ids$|rotary|freqs")
 # Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.

@@ -38,9 +38,10 @@ def sees(cls: type[Method]) -> bool:
     return bool(SPANS & {*cls.signals, *cls.observes})
 
 
-def reads_prompt(stream: Stream, found: Anatomy) -> bool:
-    """Whether the blocks of a stream read the prompt that a denoiser is given."""
-    return prompt_width(found.model) is not None and all(PROMPT in parameters(type(block)) for block in stream.blocks)
+def reads_prompt(cls: type[Method], stream: Stream, found: Anatomy) -> bool:
+    """Whether the model is given a prompt, and, for a method that gives each block its own, each block gets it by itself."""
+    by_itself = all(PROMPT in parameters(type(block)) for block in stream.blocks)
+    return prompt_width(found.model) is not None and (by_itself or not issubclass(cls, TokenBank) or not cls.deep)
 
 
 def fits(info: MethodInfo, stream: Stream, found: Anatomy) -> bool:
@@ -48,7 +49,7 @@ def fits(info: MethodInfo, stream: Stream, found: Anatomy) -> bool:
     cls = info.cls
     if sees(cls) and not image_tokens(found.model) or cls.site == "embedding" and stream.table is None:
         return False
-    if cls.site == "prompt" and not reads_prompt(stream, found):
+    if cls.site == "prompt" and not reads_prompt(cls, stream, found):
         return False
     if (cls.kinds and stream.kind not in cls.kinds) or cls.causal not in (None, stream.causal):
         return False
@@ -64,7 +65,8 @@ def demand(info: MethodInfo) -> str:
     if issubclass(info.cls, WeightEdit):
         return f"a {causal}stream{kinds} whose blocks have {SITES[info.cls.site][1]}"
     if info.cls.site == "prompt":
-        return f"a {causal}stream{kinds} of a denoiser that is given a prompt, `{PROMPT}`"
+        each = " and hands it to each block" if info.cls.deep else ""
+        return f"a {causal}stream{kinds} of a denoiser that is given a prompt of any length, `{PROMPT}`{each}"
     table = " and come from a table of embeddings" if info.cls.site == "embedding" else ""
     return f"a {causal}stream{kinds} whose tokens stand in a row{table}{', with tokens of pictures among them' if sees(info.cls) else ''}"
 
@@ -103,6 +105,7 @@ def all_that_read(streams: list[Stream], info: MethodInfo, found: Anatomy) -> li
     ours = {id(module) for stream in streams for block in stream.blocks for module in block.modules()}
     outside = [stream.name for stream in found.streams if stream not in streams]
     outside += [path for path, module in cross_attentions(found.model) if id(module) not in ours]
+    outside += ["a pool of the prompt"] if families.POOLED_PROMPT.search(type(found.model).__name__) else []
     if outside:
         rule = f"Method {info.name!r} gives each block a prompt of its own, so it acts in all that reads the prompt"
         came = f"{outside} of {type(found.model).__name__} beside it"

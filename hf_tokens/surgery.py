@@ -20,7 +20,7 @@ from .anatomy import Stream
 from .books import Books
 from .cache import TokenCacheLayer, adopt, place
 from .call import Call, find_cache
-from .conditioning import read
+from .conditioning import on_its_own
 from .embedding import LookUp, at_table, check_look_up, rows_of_stream, write_rows
 from .errors import UnsupportedError, explain
 from .eviction import compress
@@ -76,8 +76,7 @@ class Runtime:
 
     def run(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         """A block's forward, on its own part of a prompt that has tokens for single blocks in it."""
-        args, kwargs, give_back = read(self, side, args, kwargs)
-        return give_back(self._pass(side, args, kwargs))
+        return on_its_own(self, side, self._pass, args, kwargs)
 
     def _pass(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         methods = side.speakers
