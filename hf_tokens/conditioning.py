@@ -78,23 +78,25 @@ def gather(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments) -> list
             rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
             came = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise UnsupportedError(explain(rule, came, "Pass one, or disable the adapter."))
-        tokens = ask(side, bank, call, "tokens")
+        if bank.key not in takers:
+            rows = ask(side, bank, call, "takes")
+            rows = ~side.runtime.inputs["negative"] if rows is None else rows
+            takers[bank.key] = rows if bool(rows.any()) else None
+        tokens = None if takers[bank.key] is None else ask(side, bank, call, "tokens")
         if tokens is None or tokens.shape[-2] == 0:
             continue
         if tokens.shape[-1] != prompt.shape[-1]:
             rule = f"{type(bank).__name__} was made for a prompt of {tokens.shape[-1]} features"
             raise UnsupportedError(explain(rule, prompt.shape[-1], "Encode the prompt as the model's config says."))
-        if bank.key not in takers:
-            rows = ask(side, bank, call, "takes")
-            takers[bank.key] = ~side.runtime.inputs["negative"] if rows is None else rows
         tokens = tokens.to(prompt).expand(len(prompt), -1, -1)
         gifts.append(Gift(bank.key, bank.dims.place if bank.deep else None, tokens, takers[bank.key]))
-    return [gift for gift in gifts if bool(gift.rows.any())]
+    return gifts
 
 
 def groups(gifts: list[Gift]) -> list[Tensor]:
     """Samples that take the same gifts, as indices: what they read differs in length, and not every model can hide a part of it."""
-    which = torch.stack([gift.rows for gift in gifts], dim=1).unique(dim=0, return_inverse=True)[1]
+    takers = {gift.key: gift.rows for gift in gifts}
+    which = torch.stack([*takers.values()], dim=1).unique(dim=0, return_inverse=True)[1]
     return [(which == i).nonzero()[:, 0] for i in range(int(which.max()) + 1)]
 
 

@@ -135,11 +135,11 @@ class Denoising:
         """The timestep of each sample on a schedule of 1000, 1000 at pure noise, (b)."""
         if timestep is None or not isinstance(sample, Tensor):
             return None
-        name, value = type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).double()
+        name, value = type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float()
         value = value.reshape(len(sample), -1).amax(dim=1) if value.numel() % len(sample) == 0 else value.amax().expand(len(sample))
         value = 1000 * value if families.UNIT_TIME.search(name) else value
         value = 1000 - value if families.RISING_TIME.search(name) else value
-        return value.round(decimals=3).float()  # a share is no whole number of thousandths in single precision
+        return value.round(decimals=3)  # a share is no whole number of thousandths in single precision
 
     def negative(self, call: dict[str, Any]) -> Tensor | None:
         """Samples of the negative prompt in this call, (b) bool; None where there is no prompt."""

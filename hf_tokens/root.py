@@ -124,6 +124,7 @@ class Root:
             self._refuse_threads(module)
         targets = kwargs.get(TARGETS)
         kwargs = {name: value for name, value in kwargs.items() if name != TARGETS}
+        self.given, self.parts, self.layouts.now = None, [], None
         if self.teaching:
             return args, kwargs
         for method in self.methods():
@@ -150,7 +151,6 @@ class Root:
 
     def _tell(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Let banks add to a denoiser's prompt; samples that take other tokens than the last ones do run here."""
-        self.given, self.parts, self.layouts.now = None, [], None
         banks = in_prompt(self)
         if not banks:
             return args, kwargs

@@ -18,6 +18,7 @@ from hf_tokens import (
     ToCaConfig,
     TokenBank,
     UnsupportedError,
+    anatomy,
     get_token_model,
     objective_loss,
     option,
@@ -27,6 +28,7 @@ from hf_tokens import (
 from hf_tokens.conditioning import Gift, join, real, tell
 from hf_tokens.errors import ConfigError
 from hf_tokens.registry import METHODS
+from hf_tokens.testing import zoo
 
 PROMPTED = ("unet", "sd3", "flux", "pixart")
 WORD = ProSpectConfig(stages=1, tokens=2, init_std=1.0)
@@ -228,13 +230,13 @@ def test_beside_a_feature_cache_guidance_takes_two_calls():
     _set_cache_context(model.base_model.model, None)
 
 
-def test_an_objective_s_reference_reads_the_prompt_as_it_came():
-    model, lengths = surgery("pixart", WORD, DiffusionDPOConfig()).train(), []
+def test_an_objective_s_reference_reads_the_prompt_as_it_came(own):
+    model, lengths = surgery("pixart", WORD, own(), DiffusionDPOConfig()).train(), []
     model.base_model.model.caption_projection.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     call = calls("pixart", 1)[0]
     output = model(**call).sample
     objective_loss(model, torch.randn_like(output[:, :4])).backward()
-    assert lengths == [7, 5]
+    assert lengths == [5 + 2 + 3 * 2, 5]
 
 
 # -- what a block reads ----------------------------------------------------------------------------------------------
@@ -259,6 +261,42 @@ def test_blocks_that_the_bank_leaves_out_read_none(own, kind):
     with own_prompts(base, kind, rows):
         want = base(**call).sample
     close(model(**call).sample, want)
+
+
+READERS = "Allegro 3D,Bria 2D,CogView4 2D,LTXVideo 3D,QwenImage 2D,Sana 2D,Wan 3D".split(",")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", READERS)
+def test_no_block_sees_what_stands_there_for_another(own, family):
+    specimen = zoo.build(f"diffusers/{'Transformer'.join(family.split())}Model")
+    torch.manual_seed(0)
+    model, seen = get_token_model(specimen.model, own()).eval(), []
+    mine = blocks(model.base_model.model)
+    for stream in anatomy(model).streams:
+        for block in stream.blocks:
+            block.register_forward_hook(lambda module, args, output, stream=stream: seen.append(stream.read(0, output)))
+    model(**specimen.inputs)
+    before = seen.copy()
+    for changed in (len(mine) - 1, len(mine) // 2, 0):
+        rows = mine[changed].hf_tokens.hf_tokens_methods["default"]["0"].rows
+        seen.clear()
+        rows.add_(1)
+        model(**specimen.inputs)
+        rows.sub_(1)
+        alike = [torch.equal(one, other) for one, other in zip(seen, before, strict=True)]
+        assert alike[:changed] == [True] * changed and not alike[changed]
+
+
+def test_a_prompt_that_is_pooled_too_is_refused(own):
+    with pytest.raises(UnsupportedError, match="a pool of the prompt"):
+        get_token_model(zoo.build("diffusers/MochiTransformer3DModel").model, own())
+
+
+@pytest.mark.parametrize("family", ["CogVideoXTransformer3DModel", "HunyuanDiT2DModel", "DiTTransformer2DModel"])
+def test_a_prompt_whose_length_is_fixed_is_refused(family):
+    with pytest.raises(UnsupportedError, match="a denoiser that is given a prompt of any length"):
+        get_token_model(zoo.build(f"diffusers/{family}").model, WORD)
 
 
 @torch.no_grad()

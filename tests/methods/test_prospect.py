@@ -87,6 +87,18 @@ def test_samples_of_a_batch_may_stand_at_different_steps(kind):
     close(model(**call, return_dict=False)[0], torch.cat(want))
 
 
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_a_batch_in_training_may_hold_samples_of_other_stages(kind):
+    (model, bank), base, call = surgery(kind, stages=4, acts=(3,)), denoiser(kind), calls(kind, 1)[0]
+    call["timestep"] = torch.tensor([0.9, 0.2]) if kind == "flux" else torch.tensor([900, 200])
+    got = model.train()(**call, return_dict=False)[0]
+    want = [base(**alone(call, 0), return_dict=False)[0], by_hand(base, kind, alone(call, 1), bank[3])]
+    close(got, torch.cat(want))
+    got.square().sum().backward()
+    grad = next(p.grad for name, p in model.named_parameters() if name.endswith("bank"))
+    assert not grad[:3].any() and bool((grad[3] != 0).all())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", PROMPTED)
 def test_under_guidance_the_negative_prompt_stays_the_base_s(kind):
