@@ -48,6 +48,9 @@ SIGNALS: dict[str, str] = {
     "step": "index of the denoising step, int",
     "steps": "number of denoising steps, int, or None where the pipeline does not say",
     "timestep": "timestep of the denoising step as the model got it, Tensor or None",
+    "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b)",
+    "negative": "for `takes`: samples of the negative prompt, (b) bool: by the name of the call's cache context, or where parts of a batch "
+    "have the same latents and other prompts, as in classifier-free guidance; None where no bank acts on the prompt",
     "elapsed": "share of the denoising that is done, by the step or else by how far the timestep fell; None if neither is told, float",
     "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
     "targets": "what the batch's column `hf_tokens_targets` holds, such as the right routes, Tensor; None where it has no such column",
@@ -92,6 +95,8 @@ SHARED = frozenset({"hidden", "positions", "progress"})
 OF_A_WORD = {"attend": frozenset({"affinity", "key_positions", "own_keys"}), "conclude": frozenset({"own"})}
 
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
+AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed", "negative"}  # where a prompt is given
+AT_SITE: dict[str, tuple[str, set[str]]] = {"embedding": ("at the embeddings", AT_TABLE), "prompt": ("at the prompt", AT_PROMPT)}
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class Dims:
     outputs: int | None = None  # features that the model's head returns
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the block's weights that a WeightEdit may change
     table: nn.Module | None = None  # what looks up the embeddings of the stream's tokens
+    prompt: int | None = None  # features of the prompt that a denoiser is given
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -286,26 +292,30 @@ class TokenBank(Method):
     later block it sits in to rewrite them; `block` gives them to one block and takes them out behind it; `query` lets them only ask:
     no token sees them, and what they gathered goes to `read`; `embedding` inserts none, they take the place of embeddings that the
     model looks up, before it adds positions, where `find` says: what stands in the prompt is the caller's. There, a bank sits in the
-    first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens.
+    first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens. `prompt` puts them
+    behind the prompt that a denoiser is given, before the model reads it, in the samples that `takes` says; there, the signals `hidden`
+    and `mask` are of the prompt. If it is `deep`, each block reads the tokens of its own instance only, as the model made them of what
+    the verb said.
 
     At the site `input` a method may define three more words: `follow` says behind which tokens they go, `attend` how the attention of
     each block that it sits in reads them and all others, `conclude` what has become of them.
     """
 
-    role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding")
-    further = ("follow", "attend", "conclude", "examine")
+    role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding", "prompt")
+    further = ("follow", "attend", "conclude", "examine", "takes")
     packed = True
     deep: ClassVar[bool] = False
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
-        """Blocks that the bank acts in when the config does not name them: at the embeddings, the first."""
-        return (0,) if cls.site == "embedding" else super().default_layers(config, layers)
+        """Blocks that the bank acts in when the config does not name them: at embeddings and prompt the first, unless it is deep."""
+        once = cls.site == "embedding" or cls.site == "prompt" and not cls.deep
+        return (0,) if once else super().default_layers(config, layers)
 
     @property
     def in_block(self) -> bool:
         """Whether it does anything around a block."""
-        return self.site != "embedding" or self.deep
+        return self.site not in AT_SITE or self.site == "embedding" and self.deep
 
     @abc.abstractmethod
     def tokens(self, *signals: Any) -> Tensor | None:
@@ -327,6 +337,9 @@ class TokenBank(Method):
     def find(self, ids: Tensor) -> Tensor:
         """If the site is `embedding`: which of the tokens takes the place of each embedding, -1 where none does, for token ids (b n)."""
         raise UnsupportedError(explain("A bank at the embeddings says where its tokens go", type(self).__name__, "Define its `find`."))
+
+    def takes(self) -> Tensor | None:
+        """If the site is `prompt`: which samples take the tokens, (b) bool; None is all but those of the negative prompt."""
 
     def read(self, summary: Tensor) -> Tensor | None:
         """What the head's output gains from what the query tokens gathered in this block, summary (b k d) to (b o)."""

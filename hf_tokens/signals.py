@@ -370,6 +370,8 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "steps": lambda m: m.runtime.inputs["steps"],
     "timestep": lambda m: m.runtime.inputs["timestep"],
     "elapsed": lambda m: m.runtime.inputs["elapsed"],
+    "time": lambda m: m.runtime.inputs["time"],
+    "negative": lambda m: m.runtime.inputs["negative"],
     "noise": told("noise"),
     "guidance": told("guidance"),
     "progress": lambda m: m.runtime.progress,

@@ -20,6 +20,7 @@ from .anatomy import Stream
 from .books import Books
 from .cache import TokenCacheLayer, adopt, place
 from .call import Call, find_cache
+from .conditioning import on_its_own
 from .embedding import LookUp, at_table, check_look_up, rows_of_stream, write_rows
 from .errors import UnsupportedError, explain
 from .eviction import compress
@@ -76,7 +77,10 @@ class Runtime:
     # -- a block -----------------------------------------------------------------------------------------------------
 
     def run(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
-        """A block's forward."""
+        """A block's forward, on its own part of a prompt that has tokens for single blocks in it."""
+        return on_its_own(self, side, self._pass, args, kwargs)
+
+    def _pass(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         methods = side.speakers
         if side.index == 0 and self.moves:
             self._adopt(args, kwargs)
@@ -237,6 +241,8 @@ class Runtime:
                     "Act on the blocks behind that place, or on another stream.",
                 )
             )
+        if call.context != now.books.context:
+            now.books = replace(now.books, context=call.context, memo={})
         now.at = side.index
         return now
 
