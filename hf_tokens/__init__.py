@@ -7,7 +7,7 @@ from typing import Any
 
 from .adapter import HFTokensConfig
 from .anatomy import Anatomy, Stream, anatomy
-from .api import aux_loss, calibrate, get_token_model, load, objective_loss, save_adapter, set_method, set_progress, unload
+from .api import aux_loss, calibrate, conclusions, get_token_model, load, objective_loss, save_adapter, set_method, set_progress, unload
 from .config import MethodConfig, option
 from .edits import edit
 from .embedding import match_ids, match_sequence
@@ -16,6 +16,7 @@ from .holding import Polar, Quantized, angle_between
 from .measure import measure
 from .registry import list_methods, method_info, register
 from .roles import (
+    Attending,
     AttentionEdit,
     CacheCompressor,
     Dims,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Anatomy",
+    "Attending",
     "AttentionEdit",
     "CacheCompressor",
     "ConfigError",
@@ -76,6 +78,7 @@ __all__ = [
     "aux_loss",
     "calibrate",
     "closest_map",
+    "conclusions",
     "edit",
     "get_token_model",
     "heavy_hitters",

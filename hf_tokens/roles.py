@@ -50,7 +50,7 @@ SIGNALS: dict[str, str] = {
     "timestep": "timestep of the denoising step as the model got it, Tensor or None",
     "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b)",
     "negative": "for `takes`: samples of the negative prompt, (b) bool: by the name of the call's cache context, or where parts of a batch "
-    "have the same latents and other prompts, as in classifier-free guidance; None where no bank acts on the prompt",
+    "have the same latents and other prompts, as in classifier-free guidance",
     "elapsed": "share of the denoising that is done, by the step or else by how far the timestep fell; None if neither is told, float",
     "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
     "targets": "what the batch's column `hf_tokens_targets` holds, such as the right routes, Tensor; None where it has no such column",
@@ -75,6 +75,11 @@ SIGNALS: dict[str, str] = {
     "anchors": "for a VocabularyEdit: the model's rows of the tokens that both vocabularies have, (a d)",
     "donor_anchors": "for a VocabularyEdit: the donor's rows of the same tokens, (a e)",
     "donor_rows": "for a VocabularyEdit: the donor's rows of tokens that only it has, (u e)",
+    "affinity": "for `attend`: a function that gives the scores of this attention call before its softmax, -inf where a query does not "
+    "look: of all keys (b h m s), or of those of an index (b k r) for each key head, (b h m r)",
+    "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
+    "own_keys": "for `attend`: keys of tokens that the bank put in, (b 1|k s) bool",
+    "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
     "labels": "for an Objective: the token that each place is to tell, as the model's own loss has it, -100 where there is none, (b n)",
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
@@ -86,9 +91,15 @@ SIGNALS: dict[str, str] = {
 # What an Objective may ask for; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
 JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
 SHARED = frozenset({"hidden", "positions", "progress"})
+# What one word alone may ask for.
+OF_A_WORD = {
+    "attend": frozenset({"affinity", "key_positions", "own_keys"}),
+    "conclude": frozenset({"own"}),
+    "takes": frozenset({"negative"}),
+}
 
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
-AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed", "negative"}  # where a prompt is given
+AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed"}  # where a prompt is given
 AT_SITE: dict[str, tuple[str, set[str]]] = {"embedding": ("at the embeddings", AT_TABLE), "prompt": ("at the prompt", AT_PROMPT)}
 
 
@@ -161,7 +172,7 @@ class Method(nn.Module, abc.ABC):
     placed: ClassVar[bool] = True
     further: ClassVar[tuple[str, ...]] = ("examine",)
     words: ClassVar[dict[str, tuple[str, ...]]] = {}
-    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES
+    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES - frozenset().union(*OF_A_WORD.values())
     site: ClassVar[str] = "block"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -263,6 +274,18 @@ class Method(nn.Module, abc.ABC):
         self.losses.append(value)
 
 
+class Attending(NamedTuple):
+    """How an attention call reads its keys.
+
+    Attributes:
+        index: The keys that are read, (b k r) for each key head; None reads all.
+        bias: Added to the scores of each query with these, (b h m r), -inf where it must not look; None adds nothing.
+    """
+
+    index: Tensor | None
+    bias: Tensor | None
+
+
 class TokenBank(Method):
     """Tokens put into the stream.
 
@@ -274,10 +297,13 @@ class TokenBank(Method):
     behind the prompt that a denoiser is given, before the model reads it, in the samples that `takes` says; there, the signals `hidden`
     and `mask` are of the prompt. If it is `deep`, each block reads the tokens of its own instance only, as the model made them of what
     the verb said.
+
+    At the site `input` a method may define three more words: `follow` says behind which tokens they go, `attend` how the attention of
+    each block that it sits in reads them and all others, `conclude` what has become of them.
     """
 
     role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding", "prompt")
-    further = ("examine", "takes")
+    further = ("follow", "attend", "conclude", "examine", "takes")
     packed = True
     deep: ClassVar[bool] = False
 
@@ -299,6 +325,15 @@ class TokenBank(Method):
     def place(self, start: Tensor, end: Tensor) -> Tensor:
         """Index of the token in front of which they go, (b), given each row's first real token and the end of its real tokens."""
         return start
+
+    def follow(self) -> Tensor | None:
+        """The tokens of this pass that each have the bank's tokens behind them, (b m) bool; asked in every pass, in the first block."""
+
+    def attend(self) -> Attending | None:
+        """How the attention of a block reads its keys; None leaves it alone."""
+
+    def conclude(self) -> Tensor | None:
+        """What the bank's tokens say in the end, (b ...), for `conclusions`; asked in the first block's instance, behind the last block."""
 
     def find(self, ids: Tensor) -> Tensor:
         """If the site is `embedding`: which of the tokens takes the place of each embedding, -1 where none does, for token ids (b n)."""

@@ -58,6 +58,7 @@ class Root:
         self.given: Arguments | None = None  # a denoiser's call as it came, where banks add to its prompt
         self.parts: list[tuple[Tensor, Any]] = []  # samples of it and what the model put out for them
         self.head, self.notes = head, {}  # what the head read, or the model below the head returned
+        self.conclusions: dict[str, Tensor] = {}  # what banks last said of their tokens
         self.callers: set[int] = set()  # threads that called the model, and may still be in it
         self.lent: Any = None  # the loss function that a trainer has from us
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -83,7 +84,8 @@ class Root:
         self._trainer = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = {"_trainer": None, "heard": None, "lent": None, "labels": None, "last": None, "verdict": None, "given": None, "parts": []}
+        passing = {"_trainer": None, "heard": None, "lent": None, "labels": None, "last": None, "verdict": None, "given": None}
+        passing |= {"conclusions": {}, "parts": []}
         return {**vars(self), **passing, "callers": set(), "notes": {}}
 
     def methods(self) -> Iterator[Method]:
