@@ -50,7 +50,7 @@ SIGNALS: dict[str, str] = {
     "timestep": "timestep of the denoising step as the model got it, Tensor or None",
     "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b)",
     "negative": "for `takes`: samples of the negative prompt, (b) bool: by the name of the call's cache context, or where parts of a batch "
-    "have the same latents and other prompts, as in classifier-free guidance; None where no bank acts on the prompt",
+    "have the same latents and other prompts, as in classifier-free guidance",
     "elapsed": "share of the denoising that is done, by the step or else by how far the timestep fell; None if neither is told, float",
     "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
     "targets": "what the batch's column `hf_tokens_targets` holds, such as the right routes, Tensor; None where it has no such column",
@@ -92,10 +92,14 @@ SIGNALS: dict[str, str] = {
 JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
 SHARED = frozenset({"hidden", "positions", "progress"})
 # What one word alone may ask for.
-OF_A_WORD = {"attend": frozenset({"affinity", "key_positions", "own_keys"}), "conclude": frozenset({"own"})}
+OF_A_WORD = {
+    "attend": frozenset({"affinity", "key_positions", "own_keys"}),
+    "conclude": frozenset({"own"}),
+    "takes": frozenset({"negative"}),
+}
 
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
-AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed", "negative"}  # where a prompt is given
+AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed"}  # where a prompt is given
 AT_SITE: dict[str, tuple[str, set[str]]] = {"embedding": ("at the embeddings", AT_TABLE), "prompt": ("at the prompt", AT_PROMPT)}
 
 

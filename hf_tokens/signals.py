@@ -371,7 +371,6 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "timestep": lambda m: m.runtime.inputs["timestep"],
     "elapsed": lambda m: m.runtime.inputs["elapsed"],
     "time": lambda m: m.runtime.inputs["time"],
-    "negative": lambda m: m.runtime.inputs["negative"],
     "noise": told("noise"),
     "guidance": told("guidance"),
     "progress": lambda m: m.runtime.progress,
