@@ -14,6 +14,7 @@ from .embedding import match_ids, match_sequence
 from .errors import AdapterError, ConfigError, HFTokensError, UnsupportedError
 from .holding import Polar, Quantized, angle_between
 from .measure import measure
+from .prompts import compress_prompt
 from .registry import list_methods, method_info, register
 from .roles import (
     AttentionEdit,
@@ -76,6 +77,7 @@ __all__ = [
     "aux_loss",
     "calibrate",
     "closest_map",
+    "compress_prompt",
     "edit",
     "get_token_model",
     "heavy_hitters",

@@ -53,6 +53,7 @@ class Runtime:
         self.reads: Tensor | None = None
         self.counts: dict[int, int] | None = None
         self.records: dict[int, list] | None = None
+        self.closed: list[Pass] | None = None  # the passes that have ended, for a door that asks what was left
         self.moves, self.remembers, self.exit = False, False, len(stream)
         self.root: Root | None = None
         self.holders: list[nn.Module] = []  # the modules around the blocks, the model first
@@ -506,6 +507,8 @@ class Runtime:
         for layer in now.layers:
             layer.see(now.books.start + now.books.n)
         self.current = None
+        if self.closed is not None:
+            self.closed.append(now)
         if self.keeps_final:
             self.final, self.final_real = whole, now.padding
 
