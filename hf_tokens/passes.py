@@ -98,6 +98,7 @@ class Pass:
         caches: The same layers by the index of their block.
         notes: By the key of a method, what its `observe` returned in each block.
         waiting: By the key of a method, the blocks whose entries are shared out once all have run.
+        answers: By the key of a pooler, what the tokens that it let ask have gathered, (b k d).
     """
 
     books: Books
@@ -114,6 +115,7 @@ class Pass:
     caches: dict[int, TokenCacheLayer] = field(default_factory=dict)
     notes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     waiting: dict[str, list[tuple[Moment, Tensor | None]]] = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
 
     def starts(self, books: Books) -> Tensor:
         """Where each sample of a packed row begins among the tokens that are left, (1 s)."""
@@ -171,7 +173,7 @@ def open_pass(runtime: Runtime, side: BlockSurgery, call: Call) -> Pass:
         layers[0].memory = memory
         memory.tokens.clear()
     given = dict(context=call.context, behind=call.behind, prefix=runtime.prefix, additive=side.additive_mask, heads=runtime.stream.heads)
-    books = Books.open(call.hidden, start, runtime.stream.causal, **given)
+    books = Books.open(call.hidden, start, runtime.stream.causal and not runtime.sees_all, **given)
     real, first = padding(call.arguments, books)
     segments = None if start else call.segments(real)
     refuse_packed(runtime, segments, call.cache is not None)

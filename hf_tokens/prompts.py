@@ -15,6 +15,7 @@ from .passes import Pass
 from .roles import TokenReducer
 from .signatures import parameters
 from .surgery import Runtime
+from .token_map import take
 
 
 def reducing(runtime: Runtime) -> list[int]:
@@ -71,3 +72,18 @@ def compress_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None
     if bool((books.all_sizes() > 1)[there].any()):
         raise UnsupportedError(explain(rule, "tokens that joined, for which no id stands", "Choose a method that drops tokens."))
     return [row[place[kept]] for row, place, kept in zip(input_ids, books.rows, there, strict=True)]
+
+
+def embed_prompt(model: Any, *parts: Tensor) -> dict[str, Tensor]:
+    """A prompt of tokens and vectors for a decoder, which stays as it is: `inputs_embeds` and its mask, with padding in front.
+
+    Args:
+        model: The decoder.
+        parts: One behind the other: ids (b n), which the model looks up, and vectors (b p d) in the place of embeddings, such as an encoder
+            puts out; an id of -1 and a vector of zeros are padding.
+    """
+    table = model.get_input_embeddings()
+    real = torch.cat([part != -1 if part.dim() == 2 else part.any(dim=-1) for part in parts], dim=1)
+    hidden = torch.cat([table(part.clamp(min=0)) if part.dim() == 2 else part.to(table.weight) for part in parts], dim=1)
+    order = real.long().argsort(dim=1, stable=True)
+    return {"inputs_embeds": take(hidden, order), "attention_mask": real.long().gather(1, order)}

@@ -54,6 +54,7 @@ class Moment:
     stays: Tensor | None = None  # those that do, (b k n), and those that go
     goes: Tensor | None = None
     below: TokenCacheLayer | None = None  # the cache of the block that this one is a pair with
+    answers: Tensor | None = None  # what the tokens that a pooler let ask have gathered, (b k d)
     alike: Tensor | None = None  # for each entry the one of the same token there, -1 where there is none, (b k n)
 
     def local_real(self, queries: int) -> Tensor | None:
@@ -351,6 +352,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "budget": lambda m: m.budget,
     "stays": lambda m: m.stays,
     "goes": lambda m: m.goes,
+    "answers": lambda m: m.answers,
     "keys_below": lambda m: below(m, "keys"),
     "values_below": lambda m: below(m, "values"),
 }

@@ -25,7 +25,7 @@ from .errors import UnsupportedError, explain
 from .eviction import compress
 from .passes import Entry, Memory, Pass, expect, first_real, lend, open_pass
 from .pooling import Leaving, leave
-from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
+from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, Pooler, TokenBank, TokenReducer, TokenRouter
 from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, padding, receive, views
 from .token_map import TokenMap, overwrite, take
 from .training import follow_trainer
@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 
 
-Guest = tuple[TokenBank, TokenMap, Tensor]  # a bank, the map that opened its places, and the tokens before it
+Guest = tuple[TokenBank | Pooler, TokenMap, Tensor]  # whose tokens, the map that opened their places, and the tokens before it
+
+
+def only_asks(owner: TokenBank | Pooler) -> bool:
+    """Whether no other token sees its tokens."""
+    return owner.site == "query" or isinstance(owner, Pooler)
 
 
 class Runtime:
@@ -54,7 +59,8 @@ class Runtime:
         self.counts: dict[int, int] | None = None
         self.records: dict[int, list] | None = None
         self.closed: list[Pass] | None = None  # the passes that have ended, for a door that asks what was left
-        self.moves, self.remembers, self.exit = False, False, len(stream)
+        self.moves, self.remembers, self.sees_all, self.exit = False, False, False, len(stream)
+        self.askers: list[Pooler] = []
         self.root: Root | None = None
         self.holders: list[nn.Module] = []  # the modules around the blocks, the model first
         self.keeps_final = False
@@ -85,6 +91,7 @@ class Runtime:
         idle = (
             not methods
             and side.index < self.exit
+            and not (self.sees_all or self.askers and side.index == self.exit - 1)
             and not (self.remembers and side.index == 0)
             and (self.current is None or self.current.books.untouched)
         )
@@ -110,6 +117,8 @@ class Runtime:
         self.remembers = any(PICTURED in method.asks for method in self.methods())
         self.moves = self.stream.causal and (self.remembers or any(method.moves_tokens for method in self.methods()))
         self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
+        self.sees_all = self.stream.causal and any(method.sees_all for method in self.methods())
+        self.askers = [method for method in self.methods() if isinstance(method, Pooler) and method.words["ask"]]
 
     def _changed(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
         """Whether the cache that the block reads holds other tokens than it has seen, so that its mask must be cut."""
@@ -164,6 +173,8 @@ class Runtime:
             alive = [entry for entry in self.entries.get(side.index, ()) if entry.came() is not None]
             entry = Entry(weakref.ref(call.raw), now.books, now.inside, call.raw is now.given, dict(now.memory.tokens))
             self.entries[side.index] = [*alive, entry]
+        if self.sees_all:
+            call.see_all(now.books, now.padding)
         layer = self._cache_layer(side, call, now)
         moment = Moment(self, side, now, self._tokens_left(call, now), layer)
         for method in methods:
@@ -289,16 +300,16 @@ class Runtime:
         unsaid = mask is not None or bias is not None
         if unsaid or side.taps:
             side.open_tap()
-        asking = sum(opened.m - opened.n for bank, opened, _ in guests if bank.site == "query")
+        asking = sum(opened.m - opened.n for owner, opened, _ in guests if only_asks(owner))
         heard = replace(moment, hidden=x, now=replace(now), mask=mask, bias=bias)
-        with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps, asking, heard)):
+        with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps or asking > 0, asking, heard)):
             output = call.run(side.features.block, x, books, stored)
-        if unsaid:
+        if unsaid or asking:
             side.attention_call()
         if not side.features.reused:
             self._count(side, x.shape[0] * x.shape[1])
         side.blank = call.blank(output)
-        y = self._dismiss(side, call, guests, call.read(output)[:, :m])
+        y = self._dismiss(side, call, guests, call.read(output)[:, :m], now)
         if y.shape[-1] != hidden.shape[-1] and not books.untouched:
             rule = "A block that gets other tokens than the model gave must keep their width"
             came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {self.stream.paths[side.index]}"
@@ -337,15 +348,29 @@ class Runtime:
                     opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
                     guests.append((method, opened, x))
                     x, books = opened.fill(x, tokens), books.move(opened)
+        for pooler in self.askers if moment.side.index == self.exit - 1 else ():
+            asked = self.ask(pooler, replace(moment, hidden=x, now=replace(now, books=books)), "ask")
+            if asked is not None and books.causal:
+                rule = f"Tokens of {type(pooler).__name__} that only ask need a stream in which each token sees all"
+                raise UnsupportedError(explain(rule, f"the causal stream {self.stream.name!r}", "Set its `sees_all`."))
+            if asked is not None:
+                moment.side.open_tap()
+                tokens, beside = asked
+                opened = TokenMap.insert(x.shape[1], torch.zeros_like(beside), 1, len(x), x.device, beside=beside)
+                guests.append((pooler, opened, x))
+                x, books = opened.fill(x, tokens.to(x)), books.move(opened)
         return books, x, guests
 
-    def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor) -> Tensor:
+    def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor, now: Pass) -> Tensor:
         """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
-        for bank, opened, x in reversed(guests):
+        for owner, opened, x in reversed(guests):
             summary, y = opened.inserted(y), take(y, opened.slot)
-            if bank.site != "query":
+            if not only_asks(owner):
                 continue
-            read = bank.read(summary)
+            if isinstance(owner, Pooler):
+                now.answers[owner.key] = summary
+                continue
+            read = owner.read(summary)
             if read is not None:
                 self.reads = read if self.reads is None else self.reads + read
             if not x.requires_grad and not (torch.is_grad_enabled() and side.learns(call.arguments.values())):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from by_hand import batch, gpt2
 
-from hf_tokens import SelectionPConfig, UnsupportedError, compress_prompt, get_token_model
+from hf_tokens import SelectionPConfig, UnsupportedError, compress_prompt, embed_prompt, get_token_model
 from hf_tokens.api import root_of
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
@@ -58,3 +58,26 @@ def test_models_without_a_prompt_to_shorten_are_refused(name):
             with model.disable_adapter():
                 compress_prompt(model, ids)
         compress_prompt(model, ids)
+
+
+def test_vectors_stand_where_tokens_stood():
+    decoder, ids = gpt2(), batch((7, 7))[0]
+    vectors = decoder.transformer.wte(ids[:, 2:5]).detach()
+    given = embed_prompt(decoder, ids[:, :2], vectors, ids[:, 5:])
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(**given).logits, decoder(ids).logits)
+        want = decoder.generate(ids, max_new_tokens=4, do_sample=False)[:, 7:]
+        assert torch.equal(decoder.generate(**given, max_new_tokens=4, do_sample=False), want)
+
+
+def test_padding_of_any_part_goes_in_front():
+    decoder, ids = gpt2(), batch((7, 7))[0]
+    vectors, short = decoder.transformer.wte(ids[:, 2:5]).detach(), ids[:, :2].clone()
+    vectors[1, 1:] = 0
+    short[0, 1] = -1
+    given = embed_prompt(decoder, short, vectors, ids[:, 5:])
+    assert given["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
+    rows = [[ids[0, 0], *ids[0, 2:]], [*ids[1, :3], *ids[1, 5:]]]
+    for row, kept in enumerate(rows):
+        want = decoder.generate(torch.stack(kept)[None], max_new_tokens=4, do_sample=False)[:, len(kept) :]
+        assert torch.equal(decoder.generate(**given, max_new_tokens=4, do_sample=False)[row : row + 1], want)
