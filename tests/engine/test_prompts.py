@@ -12,7 +12,7 @@ from hf_tokens.testing.probe import ProbeInsertConfig
 
 def test_two_reducers_and_inserted_tokens():
     ids, mask = batch((12, 7), "right")
-    model = get_token_model(gpt2(), [ProbeInsertConfig(tokens=2), SelectionPConfig(keep=0.5, layers=(0, 2))])
+    model = get_token_model(gpt2(), [ProbeInsertConfig(tokens=2), SelectionPConfig(keep=0.5, first=0, layers=(0, 2))])
     short = compress_prompt(model, ids, mask)
     assert [len(row) for row in short] == [1 + 2, 1 + 1]  # half of 11 is 5, half of that 2; half of 6 is 3, half of that 1
     for row, given, real in zip(short, ids, mask, strict=True):

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from hf_tokens import Dims, SelectionP, SelectionPConfig, aux_loss, compress_prompt, get_token_model, measure
 
 D = 6
-# per case: tokens n, tokens that are real (None: all), share kept, tokens at the end that stay
+# per case: tokens n, tokens that are real (None: all), share kept, tokens at the end that stay, and in front (0 if left out)
 CASES = {
     "usual": (20, None, 0.1, 1),
     "a question": (12, None, 0.5, 4),
@@ -25,6 +25,9 @@ CASES = {
     "padding on the left": (10, tuple(range(3, 10)), 0.5, 2),
     "padding on the right": (10, tuple(range(7)), 0.5, 2),
     "almost all": (11, None, 0.99, 1),
+    "both ends": (12, None, 0.4, 3, 2),
+    "no more than both ends": (4, None, 0.9, 3, 2),
+    "both ends, padded": (12, tuple(range(5, 12)), 0.5, 2, 1),
 }
 
 
@@ -33,19 +36,19 @@ def probability(x, weight, bias):
     return 1 / (1 + math.exp(-logit))
 
 
-def naive(x, weight, bias, keep, recent):
-    """The places that stay of one prompt, x (n d)."""
-    free = range(max(0, len(x) - recent))
-    chance = [probability(x[i], weight, bias) for i in free]
+def naive(x, weight, bias, keep, recent, first=0):
+    """The places that stay of one prompt, x (n d), and the probability of each that may go."""
+    free = range(first, len(x) - recent)
+    chance = {i: probability(x[i], weight, bias) for i in free}
     best = sorted(free, key=lambda i: (-chance[i], i))[: math.floor(keep * len(free) + 1e-9)]
-    return sorted(best) + list(range(len(free), len(x))), chance
+    return [i for i in range(len(x)) if i in best or i not in free], chance
 
 
 def sample(case):
     """The method, hidden (b n d) and mask (b n); the first row is padded, the others are not."""
-    n, real, keep, recent = CASES[case]
+    n, real, keep, recent, first = (*CASES[case], 0)[:5]
     torch.manual_seed(0)
-    method = SelectionP(SelectionPConfig(keep=keep, recent=recent), Dims(D, 2, 2, 3, 0, 4, "text", True)).double()
+    method = SelectionP(SelectionPConfig(keep=keep, recent=recent, first=first), Dims(D, 2, 2, 3, 0, 4, "text", True)).double()
     mask = torch.ones(3, n, dtype=torch.bool)
     if real is not None:
         mask[0] = False
@@ -59,7 +62,7 @@ def test_matches_the_paper(case):
     got = method.eval().assign(hidden=hidden, mask=mask, fresh=torch.zeros_like(mask), prefill=True)
     for row, x in enumerate(hidden):
         real = mask[row].nonzero()[:, 0]
-        want, _ = naive(x[real], method.head.weight[0], method.head.bias, method.config.keep, method.config.recent)
+        want, _ = naive(x[real], method.head.weight[0], method.head.bias, method.config.keep, method.config.recent, method.config.first)
         assert (got.slot[row] >= 0).nonzero()[:, 0].tolist() == real[want].tolist()
 
 
@@ -74,10 +77,12 @@ def test_training_keeps_the_same_and_tells_the_head_what_a_token_is_worth(case):
     want = 0
     for row, x in enumerate(hidden):
         real = mask[row].nonzero()[:, 0]
-        kept, chance = naive(x[real], method.head.weight[0], method.head.bias, method.config.keep, method.config.recent)
+        kept, chance = naive(
+            x[real], method.head.weight[0], method.head.bias, method.config.keep, method.config.recent, method.config.first
+        )
         centre = sum(x[real]) / len(real)
         for place in kept:
-            if place < len(chance):
+            if place in chance:
                 slot = got.slot[row, real[place]]
                 told = ((x[real[place]] - centre) @ worth[row, slot]).item()
                 want = want + told * chance[place] * (1 - chance[place]) * x[real[place]]
@@ -87,8 +92,8 @@ def test_training_keeps_the_same_and_tells_the_head_what_a_token_is_worth(case):
 def test_the_mean_probability_is_in_the_loss():
     method, hidden, mask = sample("padding on the left")
     method.train().assign(hidden=hidden, mask=mask, fresh=torch.zeros_like(mask), prefill=True)
-    chances = [naive(x[mask[i]], method.head.weight[0], method.head.bias, 0.5, 2)[1] for i, x in enumerate(hidden)]
-    want = sum(sum(chance) / len(chance) for chance in chances) / 3
+    chances = [naive(x[mask[i]], method.head.weight[0], method.head.bias, 0.5, 2, 0)[1] for i, x in enumerate(hidden)]
+    want = sum(sum(chance.values()) / len(chance) for chance in chances) / 3
     assert method.losses[0].item() == pytest.approx(want)
 
 
@@ -97,7 +102,7 @@ def by_hand(base, head, ids, layer, keep, recent):
     hidden, calls = embed(base, ids, torch.arange(len(ids))), blocks(base)
     for call in calls[: layer + 1]:
         hidden, _ = call(hidden)
-    kept, _ = naive(hidden, head.weight[0], head.bias, keep, recent)
+    kept, _ = naive(hidden, head.weight[0], head.bias, keep, recent, 1)
     inside = hidden[kept]
     for call in calls[layer + 1 :]:
         inside, _ = call(inside)
@@ -137,13 +142,13 @@ def test_a_lora_is_trained_beside_the_head_and_the_paper_s_place_gives_the_promp
     ids, _ = batch((16, 16))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     before = [i.tolist() for i in compress_prompt(model, ids)]
-    assert [len(i) for i in before] == [4, 4] and model.training
+    assert [len(i) for i in before] == [5, 5] and model.training
     for _ in range(12):
         loss = model(ids, labels=ids).loss
         assert aux_loss(model) is not None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert all(len(i) == 4 for i in compress_prompt(model, ids))
+    assert all(len(i) == 5 for i in compress_prompt(model, ids))
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model(ids).logits, gpt2()(ids).logits)

@@ -8,14 +8,15 @@ Differs: h is the paper's, of the last block, for `layers=(-1,)`: then `compress
          the head sits behind a third of the blocks, so that the model itself is spared the rest; places stay what they were. The authors'
          mask of the highest tenth lets no gradient of L_LM through to w: here a kept token is c + p (x - c), with c the row's mean,
          straight through, so that w hears what the token is worth. Their weights are 1 / (100 mean p) for L_LM and 100 for mean p. The
-         LoRA that they train beside w is one in the same stack. The last tokens stay, for they tell the next one.
+         LoRA that they train beside w is one in the same stack. The first token stays, for attention sinks into it, and the last, which
+         tells the next one; a compressed prompt for another model needs neither.
 
 >>> from hf_tokens import SelectionPConfig, compress_prompt, get_token_model
 >>> from hf_tokens.testing import zoo
 >>> specimen = zoo.build("llama")
 >>> model = get_token_model(specimen.model, SelectionPConfig(keep=0.25, layers=(-1,)))
->>> [len(ids) for ids in compress_prompt(model, specimen.inputs["input_ids"])]  # a quarter of 15, and the last one
-[4, 4]
+>>> [len(ids) for ids in compress_prompt(model, specimen.inputs["input_ids"])]  # a quarter of 14, and both ends
+[5, 5]
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from hf_tokens import Dims, MethodConfig, TokenMap, TokenReducer, option, rank, 
 @dataclass(frozen=True)
 class SelectionPConfig(MethodConfig):
     keep: float = option(0.1, ge=0, le=1, zero=1.0, help="Share of the prompt that stays (paper: one over the compression rate).")
+    first: int = option(1, ge=0, help="Tokens in front that stay and do not count; the others' attention sinks into the first.")
     recent: int = option(1, ge=0, help="Tokens at the end that stay and do not count, such as a question.")
     sparsity: float = option(1.0, ge=0, help="Weight of the mean p in the loss (lambda).")
 
@@ -54,7 +56,8 @@ class SelectionP(TokenReducer):
         x = hidden.to(self.head.weight.dtype)
         chance = self.head(x)[..., 0].sigmoid()  # b m
         own = mask & ~fresh
-        free = own & (own.flip(1).cumsum(dim=1).flip(1) > self.config.recent)  # b m
+        older, newer = own.cumsum(dim=1), own.flip(1).cumsum(dim=1).flip(1)
+        free = own & (older > self.config.first) & (newer > self.config.recent)  # b m
         count = free.sum(dim=1, keepdim=True)
         stays = torch.floor(self.config.keep * count + 1e-9)
         kept = mask & (~free | (rank(chance.masked_fill(~free, -1)) < stays))
