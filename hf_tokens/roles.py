@@ -80,6 +80,7 @@ SIGNALS: dict[str, str] = {
     "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
     "own_keys": "for `attend`: keys of tokens that the bank put in, (b 1|k s) bool",
     "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
+    "answers": "for a Pooler: what the tokens of its `ask` gathered in the last block that ran, in front of any norm, (b k d); else None",
     "labels": "for an Objective: the token that each place is to tell, as the model's own loss has it, -100 where there is none, (b n)",
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
@@ -165,6 +166,7 @@ class Method(nn.Module, abc.ABC):
         unit: What an objective's loss that replaces is a mean over, "token" or "sample".
         evaluates: An objective is asked in evaluation too; the others leave that to the model's own loss.
         weighs: `weigh` says how much each target counts in a text model's own loss.
+        sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
 
     role: ClassVar[str]
@@ -196,6 +198,7 @@ class Method(nn.Module, abc.ABC):
     pairs: ClassVar[bool] = False
     strength: float = 1.0
     weighs: ClassVar[bool] = False
+    sees_all: bool = False
     in_block = True
     key: str = ""
 
@@ -510,10 +513,11 @@ class Pooler(Method):
     """What the tokens of a stream become as they leave it.
 
     The site says for whom: `stream` gives one vector to whoever reads the stream, the model's own head among them; `output` gives a few
-    to whoever called the model, in the place of `last_hidden_state`.
+    to whoever called the model, in the place of `last_hidden_state`. One that defines `ask` may let the last block answer tokens of its
+    own, which no other token sees.
     """
 
-    role, verb, site, sites = "Pooler", "pool", "stream", ("stream", "output")
+    role, verb, site, sites, further = "Pooler", "pool", "stream", ("stream", "output"), ("examine", "ask")
     kinds, moves_tokens, caches = ("text", "vision", "video", "audio"), False, False
 
     @classmethod
@@ -526,6 +530,12 @@ class Pooler(Method):
         """One vector for each row, (b d); at the site `output` some, (b p d), with zeros behind those of a row that has fewer.
 
         None changes nothing.
+        """
+
+    def ask(self) -> tuple[Tensor, Tensor] | None:
+        """Tokens that only ask in the last block that runs, (b k d), and the token of the stream in whose place each stands, (b k).
+
+        It is called in front of that block; `hidden` are the tokens that enter it. What the tokens gathered is the signal `answers`.
         """
 
 

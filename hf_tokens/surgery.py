@@ -26,7 +26,7 @@ from .errors import UnsupportedError, explain
 from .eviction import compress
 from .passes import Entry, Memory, Pass, expect, first_real, lend, open_pass
 from .pooling import Leaving, leave
-from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
+from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, Pooler, TokenBank, TokenReducer, TokenRouter
 from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, own_tokens, padding, receive, views
 from .spans import Span, begin_span, end_spans, follow
 from .token_map import TokenMap, overwrite, take
@@ -40,7 +40,12 @@ if TYPE_CHECKING:
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 
 
-Guest = tuple[TokenBank, TokenMap, Tensor]  # a bank, the map that opened its places, and the tokens before it
+Guest = tuple[TokenBank | Pooler, TokenMap, Tensor]  # whose tokens, the map that opened their places, and the tokens before it
+
+
+def only_asks(owner: TokenBank | Pooler) -> bool:
+    """Whether no other token sees its tokens."""
+    return owner.site == "query" or isinstance(owner, Pooler)
 
 
 class Runtime:
@@ -56,7 +61,9 @@ class Runtime:
         self.reads: Tensor | None = None
         self.counts: dict[int, int] | None = None
         self.records: dict[int, list] | None = None
-        self.moves, self.remembers, self.exit = False, False, len(stream)
+        self.closed: list[Pass] | None = None  # the passes that have ended, for a door that asks what was left
+        self.moves, self.remembers, self.sees_all, self.exit = False, False, False, len(stream)
+        self.askers: list[Pooler] = []
         self.root: Root | None = None
         self.holders: list[nn.Module] = []  # the modules around the blocks, the model first
         self.keeps_final = False
@@ -90,6 +97,7 @@ class Runtime:
         idle = (
             not methods
             and side.index < self.exit
+            and not (self.sees_all or self.askers and side.index == self.exit - 1)
             and not (self.remembers and side.index == 0)
             and (self.current is None or self.current.books.untouched)
         )
@@ -115,6 +123,8 @@ class Runtime:
         self.remembers = any(PICTURED in method.asks for method in self.methods())
         self.moves = self.stream.causal and (self.remembers or any(method.moves_tokens for method in self.methods()))
         self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
+        self.sees_all = self.stream.causal and any(method.sees_all for method in self.methods())
+        self.askers = [method for method in self.methods() if isinstance(method, Pooler) and method.words["ask"]]
 
     def _changed(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
         """Whether the cache that the block reads holds other tokens than it has seen, so that its mask must be cut."""
@@ -171,6 +181,8 @@ class Runtime:
             kept = call.raw is now.given
             entry = Entry(weakref.ref(call.raw), now.books, now.inside, kept, dict(now.memory.tokens), now.spans)
             self.entries[side.index] = [*alive, entry]
+        if self.sees_all:
+            call.see_all(now.books, now.padding)
         layer = self._cache_layer(side, call, now)
         moment = Moment(self, side, now, self._tokens_left(call, now), layer)
         for method in methods:
@@ -304,17 +316,17 @@ class Runtime:
         unsaid = mask is not None or bias is not None
         if unsaid or side.taps:
             side.open_tap()
-        asking = sum(opened.m - opened.n for bank, opened, _ in guests if bank.site == "query")
+        asking = sum(opened.m - opened.n for owner, opened, _ in guests if only_asks(owner))
         heard = replace(moment, hidden=x, now=replace(now), mask=mask, bias=bias)
-        with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps, asking, heard)):
+        with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps or asking > 0, asking, heard)):
             output = call.run(side.features.block, x, books, stored)
-        if unsaid or side.attends is not None:
+        if unsaid or asking or side.attends is not None:
             side.attention_call()
         self._mark(side, moment)
         if not side.features.reused:
             self._count(side, x.shape[0] * x.shape[1])
         side.blank = call.blank(output)
-        y = self._dismiss(side, call, guests, call.read(output)[:, :m])
+        y = self._dismiss(side, call, guests, call.read(output)[:, :m], now)
         if y.shape[-1] != hidden.shape[-1] and not books.untouched:
             rule = "A block that gets other tokens than the model gave must keep their width"
             came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {self.stream.paths[side.index]}"
@@ -353,15 +365,29 @@ class Runtime:
                     opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
                     guests.append((method, opened, x))
                     x, books = opened.fill(x, tokens), books.move(opened)
+        for pooler in self.askers if moment.side.index == self.exit - 1 else ():
+            asked = self.ask(pooler, replace(moment, hidden=x, now=replace(now, books=books)), "ask")
+            if asked is not None and books.causal:
+                rule = f"Tokens of {type(pooler).__name__} that only ask need a stream in which each token sees all"
+                raise UnsupportedError(explain(rule, f"the causal stream {self.stream.name!r}", "Set its `sees_all`."))
+            if asked is not None:
+                moment.side.open_tap()
+                tokens, beside = asked
+                opened = TokenMap.insert(x.shape[1], torch.zeros_like(beside), 1, len(x), x.device, beside=beside)
+                guests.append((pooler, opened, x))
+                x, books = opened.fill(x, tokens.to(x)), books.move(opened)
         return books, x, guests
 
-    def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor) -> Tensor:
+    def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor, now: Pass) -> Tensor:
         """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
-        for bank, opened, x in reversed(guests):
+        for owner, opened, x in reversed(guests):
             summary, y = opened.inserted(y), take(y, opened.slot)
-            if bank.site != "query":
+            if not only_asks(owner):
                 continue
-            read = bank.read(summary)
+            if isinstance(owner, Pooler):
+                now.answers[owner.key] = summary
+                continue
+            read = owner.read(summary)
             if read is not None:
                 self.reads = read if self.reads is None else self.reads + read
             if not x.requires_grad and not (torch.is_grad_enabled() and side.learns(call.arguments.values())):
@@ -564,6 +590,8 @@ class Runtime:
         for layer in now.layers:
             layer.see(now.books.start + now.books.n)
         self.current = None
+        if self.closed is not None:
+            self.closed.append(now)
         if self.keeps_final:
             self.final, self.final_real = whole, now.padding
 
