@@ -101,6 +101,7 @@ class Pass:
         notes: By the key of a method, what its `observe` returned in each block.
         waiting: By the key of a method, the blocks whose entries are shared out once all have run.
         spans: The spans of blocks that this place lies in, the outermost first.
+        answers: By the key of a pooler, what the tokens that it let ask have gathered, (b k d).
     """
 
     books: Books
@@ -117,6 +118,7 @@ class Pass:
     caches: dict[int, TokenCacheLayer] = field(default_factory=dict)
     notes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     waiting: dict[str, list[tuple[Moment, Tensor | None]]] = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
 
     def surface(self, tokens: Tensor, given: Tensor, index: int) -> Tensor:
@@ -187,7 +189,7 @@ def open_pass(runtime: Runtime, side: BlockSurgery, call: Call) -> Pass:
         layers[0].memory = memory
         memory.tokens.clear()
     given = dict(context=call.context, behind=call.behind, prefix=runtime.prefix, additive=side.additive_mask, heads=runtime.stream.heads)
-    books = Books.open(call.hidden, start, runtime.stream.causal, **given)
+    books = Books.open(call.hidden, start, runtime.stream.causal and not runtime.sees_all, **given)
     real, first = padding(call.arguments, books)
     segments = None if start else call.segments(real)
     refuse_packed(runtime, segments, call.cache is not None)

@@ -65,6 +65,10 @@ class DynamicTokenPooling(TokenReducer):
             inner, outer = nn.Linear(dims.width, config.hidden), nn.Linear(config.hidden, 1)
             self.w1, self.b1, self.w2, self.b2 = inner.weight, inner.bias, outer.weight, outer.bias
 
+    @property
+    def ignores(self) -> tuple[str, ...]:
+        return () if self.config.boundaries == "labels" else ("targets",)
+
     @classmethod
     def default_layers(cls, config: DynamicTokenPoolingConfig, layers: int) -> tuple[int, ...]:
         aside = max(1, round(layers * FIRST / DEPTH))
