@@ -34,9 +34,7 @@ DEPTH, FIRST = 12, 2  # the paper's model: 2 blocks, 8 shortened ones, 2 blocks
 @dataclass(frozen=True)
 class DynamicTokenPoolingConfig(MethodConfig):
     boundaries: str = option("learnt", choices=("learnt", "labels", "fixed"), help="Who says where a segment ends.")
-    prior: float = option(
-        0.2, gt=0, le=1, zero=1.0, help="Share of tokens that end a segment, exactly so if they are fixed (paper: alpha)."
-    )
+    prior: float = option(0.2, gt=0, le=1, zero=1.0, help="Share of tokens that end a segment, exact if fixed (paper: alpha).")
     weight: float = option(1.0, ge=0, help="Weight of the loss of the boundaries.")
     temperature: float = option(0.5, gt=0, help="Temperature of the noisy boundaries in training (paper: tau).")
     threshold: float = option(0.5, gt=0, lt=1, help="Chance above which a segment ends outside of training; `calibrate` finds it.")
@@ -105,8 +103,8 @@ class DynamicTokenPooling(TokenReducer):
 
     def fixed(self, positions: Tensor, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Boundaries as evenly as the prior allows, (b n), hard and as numbers."""
-        share = self.config.prior
-        ends = mask & (((positions + 1) * share + 1e-9).floor() > (positions * share + 1e-9).floor())
+        before, behind = ((place * self.config.prior + 1e-9).floor() for place in (positions, positions + 1))
+        ends = mask & (behind > before)
         return ends, ends.to(like.dtype)
 
     def predict(self, x: Tensor, mask: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,9 +118,8 @@ class DynamicTokenPooling(TokenReducer):
         soft = straight_through(ends.to(x.dtype), chance * mask)
         if learns and config.boundaries == "learnt":
             n = mask.sum(dim=1).to(x.dtype)
-            there = n > 0
-            said = log_binomial(soft.sum(dim=1), n, config.prior) / n.where(there, 1)
-            self.add_loss(-config.weight * said.sum() / there.sum().clamp(min=1))
+            said = log_binomial(soft.sum(dim=1), n, config.prior) / n.clamp(min=1)
+            self.add_loss(-config.weight * said.sum() / (n > 0).sum().clamp(min=1))
         if learns and config.boundaries == "labels" and targets is not None:
             self.add_loss(config.weight * self.blame(logit, mask, targets.to(x.device)))
         return ends, soft if config.boundaries == "learnt" else soft.detach()
@@ -133,15 +130,14 @@ class DynamicTokenPooling(TokenReducer):
         return linear(gelu(linear(layer_norm(x, x.shape[-1:]), w1, b1)), w2, b2)[..., 0]
 
     def examine(self, hidden: Tensor, mask: Tensor, fresh: Tensor) -> Tensor | None:
-        if self.config.boundaries != "learnt":
-            return None
-        return self.logit(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))[mask & ~fresh].sigmoid()
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return self.logit(x)[mask & ~fresh].sigmoid() if self.config.boundaries == "learnt" else None
 
     @classmethod
     def calibrate(cls, config: DynamicTokenPoolingConfig, records: dict[int, list[Tensor]]) -> DynamicTokenPoolingConfig:
         chances = torch.cat([batch for batches in records.values() for batch in batches]).sort(descending=True).values
-        ends = int(config.prior * len(chances) + 1e-9)
-        return replace(config, threshold=float(chances[max(0, ends - 1) : ends + 1].mean()))
+        ends = max(1, int(config.prior * len(chances) + 1e-9))
+        return replace(config, threshold=float(chances[ends - 1 : ends + 1].mean()))
 
     @staticmethod
     def blame(logit: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
