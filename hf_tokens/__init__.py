@@ -7,7 +7,7 @@ from typing import Any
 
 from .adapter import HFTokensConfig
 from .anatomy import Anatomy, Stream, anatomy
-from .api import aux_loss, calibrate, get_token_model, load, objective_loss, save_adapter, set_method, set_progress, unload
+from .api import aux_loss, calibrate, conclusions, get_token_model, load, objective_loss, save_adapter, set_method, set_progress, unload
 from .config import MethodConfig, option
 from .edits import edit
 from .embedding import match_ids, match_sequence
@@ -17,6 +17,7 @@ from .measure import measure
 from .prompts import compress_prompt, embed_prompt
 from .registry import list_methods, method_info, register
 from .roles import (
+    Attending,
     AttentionEdit,
     CacheCompressor,
     Dims,
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Anatomy",
+    "Attending",
     "AttentionEdit",
     "CacheCompressor",
     "ConfigError",
@@ -78,6 +80,7 @@ __all__ = [
     "calibrate",
     "closest_map",
     "compress_prompt",
+    "conclusions",
     "edit",
     "embed_prompt",
     "get_token_model",

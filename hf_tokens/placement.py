@@ -17,7 +17,7 @@ from .layer import layer_index
 from .objectives import one_at_a_time
 from .registry import MethodInfo, method_info
 from .roles import CacheCompressor, FeatureCache, LayerRouter, Method, Objective, Pooler, TokenReducer, TokenRouter, WeightEdit
-from .signals import SPANS
+from .signals import SCORED, SPANS, TAPPED
 from .weights import SITES, check_weights, weights
 
 
@@ -32,9 +32,14 @@ class Placement:
     layers: tuple[int, ...]
 
 
+def names_of(cls: type[Method]) -> set[str]:
+    """The signals that the words of a method name."""
+    return {name for names in cls.words.values() for name in names}
+
+
 def sees(cls: type[Method]) -> bool:
     """Whether a method looks at visual tokens among the text."""
-    return bool(SPANS & {*cls.signals, *cls.observes})
+    return bool(SPANS & names_of(cls))
 
 
 def fits(info: MethodInfo, stream: Stream, found: Anatomy) -> bool:
@@ -184,6 +189,11 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
         "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens",
         lambda cls: issubclass(cls, FeatureCache),
         lambda cls: cls.moves_tokens,
+    ),
+    (
+        "A bank that shapes an attention call stands beside no method that looks at it",
+        lambda cls: bool(cls.words.get("attend")),
+        lambda cls: bool(({"queries", "scores", SCORED} if issubclass(cls, CacheCompressor) else TAPPED) & names_of(cls)),
     ),
 )
 

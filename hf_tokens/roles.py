@@ -73,6 +73,11 @@ SIGNALS: dict[str, str] = {
     "donor_anchors": "for a VocabularyEdit: the donor's rows of the same tokens, (a e)",
     "donor_rows": "for a VocabularyEdit: the donor's rows of tokens that only it has, (u e)",
     "answers": "for a Pooler: what the tokens of its `ask` gathered in the last block that ran, in front of any norm, (b k d); else None",
+    "affinity": "for `attend`: a function that gives the scores of this attention call before its softmax, -inf where a query does not "
+    "look: of all keys (b h m s), or of those of an index (b k r) for each key head, (b h m r)",
+    "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
+    "own_keys": "for `attend`: keys of tokens that the bank put in, (b 1|k s) bool",
+    "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
     "labels": "for an Objective: the token that each place is to tell, as the model's own loss has it, -100 where there is none, (b n)",
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
@@ -84,6 +89,8 @@ SIGNALS: dict[str, str] = {
 # What an Objective may ask for; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
 JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
 SHARED = frozenset({"hidden", "positions", "progress"})
+# What one word alone may ask for.
+OF_A_WORD = {"attend": frozenset({"affinity", "key_positions", "own_keys"}), "conclude": frozenset({"own"})}
 
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
 
@@ -157,7 +164,7 @@ class Method(nn.Module, abc.ABC):
     placed: ClassVar[bool] = True
     further: ClassVar[tuple[str, ...]] = ("examine",)
     words: ClassVar[dict[str, tuple[str, ...]]] = {}
-    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES
+    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES - frozenset().union(*OF_A_WORD.values())
     site: ClassVar[str] = "block"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -260,6 +267,18 @@ class Method(nn.Module, abc.ABC):
         self.losses.append(value)
 
 
+class Attending(NamedTuple):
+    """How an attention call reads its keys.
+
+    Attributes:
+        index: The keys that are read, (b k r) for each key head; None reads all.
+        bias: Added to the scores of each query with these, (b h m r), -inf where it must not look; None adds nothing.
+    """
+
+    index: Tensor | None
+    bias: Tensor | None
+
+
 class TokenBank(Method):
     """Tokens put into the stream.
 
@@ -268,9 +287,13 @@ class TokenBank(Method):
     no token sees them, and what they gathered goes to `read`; `embedding` inserts none, they take the place of embeddings that the
     model looks up, before it adds positions, where `find` says: what stands in the prompt is the caller's. There, a bank sits in the
     first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens.
+
+    At the site `input` a method may define three more words: `follow` says behind which tokens they go, `attend` how the attention of
+    each block that it sits in reads them and all others, `conclude` what has become of them.
     """
 
     role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding")
+    further = ("follow", "attend", "conclude", "examine")
     packed = True
     deep: ClassVar[bool] = False
 
@@ -291,6 +314,15 @@ class TokenBank(Method):
     def place(self, start: Tensor, end: Tensor) -> Tensor:
         """Index of the token in front of which they go, (b), given each row's first real token and the end of its real tokens."""
         return start
+
+    def follow(self) -> Tensor | None:
+        """The tokens of this pass that each have the bank's tokens behind them, (b m) bool; asked in every pass, in the first block."""
+
+    def attend(self) -> Attending | None:
+        """How the attention of a block reads its keys; None leaves it alone."""
+
+    def conclude(self) -> Tensor | None:
+        """What the bank's tokens say in the end, (b ...), for `conclusions`; asked in the first block's instance, behind the last block."""
 
     def find(self, ids: Tensor) -> Tensor:
         """If the site is `embedding`: which of the tokens takes the place of each embedding, -1 where none does, for token ids (b n)."""

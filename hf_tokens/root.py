@@ -54,6 +54,7 @@ class Root:
         self.judged = self.agreed = False  # whether a replacing objective was asked, and whether the loss was once what it replaces
         self.last: Call | None = None  # a denoiser's call, until its objective has spoken
         self.head, self.notes = head, {}  # what the head read, or the model below the head returned
+        self.conclusions: dict[str, Tensor] = {}  # what banks last said of their tokens
         self.callers: set[int] = set()  # threads that called the model, and may still be in it
         self.lent: Any = None  # the loss function that a trainer has from us
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -79,7 +80,7 @@ class Root:
         self._trainer = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = {"_trainer": None, "heard": None, "lent": None, "labels": None, "last": None, "verdict": None}
+        passing = {"conclusions": {}, "_trainer": None, "heard": None, "lent": None, "labels": None, "last": None, "verdict": None}
         return {**vars(self), **passing, "callers": set(), "notes": {}}
 
     def methods(self) -> Iterator[Method]:

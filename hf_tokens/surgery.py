@@ -26,11 +26,12 @@ from .eviction import compress
 from .passes import Entry, Memory, Pass, expect, first_real, lend, open_pass
 from .pooling import Leaving, leave
 from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, Pooler, TokenBank, TokenReducer, TokenRouter
-from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, padding, receive, views
+from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, own_tokens, padding, receive, views
 from .token_map import TokenMap, overwrite, take
 from .training import follow_trainer
 
 if TYPE_CHECKING:
+    from .attention import AttentionCall
     from .layer import BlockSurgery
     from .root import Root
 
@@ -214,6 +215,8 @@ class Runtime:
                 note = self.ask(method, moment, "observe")
                 if note is not None:
                     moment.now.notes.setdefault(method.key, {})[moment.side.index] = note
+        if moment.side.index == len(self.stream) - 1:
+            self._conclude(moment)
         for method in methods:
             if isinstance(method, TokenReducer) and method.site == "middle":
                 self._settle(method, moment)
@@ -296,6 +299,7 @@ class Runtime:
             books, x = books.move(maps[-1]), maps[-1].gather(x)
         stored = lend(self, side, books, now, expect(layer, books))
         moment.local, moment.routed, moment.maps, moment.tokens = books, routed, tuple(maps), dict(now.memory.tokens)
+        moment.past = None if layer is None else layer.past()
         mask, bias = call.unsaid_mask(x, books), call.unsaid_bias(books, stored)
         unsaid = mask is not None or bias is not None
         if unsaid or side.taps:
@@ -304,8 +308,9 @@ class Runtime:
         heard = replace(moment, hidden=x, now=replace(now), mask=mask, bias=bias)
         with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps or asking > 0, asking, heard)):
             output = call.run(side.features.block, x, books, stored)
-        if unsaid or asking:
+        if unsaid or asking or side.attends is not None:
             side.attention_call()
+        self._mark(side, moment)
         if not side.features.reused:
             self._count(side, x.shape[0] * x.shape[1])
         side.blank = call.blank(output)
@@ -386,7 +391,7 @@ class Runtime:
     def ask(self, method: Method, moment: Moment, word: str | None = None) -> Any:
         """Call a method's verb, or another of its words, with the signals that it names."""
         word = method.verb if word is None else word
-        moment = replace(moment, whole_cache=isinstance(method, CacheCompressor))
+        moment = replace(moment, whole_cache=isinstance(method, CacheCompressor), key=method.key)
         supply = {name: SUPPLY[name] for name in method.words[word] if name not in method.ignores}
         return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **{name: give(moment) for name, give in supply.items()}})
 
@@ -463,6 +468,23 @@ class Runtime:
         side.captured["attention_output"] = edited = edited.to(update.dtype)
         return torch.cat([update[:, : own.start], edited, update[:, own.start + m :]], dim=1) if update.shape[1] > m else edited
 
+    @staticmethod
+    def _mark(side: BlockSurgery, moment: Moment) -> None:
+        """Let the cache of a block know which of the entries that came a bank put in, if that will ask."""
+        if side.attends is not None and moment.layer is not None:
+            moment.layer.mark(side.attends.key, own_tokens(replace(moment, key=side.attends.key)))
+
+    def attend(self, side: BlockSurgery, method: TokenBank, call: AttentionCall) -> AttentionCall:
+        """The attention call of a block, its keys read as a method says."""
+        if side.queries_only:
+            rule = f"{type(method).__name__} shapes an attention call in which each query has a key"
+            came = f"{side.queries_only} tokens that only ask at {self.stream.paths[side.index]}"
+            raise UnsupportedError(explain(rule, came, "Give them different layers."))
+        call.check()
+        heard = side.moment
+        told = self.ask(method, replace(heard, now=replace(heard.now, books=heard.local), routed=None), "attend")
+        return call if told is None else call.attending(told)
+
     def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
         tokens = self.ask(bank, moment)
         if tokens is None or tokens.shape[-2] == 0:
@@ -487,6 +509,9 @@ class Runtime:
         now, hidden = moment.now, moment.hidden
         mark = now.memory.tokens.get(bank.key)
         there = mark is not None and mark.shape[1] == now.books.m
+        if not there and bank.words["follow"]:
+            self._follow(bank, moment)
+            return
         if not there and not self._admit_sequence(bank, now):
             return
         tokens = self._tokens(bank, moment)
@@ -502,6 +527,16 @@ class Runtime:
         opened = TokenMap.insert(now.books.m, at, tokens.shape[1], len(hidden), hidden.device, beside=torch.minimum(at, end - 1))
         self._move(opened, moment, opened.fill(hidden, tokens))
         now.memory.tokens[bank.key] = opened.fresh
+
+    def _follow(self, bank: TokenBank, moment: Moment) -> None:
+        """Put a bank's tokens behind those that it follows."""
+        marked = self.ask(bank, moment, "follow") if bank.leads else None
+        marked = None if marked is None else marked & SUPPLY["real"](moment)
+        tokens = None if marked is None or not bool(marked.any()) else self._tokens(bank, moment)
+        if tokens is not None:
+            opened = TokenMap.follow(marked, tokens.shape[1])
+            self._move(opened, moment, opened.fill(moment.hidden, tokens))
+            moment.now.memory.tokens[bank.key] = opened.fresh
 
     def _renew(self, bank: TokenBank, moment: Moment) -> None:
         """Note at the first block which embeddings a bank gave; at a later one, rewrite what has become of them."""
@@ -536,6 +571,14 @@ class Runtime:
             self.closed.append(now)
         if self.keeps_final:
             self.final, self.final_real = whole, now.padding
+
+    def _conclude(self, moment: Moment) -> None:
+        """Let banks say what has become of their tokens, where this pass has some."""
+        for bank in self.methods():
+            if isinstance(bank, TokenBank) and bank.leads and bank.words["conclude"] and bank.key in moment.now.memory.tokens:
+                said = self.ask(bank, moment, "conclude")
+                if said is not None:
+                    self.root.conclusions[bank.key] = said.detach()
 
     def found_in_training(self) -> None:
         """The model was set to training mode: follow the trainer that did it."""

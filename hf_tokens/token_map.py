@@ -136,6 +136,19 @@ class TokenMap:
         return cls(slot, torch.where(fresh, beside.gather(1, group), source).clamp(max=n - 1), fresh=fresh)
 
     @classmethod
+    def follow(cls, marked: Tensor, k: int) -> TokenMap:
+        """Open k fresh slots behind each marked token (b n) bool, which take its place; rows with fewer are filled up in front."""
+        n, count = marked.shape[1], marked.long().cumsum(dim=1)
+        m = n + k * int(count[:, -1].max())
+        lack = m - n - k * count[:, -1:]
+        index = torch.arange(n, device=marked.device).expand_as(marked)
+        slot = index + k * (count - marked.long()) + lack
+        source = torch.full((len(marked), m), -1, dtype=torch.long, device=marked.device).scatter(1, slot, index)
+        filled = torch.arange(m, device=marked.device) >= lack
+        fresh = (source < 0) & filled
+        return cls(slot, source.cummax(dim=1).values.clamp(min=0), fresh=fresh, filled=None if not bool(lack.any()) else filled)
+
+    @classmethod
     def pad(cls, n: int, k: int, batch: int, device: torch.device | None = None) -> TokenMap:
         """Put k slots of filler behind n tokens."""
         slots = torch.arange(n + k, device=device).expand(batch, n + k)

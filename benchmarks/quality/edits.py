@@ -247,15 +247,25 @@ def transplants(folder: str, pieces: int = 16) -> Iterator[Point]:
     texts = [" ".join(word for word, _ in found) for found in words]  # what the donor's tokenizer keeps of a text
     base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
 
+    base_ids, donor_ids, roles = shared(own, donor)
+    known = torch.zeros(len(donor), dtype=torch.bool)
+    known[torch.cat([donor_ids, torch.tensor(list(roles))])] = True
+    unseen = (~known).nonzero().flatten()
+
     @torch.no_grad()
     def bits(model: nn.Module, tokenizer: Any) -> dict[str, float]:
-        total, tokens = 0.0, 0
+        losses, made, tokens = [], [], 0
         for text in texts:
             ids = torch.tensor([[model.config.bos_token_id, *tokenizer(" " + text, add_special_tokens=False)["input_ids"]]])
-            total += F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
-            tokens += ids.shape[1] - 1
-        size = sum(len(text.encode()) + 1 for text in texts)
-        return {"bits per byte": total / math.log(2) / size, "bytes per token": size / tokens}
+            loss = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none") / math.log(2)
+            losses.append(loss.sum())
+            made.append(loss[~known[ids[0, 1:]]] if tokenizer is donor else loss[:0])
+            tokens += len(loss)
+        size, rare = sum(len(text.encode()) + 1 for text in texts), torch.cat(made)
+        found = {"bits per byte": float(sum(losses)) / size, "bytes per token": size / tokens}
+        return (
+            found if tokenizer is own else {**found, "bits per made token": float(rare.mean()), "share of made tokens": len(rare) / tokens}
+        )
 
     yield Point("base, its own tokenizer", "transplant", {"seconds to make the rows": 0.0, **bits(base, own)})
 
@@ -273,10 +283,6 @@ def transplants(folder: str, pieces: int = 16) -> Iterator[Point]:
         done.undo()
         return found
 
-    base_ids, donor_ids, roles = shared(own, donor)
-    known = torch.zeros(len(donor), dtype=torch.bool)
-    known[torch.cat([donor_ids, torch.tensor(list(roles))])] = True
-    unseen = (~known).nonzero().flatten()
     original = base.get_input_embeddings().weight.detach()
     text_of = {id_: text for text, id_ in surfaces(donor).items()}
 
@@ -286,7 +292,7 @@ def transplants(folder: str, pieces: int = 16) -> Iterator[Point]:
 
     def of_pieces(weight: Tensor, ids: Tensor) -> Tensor:
         """The mean of the rows of the pieces that the model's own tokenizer cuts a token into."""
-        cut = [own(text_of[i].decode(errors="replace"), add_special_tokens=False)["input_ids"] for i in ids.tolist()]
+        cut = [own(text_of.get(i, b" ").decode(errors="replace"), add_special_tokens=False)["input_ids"] for i in ids.tolist()]
         return torch.stack([original[pieces].mean(0) for pieces in cut])
 
     yield point("random rows", "transplant", by_chance)
