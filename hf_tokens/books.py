@@ -245,7 +245,7 @@ class Books:
         if self.context and not cross and value.shape[-1] == self.n + self.context:
             return self._joint_mask(value)
         out = take(value, self.rows, 2) if value.shape[2] == self.n and (self.n > 1 or self.m != 1) else value
-        if cross or value.shape[-1] == 1:
+        if cross or value.shape[-1] == 1 < self.start + self.n:
             return out
         columns = self._columns(value.shape[-1], stored)
         out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)

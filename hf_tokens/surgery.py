@@ -20,6 +20,7 @@ from .anatomy import Stream
 from .books import Books
 from .cache import TokenCacheLayer, adopt, place
 from .call import Call, find_cache
+from .conditioning import on_its_own
 from .embedding import LookUp, at_table, check_look_up, rows_of_stream, write_rows
 from .errors import UnsupportedError, explain
 from .eviction import compress
@@ -27,6 +28,7 @@ from .passes import Entry, Memory, Pass, expect, first_real, lend, open_pass
 from .pooling import Leaving, leave
 from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, Pooler, TokenBank, TokenReducer, TokenRouter
 from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, own_tokens, padding, receive, views
+from .spans import Span, begin_span, end_spans, follow
 from .token_map import TokenMap, overwrite, take
 from .training import follow_trainer
 
@@ -82,7 +84,10 @@ class Runtime:
     # -- a block -----------------------------------------------------------------------------------------------------
 
     def run(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
-        """A block's forward."""
+        """A block's forward, on its own part of a prompt that has tokens for single blocks in it."""
+        return on_its_own(self, side, self._pass, args, kwargs)
+
+    def _pass(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         methods = side.speakers
         if side.index == 0 and self.moves:
             self._adopt(args, kwargs)
@@ -159,7 +164,8 @@ class Runtime:
         memory = Memory()
         memory.tokens = dict(known.tokens)
         outside = self.current
-        now = Pass(known.books, None, None, memory, side.index - 1, inside=known.inside, given=call.raw if known.kept else None)
+        given = call.raw if known.kept else None
+        now = Pass(known.books, None, None, memory, side.index - 1, inside=known.inside, given=given, spans=known.spans)
         now.padding, now.first = padding(call.arguments, known.books)
         now.apart = None if self.stream.causal else views(call.arguments, known.books, now.padding)
         self.current = now
@@ -172,14 +178,15 @@ class Runtime:
         now = self._enter(side, call)
         if not replaying and torch.is_grad_enabled() and side.checkpointed_outside:
             alive = [entry for entry in self.entries.get(side.index, ()) if entry.came() is not None]
-            entry = Entry(weakref.ref(call.raw), now.books, now.inside, call.raw is now.given, dict(now.memory.tokens))
+            kept = call.raw is now.given
+            entry = Entry(weakref.ref(call.raw), now.books, now.inside, kept, dict(now.memory.tokens), now.spans)
             self.entries[side.index] = [*alive, entry]
         if self.sees_all:
             call.see_all(now.books, now.padding)
         layer = self._cache_layer(side, call, now)
         moment = Moment(self, side, now, self._tokens_left(call, now), layer)
         for method in methods:
-            if isinstance(method, TokenReducer) and method.site == "before":
+            if isinstance(method, TokenReducer) and method.site == "before" and (method.leads or not method.spans):
                 self._reduce(method, moment)
             elif isinstance(method, TokenBank) and method.site == "input":
                 self._insert(method, moment)
@@ -187,11 +194,12 @@ class Runtime:
                 self._renew(method, moment)
         moment.entered = moment.hidden
         output, moment.hidden = self._block(side, methods, call, moment)
-        whole = moment.hidden if now.books.untouched else now.books.restore(moment.hidden, call.hidden)
+        whole = now.surface(moment.hidden, call.hidden, side.index)
         behind = now.books
         self._behind(methods, moment)
+        end_spans(methods, moment)
         if now.books is not behind:
-            whole = now.books.restore(moment.hidden, whole)
+            whole = now.surface(moment.hidden, whole, side.index)
         left = leave(self, methods, moment, whole, replaying)
         side.captured.clear()
         side.heard_call = None
@@ -200,7 +208,7 @@ class Runtime:
         given = call.pack(left)
         now.inside, now.given = (None, None) if now.books.untouched else (moment.hidden, given)
         if side.index == len(self.stream) - 1 and not replaying:
-            self._close(now, whole)
+            self._close(moment, whole)
         return call.write(output, given)
 
     def _behind(self, methods: list[Method], moment: Moment) -> None:
@@ -215,8 +223,6 @@ class Runtime:
                 note = self.ask(method, moment, "observe")
                 if note is not None:
                     moment.now.notes.setdefault(method.key, {})[moment.side.index] = note
-        if moment.side.index == len(self.stream) - 1:
-            self._conclude(moment)
         for method in methods:
             if isinstance(method, TokenReducer) and method.site == "middle":
                 self._settle(method, moment)
@@ -229,6 +235,10 @@ class Runtime:
         """The tokens as the last block left them, unless someone outside changed the sequence since."""
         if now.books.untouched:
             return call.hidden
+        if now.spans and call.raw is not now.given:
+            rule = "Between the blocks where a method lets tokens stand together, nothing but the blocks may change them"
+            came = f"other tokens than the block before gave, at {self.stream.paths[call.index]}"
+            raise UnsupportedError(explain(rule, came, "Choose other layers, or non-reentrant checkpointing."))
         return now.inside if call.raw is now.given else now.books.cut(call.hidden, now.inside)
 
     def _enter(self, side: BlockSurgery, call: Call) -> Pass:
@@ -243,6 +253,8 @@ class Runtime:
                     "Act on the blocks behind that place, or on another stream.",
                 )
             )
+        if call.context != now.books.context:
+            now.books = replace(now.books, context=call.context, memo={})
         now.at = side.index
         return now
 
@@ -412,16 +424,25 @@ class Runtime:
         return [math.prod(gates[min(run, len(gates) - 1)] for gates in said) for run in range(runs)], dense
 
     def _reduce(self, method: TokenReducer, moment: Moment) -> None:
+        if self.records is not None and type(method).examine is not TokenReducer.examine:
+            told = self.ask(method, moment, "examine")
+            self.records.setdefault(moment.side.index, []).extend([] if told is None else [(method.key, told)])
         tokens = self.ask(method, moment)
+        if tokens is not None and tokens.reads is not None and not method.spans:
+            rule = "Tokens read other slots than their own behind a span of blocks only"
+            raise UnsupportedError(explain(rule, f"`reads` from {type(method).__name__}", "Set its `spans`, or leave `reads` out."))
         if tokens is not None:
-            self._move(tokens, moment, tokens.apply(moment.hidden, moment.now.books.all_sizes()), method.proportional)
+            slots = tokens.apply(moment.hidden, moment.now.books.all_sizes())
+            span = begin_span(method, tokens, moment, slots) if method.spans else None
+            self._move(tokens, moment, slots, method.proportional, span)
 
-    def _move(self, tokens: TokenMap, moment: Moment, hidden: Tensor, proportional: bool = False) -> None:
-        """Change the tokens for the rest of the stream."""
+    def _move(self, tokens: TokenMap, moment: Moment, hidden: Tensor, proportional: bool = False, span: Span | None = None) -> None:
+        """Change the tokens for the rest of the stream, or of the span of blocks that begins or goes on here."""
         now = moment.now
         if tokens.joins and now.apart is not None:
             self._check_joins(tokens, now.apart.gather(1, now.books.rows))
         now.memory.move(tokens)
+        now.spans = follow(now.spans, tokens) if span is None else (*now.spans, span)
         books = now.books.move(tokens)
         now.books = replace(books, proportional=True) if proportional else books
         moment.hidden = hidden
@@ -563,7 +584,9 @@ class Runtime:
 
     # -- cache and end ----------------------------------------------------------------------------------------------
 
-    def _close(self, now: Pass, whole: Tensor) -> None:
+    def _close(self, moment: Moment, whole: Tensor) -> None:
+        now = moment.now
+        self._conclude(moment)
         for layer in now.layers:
             layer.see(now.books.start + now.books.n)
         self.current = None
