@@ -256,7 +256,22 @@ def main() -> None:
     draw("prompts", points, [("share of the tokens", "loss of the continuation"), ("share of the tokens", "loss of the needle")])
 
 
-NOTES = "to write"
+NOTES = (
+    "6 x 32 tokens of continuation and 6 x 12 of needles, so differences below about 0.1 and 0.2 in loss are chance. A continuation "
+    "wants its last words: the last tenth of the prompt has 2.8 where the full one has 2.2, and no choice of scattered tokens comes "
+    "near. The needle stands in the first three quarters: at 20 and 40 % self-information keeps most of it (3.5 and 3.0, random 3.8 and"
+    " 3.7, the last tokens 4.0 and 3.0), at 60 and 80 % the last tokens do (2.0 and 1.0, self-information 2.4 and 1.4). Self-"
+    "information has to read the prompt before it can be shortened, which costs more FLOPs than it saves in one use. Selection-p, its "
+    "head trained for 28 steps and with no LoRA beside it, where the paper pretrains both, is worse than random tokens on the "
+    "continuation, as a prompt for any model and in the model, and nowhere better on the needle; in the model at 80 % the continuation "
+    "is even. The paper's claim, a tenth of the prompt for 0.8 % of accuracy, does not show here. What the cut in the model is worth "
+    "shows by the random tokens: from 20 % on they lose less there than as a discrete prompt of the same share (2.5 against 3.2 for the"
+    " needle at 60 %), since the tokens that stay have read the others in the first third of the blocks; a prompt is read with 0.40 to "
+    "0.86 of the FLOPs, in 0.49 s at a tenth and 0.71 s at 60 % where the full one takes 0.74. ARC-Encoder after 23 steps (the paper: "
+    "2.6 billion tokens) gives vectors that say no more than one token does: 4.0 against 3.95; its projector has yet to find the "
+    "decoder's embeddings. Its prompt holds a quarter or an eighth of the KV bytes, but encoder and decoder together need more FLOPs "
+    "than the full prompt where they are of one size: it pays for a larger decoder, or for texts that are encoded once and read often."
+)
 
 if __name__ == "__main__":
     main()
