@@ -118,7 +118,6 @@ def behind_model(runtime: Runtime, output: Any) -> Any:
 def ask(pooler: Pooler, moment: Moment, whole: Tensor) -> Tensor | None:
     """What a pooler makes of the tokens that are left of a sequence (b n d); those that were inserted have no place there."""
     books = moment.now.books
-    moment = replace(moment, answers=moment.now.answers.get(pooler.key))
     if books.untouched:
         return moment.runtime.ask(pooler, replace(moment, hidden=whole))
     if books.fresh is not None:

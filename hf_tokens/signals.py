@@ -55,7 +55,6 @@ class Moment:
     stays: Tensor | None = None  # those that do, (b k n), and those that go
     goes: Tensor | None = None
     below: TokenCacheLayer | None = None  # the cache of the block that this one is a pair with
-    answers: Tensor | None = None  # what the tokens that a pooler let ask have gathered, (b k d)
     alike: Tensor | None = None  # for each entry the one of the same token there, -1 where there is none, (b k n)
     past: tuple[Tensor, dict[str, Tensor]] | None = None  # places and marks of the entries that its cache held before the block ran
     key: str = ""  # of the method that is asked
@@ -391,7 +390,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "key_positions": key_positions,
     "own_keys": own_keys,
     "own": own,
-    "answers": lambda m: m.answers,
+    "answers": lambda m: m.now.answers.get(m.key),
     "keys_below": lambda m: below(m, "keys"),
     "values_below": lambda m: below(m, "values"),
 }
