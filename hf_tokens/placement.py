@@ -179,6 +179,7 @@ def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
             check_cache(info, stream, layers)
             check_place(info, stream, layers)
             check_first(info, stream, layers)
+            check_span(info, stream, layers)
             if issubclass(info.cls, WeightEdit):
                 for index in layers:
                     check_weights(found.model, stream.blocks[index], stream.paths[index], info.cls.site)
@@ -272,6 +273,13 @@ def check_first(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> No
     ):
         rule = f"Method {info.name!r} acts in the first block{' and later ones' if cls.deep else ' alone'}"
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Leave out `layers`."))
+
+
+def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """What shortens a stream for a while does so in blocks that follow each other."""
+    if issubclass(info.cls, TokenReducer) and info.cls.spans and layers != tuple(range(layers[0], layers[-1] + 1)):
+        rule = f"Method {info.name!r} acts from one block to another, in all blocks between them"
+        raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
 
 
 def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:

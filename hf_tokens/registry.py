@@ -63,9 +63,9 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
             raise ConfigError(explain("A method is registered once per version", f"{name!r} v{version} again", "Choose another name."))
         asked = {word: inspect.signature(getattr(cls, word)).parameters for word in (cls.verb, "observe", *cls.further)}
         words = {word: tuple(p for p in parameters if p != "self") for word, parameters in asked.items()}
-        where, known = AT_SITE.get(cls.site, ("", cls.vocabulary)) if cls.role == "TokenBank" else ("", cls.vocabulary)
+        where, signals = AT_SITE.get(cls.site, ("", cls.vocabulary)) if cls.role == "TokenBank" else ("", cls.vocabulary)
         for word, names in words.items():
-            known_signals = known | OF_A_WORD.get(word, frozenset())
+            known_signals = signals | OF_A_WORD.get(word, frozenset())
             if unknown := sorted(set(names) - known_signals):
                 asking = f"{cls.__name__}.{word}{where and f' {where}'}"
                 raise ConfigError(explain(f"{asking} may ask for {sorted(known_signals)}", unknown, "Rename the arguments."))

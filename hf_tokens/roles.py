@@ -80,6 +80,7 @@ SIGNALS: dict[str, str] = {
     "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
     "own_keys": "for `attend`: keys of tokens that the bank put in, (b 1|k s) bool",
     "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
+    "answers": "for a Pooler: what the tokens of its `ask` gathered in the last block that ran, in front of any norm, (b k d); else None",
     "labels": "for an Objective: the token that each place is to tell, as the model's own loss has it, -100 where there is none, (b n)",
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
@@ -116,6 +117,7 @@ class Dims:
     kind: str
     causal: bool
     leads: bool = True  # whether this block is the first that the method acts on
+    ends: bool = True  # whether it is the last
     place: int = 0  # of this block among all that the method acts on, over all streams
     places: int = 1
     outputs: int | None = None  # features that the model's head returns
@@ -152,6 +154,7 @@ class Method(nn.Module, abc.ABC):
         proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
         decodes: A cache compressor speaks at each generated token too.
         parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
+        spans: A reducer at the site `before` is asked in front of the first of its blocks; behind the last its tokens are there again.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
         chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one.
         placed: It sits in blocks, as an adapter; False for one that a door of its own applies.
@@ -163,6 +166,7 @@ class Method(nn.Module, abc.ABC):
         unit: What an objective's loss that replaces is a mean over, "token" or "sample".
         evaluates: An objective is asked in evaluation too; the others leave that to the model's own loss.
         weighs: `weigh` says how much each target counts in a text model's own loss.
+        sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
 
     role: ClassVar[str]
@@ -186,6 +190,7 @@ class Method(nn.Module, abc.ABC):
     proportional: bool = False
     decodes: bool = False
     parts: tuple[str, ...] = ("attention",)
+    spans: ClassVar[bool] = False
     exit: int | None = None
     chunks: ClassVar[bool] = True
     allots: bool = False
@@ -193,6 +198,7 @@ class Method(nn.Module, abc.ABC):
     pairs: ClassVar[bool] = False
     strength: float = 1.0
     weighs: ClassVar[bool] = False
+    sees_all: bool = False
     in_block = True
     key: str = ""
 
@@ -234,7 +240,7 @@ class Method(nn.Module, abc.ABC):
     def examine(self) -> Any:
         """What `calibrate` is told of a block, asked behind it with the signals that it names, in a method that defines it; None: nothing.
 
-        Where it is not defined, `calibrate` is told what the verb says.
+        A TokenReducer is asked where its verb is, before that. Where it is not defined, `calibrate` is told what another verb says.
         """
 
     def weigh(self, ids: Tensor) -> Tensor:
@@ -352,6 +358,7 @@ class TokenReducer(Method):
 
     At the site `sublayer` it is for the time of the block's `parts` only: each token keeps its own residual, and gets what its slot got.
     There and in the middle the verb is asked without gradients: the map is a decision, and what it joins has the gradient.
+    One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` says what comes back.
     """
 
     role, verb, site, sites = "TokenReducer", "assign", "after", ("before", "middle", "after", "sublayer")
@@ -359,6 +366,16 @@ class TokenReducer(Method):
     @abc.abstractmethod
     def assign(self, *signals: Any) -> TokenMap | None:
         """The map of the tokens at this site; None changes nothing."""
+
+    def regain(self, before: Tensor, given: Tensor, got: Tensor) -> Tensor:
+        """If it `spans`: the tokens behind the blocks, (b n d); by default each is what its slot is.
+
+        Args:
+            before: The tokens in front of the blocks, (b n d).
+            given: What stood there in the slot that each token reads; the token itself where it reads none.
+            got: What stands in that slot behind the blocks.
+        """
+        return got
 
 
 class TokenRouter(Method):
@@ -496,10 +513,11 @@ class Pooler(Method):
     """What the tokens of a stream become as they leave it.
 
     The site says for whom: `stream` gives one vector to whoever reads the stream, the model's own head among them; `output` gives a few
-    to whoever called the model, in the place of `last_hidden_state`.
+    to whoever called the model, in the place of `last_hidden_state`. One that defines `ask` may let the last block answer tokens of its
+    own, which no other token sees.
     """
 
-    role, verb, site, sites = "Pooler", "pool", "stream", ("stream", "output")
+    role, verb, site, sites, further = "Pooler", "pool", "stream", ("stream", "output"), ("examine", "ask")
     kinds, moves_tokens, caches = ("text", "vision", "video", "audio"), False, False
 
     @classmethod
@@ -512,6 +530,12 @@ class Pooler(Method):
         """One vector for each row, (b d); at the site `output` some, (b p d), with zeros behind those of a row that has fewer.
 
         None changes nothing.
+        """
+
+    def ask(self) -> tuple[Tensor, Tensor] | None:
+        """Tokens that only ask in the last block that runs, (b k d), and the token of the stream in whose place each stands, (b k).
+
+        It is called in front of that block; `hidden` are the tokens that enter it. What the tokens gathered is the signal `answers`.
         """
 
 

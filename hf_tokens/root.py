@@ -85,8 +85,7 @@ class Root:
 
     def __getstate__(self) -> dict[str, Any]:
         passing = {"_trainer": None, "heard": None, "lent": None, "labels": None, "last": None, "verdict": None, "given": None}
-        passing |= {"conclusions": {}, "parts": []}
-        return {**vars(self), **passing, "callers": set(), "notes": {}}
+        return {**vars(self), **passing, "callers": set(), "notes": {}, "conclusions": {}, "parts": []}
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""

@@ -390,6 +390,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "key_positions": key_positions,
     "own_keys": own_keys,
     "own": own,
+    "answers": lambda m: m.now.answers.get(m.key),
     "keys_below": lambda m: below(m, "keys"),
     "values_below": lambda m: below(m, "values"),
 }

@@ -134,6 +134,7 @@ class HFTokensModel(BaseTuner):
             kind=stream.kind,
             causal=stream.causal,
             leads=index == p.layers[0],
+            ends=index == p.layers[-1],
             place=places.index((stream.name, index)),
             places=len(places),
             outputs=head_outputs(self._anatomy),
