@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -143,6 +144,15 @@ def learn(base: PixArtTransformer2DModel, config: object, shown: Tensor, rate: f
     return model.eval(), sum(p.numel() for p in parameters)
 
 
+def picture(points: list[Point]) -> None:
+    """Draw what is lost against what it costs, low is better."""
+    lost = {"share of concepts missed": "concept drawn", "share of other digits lost": "other digits beside it"}
+    for point in points:
+        more = {name: 1 - point.values[kept] for name, kept in lost.items()}
+        point.values.update(more, **{"log10 of the parameters": math.log10(point.values["parameters"])})
+    draw(NAME, points, [("log10 of the parameters", "held-out loss"), (*lost,)])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     base, seconds = trained()
@@ -182,8 +192,7 @@ def main() -> None:
         f"{accuracy:.3f} accuracy; one CPU thread"
     )
     write(NAME, points, command=COMMAND, setting=setting, notes=NOTES)
-    tuned = points[1:]
-    draw(NAME, tuned, [("parameters", "held-out loss"), ("concept drawn", "other digits beside it")])
+    picture(points[1:])
 
 
 NOTES = (
