@@ -189,7 +189,7 @@ def some(name: str, value: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(some(name, item, rows, batch) for item in value)
     split = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch and not families.SHARED.search(name)
-    return value[rows] if split else value
+    return value[rows.to(value.device)] if split else value
 
 
 def part(call: Arguments, gifts: list[Gift], rows: Tensor) -> tuple[Arguments, list[Gift]]:
