@@ -22,6 +22,8 @@ CALLS = 8  # calls of one name at one timestep; more of them are runs of a singl
 HOOK = "hf_tokens"
 END = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
 GUIDED = ("cond", "uncond")  # names that pipelines give the two calls of guidance
+BATCHED = "do_classifier_free_guidance"  # how pipelines call what decides on guidance within one batch
+DEPTH = 64  # frames between a pipeline's call and its denoiser's
 PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
 TOLD = {"noise", "guidance"}  # signals of what the model put out
 Context = tuple[str, int]
@@ -40,6 +42,22 @@ class Said:
     output: Tensor
     halves: bool
     like: Context
+
+
+def guides() -> bool | None:
+    """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or it does not say."""
+    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    frame = None if module is None else sys._getframe(1)
+    for _ in range(DEPTH):
+        if frame is None:
+            return None
+        pipeline, code = frame.f_locals.get("self"), frame.f_code
+        if code.co_name == "__call__" and isinstance(pipeline, module.DiffusionPipeline):
+            if BATCHED in code.co_varnames:
+                return frame.f_locals.get(BATCHED)
+            return bool(getattr(pipeline, BATCHED)) if BATCHED in code.co_names else False
+        frame = frame.f_back
+    return None
 
 
 class Denoising:
@@ -148,7 +166,7 @@ class Denoising:
             return None
         if self.context[0].startswith(GUIDED[1]):
             return torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
-        for parts in PARTS if sample is not None and len(sample) == len(prompt) else ():
+        for parts in PARTS if sample is not None and len(sample) == len(prompt) and guides() is not False else ():
             latents, prompts = sample.chunk(parts), prompt.chunk(parts)
             if len(prompt) % parts == 0 and all(same(latents[0], other) for other in latents[1:]):
                 base = prompts[-1 if families.PROMPT_FIRST.search(type(self.model).__name__) else 0]

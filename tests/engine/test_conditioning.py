@@ -218,6 +218,18 @@ def test_a_pipeline_under_guidance():
 
 
 @torch.no_grad()
+def test_two_prompts_for_one_noise_are_no_guidance_where_the_pipeline_has_none():
+    """Parts of a batch with the same latents and other prompts: the pipeline knows whether one of them is a negative prompt."""
+    torch.manual_seed(0)
+    pipe = get_token_model(pipeline(denoiser("unet", torch.float32)), WORD)
+    prompts, noise = torch.randn(2, 5, 6), torch.randn(1, 4, 8, 8)
+    given = dict(height=8, width=8, num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+    both = pipe(prompt_embeds=prompts, latents=noise.expand(2, -1, -1, -1), **given).images
+    each = [pipe(prompt_embeds=prompt[None], latents=noise, **given).images for prompt in prompts]
+    torch.testing.assert_close(both, torch.cat(each), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_beside_a_feature_cache_guidance_takes_two_calls():
     model = surgery("pixart", WORD, ToCaConfig(cycle=2))
     both = calls("pixart", 2, guided=True)
