@@ -7,15 +7,17 @@ from typing import Any
 
 from .adapter import HFTokensConfig
 from .anatomy import Anatomy, Stream, anatomy
-from .api import aux_loss, calibrate, get_token_model, load, objective_loss, save_adapter, set_method, set_progress, unload
+from .api import aux_loss, calibrate, conclusions, get_token_model, load, objective_loss, save_adapter, set_method, set_progress, unload
 from .config import MethodConfig, option
 from .edits import edit
 from .embedding import match_ids, match_sequence
 from .errors import AdapterError, ConfigError, HFTokensError, UnsupportedError
 from .holding import Polar, Quantized, angle_between
 from .measure import measure
+from .prompts import compress_prompt, embed_prompt
 from .registry import list_methods, method_info, register
 from .roles import (
+    Attending,
     AttentionEdit,
     CacheCompressor,
     Dims,
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Anatomy",
+    "Attending",
     "AttentionEdit",
     "CacheCompressor",
     "ConfigError",
@@ -76,7 +79,10 @@ __all__ = [
     "aux_loss",
     "calibrate",
     "closest_map",
+    "compress_prompt",
+    "conclusions",
     "edit",
+    "embed_prompt",
     "get_token_model",
     "heavy_hitters",
     "label_routes",

@@ -20,6 +20,7 @@ from .signatures import HiddenIndex, context_index, hidden_index, parameters
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"
+PROMPT = "encoder_hidden_states"  # how a denoiser calls the prompt that it is given
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +176,14 @@ def unwrap(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"A model must be a torch.nn.Module or a Diffusers pipeline. Got {type(model).__name__}.")
     return model
+
+
+def prompt_width(model: nn.Module) -> int | None:
+    """Features of the prompt, of any length, that a denoiser is given; None for one that is given none, and for another model."""
+    if "diffusers" not in sys.modules or not isinstance(model, sys.modules["diffusers"].ModelMixin):
+        return None
+    takes = PROMPT in parameters(type(model)) and not families.FIXED_PROMPT.search(type(model).__name__)
+    return _number(_config(model), "prompt") if takes else None
 
 
 def image_tokens(model: nn.Module) -> list[int]:
@@ -425,6 +434,7 @@ def _mask_functions(cls: type[nn.Module]) -> frozenset[str]:
 def _number(source: Any, key: str) -> int | None:
     for name in families.ATTRIBUTES[key]:
         value = getattr(source, name, None)
+        value = value[0] if isinstance(value, (tuple, list)) and len({*value}) == 1 else value  # one for each stage of a UNet
         if isinstance(value, int) and value > 0:
             return value
     return None

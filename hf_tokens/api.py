@@ -114,6 +114,18 @@ def root_of(model: Any) -> Root:
     return found[0].runtime.root
 
 
+def conclusions(model: Any) -> dict[str, Tensor]:
+    """What token banks said in the end of the last forward that had their tokens, such as the classes of a picture.
+
+    Args:
+        model: A PeftModel or pipeline with a surgery.
+
+    Returns:
+        By the key of the method, its adapter and place in the stack (`"default.0"`), what its card says it returns; without gradient.
+    """
+    return dict(root_of(model).conclusions)
+
+
 def aux_loss(model: Any) -> Tensor:
     """The sum of the methods' losses in the last forward, for training loops that compute their own loss."""
     extra = root_of(model).extra()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UnsupportedError, explain
+from .roles import Attending
 
 PREFIX = "hf_tokens_"
 BACKENDS = ("sdpa", "eager")
@@ -59,6 +60,35 @@ class AttentionCall:
             rule = "Keys and scores need an attention among the stream's own tokens: a softmax of products, mask, bias, soft cap and sinks"
             raise UnsupportedError(explain(rule, f"one with {', '.join(self.strange)}", "Choose a method that does not look at attention."))
 
+    def affinity(self, index: Tensor | None = None) -> Tensor:
+        """The scores before the softmax, -inf where a query does not look, of all keys (b h m n) or those of index (b g r), (b h m r)."""
+        keys = self.k if index is None else pick(self.k, index)
+        keys = keys.repeat_interleave(self.q.shape[1] // keys.shape[1], dim=1)
+        scores = (self.q @ keys.mT).to(torch.promote_types(self.q.dtype, torch.float32)) * self.scaling
+        scores = scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+        mask = self._added(index)
+        return scores if mask is None else added(mask, scores)
+
+    def attending(self, told: Attending) -> AttentionCall:
+        """The call that reads its keys so."""
+        k, v = (t if told.index is None else pick(t, told.index.expand(-1, t.shape[1], -1)) for t in (self.k, self.v))
+        mask = self._added(told.index)
+        if told.bias is not None:
+            mask = told.bias if mask is None else added(mask, told.bias)
+            mask = mask.clamp(min=torch.finfo(self.q.dtype).min).to(self.q.dtype)
+        return replace(self, k=k, v=v, mask=mask, bias=None)
+
+    def _added(self, index: Tensor | None) -> Tensor | None:
+        """What is added to the products, or bool where they are only hidden: of all keys, or for each query head of those of an index."""
+        m, n = self.q.shape[2], self.k.shape[2]
+        mask = self.shape()["mask"]
+        if mask is None and self.causal and m > 1:
+            mask = torch.ones(m, n, dtype=torch.bool, device=self.q.device).tril(n - m)[None, None]
+        if mask is None or index is None:
+            return mask
+        wide = index.repeat_interleave(self.q.shape[1] // index.shape[1], dim=1)[:, :, None]
+        return mask.expand(*self.q.shape[:3], n).gather(3, wide.expand(-1, -1, m, -1))
+
     def shape(self) -> dict[str, Any]:
         """What the kernels must know to compute the same probabilities."""
         mask, causal = self.mask, self.causal and self.q.shape[2] > 1
@@ -69,6 +99,18 @@ class AttentionCall:
             hides = mask is not None and mask.dtype == torch.bool
             mask = self.bias if mask is None else self.bias.masked_fill(~mask, -torch.inf) if hides else self.bias + mask
         return dict(scaling=self.scaling, mask=mask, causal=causal, softcap=self.softcap, sinks=self.sinks)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """The keys of an index (b g r) of x (b g n e), (b g r e)."""
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
+
+
+def added(mask: Tensor, scores: Tensor) -> Tensor:
+    """Scores with a bool or additive mask, -inf where that hides them."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return (scores + mask).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
 
 
 @dataclass

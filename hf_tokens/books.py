@@ -245,7 +245,7 @@ class Books:
         if self.context and not cross and value.shape[-1] == self.n + self.context:
             return self._joint_mask(value)
         out = take(value, self.rows, 2) if value.shape[2] == self.n and (self.n > 1 or self.m != 1) else value
-        if cross or value.shape[-1] == 1:
+        if cross or value.shape[-1] == 1 < self.start + self.n:
             return out
         columns = self._columns(value.shape[-1], stored)
         out = take(out, columns, 3) if columns.dim() == 2 else self._take_heads(out, columns)
@@ -365,7 +365,7 @@ class Books:
         """The mask where the model gave none: it relied on the order of the tokens, which may not be enough any more."""
         filled = self._filled(stored)
         if not self.causal:
-            return self._weigh(None if filled is None else self._dress(self._visible(stored), hidden), self._sizes(stored))
+            return self._weigh(None if filled is None else self.dress(self._visible(stored), hidden), self._sizes(stored))
         past = stored is not None and stored.origins.shape[-1] > 0
         sizes = self._sizes(stored)
         if filled is None and sizes is None and (not past or self.m == 1):
@@ -374,9 +374,10 @@ class Books:
         origins = origins[:, None] if origins.dim() == 2 else self._to_heads(origins)
         seen = origins[:, :, None] <= (self.rows + self.start)[:, None, :, None]  # b 1|k m s
         visible = self._visible(stored)
-        return self._weigh(self._dress(seen if visible is None else seen & visible, hidden), sizes)
+        return self._weigh(self.dress(seen if visible is None else seen & visible, hidden), sizes)
 
-    def _dress(self, seen: Tensor, hidden: Tensor) -> Tensor:
+    def dress(self, seen: Tensor, hidden: Tensor) -> Tensor:
+        """A bool mask as the backend wants it; a query that sees nothing sees everything."""
         seen = seen | ~seen.any(dim=-1, keepdim=True)
         if not self.additive:
             return seen

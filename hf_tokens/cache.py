@@ -300,6 +300,17 @@ class TokenCacheLayer(CacheLayerMixin):
         self.fresh = None if self.fresh is None else change(self.fresh)
         self.record.entries = {name: change(t) for name, t in self.record.entries.items()}
 
+    def past(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Places and marks of the entries, as they are now; None if there are none."""
+        return None if self.origins is None else (self.origins, dict(self.record.entries))
+
+    def mark(self, name: str, flags: Tensor) -> None:
+        """Mark some of the last tokens that were stored, (b m) bool, under a name."""
+        entries, n = self.record.entries, min(flags.shape[1], self.length)
+        old = entries.get(name, torch.zeros_like(self.origins, dtype=torch.bool))
+        new = stretch(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
+        entries[name] = new if old.dim() == 3 else new[:, 0]
+
     # -- other forms -------------------------------------------------------------------------------------------------
 
     def rewrite(self, keys: Tensor, values: Tensor, sizes: Tensor | None) -> None:
@@ -443,6 +454,12 @@ class TokenCacheLayer(CacheLayerMixin):
             self._states = tuple(t.to(device, non_blocking=True) for t in self._states)
             self.held = None if self.held is None else tuple([part.to(device) for part in parts] for parts in self.held)
             self._room = self._lent = None
+
+
+def stretch(old: Tensor, new: Tensor) -> Tensor:
+    """Something of each entry, (b n) or (b k n), and of the tokens behind them (b m), (b 1|k n+m)."""
+    old = old[:, None] if old.dim() == 2 else old
+    return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1)], dim=-1)
 
 
 def pick_entries(x: Tensor, index: Tensor) -> Tensor:

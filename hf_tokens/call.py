@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from . import families
 from .anatomy import Stream, attentions
+from .attention import BACKENDS, PREFIX
 from .books import CROSS, HIDES, SEGMENTS, Books, Stored
 from .cache import self_attention_cache
 from .errors import UnsupportedError, explain
@@ -222,6 +223,29 @@ class Call:
         if books.untouched and stored is None or maker is None or named:
             return None
         return books.mask(BIAS, maker.compute_bias(books.n, books.start + books.n, past_seen_tokens=books.start), stored)
+
+    def see_all(self, books: Books, real: Tensor | None) -> None:
+        """Let what a token sees see it too, by a mask that the block is told; an encoder stores nothing.
+
+        Raises:
+            UnsupportedError: The block takes no such mask.
+        """
+        name = self._mask_name()
+        mask = None if name is None else self.arguments.get(name)
+        config = self.stream.config
+        backend = config._attn_implementation if "_attn_implementation_internal" in vars(config or object) else "eager"
+        square = mask is None or isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (books.n, books.n)
+        if name is None or not square or not self.attends or (backend or "eager").removeprefix(PREFIX) not in BACKENDS:
+            rule = f"Blocks without their causal mask need an argument for a mask from token to token, and one of the backends {BACKENDS}"
+            came = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]} with {backend!r}"
+            raise UnsupportedError(explain(rule, came, "Call `model.set_attn_implementation('sdpa')`, or choose another model."))
+        seen = torch.ones(1, 1, books.n, books.n, dtype=torch.bool, device=self.hidden.device)
+        if mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            seen = seen | seen.mT
+        seen = seen if real is None else seen & real[:, None, None]
+        self.arguments = {key: None if find_cache((value,)) is not None else value for key, value in self.arguments.items()}
+        self.arguments[name] = books.dress(seen.expand(books.batch, -1, -1, -1), self.hidden)
 
     def unsaid_mask(self, hidden: Tensor, books: Books) -> Tensor | None:
         """The mask that these tokens need where the block has no argument for one."""

@@ -14,12 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import families
+from .anatomy import PROMPT
 from .signatures import positional
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
 END = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
 GUIDED = ("cond", "uncond")  # names that pipelines give the two calls of guidance
+BATCHED = "do_classifier_free_guidance"  # how pipelines call what decides on guidance within one batch
+DEPTH = 64  # frames between a pipeline's call and its denoiser's
+PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
 TOLD = {"noise", "guidance"}  # signals of what the model put out
 Context = tuple[str, int]
 
@@ -37,6 +42,22 @@ class Said:
     output: Tensor
     halves: bool
     like: Context
+
+
+def guides() -> bool | None:
+    """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or it does not say."""
+    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    frame = None if module is None else sys._getframe(1)
+    for _ in range(DEPTH):
+        if frame is None:
+            return None
+        pipeline, code = frame.f_locals.get("self"), frame.f_code
+        if code.co_name == "__call__" and isinstance(pipeline, module.DiffusionPipeline):
+            if BATCHED in code.co_varnames:
+                return frame.f_locals.get(BATCHED)
+            return bool(getattr(pipeline, BATCHED)) if BATCHED in code.co_names else False
+        frame = frame.f_back
+    return None
 
 
 class Denoising:
@@ -123,9 +144,36 @@ class Denoising:
             "step": self.index,
             "steps": steps,
             "timestep": timestep,
+            "time": self.time(timestep, sample),
             "elapsed": self.index / steps if steps else None if timestep is None or not self.origin else 1 - value / self.origin,
             "picture": tuple(sample.shape[2:]) if isinstance(sample, Tensor) and sample.dim() in (4, 5) else None,
         }
+
+    def time(self, timestep: Any, sample: Any) -> Tensor | None:
+        """The timestep of each sample on a schedule of 1000, 1000 at pure noise, (b)."""
+        if timestep is None or not isinstance(sample, Tensor):
+            return None
+        name, value = type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float()
+        value = value.reshape(len(sample), -1).amax(dim=1) if value.numel() % len(sample) == 0 else value.amax().expand(len(sample))
+        value = 1000 * value if families.UNIT_TIME.search(name) else value
+        value = 1000 - value if families.RISING_TIME.search(name) else value
+        return value.round(decimals=3)  # a share is no whole number of thousandths in single precision
+
+    def negative(self, call: dict[str, Any]) -> Tensor | None:
+        """Samples of the negative prompt in this call, (b) bool; None where there is no prompt."""
+        prompt, sample = call.get(PROMPT), self.sample
+        if not isinstance(prompt, Tensor):
+            return None
+        if self.context[0].startswith(GUIDED[1]):
+            return torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
+        for parts in PARTS if sample is not None and len(sample) == len(prompt) and guides() is not False else ():
+            latents, prompts = sample.chunk(parts), prompt.chunk(parts)
+            if len(prompt) % parts == 0 and all(same(latents[0], other) for other in latents[1:]):
+                base = prompts[-1 if families.PROMPT_FIRST.search(type(self.model).__name__) else 0]
+                found = [same(other, base) for other in prompts]
+                if not all(found):
+                    return torch.tensor(found, device=prompt.device).repeat_interleave(len(prompt) // parts)
+        return torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
 
     # -- what the model put out --------------------------------------------------------------------------------------
 

@@ -115,6 +115,10 @@ ATTRIBUTES = {
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "inner_kv_heads"),
     "head_dim": ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_kv"),
     "width": ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "inner_dim", "emb_dim"),
+    "prompt": (
+        *("joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim", "caption_feat_dim"),
+        *("encoder_hid_dim", "cross_attention_dim"),
+    ),
 }
 HEADS = ("lm_head", "classifier", "score", "cls", "qa_outputs", "head", "proj_out", "conv_out")
 
@@ -147,3 +151,19 @@ COUNTS = re.compile(
 HALF_WINDOW = "one_sided_attn_window_size"
 # block class -> the table that it looks up at its `position_ids`, and that must stay whole for it
 INDEXED = {"ClvpEncoderLayer": "rotary_pos_emb"}
+
+# What stands beside the prompt of a denoiser: its masks, tables of its places, and lengths that no longer hold once tokens are added.
+PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
+PROMPT_PLACES = ("txt_ids",)
+PROMPT_LENGTHS = re.compile(r"seq_lens$")
+# Denoisers that count on the length of their prompt, or are given it a second time in other words.
+FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
+# Denoisers that read their prompt as a whole too, beside their blocks.
+POOLED_PROMPT = re.compile(r"^Mochi")
+# Arguments of a denoiser that all samples share.
+SHARED = re.compile(r"^(txt|img)_ids$|rotary|freqs")
+# Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.
+PROMPT_FIRST = re.compile(r"^LuminaNextDiT2D")
+# Denoisers whose timestep is a share of 1, where others count to 1000; and those whose timestep rises as the noise falls.
+UNIT_TIME = re.compile(r"^(Flux|Chroma|QwenImage|OvisImage|LongCatImage|AuraFlow|Lumina2|ZImage)")
+RISING_TIME = re.compile(r"^(Lumina2|ZImage)")

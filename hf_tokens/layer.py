@@ -33,7 +33,8 @@ def wants(method: Method) -> set[str]:
     """The hooks that a method needs on its block."""
     names = method.asks
     needs = {HOOKED[name] for name in names if name in HOOKED}
-    if TAPPED & names or SCORED in names or isinstance(method, TokenBank) and method.site == "query":
+    asks = isinstance(method, TokenBank) and (method.site == "query" or bool(method.words["attend"]))
+    if TAPPED & names or SCORED in names or asks:
         needs.add("tap")
     if isinstance(method, TokenReducer) and method.site == "middle":
         needs.add("middle")
@@ -82,6 +83,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.blank: tuple = ()  # what the block is known to return beside its hidden states, if that is nothing
         self.features = FeatureSites(self)
         self._acting: list[Method] = []
+        self.attends: TokenBank | None = None  # who says how the attention call reads its keys
         self.speakers: list[Method] = []
         self.objectives: list[Objective] = []
         self.edits: list[WeightEdit] = []
@@ -154,6 +156,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         names = [] if self._disable_adapters else [name for name in self.active_adapters if name in self.hf_tokens_methods]
         self.act([method for name in names for method in self.hf_tokens_methods[name].values()])
         self.taps = any("tap" in wants(method) for method in self._acting)
+        self.attends = next((m for m in self._acting if isinstance(m, TokenBank) and m.words["attend"]), None)
         self.hears = {name for method in self._acting for name in method.asks if name in HOOKED}
         merging = [method for method in self._acting if isinstance(method, TokenReducer) and method.site == "sublayer"]
         self.features.refresh([method for method in self._acting if isinstance(method, FeatureCache)], merging)
@@ -383,7 +386,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         own = n <= (local.m if layer is None else layer.handed) and call.q.shape[0] in (1, local.batch)
         strange = call.strange if own else (*call.strange, "other keys than those")
         self.heard_call = replace(call, k=call.k[:, :, p:], v=call.v[:, :, p:], mask=mask, bias=bias, strange=strange)
-        return self.heard_call
+        return self.heard_call if self.attends is None else self.runtime.attend(self, self.attends, self.heard_call)
 
     def attention_call(self) -> AttentionCall:
         """What the attention call of this block got.

@@ -17,8 +17,9 @@ from .books import Books, Stored
 from .cache import Arrival, TokenCacheLayer
 from .call import Call
 from .errors import UnsupportedError, explain
-from .roles import CacheCompressor, Method
+from .roles import CacheCompressor, Method, TokenReducer
 from .signals import PICTURED, Moment, padding, remember_pictures, views
+from .spans import Span
 from .token_map import TokenMap, put_back
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Entry:
     inside: Tensor | None
     kept: bool  # whether those were what the model had got from the block before
     tokens: dict[str, Tensor]
+    spans: tuple[Span, ...]
 
 
 @dataclass
@@ -98,6 +100,8 @@ class Pass:
         caches: The same layers by the index of their block.
         notes: By the key of a method, what its `observe` returned in each block.
         waiting: By the key of a method, the blocks whose entries are shared out once all have run.
+        spans: The spans of blocks that this place lies in, the outermost first.
+        answers: By the key of a pooler, what the tokens that it let ask have gathered, (b k d).
     """
 
     books: Books
@@ -114,6 +118,20 @@ class Pass:
     caches: dict[int, TokenCacheLayer] = field(default_factory=dict)
     notes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     waiting: dict[str, list[tuple[Moment, Tensor | None]]] = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+
+    def surface(self, tokens: Tensor, given: Tensor, index: int) -> Tensor:
+        """The whole sequence (b n d) with the tokens (b m d) of this place behind a block; one that is gone keeps its row of `given`.
+
+        Tokens that stand together in a span come apart as they would if it ended here.
+        """
+        books, spans = self.books, []
+        for span in reversed(self.spans):
+            spans.insert(0, span.hold(tokens))
+            tokens, books = spans[0].regain(self.memory, index, self.padding, bool(self.layers)), span.books
+        self.spans = tuple(spans)
+        return tokens if books.untouched else books.restore(tokens, given)
 
     def starts(self, books: Books) -> Tensor:
         """Where each sample of a packed row begins among the tokens that are left, (1 s)."""
@@ -171,7 +189,7 @@ def open_pass(runtime: Runtime, side: BlockSurgery, call: Call) -> Pass:
         layers[0].memory = memory
         memory.tokens.clear()
     given = dict(context=call.context, behind=call.behind, prefix=runtime.prefix, additive=side.additive_mask, heads=runtime.stream.heads)
-    books = Books.open(call.hidden, start, runtime.stream.causal, **given)
+    books = Books.open(call.hidden, start, runtime.stream.causal and not runtime.sees_all, **given)
     real, first = padding(call.arguments, books)
     segments = None if start else call.segments(real)
     refuse_packed(runtime, segments, call.cache is not None)
@@ -228,6 +246,11 @@ def admit_prompt(runtime: Runtime, memory: Memory, books: Books) -> None:
                 "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once.",
             )
         )
+    running = sorted({type(method).__name__ for method in runtime.methods() if isinstance(method, TokenReducer) and method.spans})
+    if cropped and running:
+        rule = f"Tokens that {', '.join(running)} has read cannot be taken back"
+        came = f"a cache cut from {memory.end} tokens to {books.start}"
+        raise UnsupportedError(explain(rule, came, "Start a new cache, and leave out assisted decoding."))
     memory.prompted, memory.end = prompt, books.start + books.n
 
 

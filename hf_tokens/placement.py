@@ -9,15 +9,16 @@ from peft.utils import AuxiliaryTrainingWrapper
 
 from . import families
 from .adapter import HFTokensConfig
-from .anatomy import Anatomy, Stream, image_tokens
+from .anatomy import PROMPT, Anatomy, Stream, cross_attentions, image_tokens, prompt_width
 from .call import LAYOUTS, PACKED
 from .config import MethodConfig
 from .errors import AdapterError, ConfigError, UnsupportedError, explain
 from .layer import layer_index
 from .objectives import one_at_a_time
 from .registry import MethodInfo, method_info
-from .roles import CacheCompressor, FeatureCache, LayerRouter, Method, Objective, Pooler, TokenReducer, TokenRouter, WeightEdit
-from .signals import SPANS
+from .roles import CacheCompressor, FeatureCache, LayerRouter, Method, Objective, Pooler, TokenBank, TokenReducer, TokenRouter, WeightEdit
+from .signals import SCORED, SPANS, TAPPED
+from .signatures import parameters
 from .weights import SITES, check_weights, weights
 
 
@@ -32,15 +33,28 @@ class Placement:
     layers: tuple[int, ...]
 
 
+def names_of(cls: type[Method]) -> set[str]:
+    """The signals that the words of a method name."""
+    return {name for names in cls.words.values() for name in names}
+
+
 def sees(cls: type[Method]) -> bool:
     """Whether a method looks at visual tokens among the text."""
-    return bool(SPANS & {*cls.signals, *cls.observes})
+    return bool(SPANS & names_of(cls))
+
+
+def reads_prompt(cls: type[Method], stream: Stream, found: Anatomy) -> bool:
+    """Whether the model is given a prompt, and, for a method that gives each block its own, each block gets it by itself."""
+    by_itself = all(PROMPT in parameters(type(block)) for block in stream.blocks)
+    return prompt_width(found.model) is not None and (by_itself or not issubclass(cls, TokenBank) or not cls.deep)
 
 
 def fits(info: MethodInfo, stream: Stream, found: Anatomy) -> bool:
     """Whether a method supports a stream."""
     cls = info.cls
     if sees(cls) and not image_tokens(found.model) or cls.site == "embedding" and stream.table is None:
+        return False
+    if cls.site == "prompt" and not reads_prompt(cls, stream, found):
         return False
     if (cls.kinds and stream.kind not in cls.kinds) or cls.causal not in (None, stream.causal):
         return False
@@ -55,6 +69,9 @@ def demand(info: MethodInfo) -> str:
     kinds = f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else ""
     if issubclass(info.cls, WeightEdit):
         return f"a {causal}stream{kinds} whose blocks have {SITES[info.cls.site][1]}"
+    if info.cls.site == "prompt":
+        each = " and hands it to each block" if info.cls.deep else ""
+        return f"a {causal}stream{kinds} of a denoiser that is given a prompt of any length, `{PROMPT}`{each}"
     table = " and come from a table of embeddings" if info.cls.site == "embedding" else ""
     return f"a {causal}stream{kinds} whose tokens stand in a row{table}{', with tokens of pictures among them' if sees(info.cls) else ''}"
 
@@ -88,12 +105,27 @@ def read_as_a_whole(streams: list[Stream], info: MethodInfo, found: Anatomy) -> 
     return last
 
 
+def all_that_read(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+    """The streams, which must be all that can see the prompt: what is there for one block must be kept from the others."""
+    ours = {id(module) for stream in streams for block in stream.blocks for module in block.modules()}
+    outside = [stream.name for stream in found.streams if stream not in streams]
+    outside += [path for path, module in cross_attentions(found.model) if id(module) not in ours]
+    outside += ["a pool of the prompt"] if families.POOLED_PROMPT.search(type(found.model).__name__) else []
+    if outside:
+        rule = f"Method {info.name!r} gives each block a prompt of its own, so it acts in all that reads the prompt"
+        came = f"{outside} of {type(found.model).__name__} beside it"
+        raise UnsupportedError(explain(rule, came, "Leave out `stream`, or choose another model."))
+    return streams
+
+
 def readable(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
     """Those of the fitting streams whose readers fit too; an objective speaks once for the whole model."""
     if issubclass(info.cls, Pooler):
         return read_as_a_whole(streams, info, found)
     if info.cls.needs_head:
         return before_head(streams, info, found)
+    if issubclass(info.cls, TokenBank) and info.cls.site == "prompt":
+        return all_that_read(streams, info, found) if info.cls.deep else streams[:1]
     return streams[-1:] if issubclass(info.cls, Objective) else streams
 
 
@@ -147,6 +179,7 @@ def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
             check_cache(info, stream, layers)
             check_place(info, stream, layers)
             check_first(info, stream, layers)
+            check_span(info, stream, layers)
             if issubclass(info.cls, WeightEdit):
                 for index in layers:
                     check_weights(found.model, stream.blocks[index], stream.paths[index], info.cls.site)
@@ -184,6 +217,11 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
         "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens",
         lambda cls: issubclass(cls, FeatureCache),
         lambda cls: cls.moves_tokens,
+    ),
+    (
+        "A bank that shapes an attention call stands beside no method that looks at it",
+        lambda cls: bool(cls.words.get("attend")),
+        lambda cls: bool(({"queries", "scores", SCORED} if issubclass(cls, CacheCompressor) else TAPPED) & names_of(cls)),
     ),
 )
 
@@ -226,11 +264,22 @@ def check_poolers(placements: list[Placement]) -> None:
 
 
 def check_first(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
-    """A bank at the embeddings sits in the first block, and in later ones if it is deep."""
+    """A bank at the embeddings or the prompt sits in the first block, and in later ones if it is deep."""
     cls = info.cls
-    if cls.site == "embedding" and (layers[0] != 0 or len(layers) > 1 and not cls.deep):
+    if (
+        issubclass(cls, TokenBank)
+        and (cls.site == "embedding" or cls.site == "prompt" and not cls.deep)
+        and (layers[0] != 0 or len(layers) > 1 and not cls.deep)
+    ):
         rule = f"Method {info.name!r} acts in the first block{' and later ones' if cls.deep else ' alone'}"
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Leave out `layers`."))
+
+
+def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """What shortens a stream for a while does so in blocks that follow each other."""
+    if issubclass(info.cls, TokenReducer) and info.cls.spans and layers != tuple(range(layers[0], layers[-1] + 1)):
+        rule = f"Method {info.name!r} acts from one block to another, in all blocks between them"
+        raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
 
 
 def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from .config import MethodConfig
 from .errors import ConfigError, explain
-from .roles import AT_TABLE, Method
+from .roles import AT_SITE, OF_A_WORD, Method
 
 ENTRY_POINTS = "hf_tokens.methods"
 HEADINGS = ("Paper", "Maths", "Differs")
@@ -63,11 +63,12 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
             raise ConfigError(explain("A method is registered once per version", f"{name!r} v{version} again", "Choose another name."))
         asked = {word: inspect.signature(getattr(cls, word)).parameters for word in (cls.verb, "observe", *cls.further)}
         words = {word: tuple(p for p in parameters if p != "self") for word, parameters in asked.items()}
-        known_signals = AT_TABLE if cls.site == "embedding" else cls.vocabulary
+        where, signals = AT_SITE.get(cls.site, ("", cls.vocabulary)) if cls.role == "TokenBank" else ("", cls.vocabulary)
         for word, names in words.items():
+            known_signals = signals | OF_A_WORD.get(word, frozenset())
             if unknown := sorted(set(names) - known_signals):
-                where = f"{cls.__name__}.{word}{' at the embeddings' if cls.site == 'embedding' else ''}"
-                raise ConfigError(explain(f"{where} may ask for {sorted(known_signals)}", unknown, "Rename the arguments."))
+                asking = f"{cls.__name__}.{word}{where and f' {where}'}"
+                raise ConfigError(explain(f"{asking} may ask for {sorted(known_signals)}", unknown, "Rename the arguments."))
         doc = inspect.getdoc(inspect.getmodule(cls)) or ""
         card = read_card(doc)
         cls.words, cls.signals, cls.observes, config.method, config.version = words, words[cls.verb], words["observe"], name, version

@@ -48,6 +48,9 @@ SIGNALS: dict[str, str] = {
     "step": "index of the denoising step, int",
     "steps": "number of denoising steps, int, or None where the pipeline does not say",
     "timestep": "timestep of the denoising step as the model got it, Tensor or None",
+    "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b)",
+    "negative": "for `takes`: samples of the negative prompt, (b) bool: by the name of the call's cache context, or where parts of a batch "
+    "have the same latents and other prompts, as in classifier-free guidance",
     "elapsed": "share of the denoising that is done, by the step or else by how far the timestep fell; None if neither is told, float",
     "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
     "targets": "what the batch's column `hf_tokens_targets` holds, such as the right routes, Tensor; None where it has no such column",
@@ -72,6 +75,12 @@ SIGNALS: dict[str, str] = {
     "anchors": "for a VocabularyEdit: the model's rows of the tokens that both vocabularies have, (a d)",
     "donor_anchors": "for a VocabularyEdit: the donor's rows of the same tokens, (a e)",
     "donor_rows": "for a VocabularyEdit: the donor's rows of tokens that only it has, (u e)",
+    "affinity": "for `attend`: a function that gives the scores of this attention call before its softmax, -inf where a query does not "
+    "look: of all keys (b h m s), or of those of an index (b k r) for each key head, (b h m r)",
+    "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
+    "own_keys": "for `attend`: keys of tokens that the bank put in, (b 1|k s) bool",
+    "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
+    "answers": "for a Pooler: what the tokens of its `ask` gathered in the last block that ran, in front of any norm, (b k d); else None",
     "labels": "for an Objective: the token that each place is to tell, as the model's own loss has it, -100 where there is none, (b n)",
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
@@ -83,8 +92,16 @@ SIGNALS: dict[str, str] = {
 # What an Objective may ask for; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
 JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
 SHARED = frozenset({"hidden", "positions", "progress"})
+# What one word alone may ask for.
+OF_A_WORD = {
+    "attend": frozenset({"affinity", "key_positions", "own_keys"}),
+    "conclude": frozenset({"own"}),
+    "takes": frozenset({"negative"}),
+}
 
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
+AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed"}  # where a prompt is given
+AT_SITE: dict[str, tuple[str, set[str]]] = {"embedding": ("at the embeddings", AT_TABLE), "prompt": ("at the prompt", AT_PROMPT)}
 
 
 @dataclass(frozen=True)
@@ -100,11 +117,13 @@ class Dims:
     kind: str
     causal: bool
     leads: bool = True  # whether this block is the first that the method acts on
+    ends: bool = True  # whether it is the last
     place: int = 0  # of this block among all that the method acts on, over all streams
     places: int = 1
     outputs: int | None = None  # features that the model's head returns
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the block's weights that a WeightEdit may change
     table: nn.Module | None = None  # what looks up the embeddings of the stream's tokens
+    prompt: int | None = None  # features of the prompt that a denoiser is given
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -135,6 +154,7 @@ class Method(nn.Module, abc.ABC):
         proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
         decodes: A cache compressor speaks at each generated token too.
         parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
+        spans: A reducer at the site `before` is asked in front of the first of its blocks; behind the last its tokens are there again.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
         chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one.
         placed: It sits in blocks, as an adapter; False for one that a door of its own applies.
@@ -146,6 +166,7 @@ class Method(nn.Module, abc.ABC):
         unit: What an objective's loss that replaces is a mean over, "token" or "sample".
         evaluates: An objective is asked in evaluation too; the others leave that to the model's own loss.
         weighs: `weigh` says how much each target counts in a text model's own loss.
+        sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
 
     role: ClassVar[str]
@@ -155,7 +176,7 @@ class Method(nn.Module, abc.ABC):
     placed: ClassVar[bool] = True
     further: ClassVar[tuple[str, ...]] = ("examine",)
     words: ClassVar[dict[str, tuple[str, ...]]] = {}
-    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES
+    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES - frozenset().union(*OF_A_WORD.values())
     site: ClassVar[str] = "block"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -169,6 +190,7 @@ class Method(nn.Module, abc.ABC):
     proportional: bool = False
     decodes: bool = False
     parts: tuple[str, ...] = ("attention",)
+    spans: ClassVar[bool] = False
     exit: int | None = None
     chunks: ClassVar[bool] = True
     allots: bool = False
@@ -176,6 +198,7 @@ class Method(nn.Module, abc.ABC):
     pairs: ClassVar[bool] = False
     strength: float = 1.0
     weighs: ClassVar[bool] = False
+    sees_all: bool = False
     in_block = True
     key: str = ""
 
@@ -217,7 +240,7 @@ class Method(nn.Module, abc.ABC):
     def examine(self) -> Any:
         """What `calibrate` is told of a block, asked behind it with the signals that it names, in a method that defines it; None: nothing.
 
-        Where it is not defined, `calibrate` is told what the verb says.
+        A TokenReducer is asked where its verb is, before that. Where it is not defined, `calibrate` is told what another verb says.
         """
 
     def weigh(self, ids: Tensor) -> Tensor:
@@ -257,6 +280,18 @@ class Method(nn.Module, abc.ABC):
         self.losses.append(value)
 
 
+class Attending(NamedTuple):
+    """How an attention call reads its keys.
+
+    Attributes:
+        index: The keys that are read, (b k r) for each key head; None reads all.
+        bias: Added to the scores of each query with these, (b h m r), -inf where it must not look; None adds nothing.
+    """
+
+    index: Tensor | None
+    bias: Tensor | None
+
+
 class TokenBank(Method):
     """Tokens put into the stream.
 
@@ -264,22 +299,30 @@ class TokenBank(Method):
     later block it sits in to rewrite them; `block` gives them to one block and takes them out behind it; `query` lets them only ask:
     no token sees them, and what they gathered goes to `read`; `embedding` inserts none, they take the place of embeddings that the
     model looks up, before it adds positions, where `find` says: what stands in the prompt is the caller's. There, a bank sits in the
-    first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens.
+    first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens. `prompt` puts them
+    behind the prompt that a denoiser is given, before the model reads it, in the samples that `takes` says; there, the signals `hidden`
+    and `mask` are of the prompt. If it is `deep`, each block reads the tokens of its own instance only, as the model made them of what
+    the verb said.
+
+    At the site `input` a method may define three more words: `follow` says behind which tokens they go, `attend` how the attention of
+    each block that it sits in reads them and all others, `conclude` what has become of them.
     """
 
-    role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding")
+    role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding", "prompt")
+    further = ("follow", "attend", "conclude", "examine", "takes")
     packed = True
     deep: ClassVar[bool] = False
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
-        """Blocks that the bank acts in when the config does not name them: at the embeddings, the first."""
-        return (0,) if cls.site == "embedding" else super().default_layers(config, layers)
+        """Blocks that the bank acts in when the config does not name them: at embeddings and prompt the first, unless it is deep."""
+        once = cls.site == "embedding" or cls.site == "prompt" and not cls.deep
+        return (0,) if once else super().default_layers(config, layers)
 
     @property
     def in_block(self) -> bool:
         """Whether it does anything around a block."""
-        return self.site != "embedding" or self.deep
+        return self.site not in AT_SITE or self.site == "embedding" and self.deep
 
     @abc.abstractmethod
     def tokens(self, *signals: Any) -> Tensor | None:
@@ -289,9 +332,21 @@ class TokenBank(Method):
         """Index of the token in front of which they go, (b), given each row's first real token and the end of its real tokens."""
         return start
 
+    def follow(self) -> Tensor | None:
+        """The tokens of this pass that each have the bank's tokens behind them, (b m) bool; asked in every pass, in the first block."""
+
+    def attend(self) -> Attending | None:
+        """How the attention of a block reads its keys; None leaves it alone."""
+
+    def conclude(self) -> Tensor | None:
+        """What the bank's tokens say in the end, (b ...), for `conclusions`; asked in the first block's instance, behind the last block."""
+
     def find(self, ids: Tensor) -> Tensor:
         """If the site is `embedding`: which of the tokens takes the place of each embedding, -1 where none does, for token ids (b n)."""
         raise UnsupportedError(explain("A bank at the embeddings says where its tokens go", type(self).__name__, "Define its `find`."))
+
+    def takes(self) -> Tensor | None:
+        """If the site is `prompt`: which samples take the tokens, (b) bool; None is all but those of the negative prompt."""
 
     def read(self, summary: Tensor) -> Tensor | None:
         """What the head's output gains from what the query tokens gathered in this block, summary (b k d) to (b o)."""
@@ -303,6 +358,7 @@ class TokenReducer(Method):
 
     At the site `sublayer` it is for the time of the block's `parts` only: each token keeps its own residual, and gets what its slot got.
     There and in the middle the verb is asked without gradients: the map is a decision, and what it joins has the gradient.
+    One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` says what comes back.
     """
 
     role, verb, site, sites = "TokenReducer", "assign", "after", ("before", "middle", "after", "sublayer")
@@ -310,6 +366,16 @@ class TokenReducer(Method):
     @abc.abstractmethod
     def assign(self, *signals: Any) -> TokenMap | None:
         """The map of the tokens at this site; None changes nothing."""
+
+    def regain(self, before: Tensor, given: Tensor, got: Tensor) -> Tensor:
+        """If it `spans`: the tokens behind the blocks, (b n d); by default each is what its slot is.
+
+        Args:
+            before: The tokens in front of the blocks, (b n d).
+            given: What stood there in the slot that each token reads; the token itself where it reads none.
+            got: What stands in that slot behind the blocks.
+        """
+        return got
 
 
 class TokenRouter(Method):
@@ -447,10 +513,11 @@ class Pooler(Method):
     """What the tokens of a stream become as they leave it.
 
     The site says for whom: `stream` gives one vector to whoever reads the stream, the model's own head among them; `output` gives a few
-    to whoever called the model, in the place of `last_hidden_state`.
+    to whoever called the model, in the place of `last_hidden_state`. One that defines `ask` may let the last block answer tokens of its
+    own, which no other token sees.
     """
 
-    role, verb, site, sites = "Pooler", "pool", "stream", ("stream", "output")
+    role, verb, site, sites, further = "Pooler", "pool", "stream", ("stream", "output"), ("examine", "ask")
     kinds, moves_tokens, caches = ("text", "vision", "video", "audio"), False, False
 
     @classmethod
@@ -463,6 +530,12 @@ class Pooler(Method):
         """One vector for each row, (b d); at the site `output` some, (b p d), with zeros behind those of a row that has fewer.
 
         None changes nothing.
+        """
+
+    def ask(self) -> tuple[Tensor, Tensor] | None:
+        """Tokens that only ask in the last block that runs, (b k d), and the token of the stream in whose place each stands, (b k).
+
+        It is called in front of that block; `hidden` are the tokens that enter it. What the tokens gathered is the signal `answers`.
         """
 
 

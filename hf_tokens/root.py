@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .anatomy import image_tokens
+from .conditioning import Arguments, Layouts, gather, groups, in_prompt, join, part, refuse_parts, some, tell
 from .denoising import TOLD, Denoising
 from .errors import UnsupportedError, explain
 from .objectives import Call, Swap, bound, judge, reweigh
@@ -53,7 +54,11 @@ class Root:
         self.labels: Tensor | None = None  # in a trainer: those that it may keep from the model
         self.judged = self.agreed = False  # whether a replacing objective was asked, and whether the loss was once what it replaces
         self.last: Call | None = None  # a denoiser's call, until its objective has spoken
+        self.layouts = Layouts(self)  # of the prompt, at each block
+        self.given: Arguments | None = None  # a denoiser's call as it came, where banks add to its prompt
+        self.parts: list[tuple[Tensor, Any]] = []  # samples of it and what the model put out for them
         self.head, self.notes = head, {}  # what the head read, or the model below the head returned
+        self.conclusions: dict[str, Tensor] = {}  # what banks last said of their tokens
         self.callers: set[int] = set()  # threads that called the model, and may still be in it
         self.lent: Any = None  # the loss function that a trainer has from us
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -79,8 +84,8 @@ class Root:
         self._trainer = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = {"_trainer": None, "heard": None, "lent": None, "labels": None, "last": None, "verdict": None}
-        return {**vars(self), **passing, "callers": set(), "notes": {}}
+        passing = {"_trainer": None, "heard": None, "lent": None, "labels": None, "last": None, "verdict": None, "given": None}
+        return {**vars(self), **passing, "callers": set(), "notes": {}, "conclusions": {}, "parts": []}
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""
@@ -120,6 +125,7 @@ class Root:
             self._refuse_threads(module)
         targets = kwargs.get(TARGETS)
         kwargs = {name: value for name, value in kwargs.items() if name != TARGETS}
+        self.given, self.parts, self.layouts.now = None, [], None
         if self.teaching:
             return args, kwargs
         for method in self.methods():
@@ -142,7 +148,34 @@ class Root:
             runtime.keeps_final = True
         if pupils:
             self._teach(args, kwargs, pupils)
-        return args, kwargs
+        return self._tell(module, args, kwargs)
+
+    def _tell(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Let banks add to a denoiser's prompt; samples that take other tokens than the last ones do run here."""
+        banks = in_prompt(self)
+        if not banks:
+            return args, kwargs
+        call = bound(module, args, kwargs)
+        negative = self.denoising.negative(call)
+        for runtime in self.runtimes:
+            runtime.inputs["negative"] = negative
+        gifts = gather(banks, call)
+        if not gifts:
+            return args, kwargs
+        self.given, several = call, groups(gifts)
+        if len(several) == 1:
+            told, self.layouts.now = tell(call, gifts)
+            return (), told
+        refuse_parts(self)
+        inputs = [runtime.inputs for runtime in self.runtimes]
+        for rows in several:
+            mine, taken = part(call, gifts, rows)
+            told, self.layouts.now = tell(mine, taken) if taken else (mine, None)
+            for runtime, whole in zip(self.runtimes, inputs, strict=True):
+                runtime.current = None
+                runtime.inputs = {name: some(name, value, rows, len(negative)) for name, value in whole.items()}
+            self.parts.append((rows, None if rows is several[-1] else module.forward(**told)))
+        return (), told
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the pictures that the vision tower is called with."""
@@ -249,9 +282,13 @@ class Root:
         """Add the methods' losses to the model's own."""
         if self.teaching:
             return None
+        came = output
+        if self.parts:
+            output = join([*self.parts[:-1], (self.parts[-1][0], output)])
+        args, kwargs = (args, kwargs) if self.given is None else ((), self.given)
+        self.given, self.parts = None, []
         if self.denoising is not None:
             self.denoising.end(output)
-        given = output
         self.seen.clear()
         for runtime in self.runtimes:
             runtime.inputs.pop("given", None)
@@ -260,7 +297,7 @@ class Root:
         swap = self._judge(bound(module, args, kwargs), output)
         extra = self.extra()
         if extra is None and swap is None:
-            return None if output is given else output
+            return None if output is came else output
         loss = None
         if isinstance(output, dict) and output.get("loss") is not None:
             loss = output["loss"] = self._add(output["loss"], extra, swap, kwargs)
@@ -269,7 +306,7 @@ class Root:
             output = (loss, *output[1:])
         if self.heard is not None and any(value.requires_grad for value in (extra, swap and swap.ours) if value is not None):
             self.heard.append(Forward(extra, swap, None if loss is None else loss.grad_fn))
-        return None if output is given else output
+        return None if output is came else output
 
     def _judge(self, given: dict[str, Any], output: Any) -> Swap | None:
         """Ask the objectives; those of a denoiser have to wait for their target."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .books import CROSS, HIDES, Books
-from .cache import TokenCacheLayer
+from .cache import TokenCacheLayer, stretch
 from .denoising import grid
 from .errors import UnsupportedError, explain
 from .pictures import places
@@ -55,6 +56,8 @@ class Moment:
     goes: Tensor | None = None
     below: TokenCacheLayer | None = None  # the cache of the block that this one is a pair with
     alike: Tensor | None = None  # for each entry the one of the same token there, -1 where there is none, (b k n)
+    past: tuple[Tensor, dict[str, Tensor]] | None = None  # places and marks of the entries that its cache held before the block ran
+    key: str = ""  # of the method that is asked
 
     def local_real(self, queries: int) -> Tensor | None:
         """Queries of the block's attention call that are real tokens, (b m) bool; None if all are."""
@@ -303,6 +306,37 @@ def receive(moment: Moment) -> None:
     entries["received"] = entries["received"] + grouped if "received" in entries else grouped
 
 
+def own_tokens(moment: Moment) -> Tensor:
+    """The tokens that a block ran on and a bank put in, (b m) bool."""
+    marks = moment.tokens.get(moment.key)
+    if marks is None:
+        return torch.zeros_like(moment.local.rows, dtype=torch.bool)
+    return functools.reduce(TokenMap.then, moment.maps).bring(marks) if moment.maps else marks
+
+
+def own_keys(moment: Moment) -> Tensor:
+    """The `own_keys` signal."""
+    own = own_tokens(moment)
+    if moment.past is None:
+        return own[:, None]
+    origins, entries = moment.past
+    return stretch(entries.get(moment.key, torch.zeros_like(origins, dtype=torch.bool)), own)
+
+
+def key_positions(moment: Moment) -> Tensor:
+    """The `key_positions` signal."""
+    own, first = moment.local.rows + moment.now.books.start, moment.now.first
+    places = own[:, None] if moment.past is None else stretch(moment.past[0], own)
+    return places if first is None else places - first[:, None, None]
+
+
+def own(moment: Moment) -> Tensor:
+    """The `own` signal."""
+    marks = moment.now.memory.tokens[moment.key]
+    index = marks.long().argsort(dim=1, descending=True, stable=True)[:, : int(marks.sum(dim=1).max())]
+    return take(moment.hidden, index).masked_fill(~take(marks, index)[..., None], 0)
+
+
 def tapped(name: str) -> Callable[[Moment], Any]:
     """Queries, keys or values that this block's attention call saw; of the current tokens only, but for a CacheCompressor."""
 
@@ -336,6 +370,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "steps": lambda m: m.runtime.inputs["steps"],
     "timestep": lambda m: m.runtime.inputs["timestep"],
     "elapsed": lambda m: m.runtime.inputs["elapsed"],
+    "time": lambda m: m.runtime.inputs["time"],
     "noise": told("noise"),
     "guidance": told("guidance"),
     "progress": lambda m: m.runtime.progress,
@@ -351,6 +386,11 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "budget": lambda m: m.budget,
     "stays": lambda m: m.stays,
     "goes": lambda m: m.goes,
+    "affinity": lambda m: m.side.heard_call.affinity,
+    "key_positions": key_positions,
+    "own_keys": own_keys,
+    "own": own,
+    "answers": lambda m: m.now.answers.get(m.key),
     "keys_below": lambda m: below(m, "keys"),
     "values_below": lambda m: below(m, "values"),
 }

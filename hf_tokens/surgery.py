@@ -20,24 +20,32 @@ from .anatomy import Stream
 from .books import Books
 from .cache import TokenCacheLayer, adopt, place
 from .call import Call, find_cache
+from .conditioning import on_its_own
 from .embedding import LookUp, at_table, check_look_up, rows_of_stream, write_rows
 from .errors import UnsupportedError, explain
 from .eviction import compress
 from .passes import Entry, Memory, Pass, expect, first_real, lend, open_pass
 from .pooling import Leaving, leave
-from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, TokenBank, TokenReducer, TokenRouter
-from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, padding, receive, views
+from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, Pooler, TokenBank, TokenReducer, TokenRouter
+from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, own_tokens, padding, receive, views
+from .spans import Span, begin_span, end_spans, follow
 from .token_map import TokenMap, overwrite, take
 from .training import follow_trainer
 
 if TYPE_CHECKING:
+    from .attention import AttentionCall
     from .layer import BlockSurgery
     from .root import Root
 
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 
 
-Guest = tuple[TokenBank, TokenMap, Tensor]  # a bank, the map that opened its places, and the tokens before it
+Guest = tuple[TokenBank | Pooler, TokenMap, Tensor]  # whose tokens, the map that opened their places, and the tokens before it
+
+
+def only_asks(owner: TokenBank | Pooler) -> bool:
+    """Whether no other token sees its tokens."""
+    return owner.site == "query" or isinstance(owner, Pooler)
 
 
 class Runtime:
@@ -53,7 +61,9 @@ class Runtime:
         self.reads: Tensor | None = None
         self.counts: dict[int, int] | None = None
         self.records: dict[int, list] | None = None
-        self.moves, self.remembers, self.exit = False, False, len(stream)
+        self.closed: list[Pass] | None = None  # the passes that have ended, for a door that asks what was left
+        self.moves, self.remembers, self.sees_all, self.exit = False, False, False, len(stream)
+        self.askers: list[Pooler] = []
         self.root: Root | None = None
         self.holders: list[nn.Module] = []  # the modules around the blocks, the model first
         self.keeps_final = False
@@ -74,7 +84,10 @@ class Runtime:
     # -- a block -----------------------------------------------------------------------------------------------------
 
     def run(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
-        """A block's forward."""
+        """A block's forward, on its own part of a prompt that has tokens for single blocks in it."""
+        return on_its_own(self, side, self._pass, args, kwargs)
+
+    def _pass(self, side: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         methods = side.speakers
         if side.index == 0 and self.moves:
             self._adopt(args, kwargs)
@@ -84,6 +97,7 @@ class Runtime:
         idle = (
             not methods
             and side.index < self.exit
+            and not (self.sees_all or self.askers and side.index == self.exit - 1)
             and not (self.remembers and side.index == 0)
             and (self.current is None or self.current.books.untouched)
         )
@@ -109,6 +123,8 @@ class Runtime:
         self.remembers = any(PICTURED in method.asks for method in self.methods())
         self.moves = self.stream.causal and (self.remembers or any(method.moves_tokens for method in self.methods()))
         self.exit = min((method.exit for method in self.methods() if method.exit is not None), default=len(self.stream))
+        self.sees_all = self.stream.causal and any(method.sees_all for method in self.methods())
+        self.askers = [method for method in self.methods() if isinstance(method, Pooler) and method.words["ask"]]
 
     def _changed(self, side: BlockSurgery, args: tuple, kwargs: dict) -> bool:
         """Whether the cache that the block reads holds other tokens than it has seen, so that its mask must be cut."""
@@ -148,7 +164,8 @@ class Runtime:
         memory = Memory()
         memory.tokens = dict(known.tokens)
         outside = self.current
-        now = Pass(known.books, None, None, memory, side.index - 1, inside=known.inside, given=call.raw if known.kept else None)
+        given = call.raw if known.kept else None
+        now = Pass(known.books, None, None, memory, side.index - 1, inside=known.inside, given=given, spans=known.spans)
         now.padding, now.first = padding(call.arguments, known.books)
         now.apart = None if self.stream.causal else views(call.arguments, known.books, now.padding)
         self.current = now
@@ -161,12 +178,15 @@ class Runtime:
         now = self._enter(side, call)
         if not replaying and torch.is_grad_enabled() and side.checkpointed_outside:
             alive = [entry for entry in self.entries.get(side.index, ()) if entry.came() is not None]
-            entry = Entry(weakref.ref(call.raw), now.books, now.inside, call.raw is now.given, dict(now.memory.tokens))
+            kept = call.raw is now.given
+            entry = Entry(weakref.ref(call.raw), now.books, now.inside, kept, dict(now.memory.tokens), now.spans)
             self.entries[side.index] = [*alive, entry]
+        if self.sees_all:
+            call.see_all(now.books, now.padding)
         layer = self._cache_layer(side, call, now)
         moment = Moment(self, side, now, self._tokens_left(call, now), layer)
         for method in methods:
-            if isinstance(method, TokenReducer) and method.site == "before":
+            if isinstance(method, TokenReducer) and method.site == "before" and (method.leads or not method.spans):
                 self._reduce(method, moment)
             elif isinstance(method, TokenBank) and method.site == "input":
                 self._insert(method, moment)
@@ -174,11 +194,12 @@ class Runtime:
                 self._renew(method, moment)
         moment.entered = moment.hidden
         output, moment.hidden = self._block(side, methods, call, moment)
-        whole = moment.hidden if now.books.untouched else now.books.restore(moment.hidden, call.hidden)
+        whole = now.surface(moment.hidden, call.hidden, side.index)
         behind = now.books
         self._behind(methods, moment)
+        end_spans(methods, moment)
         if now.books is not behind:
-            whole = now.books.restore(moment.hidden, whole)
+            whole = now.surface(moment.hidden, whole, side.index)
         left = leave(self, methods, moment, whole, replaying)
         side.captured.clear()
         side.heard_call = None
@@ -187,7 +208,7 @@ class Runtime:
         given = call.pack(left)
         now.inside, now.given = (None, None) if now.books.untouched else (moment.hidden, given)
         if side.index == len(self.stream) - 1 and not replaying:
-            self._close(now, whole)
+            self._close(moment, whole)
         return call.write(output, given)
 
     def _behind(self, methods: list[Method], moment: Moment) -> None:
@@ -214,6 +235,10 @@ class Runtime:
         """The tokens as the last block left them, unless someone outside changed the sequence since."""
         if now.books.untouched:
             return call.hidden
+        if now.spans and call.raw is not now.given:
+            rule = "Between the blocks where a method lets tokens stand together, nothing but the blocks may change them"
+            came = f"other tokens than the block before gave, at {self.stream.paths[call.index]}"
+            raise UnsupportedError(explain(rule, came, "Choose other layers, or non-reentrant checkpointing."))
         return now.inside if call.raw is now.given else now.books.cut(call.hidden, now.inside)
 
     def _enter(self, side: BlockSurgery, call: Call) -> Pass:
@@ -228,6 +253,8 @@ class Runtime:
                     "Act on the blocks behind that place, or on another stream.",
                 )
             )
+        if call.context != now.books.context:
+            now.books = replace(now.books, context=call.context, memo={})
         now.at = side.index
         return now
 
@@ -284,20 +311,22 @@ class Runtime:
             books, x = books.move(maps[-1]), maps[-1].gather(x)
         stored = lend(self, side, books, now, expect(layer, books))
         moment.local, moment.routed, moment.maps, moment.tokens = books, routed, tuple(maps), dict(now.memory.tokens)
+        moment.past = None if layer is None else layer.past()
         mask, bias = call.unsaid_mask(x, books), call.unsaid_bias(books, stored)
         unsaid = mask is not None or bias is not None
         if unsaid or side.taps:
             side.open_tap()
-        asking = sum(opened.m - opened.n for bank, opened, _ in guests if bank.site == "query")
+        asking = sum(opened.m - opened.n for owner, opened, _ in guests if only_asks(owner))
         heard = replace(moment, hidden=x, now=replace(now), mask=mask, bias=bias)
-        with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps, asking, heard)):
+        with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps or asking > 0, asking, heard)):
             output = call.run(side.features.block, x, books, stored)
-        if unsaid:
+        if unsaid or asking or side.attends is not None:
             side.attention_call()
+        self._mark(side, moment)
         if not side.features.reused:
             self._count(side, x.shape[0] * x.shape[1])
         side.blank = call.blank(output)
-        y = self._dismiss(side, call, guests, call.read(output)[:, :m])
+        y = self._dismiss(side, call, guests, call.read(output)[:, :m], now)
         if y.shape[-1] != hidden.shape[-1] and not books.untouched:
             rule = "A block that gets other tokens than the model gave must keep their width"
             came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {self.stream.paths[side.index]}"
@@ -336,15 +365,29 @@ class Runtime:
                     opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
                     guests.append((method, opened, x))
                     x, books = opened.fill(x, tokens), books.move(opened)
+        for pooler in self.askers if moment.side.index == self.exit - 1 else ():
+            asked = self.ask(pooler, replace(moment, hidden=x, now=replace(now, books=books)), "ask")
+            if asked is not None and books.causal:
+                rule = f"Tokens of {type(pooler).__name__} that only ask need a stream in which each token sees all"
+                raise UnsupportedError(explain(rule, f"the causal stream {self.stream.name!r}", "Set its `sees_all`."))
+            if asked is not None:
+                moment.side.open_tap()
+                tokens, beside = asked
+                opened = TokenMap.insert(x.shape[1], torch.zeros_like(beside), 1, len(x), x.device, beside=beside)
+                guests.append((pooler, opened, x))
+                x, books = opened.fill(x, tokens.to(x)), books.move(opened)
         return books, x, guests
 
-    def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor) -> Tensor:
+    def _dismiss(self, side: BlockSurgery, call: Call, guests: list[Guest], y: Tensor, now: Pass) -> Tensor:
         """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
-        for bank, opened, x in reversed(guests):
+        for owner, opened, x in reversed(guests):
             summary, y = opened.inserted(y), take(y, opened.slot)
-            if bank.site != "query":
+            if not only_asks(owner):
                 continue
-            read = bank.read(summary)
+            if isinstance(owner, Pooler):
+                now.answers[owner.key] = summary
+                continue
+            read = owner.read(summary)
             if read is not None:
                 self.reads = read if self.reads is None else self.reads + read
             if not x.requires_grad and not (torch.is_grad_enabled() and side.learns(call.arguments.values())):
@@ -360,7 +403,7 @@ class Runtime:
     def ask(self, method: Method, moment: Moment, word: str | None = None) -> Any:
         """Call a method's verb, or another of its words, with the signals that it names."""
         word = method.verb if word is None else word
-        moment = replace(moment, whole_cache=isinstance(method, CacheCompressor))
+        moment = replace(moment, whole_cache=isinstance(method, CacheCompressor), key=method.key)
         supply = {name: SUPPLY[name] for name in method.words[word] if name not in method.ignores}
         return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **{name: give(moment) for name, give in supply.items()}})
 
@@ -381,16 +424,25 @@ class Runtime:
         return [math.prod(gates[min(run, len(gates) - 1)] for gates in said) for run in range(runs)], dense
 
     def _reduce(self, method: TokenReducer, moment: Moment) -> None:
+        if self.records is not None and type(method).examine is not TokenReducer.examine:
+            told = self.ask(method, moment, "examine")
+            self.records.setdefault(moment.side.index, []).extend([] if told is None else [(method.key, told)])
         tokens = self.ask(method, moment)
+        if tokens is not None and tokens.reads is not None and not method.spans:
+            rule = "Tokens read other slots than their own behind a span of blocks only"
+            raise UnsupportedError(explain(rule, f"`reads` from {type(method).__name__}", "Set its `spans`, or leave `reads` out."))
         if tokens is not None:
-            self._move(tokens, moment, tokens.apply(moment.hidden, moment.now.books.all_sizes()), method.proportional)
+            slots = tokens.apply(moment.hidden, moment.now.books.all_sizes())
+            span = begin_span(method, tokens, moment, slots) if method.spans else None
+            self._move(tokens, moment, slots, method.proportional, span)
 
-    def _move(self, tokens: TokenMap, moment: Moment, hidden: Tensor, proportional: bool = False) -> None:
-        """Change the tokens for the rest of the stream."""
+    def _move(self, tokens: TokenMap, moment: Moment, hidden: Tensor, proportional: bool = False, span: Span | None = None) -> None:
+        """Change the tokens for the rest of the stream, or of the span of blocks that begins or goes on here."""
         now = moment.now
         if tokens.joins and now.apart is not None:
             self._check_joins(tokens, now.apart.gather(1, now.books.rows))
         now.memory.move(tokens)
+        now.spans = follow(now.spans, tokens) if span is None else (*now.spans, span)
         books = now.books.move(tokens)
         now.books = replace(books, proportional=True) if proportional else books
         moment.hidden = hidden
@@ -437,6 +489,23 @@ class Runtime:
         side.captured["attention_output"] = edited = edited.to(update.dtype)
         return torch.cat([update[:, : own.start], edited, update[:, own.start + m :]], dim=1) if update.shape[1] > m else edited
 
+    @staticmethod
+    def _mark(side: BlockSurgery, moment: Moment) -> None:
+        """Let the cache of a block know which of the entries that came a bank put in, if that will ask."""
+        if side.attends is not None and moment.layer is not None:
+            moment.layer.mark(side.attends.key, own_tokens(replace(moment, key=side.attends.key)))
+
+    def attend(self, side: BlockSurgery, method: TokenBank, call: AttentionCall) -> AttentionCall:
+        """The attention call of a block, its keys read as a method says."""
+        if side.queries_only:
+            rule = f"{type(method).__name__} shapes an attention call in which each query has a key"
+            came = f"{side.queries_only} tokens that only ask at {self.stream.paths[side.index]}"
+            raise UnsupportedError(explain(rule, came, "Give them different layers."))
+        call.check()
+        heard = side.moment
+        told = self.ask(method, replace(heard, now=replace(heard.now, books=heard.local), routed=None), "attend")
+        return call if told is None else call.attending(told)
+
     def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
         tokens = self.ask(bank, moment)
         if tokens is None or tokens.shape[-2] == 0:
@@ -461,6 +530,9 @@ class Runtime:
         now, hidden = moment.now, moment.hidden
         mark = now.memory.tokens.get(bank.key)
         there = mark is not None and mark.shape[1] == now.books.m
+        if not there and bank.words["follow"]:
+            self._follow(bank, moment)
+            return
         if not there and not self._admit_sequence(bank, now):
             return
         tokens = self._tokens(bank, moment)
@@ -476,6 +548,16 @@ class Runtime:
         opened = TokenMap.insert(now.books.m, at, tokens.shape[1], len(hidden), hidden.device, beside=torch.minimum(at, end - 1))
         self._move(opened, moment, opened.fill(hidden, tokens))
         now.memory.tokens[bank.key] = opened.fresh
+
+    def _follow(self, bank: TokenBank, moment: Moment) -> None:
+        """Put a bank's tokens behind those that it follows."""
+        marked = self.ask(bank, moment, "follow") if bank.leads else None
+        marked = None if marked is None else marked & SUPPLY["real"](moment)
+        tokens = None if marked is None or not bool(marked.any()) else self._tokens(bank, moment)
+        if tokens is not None:
+            opened = TokenMap.follow(marked, tokens.shape[1])
+            self._move(opened, moment, opened.fill(moment.hidden, tokens))
+            moment.now.memory.tokens[bank.key] = opened.fresh
 
     def _renew(self, bank: TokenBank, moment: Moment) -> None:
         """Note at the first block which embeddings a bank gave; at a later one, rewrite what has become of them."""
@@ -502,12 +584,24 @@ class Runtime:
 
     # -- cache and end ----------------------------------------------------------------------------------------------
 
-    def _close(self, now: Pass, whole: Tensor) -> None:
+    def _close(self, moment: Moment, whole: Tensor) -> None:
+        now = moment.now
+        self._conclude(moment)
         for layer in now.layers:
             layer.see(now.books.start + now.books.n)
         self.current = None
+        if self.closed is not None:
+            self.closed.append(now)
         if self.keeps_final:
             self.final, self.final_real = whole, now.padding
+
+    def _conclude(self, moment: Moment) -> None:
+        """Let banks say what has become of their tokens, where this pass has some."""
+        for bank in self.methods():
+            if isinstance(bank, TokenBank) and bank.leads and bank.words["conclude"] and bank.key in moment.now.memory.tokens:
+                said = self.ask(bank, moment, "conclude")
+                if said is not None:
+                    self.root.conclusions[bank.key] = said.detach()
 
     def found_in_training(self) -> None:
         """The model was set to training mode: follow the trainer that did it."""

@@ -47,6 +47,7 @@ class TokenMap:
         filled: Slots that hold anything; False pads rows that keep fewer tokens, (b m); None if all do.
         joins: Whether a slot may hold several tokens.
         content: What the slots hold, if that is neither the one token nor the mean of those that join, (b m d).
+        reads: Slot from which each token comes back behind a span of blocks, -1 for one of an earlier pass, (b n); None if its own.
     """
 
     slot: Tensor
@@ -55,6 +56,7 @@ class TokenMap:
     filled: Tensor | None = None
     joins: bool = False
     content: Tensor | None = None
+    reads: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -118,6 +120,34 @@ class TokenMap:
         return cls(slot, heads.source, filled=heads.filled, joins=True)
 
     @classmethod
+    def segments(cls, ends: Tensor, lead: Tensor | None = None, at: Tensor | None = None) -> TokenMap:
+        """Tokens up to each end (b n) bool become one, in the place of that end; those behind the last end vanish.
+
+        A token reads the last segment that has ended with it or before it, so that none reads what it could not have seen.
+
+        Args:
+            ends: Tokens that end a segment.
+            lead: Rows that begin with a fresh slot, which is read up to the first end, (b) bool.
+            at: Token beside which it stands, (b); by default the first.
+        """
+        (b, n), device = ends.shape, ends.device
+        lead = torch.zeros(b, 1, dtype=torch.bool, device=device) if lead is None else lead[:, None]
+        done = ends.long().cumsum(dim=1)  # segments that have ended, b n
+        count = done[:, -1:] + lead
+        m = max(1, int(count.max()))
+        lack = m - count
+        segment = done - ends.long()
+        slot = torch.where(segment < done[:, -1:], segment + lack + lead, -1)
+        reads = torch.where(done + lead > 0, done - 1 + lack + lead, -1)
+        place = torch.arange(m, device=device).expand(b, m)
+        index = ends.long().argsort(dim=1, descending=True, stable=True).gather(1, (place - lack - lead.long()).clamp(0, n - 1))
+        fresh = (place == lack) & lead
+        first = torch.zeros_like(lack) if at is None else at[:, None]
+        filled = place >= lack
+        source = torch.where(fresh, first, torch.where(filled, index, 0))
+        return cls(slot, source, fresh if bool(lead.any()) else None, None if bool(filled.all()) else filled, joins=True, reads=reads)
+
+    @classmethod
     def insert(
         cls, n: int, at: int | Tensor, k: int, batch: int, device: torch.device | None = None, beside: Tensor | None = None
     ) -> TokenMap:
@@ -134,6 +164,19 @@ class TokenMap:
         fresh = source < 0
         group = ((fresh.cumsum(dim=1) - 1) // max(k, 1)).clamp(min=0, max=at.shape[1] - 1)
         return cls(slot, torch.where(fresh, beside.gather(1, group), source).clamp(max=n - 1), fresh=fresh)
+
+    @classmethod
+    def follow(cls, marked: Tensor, k: int) -> TokenMap:
+        """Open k fresh slots behind each marked token (b n) bool, which take its place; rows with fewer are filled up in front."""
+        n, count = marked.shape[1], marked.long().cumsum(dim=1)
+        m = n + k * int(count[:, -1].max())
+        lack = m - n - k * count[:, -1:]
+        index = torch.arange(n, device=marked.device).expand_as(marked)
+        slot = index + k * (count - marked.long()) + lack
+        source = torch.full((len(marked), m), -1, dtype=torch.long, device=marked.device).scatter(1, slot, index)
+        filled = torch.arange(m, device=marked.device) >= lack
+        fresh = (source < 0) & filled
+        return cls(slot, source.cummax(dim=1).values.clamp(min=0), fresh=fresh, filled=None if not bool(lack.any()) else filled)
 
     @classmethod
     def pad(cls, n: int, k: int, batch: int, device: torch.device | None = None) -> TokenMap:
@@ -193,7 +236,8 @@ class TokenMap:
     def row(self, i: int) -> TokenMap:
         """The map of one row of the batch."""
         cut = lambda x: None if x is None else x[i : i + 1]
-        return TokenMap(cut(self.slot), cut(self.source), cut(self.fresh), cut(self.filled), self.joins, cut(self.content))
+        flags = cut(self.fresh), cut(self.filled)
+        return TokenMap(cut(self.slot), cut(self.source), *flags, self.joins, cut(self.content), cut(self.reads))
 
     def beside(self, front: int, behind: int) -> TokenMap:
         """The map of a longer sequence, whose tokens in front of these and behind them stay."""

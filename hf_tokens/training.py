@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,12 +174,21 @@ def callback(trainer: Trainer, root: Root) -> TrainerCallback:
     return Progress()
 
 
+def warn_of_dropped_targets(trainer: Trainer, root: Root) -> None:
+    """A Trainer drops the columns that are no arguments of the model, and with them the one that is for the methods."""
+    names = sorted({type(method).__name__ for method in root.methods() if "targets" in method.asks})
+    if names and trainer.args.remove_unused_columns:
+        column = f"hf-tokens: {', '.join(names)} can learn from a column hf_tokens_targets, and this trainer drops it."
+        warnings.warn(f"{column} If your data has one, pass `remove_unused_columns=False` to the TrainingArguments.", stacklevel=2)
+
+
 def follow_trainer(root: Root) -> None:
     """Attach the callback to the Trainer that is starting to train the model, once."""
     trainer = calling_trainer()
     if trainer is None or trainer is root.trainer:
         return
     root.trainer = trainer
+    warn_of_dropped_targets(trainer, root)
     trainer.add_callback(callback(trainer, root))
     lend_losses(trainer, root)
     root.set_progress(trainer.state.global_step / max(1, trainer.state.max_steps))

@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_met
 from torch import nn
 
 from .adapter import HF_TOKENS, NAME, HFTokensConfig, PlainType
-from .anatomy import Stream, anatomy, prefix_tokens
+from .anatomy import Stream, anatomy, prefix_tokens, prompt_width
 from .errors import ConfigError, UnsupportedError, explain
 from .layer import BlockSurgery
 from .pictures import tower
@@ -134,11 +134,13 @@ class HFTokensModel(BaseTuner):
             kind=stream.kind,
             causal=stream.causal,
             leads=index == p.layers[0],
+            ends=index == p.layers[-1],
             place=places.index((stream.name, index)),
             places=len(places),
             outputs=head_outputs(self._anatomy),
             weights=found,
             table=None if stream.table is None else self._anatomy.model.get_submodule(stream.table),
+            prompt=prompt_width(self._anatomy.model),
         )
         method = p.info.cls(p.config, dims)
         method.key = f"{adapter_name}.{p.slot}"

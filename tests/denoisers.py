@@ -1,5 +1,8 @@
 """Tiny denoisers of five kinds in float64, and the calls of a run of theirs."""
 
+import contextlib
+import functools
+
 import torch
 from diffusers import (
     DiTTransformer2DModel,
@@ -85,3 +88,32 @@ def sampled(model, run):
 def blocks(model):
     """All blocks, stream by stream."""
     return [block for stream in anatomy(model).streams for block in stream.blocks]
+
+
+@contextlib.contextmanager
+def own_prompts(model, kind, tokens):
+    """A denoiser each block of which reads tokens (k d) of its own behind the prompt, and drops what it made of them."""
+    project = {"pixart": "caption_projection", "sd3": "context_embedder", "flux": "context_embedder"}
+    project = getattr(model, project[kind]) if kind in project else lambda x: x
+
+    def before(module, args, kwargs, own):
+        context = kwargs["encoder_hidden_states"]
+        given = {**kwargs, "encoder_hidden_states": torch.cat([context, project(own[None]).expand(len(context), -1, -1)], dim=1)}
+        if kind == "flux":  # a token of the prompt stands at place 0 of all axes, like the first
+            tables = [torch.cat([table[:1].expand(len(own), -1), table]) for table in kwargs["image_rotary_emb"]]
+            given["image_rotary_emb"] = tuple(tables)
+        return args, given
+
+    def behind(module, args, output, k):
+        return (None if output[0] is None else output[0][:, : output[0].shape[1] - k], *output[1:])
+
+    handles = []
+    for block, own in zip(blocks(model), tokens, strict=True):
+        handles.append(block.register_forward_pre_hook(functools.partial(before, own=own), with_kwargs=True))
+        if kind in ("sd3", "flux"):
+            handles.append(block.register_forward_hook(functools.partial(behind, k=len(own))))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()

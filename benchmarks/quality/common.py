@@ -58,7 +58,28 @@ def write(name: str, points: Iterable[Point], *, command: str, setting: str, not
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"command": command, "setting": setting, "notes": notes, "rows": rows}, indent=1) + "\n")
+    index()
     return path
+
+
+def index() -> None:
+    """Write results/quality/README.md: picture, setting, notes and table of every experiment, from their result files."""
+    pages = ["# What the methods are worth", "Made from the result files beside it; each was made by the command that stands there."]
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text())
+        pages += [f"## {path.stem}", f"`{found['command']}`", found["setting"], f"![{path.stem}]({path.stem}.png)", found["notes"]]
+        pages += ["<details><summary>All rows</summary>", table(found["rows"]), "</details>"]
+    (RESULTS / "README.md").write_text("\n\n".join(page for page in pages if page) + "\n")
+
+
+def table(rows: list[dict[str, float | str]]) -> str:
+    """Rows of a result file in Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = lambda value: (
+        value if isinstance(value, str) else "" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    )
+    lines = [names, ["---"] * len(names), *([text(row.get(name)) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(name: str, points: Sequence[Point], panels: Sequence[tuple[str, str]], *, better: tuple[str, str] = ("low", "low")) -> Path:

@@ -247,15 +247,25 @@ def transplants(folder: str, pieces: int = 16) -> Iterator[Point]:
     texts = [" ".join(word for word, _ in found) for found in words]  # what the donor's tokenizer keeps of a text
     base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
 
+    base_ids, donor_ids, roles = shared(own, donor)
+    known = torch.zeros(len(donor), dtype=torch.bool)
+    known[torch.cat([donor_ids, torch.tensor(list(roles))])] = True
+    unseen = (~known).nonzero().flatten()
+
     @torch.no_grad()
     def bits(model: nn.Module, tokenizer: Any) -> dict[str, float]:
-        total, tokens = 0.0, 0
+        losses, made, tokens = [], [], 0
         for text in texts:
             ids = torch.tensor([[model.config.bos_token_id, *tokenizer(" " + text, add_special_tokens=False)["input_ids"]]])
-            total += F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
-            tokens += ids.shape[1] - 1
-        size = sum(len(text.encode()) + 1 for text in texts)
-        return {"bits per byte": total / math.log(2) / size, "bytes per token": size / tokens}
+            loss = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none") / math.log(2)
+            losses.append(loss.sum())
+            made.append(loss[~known[ids[0, 1:]]] if tokenizer is donor else loss[:0])
+            tokens += len(loss)
+        size, rare = sum(len(text.encode()) + 1 for text in texts), torch.cat(made)
+        found = {"bits per byte": float(sum(losses)) / size, "bytes per token": size / tokens}
+        return (
+            found if tokenizer is own else {**found, "bits per made token": float(rare.mean()), "share of made tokens": len(rare) / tokens}
+        )
 
     yield Point("base, its own tokenizer", "transplant", {"seconds to make the rows": 0.0, **bits(base, own)})
 
@@ -273,10 +283,6 @@ def transplants(folder: str, pieces: int = 16) -> Iterator[Point]:
         done.undo()
         return found
 
-    base_ids, donor_ids, roles = shared(own, donor)
-    known = torch.zeros(len(donor), dtype=torch.bool)
-    known[torch.cat([donor_ids, torch.tensor(list(roles))])] = True
-    unseen = (~known).nonzero().flatten()
     original = base.get_input_embeddings().weight.detach()
     text_of = {id_: text for text, id_ in surfaces(donor).items()}
 
@@ -286,7 +292,7 @@ def transplants(folder: str, pieces: int = 16) -> Iterator[Point]:
 
     def of_pieces(weight: Tensor, ids: Tensor) -> Tensor:
         """The mean of the rows of the pieces that the model's own tokenizer cuts a token into."""
-        cut = [own(text_of[i].decode(errors="replace"), add_special_tokens=False)["input_ids"] for i in ids.tolist()]
+        cut = [own(text_of.get(i, b" ").decode(errors="replace"), add_special_tokens=False)["input_ids"] for i in ids.tolist()]
         return torch.stack([original[pieces].mean(0) for pieces in cut])
 
     yield point("random rows", "transplant", by_chance)
@@ -331,7 +337,21 @@ def main() -> None:
     draw("edits", points, panels)
 
 
-NOTES = ""
+NOTES = """Unlearning: SSD moves along a front that chance does not come near. At alpha 6 it halves the accuracy on the forgotten class,
+0.97 to 0.52, with the others' error unchanged at 0.037; at alpha 2 the class is gone (0.035) and the others' error is 0.30. The same
+factors on weights drawn by lot forget nothing (0.94 and 0.88). It takes one to six seconds where training again takes 56, which forgets
+all and has the better error, 0.023: the paper's claim, forgetting as well as training again, does not show on a ViT of four blocks;
+gradients of single samples (batches of 1), which the paper's Fisher information asks for, are no better here than batches of 8. Erasure:
+the painter shows a digit on 59 % of its pictures, so that the error on the other concepts, 0.47 before, leaves little room. One closed-
+form edit brings the erased one to 15 % (RECE, 0 epochs) or 12 to 20 % (MACE); RECE's derived prompts get it to 11 % in three epochs, and
+to 5 % with the smaller lambda of 0.001, at an error on the others that is 0.01 to 0.015 higher at most. The derived prompt itself still
+brings the concept back in 58 to 64 % of the pictures after every edit: what is derived anew each time is a point in a space of which an
+edit closes one direction. A picture is one of 120, so differences below 0.08 are chance. Transplant: made tokens are 1.5 % of the text.
+The mean of the shared rows and a code of one token (k 1) lose least, 1.25 and 1.24 bits per byte (1.11 with the model's own tokenizer),
+as their tokens are never said: 21 bits each. For saying them, the mean of a token's own pieces is far ahead, 9 bits. The paper's k of 64
+is worse than rows drawn by lot, 2.67 against 2.15: 64 atoms leave 0.29 of a token in the donor's 384 dimensions, but their coefficients
+sum to 6 in absolute value, and the rows that they make take probability from the shared ones. The paper's donors are large language
+models with embeddings of thousands of dimensions; a sentence encoder's do not code for a language model's."""
 
 if __name__ == "__main__":
     main()

@@ -195,7 +195,6 @@ def distilled(large: Any, train: list[Tensor]) -> Any:
     kept = [block for i, block in enumerate(small.model.layers) if i % 2 == 0]
     small.model.layers = nn.ModuleList(kept)
     small.config.num_hidden_layers = len(kept)
-    small.config.layer_types = None if small.config.layer_types is None else small.config.layer_types[: len(kept)]
     for i, block in enumerate(kept):
         block.self_attn.layer_idx = i
     small.requires_grad_(False)

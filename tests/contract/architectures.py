@@ -34,6 +34,7 @@ class Architecture:
         tensors: Names of the outputs to compare, where a sample's outputs are not all of them.
         timesteps: The timesteps of three denoising steps.
         make: Builds the model and its inputs where the zoo does not.
+        headless: Whether it is a text model without its head, which only methods meet that give a short sequence out.
     """
 
     family: str
@@ -43,6 +44,7 @@ class Architecture:
     tensors: tuple[str, ...] = ()
     timesteps: tuple[float, ...] = ()
     make: Callable[[], tuple[nn.Module, Inputs]] | None = None
+    headless: bool = False
 
     @property
     def name(self) -> str:
@@ -54,7 +56,11 @@ class Architecture:
 
     def build(self) -> tuple[nn.Module, Inputs]:
         """The model, frozen and in eval mode, and a batch of two; the same ones at every call."""
-        if self.make is None:
+        if self.headless:
+            specimen = zoo.build(self.family.removesuffix("_encoder"))
+            model, inputs = specimen.model.base_model, {name: specimen.inputs[name] for name in ("input_ids", "attention_mask")}
+            model = model.encoder if model.config.is_encoder_decoder else model
+        elif self.make is None:
             specimen = zoo.build(self.family)
             model, inputs = specimen.model, dict(specimen.inputs)
         else:
@@ -146,7 +152,7 @@ class Architecture:
         return rows if pads is None else [row[:, pads] if row.dim() > 2 and row.shape[1] == n else row for row in rows]
 
 
-POSITIONS = ("gpt2", "bert", "bert_model")
+POSITIONS = ("gpt2", "gpt2_encoder", "bert", "bert_model")
 VARIANCE = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # denoisers that predict a variance beside the noise
 IMAGES = 80  # ids from here on stand for images
 
@@ -227,6 +233,10 @@ ROWS = (
     Architecture("bert", ("text",), BOTH),
     Architecture("bert_model", ("text",), BOTH, make=bert_model),
     Architecture("t5", ("text", "text*"), BOTH, generates=True),
+    Architecture("llama_encoder", ("text*",), BOTH, headless=True),
+    Architecture("qwen2_encoder", ("text*",), BOTH, headless=True),
+    Architecture("gpt2_encoder", ("text*",), BOTH, headless=True),
+    Architecture("t5_encoder", ("text",), BOTH, headless=True),
     Architecture("whisper", ("audio", "text*"), generates=True),
     Architecture("vit", ("vision",)),
     Architecture("deit", ("vision",)),

@@ -235,7 +235,12 @@ def with_prompt(inputs: Inputs, words: tuple[int, ...]) -> Inputs:
 
 
 PLACED = [name for name, info in METHODS.items() if info.cls.placed]  # the others are applied by doors of their own
-PAIRS = [Pair(method, architecture) for method in PLACED for architecture in ARCHITECTURES]
+PAIRS = [
+    Pair(method, architecture)
+    for method in PLACED
+    for architecture, row in ARCHITECTURES.items()
+    if not row.headless or METHODS[method].cls.site == "output"
+]
 
 
 def generate(model: nn.Module, inputs: Inputs, new: int = 4, **more: Any) -> list[Tensor]:
@@ -266,7 +271,7 @@ FEW = 3  # architectures of one kind on which a published method lives the life 
 def of_a_kind(method: str) -> list[list[str]]:
     """The architectures that a method's plan takes, by the kinds of stream that it acts on, from another beginning for each method."""
     kinds: dict[tuple, list[str]] = {}
-    for pair in (Pair(method, architecture) for architecture in ARCHITECTURES):
+    for pair in (pair for pair in PAIRS if pair.method == method):
         if planned(pair) is None:
             kinds.setdefault((pair.row.library, *sorted({(s.kind, s.causal) for s in pair.streams()})), []).append(pair.architecture)
     turn = zlib.crc32(method.encode())

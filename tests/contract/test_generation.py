@@ -11,7 +11,7 @@ from hf_tokens import UnsupportedError
 NEW = 4
 # What these signals say of a token does not depend on what comes behind it: a method that asks for no others decides alike with a cache.
 LOCAL = {"mask", "fresh", "prefix", "positions", "kind", "layer", "layers", "visual", "memory", "sizes", "progress"}
-LOCAL |= {"weights", "context", "fisher"}  # they are read once, before
+LOCAL |= {"weights", "context", "fisher", "targets"}  # they are read once, before, or given
 MAYBE = {"hidden"}  # a method may look at each token by itself, or at all of them
 
 
@@ -44,7 +44,8 @@ PER_TEXT = ("attention_mask", "mm_token_type_ids", "position_ids")
 
 def is_causal(pair, model):
     """Whether the method must say the same with a cache as without."""
-    if pair.info.role == "CacheCompressor" or not caches(pair) or not set(pair.info.cls.signals) <= LOCAL | MAYBE:
+    looks = LOCAL if pair.info.role == "LayerRouter" else LOCAL | MAYBE  # one that looks at a sample's tokens looks at all of them
+    if pair.info.role == "CacheCompressor" or not caches(pair) or not set(pair.info.cls.signals) <= looks:
         return False
     ahead = looks_ahead(pair, model)
     assert not (ahead and set(pair.info.cls.signals) <= LOCAL), "a token that came later changed what came before it"

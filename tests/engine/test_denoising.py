@@ -6,7 +6,8 @@ from denoisers import calls, denoiser, half, sampled
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
 from hf_tokens import get_token_model, measure
-from hf_tokens.denoising import grid, over_tokens
+from hf_tokens.denoising import Denoising, grid, over_tokens
+from hf_tokens.testing import zoo
 
 
 def test_each_token_has_its_patch():
@@ -89,6 +90,24 @@ def test_how_far_the_denoising_is():
     assert [elapsed for *_, elapsed in heard] == pytest.approx([1 - float(c["timestep"][0]) / 990 for c in run])
     heard, _ = spoken("dit", run, ("cond",), told=True)
     assert [elapsed for *_, elapsed in heard] == [0.0, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("kind", "timestep", "want"),
+    [
+        ("sd3", torch.tensor([900, 25]), [900, 25]),
+        ("sd3", torch.tensor(0.5), [0.5, 0.5]),
+        ("sd3", torch.tensor([[3.0, 0.0, 3.0], [7.0, 7.0, 7.0]]), [3, 7]),
+        ("flux", torch.tensor([0.9, 1.0]), [900, 1000]),
+        ("flux", 0.25, [250, 250]),
+        ("lumina2", torch.tensor([0.25, 1.0]), [750, 0]),  # its time rises
+        ("sd3", None, None),
+    ],
+)
+def test_the_timestep_on_one_schedule(kind, timestep, want):
+    model = zoo.build("diffusers/Lumina2Transformer2DModel").model if kind == "lumina2" else denoiser(kind)
+    time = Denoising(model).time(timestep, torch.zeros(2, 4, 8, 8))
+    assert (time if time is None else time.tolist()) == want
 
 
 def test_attention_counts_on_a_cpu_as_elsewhere():

@@ -40,6 +40,12 @@ MISTAKES = {
     "a knob out of its bounds": ("llama", {**DROP, "share": 1}, ConfigError, r"Config.share must be in \[0, 1\), got 1\. Meaning: "),
     "a knob of the wrong type": ("llama", {**DROP, "share": "a"}, ConfigError, "ProbeDropConfig.share must be of type float, got 'a'"),
     "a version to come": ("llama", {**DROP, "version": 9}, ConfigError, r"'probe-drop' has versions \[1\], got 9. Update hf-tokens"),
+    "a LoRA alone": (
+        "llama",
+        [{"method": "peft", "config": {"peft_type": "LORA"}}],
+        ConfigError,
+        r"one method beside its LoRAs, got \['LORA'\]. Call `peft.get_peft_model`",
+    ),
     "no method": ("llama", [], ConfigError, r"An adapter has at least one method, got \[\]. Pass methods="),
     "no name": ("llama", {"share": 0.5}, ConfigError, "a dict with the key 'method', got {'share': 0.5}"),
     "a name that is none": ("llama", {"method": ["ftp"]}, ConfigError, r"a dict with the key 'method', got {'method': \['ftp'\]}"),

@@ -385,3 +385,77 @@ def heard_by_the_norm(stream, specimen):
     for handle in handles:
         handle.remove()
     return seen[0] is seen[1]
+
+
+@pytest.fixture
+def asker(monkeypatch):
+    """Lets the first and the last real token ask once more, and gives what they gathered."""
+    monkeypatch.setitem(METHODS, "asker", {})
+
+    @dataclass(frozen=True)
+    class AskerConfig(MethodConfig):
+        alone: bool = option(False, zero=True, help="Whether nobody asks.")
+        last: int = option(2, ge=1, help="Blocks that run.")
+        everyone: bool = option(False, help="Whether all see all.")
+
+    @register("asker", AskerConfig)
+    class Asker(Pooler):
+        site = "output"
+        exit = property(lambda self: self.config.last)
+        sees_all = property(lambda self: self.config.everyone)
+
+        def ask(self, hidden: Tensor, mask: Tensor):
+            if self.config.alone:
+                return None
+            place = torch.arange(mask.shape[1]).expand_as(mask)
+            ends = torch.stack([torch.where(mask, place, 99).amin(dim=1), torch.where(mask, place, -1).amax(dim=1)], dim=1)
+            return hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1])), ends
+
+        def pool(self, answers: Tensor | None):
+            return answers
+
+    return AskerConfig
+
+
+ENCODERS = {
+    "bert": lambda: BertModel(BertConfig(**TEXT), add_pooling_layer=False),
+    "gpt2": lambda: GPT2Model(GPT2Config(**GPT2)),
+    "t5": lambda: T5EncoderModel(T5Config(**T5)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_token_that_asks_again_hears_what_it_heard(asker, name):
+    base = ENCODERS[name]().double().eval()
+    ids, mask = torch.randint(1, 30, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    model = get_token_model(copy.deepcopy(base), asker(last=1, everyone=True)).eval()
+    got = model(ids, attention_mask=mask).last_hidden_state
+    whole = get_token_model(base, asker(last=1, everyone=True, alone=True)).eval()
+    want = whole(ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]  # in front of the final norm
+    torch.testing.assert_close(got, torch.stack([want[0, [0, 5]], want[1, [0, 3]]]))
+
+
+@torch.no_grad()
+def test_without_its_mask_a_decoder_sees_what_comes(asker):
+    base = GPT2Model(GPT2Config(**GPT2)).double().eval()
+    ids = torch.randint(1, 30, (1, 6))
+    other = ids.clone()
+    other[0, 5] = (ids[0, 5] + 1) % 30
+    for everyone in (True, False):
+        model = get_token_model(copy.deepcopy(base), asker(everyone=everyone, alone=True)).eval()
+        one, two = (model(i).last_hidden_state[0, 0] for i in (ids, other))
+        assert torch.equal(one, two) != everyone
+        assert model.unload() is not None
+
+
+def test_a_causal_stream_where_tokens_ask_and_one_that_cannot_be_told_are_refused(asker):
+    ids = torch.randint(1, 30, (1, 6))
+    with pytest.raises(UnsupportedError, match="sees all"):
+        get_token_model(GPT2Model(GPT2Config(**GPT2)), asker()).eval()(ids)
+    base = GPT2Model(GPT2Config(**GPT2))
+    model = get_token_model(base, asker(everyone=True)).eval()
+    base.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UnsupportedError, match="without their causal mask need an argument"):
+        model(ids)

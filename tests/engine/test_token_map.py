@@ -163,6 +163,21 @@ def test_insert_opens_fresh_slots(size, k):
         assert tokens.fresh[b].nonzero()[:, 0].tolist() == list(range(int(at[b]), int(at[b]) + k))
 
 
+@given(sizes, st.integers(1, 3))
+def test_follow_opens_slots_behind_each_marked_token(size, k):
+    batch, n, seed = size
+    marked = torch.rand(batch, n, generator=generator(seed)) < 0.4
+    tokens = TokenMap.follow(marked, k)
+    for b in range(batch):
+        wanted = [i for i in range(n) for i in [i] * (1 + k * int(marked[b, i]))]
+        lack = tokens.m - len(wanted)
+        assert tokens.source[b, lack:].tolist() == wanted
+        assert (tokens.filled is None and not lack) or tokens.filled[b].tolist() == [False] * lack + [True] * len(wanted)
+        first = [lack + wanted.index(i) for i in range(n)]
+        assert tokens.slot[b].tolist() == first
+        assert tokens.fresh[b].nonzero()[:, 0].tolist() == [i for i in range(lack, tokens.m) if i not in first]
+
+
 def test_keep_sorts_its_index():
     tokens = TokenMap.keep(5, torch.tensor([[4, 0, 2]]))
     assert tokens.source.tolist() == [[0, 2, 4]] and tokens.slot.tolist() == [[0, -1, 1, -1, 2]]

@@ -125,16 +125,6 @@ def test_nothing_is_lost_where_bits_suffice():
         torch.testing.assert_close(ours, greedy(base.eval(), ids, mask, 6)[1], rtol=1e-9, atol=1e-9)
 
 
-def test_beams_are_those_of_each_row_alone():
-    model = get_token_model(gpt2(), MiKVConfig(importance=0.3)).eval()
-    ids, mask = batch((10, 6))
-    given = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    together = model.generate(input_ids=ids, attention_mask=mask, **given)
-    for row, n in enumerate((10, 6)):
-        alone = model.generate(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], **given)
-        assert together[row, 10:].tolist() == alone[0, n:].tolist()
-
-
 @torch.no_grad()
 def test_grouped_heads_balance_by_their_largest_query():
     specimen = zoo.build("llama")

@@ -121,16 +121,6 @@ def test_two_layers_hold_one_direction_through_all_that_happens_to_a_cache():
     assert shared_bytes(cache) == merged() < before
 
 
-def test_beams_are_those_of_each_row_alone():
-    model = get_token_model(gpt2(), MiniCacheConfig(layers=(0, 1, 2, 3))).eval()
-    ids, mask = batch((10, 6))
-    given = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    together = model.generate(input_ids=ids, attention_mask=mask, **given)
-    for row, n in enumerate((10, 6)):
-        alone = model.generate(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], **given)
-        assert together[row, 10:].tolist() == alone[0, n:].tolist()
-
-
 def test_a_sliding_layer_shares_with_a_sliding_one():
     specimen = zoo.build("gemma3")
     model = get_token_model(specimen.model, MiniCacheConfig(layers=(0, 1, 2, 3))).eval()

@@ -299,17 +299,6 @@ def test_memory_is_freed():
     assert cost.kv_bytes == whole.kv_bytes * 40 // 64
 
 
-@pytest.mark.parametrize("online", [False, True])
-def test_beams_are_those_of_each_row_alone(online):
-    model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5, online=online, distance=2)).eval()
-    ids, mask = batch((10, 6))
-    given = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    together = model.generate(input_ids=ids, attention_mask=mask, **given)
-    for row, n in enumerate((10, 6)):
-        alone = model.generate(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], **given)
-        assert together[row, 10:].tolist() == alone[0, n:].tolist()
-
-
 def test_each_row_keeps_its_own_share_when_rows_change_places():
     model = get_token_model(gpt2(), PrefixKVConfig(budget=0.4, online=True, distance=2)).eval()
     ids, mask = batch((11, 6))

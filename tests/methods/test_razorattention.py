@@ -129,16 +129,6 @@ def test_calibration_wants_repeated_tokens(given, words):
         calibrate(model, [given or {"input_ids": ids, "attention_mask": mask}])
 
 
-def test_beams_are_those_of_each_row_alone():
-    model = get_token_model(gpt2(), RazorAttentionConfig(sinks=1, heads=(0, 5))).eval()
-    ids, mask = batch((10, 6))
-    given = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    together = model.generate(input_ids=ids, attention_mask=mask, **given)
-    for row, n in enumerate((10, 6)):
-        alone = model.generate(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], **given)
-        assert together[row, 10:].tolist() == alone[0, n:].tolist()
-
-
 def test_a_window_of_the_model_is_respected():
     """What its own window hides of a sliding layer does not come back through the token that stands for the dropped ones."""
     specimen = zoo.build("mistral")

@@ -161,17 +161,6 @@ def test_memory_is_freed():
     assert cost.kv_bytes <= whole.kv_bytes // 4
 
 
-@pytest.mark.parametrize("policy", ["sinks", "heavy_hitters"])
-def test_beams_are_those_of_each_row_alone(policy):
-    model = get_token_model(gpt2(), SqueezeAttentionConfig(policy=policy, sinks=1)).eval()
-    ids, mask = batch((10, 6))
-    given = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    together = model.generate(input_ids=ids, attention_mask=mask, **given)
-    for row, n in enumerate((10, 6)):
-        alone = model.generate(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], **given)
-        assert together[row, 10:].tolist() == alone[0, n:].tolist()
-
-
 def test_prompt_of_the_second_turn_shares_anew():
     model = get_token_model(gpt2(), SqueezeAttentionConfig(budget=0.5)).eval()
     ids, _ = batch((13,))

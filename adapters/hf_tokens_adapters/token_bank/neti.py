@@ -1,0 +1,90 @@
+"""NeTI: a small network tells each block, at each denoising step, the concept's vector, in the place of one vector for all of them.
+
+Paper:   A Neural Space-Time Representation for Text-to-Image Personalization (Alaluf et al., SIGGRAPH Asia 2023), arXiv:2305.15391
+Maths:   f(t, l) = [sin W(t, l), cos W(t, l)] / |.|,  W ~ N(0, diag(sigma_t^2, sigma_l^2));  h = MLP(A f), rows of A the f of anchors;
+         (u, v) = h_{<= truncation} W_out;  c = s u / |u|;  the block reads c + alpha |c| v / |v|
+Differs: c is a vector of the encoded prompt, behind its last token, and not the word that the text encoder reads: words do not mix with
+         it, and what the encoder would make of u is left out. The bypass v goes into keys and values, the paper's into values alone. s is
+         the mean norm of the prompt's tokens or a number, the paper's that of a word for the coarse class. In a joint transformer each
+         block gets its vector anew and drops what it made of it. Dropout is drawn for each sample and block.
+
+>>> from hf_tokens import NeTIConfig, get_token_model
+>>> from hf_tokens.testing import zoo
+>>> specimen = zoo.build("diffusers/UNet2DConditionModel")
+>>> model = get_token_model(specimen.model, NeTIConfig())
+>>> mapper = next(module for module in model.modules() if "mapper" in dict(module.named_children())).mapper
+>>> mapper[0].weight.shape, mapper[-1].weight.shape  # ten times sixteen anchors; two vectors of the prompt's width
+(torch.Size([160, 2048]), torch.Size([64, 128]))
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_tokens import Dims, MethodConfig, TokenBank, option, register
+
+
+@dataclass(frozen=True)
+class NeTIConfig(MethodConfig):
+    tokens: int = option(1, ge=0, zero=0, help="Vectors of the concept in each block's prompt, each with outputs of its own.")
+    hidden: int = option(128, ge=1, size=True, help="Units of the two hidden layers.")
+    frequencies: int = option(1024, ge=1, size=True, help="Random frequencies of the positional encoding (rows of W).")
+    sigma_t: float = option(0.03, gt=0, help="Their standard deviation over the timestep, 0 to 1000.")
+    sigma_l: float = option(2.0, gt=0, help="The same over the block, counted from 0.")
+    time_anchors: int = option(10, ge=1, le=1000, help="Timesteps that make up the rows of A with each of the blocks.")
+    nested_dropout: float = option(
+        0.5, ge=0, le=1, help="Probability that a sample in training drops the hidden units behind a random one."
+    )
+    truncation: int | None = option(None, ge=1, help="Hidden units that count outside of training, the most important first; None is all.")
+    alpha: float = option(0.2, ge=0, help="Size of the bypass against that of the concept.")
+    norm: float | None = option(None, gt=0, help="Length of the concept's vector (s); None takes the mean of the prompt's tokens.")
+    negative: bool = option(False, help="Whether the negative prompt of classifier-free guidance gets them too.")
+
+
+@register("neti", NeTIConfig)
+class NeTI(TokenBank):
+    site, moves_tokens, deep = "prompt", False, True
+    kinds = ("denoiser",)
+
+    def __init__(self, config: NeTIConfig, dims: Dims):
+        super().__init__(config, dims)
+        if dims.place or config.tokens == 0:
+            return
+        self.register_buffer("frequency", torch.randn(config.frequencies, 2) * torch.tensor([config.sigma_t, config.sigma_l]))
+        times = torch.arange(config.time_anchors) * (1000 // config.time_anchors)
+        anchors = torch.cartesian_prod(times, torch.arange(dims.places)).float()  # a 2
+        wide, h = len(anchors), config.hidden
+        layers = [nn.Linear(wide, h), nn.LayerNorm(h), nn.LeakyReLU(), nn.Linear(h, h), nn.LayerNorm(h), nn.LeakyReLU()]
+        self.mapper = nn.Sequential(nn.Linear(2 * config.frequencies, wide), *layers, nn.Linear(h, 2 * config.tokens * dims.prompt))
+        with torch.no_grad():
+            self.mapper[0].weight.copy_(self.encode(anchors))
+
+    def encode(self, places: Tensor) -> Tensor:
+        """The positional encoding of timesteps and blocks, (b 2) to (b 2 f)."""
+        wide = torch.promote_types(self.frequency.dtype, torch.float32)  # half precision does not tell 999 from 1000
+        angle = places.to(wide) @ self.frequency.to(wide).mT
+        return F.normalize(torch.cat([angle.sin(), angle.cos()], dim=-1), dim=-1).to(self.frequency.dtype)
+
+    def units(self, hidden: Tensor) -> Tensor:
+        """The hidden units (b h) without those that are dropped or truncated: the first ones come to matter most."""
+        b, h = hidden.shape
+        left = torch.full((b,), h if self.training or self.config.truncation is None else self.config.truncation, device=hidden.device)
+        if self.training:
+            drops = torch.rand(b, device=hidden.device) < self.config.nested_dropout
+            left = torch.where(drops, torch.randint(h, (b,), device=hidden.device), left)
+        return hidden * (torch.arange(h, device=hidden.device) < left[:, None])
+
+    def takes(self, negative: Tensor) -> Tensor | None:
+        return torch.ones_like(negative) if self.config.negative else None
+
+    def tokens(self, time: Tensor, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        if self.config.tokens == 0:
+            return None
+        mapper, shared = self.first.mapper, self.first
+        given = shared.encode(torch.stack([time, torch.full_like(time, self.dims.place)], dim=1))
+        concept, bypass = mapper[-1](self.units(mapper[:-1](given))).view(len(time), 2, self.config.tokens, -1).unbind(1)  # b k d
+        length = (hidden.norm(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        length = length[:, None, None] if self.config.norm is None else self.config.norm
+        return length * (F.normalize(concept, dim=-1) + self.config.alpha * F.normalize(bypass, dim=-1))

@@ -1,0 +1,63 @@
+"""ProSpect: a concept is one learned prompt for each stage of the denoising, and the timestep says which one the frozen model reads.
+
+Paper:   ProSpect: Prompt Spectrum for Attribute-Aware Personalization of Diffusion Models (Zhang et al., TOG 2023), arXiv:2305.16225
+Maths:   P* = {p_1 .. p_S}, one for each group of T / S steps, p_1 the noisiest;  argmin_{p_i} E |eps - eps_theta(z_t, t, p_i)|^2
+         over the steps t of stage i;  layout is decided in the first stages, content in the middle, material and style in the last
+Differs: what is learned stands in the encoded prompt, behind its last token, and not in a placeholder that the text encoder reads: words
+         do not mix with it, pooled embeddings do not know it. The authors' code makes the S embeddings of one word by an attention, here
+         they are free. `acts` says in which stages the concept speaks; the paper writes plain words into the others.
+
+>>> from hf_tokens import ProSpectConfig, get_token_model
+>>> from hf_tokens.testing import zoo
+>>> specimen = zoo.build("diffusers/SD3Transformer2DModel")
+>>> model = get_token_model(specimen.model, ProSpectConfig(stages=10))
+>>> model.get_nb_trainable_parameters()[0] == 10 * 32  # ten stages of one token
+True
+>>> model(**specimen.inputs).sample.shape
+torch.Size([2, 4, 8, 8])
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_tokens import ConfigError, Dims, MethodConfig, TokenBank, option, register
+
+
+@dataclass(frozen=True)
+class ProSpectConfig(MethodConfig):
+    stages: int = option(10, ge=1, le=1000, help="Stages of the denoising, each with a prompt of its own; 1 is textual inversion (S).")
+    tokens: int = option(1, ge=0, zero=0, help="Tokens of each stage's prompt.")
+    acts: tuple[int, ...] | None = option(None, ge=0, help="Stages in which they stand in the prompt, 0 the noisiest; None is all.")
+    negative: bool = option(False, help="Whether the negative prompt of classifier-free guidance gets them too.")
+    init_std: float = option(0.02, ge=0, help="Standard deviation of the normal distribution that they start from.")
+
+
+@register("prospect", ProSpectConfig)
+class ProSpect(TokenBank):
+    site, moves_tokens = "prompt", False
+    kinds = ("denoiser",)
+
+    def __init__(self, config: ProSpectConfig, dims: Dims):
+        super().__init__(config, dims)
+        self.bank = nn.Parameter(torch.randn(config.stages, config.tokens, dims.prompt) * config.init_std)  # s k d
+
+    @classmethod
+    def check(cls, config: ProSpectConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
+        if any(stage >= config.stages for stage in config.acts or ()):
+            raise ConfigError(f"ProSpectConfig.acts must name stages below {config.stages}, got {config.acts}. Count them from 0.")
+
+    def stage(self, time: Tensor) -> Tensor:
+        """The stage of each sample, (b)."""
+        done = (time * self.config.stages / 1000).floor().long()  # stages that are still to come
+        return (self.config.stages - 1 - done).clamp(0, self.config.stages - 1)
+
+    def takes(self, time: Tensor, negative: Tensor) -> Tensor:
+        rows = torch.ones_like(negative) if self.config.negative else ~negative
+        if self.config.acts is None:
+            return rows
+        return rows & torch.isin(self.stage(time), torch.tensor(self.config.acts, dtype=torch.long, device=rows.device))
+
+    def tokens(self, time: Tensor) -> Tensor:
+        return self.bank[self.stage(time)]  # b k d
