@@ -48,7 +48,7 @@ def wants(method: Method) -> set[str]:
         needs.add("features" if method.site == "sublayer" else "reuse")
     if isinstance(method, Pooler) and method.site == "stream":
         needs.add("final_norm")
-    if isinstance(method, Pooler) and "grid" in method.signals:
+    if "grid" in names:
         needs.add("picture")
     if isinstance(method, TokenBank) and method.site == "embedding" and method.leads:
         needs.add("table")

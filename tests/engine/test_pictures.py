@@ -1,12 +1,14 @@
 """The grids of pictures among the tokens of a vision-language model."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_tokens import UnsupportedError
+from hf_tokens import MethodConfig, TokenReducer, UnsupportedError, get_token_model, option, register
 from hf_tokens.pictures import Shapes, grids
+from hf_tokens.testing import zoo
 
 MERGED = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
 
@@ -52,3 +54,27 @@ def test_visual_tokens_that_form_no_grids_are_refused(case):
     heard, rows, came = LOST[case]
     with pytest.raises(UnsupportedError, match=f"tokens form a grid, row by row, got {came}"):
         grids(heard, MERGED, {}, flags(*rows))
+
+
+@dataclass(frozen=True)
+class WhereConfig(MethodConfig):
+    off: bool = option(True, zero=True, help="It never does anything.")
+
+
+def test_a_reducer_hears_the_grid_of_a_tower():
+    """Height and width of the picture in tokens, whichever way the pixels are given, and again for a picture of another shape."""
+    heard = []
+
+    @register("test-where", WhereConfig)
+    class Where(TokenReducer):
+        def assign(self, grid):
+            heard.append(grid)
+
+    specimen = zoo.build("dinov2")
+    model = get_token_model(specimen.model, WhereConfig(layers=(1,))).eval()
+    pixels = specimen.inputs["pixel_values"]
+    model(pixel_values=pixels)
+    model(pixels)
+    model(pixel_values=pixels[..., : pixels.shape[-1] // 2])
+    side = pixels.shape[-1] // model.config.patch_size
+    assert heard == [(side, side), (side, side), (side, side // 2)]
