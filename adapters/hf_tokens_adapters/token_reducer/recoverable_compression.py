@@ -7,7 +7,8 @@ Maths:   a = softmax(X x_c / sqrt(d)): the tokens with the highest a stay;  of t
          number of local outliers among the scores at hand, LOF_k > threshold
 Differs: the scores come from the language model's inputs, for it has neither the encoder's class token nor CLIP's text encoder: x_c is
          the mean of the picture and the question the mean of the text behind it. One token of a picture stays at least. N(i) are
-         neighbours by cosine of the tokens, not of keys. What no centre takes in counts to the nearest one.
+         neighbours by cosine of the tokens, not of keys. What no centre takes in counts to the nearest one. The mean prefers what is
+         common in a picture: a small thing on a plain ground is dropped first, and lost unless the question's mean is near to it.
 
 >>> from hf_tokens import RecoverableCompressionConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo
