@@ -37,7 +37,7 @@ from .roles import (
     straight_through,
 )
 from .search import search_path, search_shares
-from .token_map import TokenMap, rank
+from .token_map import TokenMap, indices, rank
 from .tuner import HFTokensModel
 from .two_models import label_routes, route_to
 from .vocabulary import transplant
@@ -85,6 +85,7 @@ __all__ = [
     "embed_prompt",
     "get_token_model",
     "heavy_hitters",
+    "indices",
     "label_routes",
     "list_methods",
     "load",

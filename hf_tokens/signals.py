@@ -15,7 +15,7 @@ from .cache import TokenCacheLayer, stretch
 from .denoising import grid
 from .errors import UnsupportedError, explain
 from .pictures import places
-from .token_map import TokenMap, take
+from .token_map import TokenMap, indices, take
 
 if TYPE_CHECKING:
     from .layer import BlockSurgery
@@ -235,7 +235,7 @@ THERE, SINCE = f"{PICTURED}.there", f"{PICTURED}.since"
 
 def remember_pictures(hidden: Tensor, visual: Tensor, books: Books, rows: dict[str, Tensor]) -> None:
     """Add the visual ones (b n) bool of the tokens that enter a stream (b n d) to those of the sequence, and where their pictures begin."""
-    index = visual.long().argsort(dim=1, descending=True, stable=True)[:, : int(visual.sum(dim=1).max())]
+    index = indices(visual)
     begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
     since = (books.rows + books.start).masked_fill(~begins, -1).cummax(dim=1).values
     for name, value in ((PICTURED, hidden), (THERE, visual), (SINCE, since)):
@@ -333,7 +333,7 @@ def key_positions(moment: Moment) -> Tensor:
 def own(moment: Moment) -> Tensor:
     """The `own` signal."""
     marks = moment.now.memory.tokens[moment.key]
-    index = marks.long().argsort(dim=1, descending=True, stable=True)[:, : int(marks.sum(dim=1).max())]
+    index = indices(marks)
     return take(moment.hidden, index).masked_fill(~take(marks, index)[..., None], 0)
 
 

@@ -21,8 +21,13 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
 
 
 def rank(values: Tensor) -> Tensor:
-    """Place of each value in its row, 0 for the highest, of two equal ones the earlier, (b n)."""
-    return values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    """Place of each value in its row, 0 for the highest, of two equal ones the earlier, (... n)."""
+    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def indices(marked: Tensor) -> Tensor:
+    """Indices of the marked ones (... n) bool in their order, (... r); a row with fewer is filled up with others behind them."""
+    return marked.long().argsort(dim=-1, descending=True, stable=True)[..., : int(marked.sum(dim=-1).max())]
 
 
 def put_back(y: Tensor, slot: Tensor, before: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import close
 
-from hf_tokens import TokenMap
+from hf_tokens import TokenMap, indices
 
 settings.register_profile("tokens", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("tokens")
@@ -176,6 +176,17 @@ def test_follow_opens_slots_behind_each_marked_token(size, k):
         first = [lack + wanted.index(i) for i in range(n)]
         assert tokens.slot[b].tolist() == first
         assert tokens.fresh[b].nonzero()[:, 0].tolist() == [i for i in range(lack, tokens.m) if i not in first]
+
+
+@given(sizes)
+def test_indices_are_those_of_the_marked_ones_in_front(size):
+    batch, n, seed = size
+    marked = torch.rand(batch, n, generator=generator(seed)) < 0.4
+    index = indices(marked)
+    assert index.shape == (batch, max(row.count(True) for row in marked.tolist()))
+    for row, found in zip(marked.tolist(), index.tolist(), strict=True):
+        own = [i for i, flag in enumerate(row) if flag]
+        assert found[: len(own)] == own and not {*found[len(own) :]} & {*own}
 
 
 def test_keep_sorts_its_index():

@@ -25,7 +25,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hf_tokens import CacheCompressor, MethodConfig, heavy_hitters, option, register
+from hf_tokens import CacheCompressor, MethodConfig, heavy_hitters, indices, option, register
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class D2O(CacheCompressor):
         return dict(zip(notes, fill(weights, self.config.budget).unbind(dim=1), strict=True))
 
     def fold(self, keys: Tensor, values: Tensor, stays: Tensor, goes: Tensor, record: dict, prefill: bool) -> tuple[Tensor, Tensor, None]:
-        most = int(goes.sum(dim=-1).max())
-        index = goes.long().argsort(dim=-1, descending=True, stable=True)[..., :most]  # b k g
+        index = indices(goes)  # b k g
         there = goes.gather(-1, index)
         gone = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values)]
         alike = einsum(normalize(gone[0], dim=-1), normalize(keys, dim=-1), "b k g e, b k n e -> b k g n")

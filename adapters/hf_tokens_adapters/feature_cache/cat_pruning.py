@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tokens import FeatureCache, MethodConfig, UnsupportedError, option, register
+from hf_tokens import FeatureCache, MethodConfig, UnsupportedError, option, rank, register
 
 ROUNDS = 10  # of k-means
 
@@ -61,11 +61,10 @@ def turns(magnitude: Tensor, labels: Tensor) -> Tensor:
     k = int(labels.max()) + 1
     order = magnitude.argsort(dim=1, descending=True, stable=True)
     member = F.one_hot(labels, k)
-    rank = member.gather(1, order[..., None].expand_as(member)).cumsum(dim=1)  # in the order of magnitude
-    rank = torch.zeros_like(rank).scatter(1, order[..., None].expand_as(rank), rank).gather(2, labels[..., None])[..., 0]
+    turn = member.gather(1, order[..., None].expand_as(member)).cumsum(dim=1)  # in the order of magnitude
+    turn = torch.zeros_like(turn).scatter(1, order[..., None].expand_as(turn), turn).gather(2, labels[..., None])[..., 0]
     mean = (member * magnitude[..., None]).sum(dim=1) / member.sum(dim=1).clamp(min=1)
-    standing = mean.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # b k
-    return (rank * k + standing.gather(1, labels)).argsort(dim=1).argsort(dim=1)
+    return rank(-(turn * k + rank(mean).gather(1, labels)))
 
 
 @register("cat-pruning", CATPruningConfig)

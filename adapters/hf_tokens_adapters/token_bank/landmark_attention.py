@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_tokens import Attending, Dims, MethodConfig, TokenBank, option, register
+from hf_tokens import Attending, Dims, MethodConfig, TokenBank, indices, option, rank, register
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,6 @@ class LandmarkAttentionConfig(MethodConfig):
     block: int = option(50, ge=0, zero=0, example=3, help="Tokens of a block (paper: l_block); 0 makes none.")
     local: int = option(250, ge=0, example=3, help="Tokens before the query whose blocks it reads anyway (paper: l_local).")
     retrieve: int = option(4, ge=1, example=1, help="Blocks that it reads of the others, out of training (paper: k).")
-
-
-def pick(marked: Tensor) -> Tensor:
-    """The marked keys (b g n) bool, and as many others as rows with fewer need, (b g r)."""
-    return marked.long().argsort(dim=-1, descending=True, stable=True)[..., : int(marked.sum(dim=-1).max())]
 
 
 def by_block(scores: Tensor, block: Tensor, count: int) -> Tensor:
@@ -80,9 +75,9 @@ class LandmarkAttention(TokenBank):
         if at.shape[2] > 1:
             scores = affinity()
             return Attending(None, gate(scores, block, own, at, self.choose(scores, block, own, at, count), count))
-        first = pick(own | (block == at[..., 0]))
+        first = indices(own | (block == at[..., 0]))
         chosen = self.choose(affinity(first), block.gather(2, first), own.gather(2, first), at, count)
-        index = pick(chosen[:, :, 0].gather(2, block.clamp(min=0)))
+        index = indices(chosen[:, :, 0].gather(2, block.clamp(min=0)))
         return Attending(index, gate(affinity(index), block.gather(2, index), own.gather(2, index), at, chosen, count))
 
     @torch.no_grad()
@@ -96,8 +91,7 @@ class LandmarkAttention(TokenBank):
         share = share.unflatten(1, (-1, shared)).amax(dim=2)
         near = at - torch.arange(count, device=at.device) <= self.config.local // self.config.block
         share = share.masked_fill(near, -torch.inf).round(decimals=3)  # rounding must not tell apart what is the same
-        order = share.flip(-1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
-        return near | (order < self.config.retrieve) & (share > -torch.inf)
+        return near | (rank(share.flip(-1)).flip(-1) < self.config.retrieve) & (share > -torch.inf)
 
 
 def gate(scores: Tensor, block: Tensor, own: Tensor, at: Tensor, chosen: Tensor | None, count: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, register
+from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, rank, register
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class ImportanceTokenMerge(TokenReducer):
         pool = max(int(config.pool * n + 1e-9), n - merged)  # what is left of the pool when all is merged must fill it up
         turn = self.draw(m, step).to(hidden.device).argsort().expand(b, m)  # b m
         important = guidance if guidance is not None else -turn.to(hidden.dtype)
-        rank = important.masked_fill(~mine, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        inside = (rank < pool) if guidance is not None else mine
+        inside = (rank(important.masked_fill(~mine, -torch.inf)) < pool) if guidance is not None else mine
         dst = turn.masked_fill(~(inside & mine), m).argsort(dim=1)[:, :targets]  # b t
         x = F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)
         alike, partner = (x @ x.gather(1, dst[..., None].expand(-1, -1, x.shape[-1])).mT).max(dim=-1)  # b m
