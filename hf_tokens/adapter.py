@@ -83,11 +83,6 @@ class HFTokensConfig(PeftConfig):
                 explain("An adapter has at least one method", self.methods, "Pass methods=['...']; `hf-tokens list` names them.")
             )
         self.methods = [plain_form(method) for method in self.methods]
-        if not any(method["method"] != PEFT_METHOD for method in self.methods):
-            rule = "An adapter has at least one method beside its LoRAs"
-            raise ConfigError(
-                explain(rule, [m["config"]["peft_type"] for m in self.methods], "Call `peft.get_peft_model` for these alone.")
-            )
         if self.target_modules or self.exclude_modules:
             came = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
             raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", came, "Set those in its config."))

@@ -168,6 +168,10 @@ def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tup
 
 def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
     """Where every method goes; everything that can be wrong with it is said here, before the model is touched."""
+    if not config.stack():
+        rule = "An adapter has at least one method beside its LoRAs"
+        came = [method["config"]["peft_type"] for method in config.methods]
+        raise ConfigError(explain(rule, came, "Call `peft.get_peft_model` for these alone."))
     placements = []
     for slot, one in enumerate(config.stack()):
         info = method_info(one.method, one.version)
