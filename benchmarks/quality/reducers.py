@@ -487,8 +487,7 @@ VISION = (
     "of it below a smaller picture. The probe has seen unreduced tokens only; one that is trained again would close part of each gap. "
     "Images per second are as the machine was at that moment, which was busy. Relative seconds are taken in turns with the unreduced "
     "tower; they scatter by a tenth and more, so that no gain of ATC at 0.8 is no finding: seven turns of ATC, PPT and random drop at "
-    "their two lightest settings gave 0.88 and 0.69, 0.90 and 0.70, 0.82 and 0.61. The table was put together from the printed rows of "
-    "two runs, to four digits: the fixed squares, the smaller pictures and the first row are of the second one."
+    "their two lightest settings gave 0.88 and 0.69, 0.90 and 0.70, 0.82 and 0.61."
 )
 LLAVA = (
     "96 questions with one-token answers, so differences below about 10 points are chance. The projector is trained in minutes and knows "
