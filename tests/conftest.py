@@ -1,4 +1,4 @@
-"""One thread and no network, set before torch and huggingface_hub read the environment."""
+"""One thread, no network and interpreted kernels, set before torch, huggingface_hub and triton read the environment."""
 
 import os
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

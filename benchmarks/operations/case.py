@@ -1,0 +1,40 @@
+"""One operation at one size: what it is given, what a user would call instead, and what it cannot do without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Call = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at one size.
+
+    Attributes:
+        name: Name of the operation, and of its form.
+        inputs: What it is given, by name.
+        call: Ours, which takes the inputs by name and returns floating numbers: those that it chose, where it returns an index.
+        peer: What a user would call instead, with the same inputs and the same numbers; None where that needs too much memory.
+        bytes: Bytes that must be read and written at least.
+        flops: Multiplications and additions that must be done at least.
+        backward: Whether training needs its gradient too.
+        exact: Whether the peer returns the same numbers; one that only stands in its place, such as a fused attention, does not.
+    """
+
+    name: str
+    inputs: dict[str, Tensor]
+    call: Call
+    peer: Call | None
+    bytes: int
+    flops: int
+    backward: bool = False
+    exact: bool = True
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
