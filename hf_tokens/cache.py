@@ -25,6 +25,7 @@ from .errors import UnsupportedError, explain
 from .holding import Change, Form, Part, Plain, dense, put
 
 FIRST_CAPACITY = 64
+FEW = 4  # entries of a row whose places are filled up as they leave; where more do, the others close up
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 
 
@@ -93,6 +94,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self._room: tuple[Tensor, Tensor] | None = None  # buffers that the states are views of
         self._begin = 0  # where in them the states begin
+        self._slots: Tensor | None = None  # where among the states each entry lies, (b n) or (b k n); None if in order
         self.origins: Tensor | None = None  # b n
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
@@ -115,13 +117,28 @@ class TokenCacheLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys, unpacked (b k n e)."""
-        return None if self.origins is None else self._unpacked()[0]
+        """All keys in their order, unpacked (b k n e)."""
+        return None if self.origins is None else self.in_order(self._unpacked()[0], 2)
 
     @property
     def values(self) -> Tensor | None:
-        """All values, unpacked (b k n e)."""
-        return None if self.origins is None else self._unpacked()[1]
+        """All values in their order, unpacked (b k n e)."""
+        return None if self.origins is None else self.in_order(self._unpacked()[1], 2)
+
+    def in_order(self, x: Tensor, dim: int) -> Tensor:
+        """Something of each entry as it lies, (b k|h ...), in the order of the entries."""
+        if self._slots is None:
+            return x
+        slots = self._slots[:, None] if self._slots.dim() == 2 else self._slots.repeat_interleave(x.shape[1] // self._slots.shape[1], dim=1)
+        slots = slots.view(*slots.shape[:2], *[1] * (dim - 2), -1, *[1] * (x.dim() - dim - 1))
+        return x.gather(dim, slots.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+
+    def as_it_lies(self, x: Tensor | None) -> Tensor | None:
+        """Something of each entry in their order, (b n) or (b k n), as the entries lie."""
+        if x is None or self._slots is None:
+            return x
+        slots, x = alike(self._slots, x)
+        return torch.empty_like(x).scatter_(-1, slots, x)
 
     def _unpacked(self) -> tuple[Tensor, Tensor]:
         if self.held is None or self._lent is not None:
@@ -228,6 +245,9 @@ class TokenCacheLayer(CacheLayerMixin):
             return
         old = self._states[0].shape[2]
         new = old + k.shape[2]
+        if self._slots is not None:
+            own = torch.arange(old, new, device=self._slots.device)
+            self._slots = torch.cat([self._slots, own.expand(*self._slots.shape[:-1], -1)], dim=-1)
         if self._room is None or self._room[0].shape[2] < self._begin + new:
             capacity = max(FIRST_CAPACITY, new + new // 2)
             room = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
@@ -258,8 +278,14 @@ class TokenCacheLayer(CacheLayerMixin):
         if room is not None:
             self._room, self._begin = room, self._begin + first
 
+    def _sort(self) -> None:
+        """Let the states lie in the order of the entries."""
+        if self._slots is not None:
+            self._states, self._room, self._slots = tuple(self.in_order(t, 2) for t in self._states), None, None
+
     def _select(self, place: slice, copy: bool = True) -> None:
         self._lent = None
+        self._sort()
         self._close()
         states = tuple(t[:, :, place] for t in self._states)
         self._states, self._room = (tuple(t.clone() for t in states), None) if copy else (states, None)
@@ -277,7 +303,10 @@ class TokenCacheLayer(CacheLayerMixin):
         if filled is not None and filled.dim() == 3:
             self._open()
         self._close()
-        if self.held is None:
+        if self._room is not None and self.window is None and self.length - index.shape[-1] <= FEW:
+            self._fill_up(index)
+        elif self.held is None:
+            self._sort()
             wide = (index if index.dim() == 3 else index[:, None].expand(-1, self._states[0].shape[1], -1))[..., None]
             self._states = tuple(t.gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in self._states)
             self._room = None
@@ -291,6 +320,22 @@ class TokenCacheLayer(CacheLayerMixin):
         self._change(lambda t: pick_entries(t, index), packed=False)
         self.filled = filled
 
+    def _fill_up(self, index: Tensor) -> None:
+        """Let the last states move to where those lie that leave: the others stay where they are."""
+        n, kept = self.length, index.shape[-1]
+        leaves = torch.ones(*index.shape[:-1], n, dtype=torch.bool, device=index.device).scatter_(-1, index, False)
+        gone = leaves.nonzero()[:, -1].view(*index.shape[:-1], n - kept)
+        lies = torch.arange(n, device=index.device).expand(len(index), n) if self._slots is None else self._slots
+        slots, holes = pick_entries(lies, index), pick_entries(lies, gone)
+        for i, last in enumerate(range(n - 1, kept - 1, -1)):
+            hole = holes[..., i : i + 1]
+            for states in self._states:
+                states.scatter_(
+                    2, cells_of(hole, self.heads)[..., None].expand(-1, -1, -1, states.shape[3]), states[:, :, last : last + 1].clone()
+                )
+            slots, holes = torch.where(slots == last, hole, slots), torch.where(holes == last, hole, holes)
+        self._slots, self._states = slots, tuple(t[:, :, :kept] for t in self._states)
+
     def _change(self, change: Change, packed: bool = True) -> None:
         """Change the books of the entries, and what is packed of them, by a function of any (b n) or (b k n)."""
         if self.held is not None and packed:
@@ -301,8 +346,10 @@ class TokenCacheLayer(CacheLayerMixin):
         self.record.entries = {name: change(t) for name, t in self.record.entries.items()}
 
     def past(self) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Places and marks of the entries, as they are now; None if there are none."""
-        return None if self.origins is None else (self.origins, dict(self.record.entries))
+        """Places and marks of the entries as they lie; None if there are none."""
+        if self.origins is None:
+            return None
+        return self.as_it_lies(self.origins), {name: self.as_it_lies(t) for name, t in self.record.entries.items()}
 
     def mark(self, name: str, flags: Tensor) -> None:
         """Mark some of the last tokens that were stored, (b m) bool, under a name."""
@@ -315,7 +362,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def rewrite(self, keys: Tensor, values: Tensor, sizes: Tensor | None) -> None:
         """Put other keys, values (b k n e) and sizes (b k n) in the places of those that are stored."""
-        self._lent = self._room = self.held = None
+        self._lent = self._room = self._slots = self.held = None
         self._states = keys, values
         if sizes is not None:
             self.record.entries["sizes"] = sizes
@@ -332,7 +379,7 @@ class TokenCacheLayer(CacheLayerMixin):
         if known is not None:
             scale, done = known.scale, known.where.shape[2]
             where = torch.cat([where[..., :done] & ~known.where, where[..., done:]], dim=-1)
-        k, v = self._unpacked()
+        k, v = self.keys, self.values
         self.take(where, Part.of(k, where, keys, scale), Part.of(v, where, values))
 
     def take(self, where: Tensor, keys: Part, values: Part) -> None:
@@ -345,6 +392,7 @@ class TokenCacheLayer(CacheLayerMixin):
     def _open(self) -> None:
         """Be ready to hold entries in other forms."""
         if self.held is None:
+            self._sort()
             none = torch.zeros(*self._states[0].shape[:2], 0, dtype=torch.bool, device=self.origins.device)
             self.held = tuple([Part(none, Plain(), (t.new_empty(0, t.shape[3]),))] for t in self._states)
 
@@ -423,6 +471,7 @@ class TokenCacheLayer(CacheLayerMixin):
         if self.origins is None:
             return
         self._states, self._room = tuple(change(t) for t in self._states), None
+        self._slots = None if self._slots is None else change(self._slots)
         self.held = None if self.held is None else tuple([part.change_rows(change) for part in parts] for parts in self.held)
         self._change(change, packed=False)
 
@@ -453,6 +502,7 @@ class TokenCacheLayer(CacheLayerMixin):
         if self._states is not None and self._states[0].device != device:
             self._states = tuple(t.to(device, non_blocking=True) for t in self._states)
             self.held = None if self.held is None else tuple([part.to(device) for part in parts] for parts in self.held)
+            self._slots = None if self._slots is None else self._slots.to(device)
             self._room = self._lent = None
 
 
@@ -462,12 +512,20 @@ def stretch(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1)], dim=-1)
 
 
+def cells_of(x: Tensor, heads: int) -> Tensor:
+    """Something of each entry, (b n) or (b k n), as (b k n)."""
+    return x if x.dim() == 3 else x[:, None].expand(-1, heads, -1)
+
+
+def alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two things of each entry, (b n) or (b k n), both as (b n) or both as (b k n)."""
+    heads = max(x.shape[1] if x.dim() == 3 else 0, y.shape[1] if y.dim() == 3 else 0)
+    return (cells_of(x, heads), cells_of(y, heads)) if heads else (x, y)
+
+
 def pick_entries(x: Tensor, index: Tensor) -> Tensor:
     """Of something of each entry, (b n) or (b k n), that of some entries, (b r) or (b k r)."""
-    if x.dim() > index.dim():
-        index = index[:, None].expand(-1, x.shape[1], -1)
-    elif x.dim() < index.dim():
-        x = x[:, None].expand(-1, index.shape[1], -1)
+    x, index = alike(x, index)
     return x.gather(-1, index)
 
 

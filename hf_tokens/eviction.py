@@ -16,6 +16,7 @@ from .signals import Moment, cells, counterparts, stored
 if TYPE_CHECKING:
     from .surgery import Runtime
 
+FEW = 4  # entries that leave a row one after the other
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 BEYOND = "beyond"  # entries that are held in another form, in the books of each entry
 
@@ -160,21 +161,42 @@ def evict(runtime: Runtime, method: CacheCompressor, moment: Moment, score: Tens
     if layer.fresh is not None:
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
         score = score.masked_fill(fresh & real, torch.inf)
-    most = max(1, int(budgets.max()))
-    index = score.argsort(dim=-1, descending=True, stable=True)[..., :most]
-    kept = torch.arange(index.shape[-1], device=index.device) < budgets[..., None]
+    stays = highest(score, budgets)
     folds = type(method).fold is not CacheCompressor.fold
     if folds or holds(method):
-        stays = torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, kept)
         moment.stays, moment.goes = cells(layer, stays), cells(layer, real & ~stays)
     if holds(method):
         put_away(runtime, method, moment)
         return
     if folds and bool(moment.goes.any()):
         fold(runtime, method, moment)
-    order = torch.where(kept, index, score.shape[-1]).sort(dim=-1)
-    filled = order.values < score.shape[-1]
-    layer.keep(order.values.clamp(max=score.shape[-1] - 1), None if bool(filled.all()) else filled)
+    layer.keep(*places(stays, budgets))
+
+
+def highest(score: Tensor, budgets: Tensor) -> Tensor:
+    """As many of the highest of each row as its budget says, bool; of two equal ones the earlier."""
+    n, most = score.shape[-1], max(1, int(budgets.max()))
+    if n - most <= FEW and bool((budgets == most).all()):  # without a sort of all
+        stays, place = torch.ones_like(score, dtype=torch.bool), torch.arange(n, device=score.device)
+        score = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        for _ in range(n - most):
+            left = score.masked_fill(~stays, torch.inf)
+            least = (left == left.amin(dim=-1, keepdim=True)) & stays
+            stays.scatter_(-1, torch.where(least, place, -1).argmax(dim=-1, keepdim=True), False)
+        return stays
+    index = score.argsort(dim=-1, descending=True, stable=True)[..., :most]
+    kept = torch.arange(index.shape[-1], device=index.device) < budgets[..., None]
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, kept)
+
+
+def places(stays: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the entries are that stay, in their order, as an index of each row, and which of it count; others fill it up."""
+    n, most = stays.shape[-1], max(1, int(budgets.max()))
+    if bool((budgets == most).all()):
+        return stays.nonzero()[:, -1].view(*stays.shape[:-1], most), None
+    place = torch.arange(n, device=stays.device)
+    index = (place + n * ~stays).sort(dim=-1).values[..., :most]
+    return index % n, index < n
 
 
 def fold(runtime: Runtime, method: CacheCompressor, moment: Moment) -> None:

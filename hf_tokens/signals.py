@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .books import CROSS, HIDES, Books
-from .cache import TokenCacheLayer, stretch
+from .cache import TokenCacheLayer, cells_of, stretch
 from .denoising import grid
 from .errors import UnsupportedError, explain
 from .pictures import places
@@ -69,7 +69,7 @@ class Moment:
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has let the first ones go since."""
-        return x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length)
+        return self.layer.in_order(x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length), dim)
 
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""
@@ -147,7 +147,7 @@ def stored(moment: Moment) -> Tensor:
 
 def cells(layer: TokenCacheLayer, x: Tensor) -> Tensor:
     """Something of each entry, (b n) or (b k n), as (b k n)."""
-    return x if x.dim() == 3 else x[:, None].expand(-1, layer.heads, -1)
+    return cells_of(x, layer.heads)
 
 
 def counterparts(moment: Moment, other: TokenCacheLayer) -> Tensor:
