@@ -1,0 +1,19 @@
+"""How much memory an operation takes while it runs."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes, beside views of what it is given."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.elements, self.given = 0, {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
+                self.elements = max(self.elements, tensor.numel())
+        return out
