@@ -22,10 +22,9 @@ from transformers.cache_utils import (
 )
 
 from .errors import UnsupportedError, explain
-from .holding import Change, Form, Part, Plain, dense, put
+from .holding import BOTH, FEW, Change, Form, Part, Plain, dense, put, read
 
 FIRST_CAPACITY = 64
-FEW = 4  # entries of a row whose places are filled up as they leave; where more do, the others close up
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 
 
@@ -88,8 +87,8 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.held: tuple[list[Part], list[Part]] | None = None  # keys and values of the first entries, if they are packed
-        self._states: tuple[Tensor, Tensor] | None = None  # keys and values of the others
+        self.held: list[Part] | None = None  # all entries, if some are held in another form or by some heads only
+        self._states: tuple[Tensor, Tensor] | None = None  # keys and values else
         self._lent: tuple[Tensor, Tensor] | None = None  # all of them unpacked, while a block runs
         self.is_initialized = False
         self._room: tuple[Tensor, Tensor] | None = None  # buffers that the states are views of
@@ -143,7 +142,7 @@ class TokenCacheLayer(CacheLayerMixin):
     def _unpacked(self) -> tuple[Tensor, Tensor]:
         if self.held is None or self._lent is not None:
             return self._lent or self._states
-        return tuple(torch.cat([dense(parts, t.shape[3]), t], dim=2) for parts, t in zip(self.held, self._states, strict=True))
+        return tuple(dense(self.held, which, self._states[which].shape[3]) for which in BOTH)
 
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
@@ -176,7 +175,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All that is stored of keys and values; what two layers share is one tensor."""
-        packed = [t for parts in self.held or () for part in parts for t in part.tensors()]
+        packed = [t for part in self.held or () for t in part.tensors()]
         return [*packed, *(self._states or ()), *(t for echo in self.echoes for t in echo.tensors())]
 
     @property
@@ -230,7 +229,10 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = torch.cat([self.origins, new], dim=-1)
         self.seen = arrival.total
         self._lent = None
-        self._append(key_states, value_states)
+        if self.held is None:
+            self._append(key_states, value_states)
+        else:
+            self._hand_in(key_states, value_states)
         keys, values = self._unpacked()
         self._lent, self.handed = None if self.held is None else (keys, values), self.length
         self._slide()
@@ -285,10 +287,10 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def _select(self, place: slice, copy: bool = True) -> None:
         self._lent = None
-        self._sort()
-        self._close()
-        states = tuple(t[:, :, place] for t in self._states)
-        self._states, self._room = (tuple(t.clone() for t in states), None) if copy else (states, None)
+        if self.held is None:
+            self._sort()
+            states = tuple(t[:, :, place] for t in self._states)
+            self._states, self._room = (tuple(t.clone() for t in states), None) if copy else (states, None)
         self._change(lambda t: t[..., place])
 
     def keep(self, index: Tensor, filled: Tensor | None = None) -> None:
@@ -302,23 +304,23 @@ class TokenCacheLayer(CacheLayerMixin):
             filled = old if filled is None else filled & old
         if filled is not None and filled.dim() == 3:
             self._open()
-        self._close()
-        if self._room is not None and self.window is None and self.length - index.shape[-1] <= FEW:
+        if self.held is not None:
+            self._settle(index, filled)
+        elif self._room is not None and self.window is None and self.length - index.shape[-1] <= FEW:
             self._fill_up(index)
-        elif self.held is None:
+        else:
             self._sort()
-            wide = (index if index.dim() == 3 else index[:, None].expand(-1, self._states[0].shape[1], -1))[..., None]
-            self._states = tuple(t.gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in self._states)
-            self._room = None
-        lost = None if filled is None else ~filled if filled.dim() == 3 else ~filled[:, None]
-
-        def change(slot: Tensor) -> Tensor:
-            slot = pick_entries(slot, index)
-            return slot if lost is None else slot.masked_fill(lost, -1)
-
-        self.held = None if self.held is None else tuple([part.change(change) for part in parts] for parts in self.held)
+            wide = cells_of(index, self.heads)[..., None]
+            self._states, self._room = tuple(t.gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in self._states), None
         self._change(lambda t: pick_entries(t, index), packed=False)
         self.filled = filled
+
+    def _settle(self, index: Tensor, filled: Tensor | None) -> None:
+        """Let what is packed be that of some entries."""
+        lost = None if filled is None else ~filled if filled.dim() == 3 else ~filled[:, None]
+        cells = [pick_entries(part.cells, index) for part in self.held]
+        cells = cells if lost is None else [one.masked_fill(lost, -1) for one in cells]
+        self.held = [part.settle(one) for part, one in zip(self.held, cells, strict=True)]
 
     def _fill_up(self, index: Tensor) -> None:
         """Let the last states move to where those lie that leave: the others stay where they are."""
@@ -339,7 +341,7 @@ class TokenCacheLayer(CacheLayerMixin):
     def _change(self, change: Change, packed: bool = True) -> None:
         """Change the books of the entries, and what is packed of them, by a function of any (b n) or (b k n)."""
         if self.held is not None and packed:
-            self.held = tuple([part.change(change) for part in parts] for parts in self.held)
+            self.held = [part.settle(change(part.cells)) for part in self.held]
         self.origins = change(self.origins)
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
@@ -375,41 +377,38 @@ class TokenCacheLayer(CacheLayerMixin):
             keys, values: Forms of their keys and values.
             scale: Factor on each channel of the keys, (b k 1 e), before they are packed; the first one of a form stays.
         """
-        known = next((part for part in (self.held or ([], []))[0] if part.form == keys), None)
+        known = next((part for part in self.held or () if part.forms == (keys, values)), None)
         if known is not None:
-            scale, done = known.scale, known.where.shape[2]
-            where = torch.cat([where[..., :done] & ~known.where, where[..., done:]], dim=-1)
-        k, v = self.keys, self.values
-        self.take(where, Part.of(k, where, keys, scale), Part.of(v, where, values))
+            where, scale = where & ~known.where, known.scale
+        if self.held is None:
+            rows = self.keys[where], self.values[where]
+        else:
+            rows = tuple(read(self.held, which, where) for which in BOTH)
+        self.take(Part.of(rows, where, (keys, values), scale))
 
-    def take(self, where: Tensor, keys: Part, values: Part) -> None:
-        """Hold the entries of `where` (b k n) as these parts say."""
+    def take(self, part: Part) -> None:
+        """Hold some entries as a part says."""
         self._lent = None
         self._open()
-        self._close()
-        self.held = put(self.held[0], keys), put(self.held[1], values)
+        self.held = put(self.held, part)
 
     def _open(self) -> None:
         """Be ready to hold entries in other forms."""
-        if self.held is None:
-            self._sort()
-            none = torch.zeros(*self._states[0].shape[:2], 0, dtype=torch.bool, device=self.origins.device)
-            self.held = tuple([Part(none, Plain(), (t.new_empty(0, t.shape[3]),))] for t in self._states)
-
-    def _close(self) -> None:
-        """Let what is packed reach to the last entry."""
-        if self.held is None or not self._states[0].shape[2]:
+        if self.held is not None:
             return
-        done = self.held[0][0].where.shape[2]
-        m = self._states[0].shape[2]
-        held = tuple([part.change(lambda slot: pad(slot, (0, m), value=-1)) for part in parts] for parts in self.held)
-        where = torch.ones(*self._states[0].shape[:2], done + m, dtype=torch.bool, device=self.origins.device)
-        where[..., :done] = False
-        if self.filled is not None:
-            where &= self.filled if self.filled.dim() == 3 else self.filled[:, None]
-        new = (Part(where, Plain(), (t[where[..., done:]],)) for t in self._states)
-        self.held = tuple(put(parts, part) for parts, part in zip(held, new, strict=True))
-        self._states, self._room = tuple(t[:, :, :0] for t in self._states), None
+        where = torch.ones(*self._states[0].shape[:3], dtype=torch.bool, device=self.origins.device)
+        where = where if self.filled is None else where & cells_of(self.filled, self.heads)
+        self.held = [Part.of((self.keys[where], self.values[where]), where, (Plain(), Plain()))]
+        self._states, self._room, self._slots = tuple(t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in self._states), None, None
+
+    def _hand_in(self, k: Tensor, v: Tensor) -> None:
+        """Hold new entries (b k m e) as they are."""
+        m = k.shape[2]
+        new = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        new = new if self.filled is None else new & cells_of(self.filled[..., -m:], self.heads)
+        for part in self.held:
+            part.grow(m)
+        self.held = put(self.held, Part.of((k[new], v[new]), pad(new, (self.length - m, 0)), (Plain(), Plain())))
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -472,7 +471,7 @@ class TokenCacheLayer(CacheLayerMixin):
             return
         self._states, self._room = tuple(change(t) for t in self._states), None
         self._slots = None if self._slots is None else change(self._slots)
-        self.held = None if self.held is None else tuple([part.change_rows(change) for part in parts] for parts in self.held)
+        self.held = None if self.held is None else [part.change_rows(change) for part in self.held]
         self._change(change, packed=False)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -501,7 +500,7 @@ class TokenCacheLayer(CacheLayerMixin):
             echo._move(device)
         if self._states is not None and self._states[0].device != device:
             self._states = tuple(t.to(device, non_blocking=True) for t in self._states)
-            self.held = None if self.held is None else tuple([part.to(device) for part in parts] for parts in self.held)
+            self.held = None if self.held is None else [part.to(device) for part in self.held]
             self._slots = None if self._slots is None else self._slots.to(device)
             self._room = self._lent = None
 

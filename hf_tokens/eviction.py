@@ -239,7 +239,7 @@ def share(moment: Moment, keys: Polar, values: Polar) -> None:
         for form, ours, theirs in zip((keys, values), (lower.keys, lower.values), (upper.keys, upper.values), strict=True)
     ]
     for place, (layer, where) in enumerate(((lower, under), (upper, above))):
-        layer.take(where, *(Part(where, form, packed[place]) for form, packed in zip((keys, values), pairs, strict=True)))
+        layer.take(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)))
         note(layer, where)
 
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from hf_tokens import CacheCompressor, ConfigError, MethodConfig, Polar, Quantized, get_token_model, measure, option, register
 from hf_tokens.books import Books, Stored
 from hf_tokens.cache import Arrival, TokenCacheLayer
-from hf_tokens.holding import Plain, pack_bits, unpack_bits
+from hf_tokens.holding import Plain
 from hf_tokens.registry import METHODS
 from hf_tokens.testing import zoo
 
@@ -121,14 +121,6 @@ def test_a_scale_is_taken_out_again_and_follows_the_rows():
     layer.hold(torch.ones(B, K, 7, dtype=torch.bool), Quantized(8, E, E), Plain(), torch.ones_like(scale))
     close(layer.keys[:, :, 5:], through(Quantized(8, E, E), new * scale.flip(0)) / scale.flip(0))
     assert torch.equal(layer.keys[:, :, :5], before.flip(0))
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_bits_survive_packing(bits):
-    codes = torch.randint(0, 2**bits, (4, 13), generator=torch.Generator().manual_seed(bits))
-    packed = pack_bits(codes, bits)
-    assert torch.equal(unpack_bits(packed, bits, 13).long(), codes)
-    assert packed.shape[1] == (-(-13 // (8 // bits)) if 8 % bits == 0 else -(-13 // 8) * bits)
 
 
 def test_a_row_of_one_value_is_exact():
