@@ -22,7 +22,7 @@ class Case:
         bytes: Bytes that must be read and written at least.
         flops: Multiplications and additions that must be done at least.
         backward: Whether training needs its gradient too.
-        exact: Whether the peer returns the same numbers; one that only stands in its place, such as a fused attention, does not.
+        yardstick: What the time is told in besides, such as a fused attention on the same tensors; it returns other numbers.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Case:
     bytes: int
     flops: int
     backward: bool = False
-    exact: bool = True
+    yardstick: Call | None = None
 
 
 def nbytes(*tensors: Tensor) -> int:

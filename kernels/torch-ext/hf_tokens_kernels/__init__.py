@@ -1,7 +1,17 @@
 """Operations behind hf-tokens: each in its own folder, with a torch reference that is the default and the oracle, and a Triton twin."""
 
 from .agglomerate import agglomerate
-from .attention_scores import attention_columns, attention_entropy, attention_rows
+from .attention_scores import attention_columns, attention_entropy, attention_lse, attention_rows
 from .dispatch import Choice, backend, choose, picks
 
-__all__ = ["Choice", "agglomerate", "attention_columns", "attention_entropy", "attention_rows", "backend", "choose", "picks"]
+__all__ = [
+    "Choice",
+    "agglomerate",
+    "attention_columns",
+    "attention_entropy",
+    "attention_lse",
+    "attention_rows",
+    "backend",
+    "choose",
+    "picks",
+]
