@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 Call = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -38,3 +41,10 @@ class Case:
 def nbytes(*tensors: Tensor) -> int:
     """Bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def every(n: int, device: torch.device, dtype: torch.dtype, only: str = "") -> Iterator[Case]:
+    """All operations at one size, by the files beside this one; `only` those with this in their name."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path != Path(__file__) and only in path.stem:
+            yield from importlib.import_module(f"operations.{path.stem}").cases(n, device, dtype)
