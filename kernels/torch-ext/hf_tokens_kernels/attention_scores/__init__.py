@@ -67,8 +67,8 @@ def attention_columns(
     looks = look(q, k, scaling, mask, causal and mask is None, query_positions, key_positions, key_mask, softcap, sinks)
     m, n = q.shape[2], k.shape[2]
     if window is not None and window < m:
-        queries = torch.arange(m - window, m, device=q.device).expand(len(q), -1)
-        weights = None if weights is None else weights[:, -window:]
+        q, looks = q[:, :, -window:], looks.last(window)
+        weights, lse = (None if t is None else t[..., -window:] for t in (weights, lse))
     if queries is not None:
         looks, at = looks.rows(queries, m, n), queries[:, None].expand(-1, q.shape[1], -1)
         q = q.gather(2, at[..., None].expand(*at.shape, q.shape[3]))

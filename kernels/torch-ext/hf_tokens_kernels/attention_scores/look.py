@@ -44,6 +44,12 @@ class Look:
         """Keys that the queries before `last` may see."""
         return n - m + last if self.skips() else n
 
+    def last(self, w: int) -> Look:
+        """The same for the last w queries."""
+        mask, places = self.mask, self.query_positions
+        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, -w:]
+        return replace(self, mask=mask, query_positions=None if places is None else places[:, -w:])
+
     def rows(self, index: Tensor, m: int, n: int) -> Look:
         """The same for chosen queries, (b r) of m."""
         b, r = index.shape
