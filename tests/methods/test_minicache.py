@@ -126,7 +126,8 @@ def test_a_sliding_layer_shares_with_a_sliding_one():
     model = get_token_model(specimen.model, MiniCacheConfig(layers=(0, 1, 2, 3))).eval()
     out = model.generate(**specimen.inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     layers = out.past_key_values.layers
-    shared = [{id(t) for t in layer.tensors()} for layer in layers]
+    held = [list(layer.tensors()) for layer in layers]
+    shared = [{id(t) for t in tensors} for tensors in held]
     assert shared[0] & shared[2] and shared[1] & shared[3] and not shared[0] & shared[1]
 
 
