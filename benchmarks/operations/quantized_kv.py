@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, nbytes
 from hf_tokens_kernels import Rounded, pack, packed_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from .case import Case, nbytes
 
 BATCH, HEADS, KV_HEADS, WIDTH, GROUP = 2, 32, 8, 128, 64
 MOST = 8192  # tokens up to which the unpacked cache of the peer is small on a CPU

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, nbytes
 from hf_tokens_kernels import ragged_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from .case import Case, nbytes
 
 BATCH, HEADS, KV_HEADS, WIDTH = 4, 32, 8, 128
 WHOLE = 2  # key heads that keep all tokens

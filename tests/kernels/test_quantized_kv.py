@@ -137,6 +137,15 @@ def test_several_queries_and_splits(backend, device, monkeypatch):
     check(torch.cat([q, -q], dim=2), rounded(keys, 4, 32), rounded(values, 2, 16), *where, longest=160)
 
 
+def test_scores_of_cells_give_their_probabilities(backend, device):
+    q, keys, values, starts, lengths = cells(*SHAPES[1], device)
+    k, v = rounded(keys, 2, 32), rounded(values, 2, 16)
+    out, logs, scores = packed_attention(q, k, v, starts, lengths, scaling=0.3, scores=True)
+    weights = (scores[:, :500] - logs[0, :2]).exp()
+    close(weights @ v.rows(slice(0, 500)), out[0, :2, 0])
+    assert bool((scores[:, 500:] == -torch.inf).all())
+
+
 def test_rows_of_eight_bits_are_read_as_plain_ones_nearly(backend, device):
     q, keys, values, *where = cells(*SHAPES[0], device)
     got, _ = packed_attention(q, rounded(keys, 8, 16), rounded(values, 8, 16), *where, scaling=0.3)

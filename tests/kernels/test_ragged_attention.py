@@ -91,6 +91,21 @@ def test_doubles(device):
     check(ragged_attention(*given, scaling=0.3), loop(*given, 0.3), torch.float64)
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=str)
+def test_scores_of_cells_give_their_probabilities(backend, device, shape):
+    """exp(score - log) are the weights with which the values are read; the room behind them gets none."""
+    q, keys, values, starts, lengths = sample(shape, device)
+    out, logs, scores = ragged_attention(q, keys, values, starts, lengths, scaling=0.3, scores=True)
+    groups, (b, h, m, _) = q.shape[1] // starts.shape[1], q.shape
+    assert int((scores > -torch.inf).sum()) == int(lengths.sum()) * groups * m
+    for row in range(b):
+        for head in range(h):
+            start, length = int(starts[row, head // groups]), int(lengths[row, head // groups])
+            for i in range(m):
+                weights = (scores[head % groups * m + i, start : start + length] - logs[row, head, i]).exp()
+                close(weights @ values[start : start + length], out[row, head, i])
+
+
 def test_long_rows_are_split_and_joined(backend, device, monkeypatch):
     if backend == "triton":
         from hf_tokens_kernels.ragged_attention import twin

@@ -22,6 +22,7 @@ def packed_attention(
     scaling: float,
     sizes: Tensor | None,
     softcap: float | None,
+    told: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What the queries read (b h m f), and the log of their sums of exponentials (b h m), -inf where there is nothing to read."""
     b, h, m, _ = q.shape
@@ -35,6 +36,8 @@ def packed_attention(
         scores = torch.cat([read_keys.scores(rows[i], part) for part in cells], dim=1)  # q n
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         scores = scores if sizes is None else scores + sizes[start : start + length].to(scores.dtype).log()
+        if told is not None:
+            told[:, start : start + length] = scores
         logs[i] = scores.logsumexp(dim=1)
         weights = (scores - logs[i, :, None]).exp().split(CHUNK, dim=1)
         out[i] = sum(read_values.mean(weight, part) for weight, part in zip(weights, cells, strict=True))

@@ -47,12 +47,12 @@ def rows_of(codes, first, second, cell, channel, inside, stride, N: tl.constexpr
 
 @triton.jit
 def packed_kernel(
-    q, k_codes, k_first, k_second, v_codes, v_first, v_second, starts, lengths, sizes, out, tops, totals,
+    q, k_codes, k_first, k_second, v_codes, v_first, v_second, starts, lengths, sizes, told, cells, out, tops, totals,
     scaling, softcap, per, splits, stride_k, stride_v,
     KN: tl.constexpr, KW: tl.constexpr, KB: tl.constexpr, KG: tl.constexpr, KC: tl.constexpr,
     VN: tl.constexpr, VW: tl.constexpr, VB: tl.constexpr, VG: tl.constexpr, VC: tl.constexpr,
     Q: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
-    SIZES: tl.constexpr, CAP: tl.constexpr, UPCAST: tl.constexpr,
+    SIZES: tl.constexpr, CAP: tl.constexpr, TELLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     start = tl.load(starts + row).to(tl.int64)
@@ -78,11 +78,13 @@ def packed_kernel(
         if SIZES:
             scores += tl.log(tl.load(sizes + cell, mask=there, other=1.0).to(tl.float32))[None, :]
         scores = tl.where(there[None, :], scores, float("-inf"))
+        if TELLS:
+            tl.store(told + i.to(tl.int64)[:, None] * cells + cell[None, :], scores, mask=(i < Q)[:, None] & there[None, :])
         acc, top, total = fold_in(scores, v.to(own.dtype), acc, top, total, UPCAST)
     leave(acc, top, total, out, tops, totals, row, split, splits, Q, F, BQ, BF)
 
 
-def told(states: Packed) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int, int, bool]]:
+def parts_of(states: Packed) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int, int, bool]]:
     """What the kernel reads of packed states, and codes of a row, entries of a table, bits and channels to know it by."""
     if isinstance(states, Rounded):
         codes, scale, low = (x.contiguous() for x in states.tensors())
@@ -101,17 +103,19 @@ def packed_attention(
     sizes: Tensor | None,
     softcap: float | None,
     longest: int | None,
+    told: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See the reference."""
     q, starts, lengths = q.contiguous(), starts.contiguous(), lengths.contiguous()
-    (k, k_is), (v, v_is) = told(keys), told(values)
+    (k, k_is), (v, v_is) = parts_of(keys), parts_of(values)
 
     def partial(grid: tuple[int, int], part: Tensor, tops: Tensor, totals: Tensor, per: int, splits: int, queries: int) -> None:
         packed_kernel[grid](
-            q, *k, *v, starts, lengths, k[0] if sizes is None else sizes.contiguous(), part, tops, totals,
+            q, *k, *v, starts, lengths, k[0] if sizes is None else sizes.contiguous(), q if told is None else told, len(keys.codes),
+            part, tops, totals,
             scaling, 1.0 if softcap is None else softcap, per, splits, k[0].stride(0), v[0].stride(0), *k_is, *v_is,
             Q=queries, E=keys.width, F=values.width, BQ=wide(queries), BN=BLOCK, BE=wide(keys.width), BF=wide(values.width),
-            SIZES=sizes is not None, CAP=softcap is not None, UPCAST=interpreted(),
+            SIZES=sizes is not None, CAP=softcap is not None, TELLS=told is not None, UPCAST=interpreted(),
         )  # fmt: skip
 
     return run(partial, q, starts, lengths, values.width, len(keys.codes), BLOCK, longest)

@@ -24,7 +24,8 @@ def ragged_attention(
     softcap: float | None = None,
     causal: bool = False,
     longest: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    scores: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Attention of few queries over the cells of each row and key head, which lie one behind the other.
 
     A region of cells may have room behind its last one, so that a cache grows in place. `merge_attention` joins what is read of several
@@ -41,9 +42,11 @@ def ragged_attention(
         softcap: The scores become softcap * tanh(score / softcap), before that.
         causal: Whether the last m cells are those of the queries, each of which sees none behind its own.
         longest: Upper bound of the lengths, if it is known; a GPU is asked for it otherwise.
+        scores: Whether to return the scores too.
 
     Returns:
         What is read (b h m f), zeros where there is no cell, and the log of the sum of exponentials (b h m), float32 at least.
+        With `scores` also those of each cell before the softmax, (h/g*m c), -inf where a query does not look and in the room.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -53,11 +56,20 @@ def ragged_attention(
         came = f"{tuple(keys.shape)} and {tuple(values.shape)} for queries {tuple(q.shape)}"
         raise ValueError(f"keys must be (cells, e) with the e of the queries and values (cells, f), got {came}. Flatten the cells.")
     given = (q, keys, values, starts, lengths, *(() if sizes is None else (sizes,)))
+    told = scores_of(q, starts, len(keys)) if scores else None
     if choose("ragged_attention", *given, refuses=refuses(q, starts, values.shape[1], keys, values)):
         from .twin import ragged_attention as twin
 
-        return twin(q, keys, values, starts, lengths, scaling, sizes, softcap, causal, longest)
-    return reference.ragged_attention(q, keys, values, starts, lengths, scaling, sizes, softcap, causal)
+        out = twin(q, keys, values, starts, lengths, scaling, sizes, softcap, causal, longest, told)
+    else:
+        out = reference.ragged_attention(q, keys, values, starts, lengths, scaling, sizes, softcap, causal, told)
+    return out if told is None else (*out, told)
+
+
+def scores_of(q: Tensor, starts: Tensor, cells: int) -> Tensor:
+    """Where the scores of cells are put, (h/g*m c)."""
+    queries = q.shape[1] // starts.shape[1] * q.shape[2]
+    return torch.full((queries, cells), -torch.inf, dtype=reference.accumulated(q), device=q.device)
 
 
 def check(q: Tensor, starts: Tensor, lengths: Tensor) -> None:

@@ -38,9 +38,9 @@ def leave(acc, top, total, out, tops, totals, row, split, splits, Q: tl.constexp
 
 @triton.jit
 def partial_kernel(
-    q, keys, values, starts, lengths, sizes, out, tops, totals, scaling, softcap, m, per, splits, stride_k, stride_v,
+    q, keys, values, starts, lengths, sizes, told, cells, out, tops, totals, scaling, softcap, m, per, splits, stride_k, stride_v,
     Q: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
-    SIZES: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    SIZES: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr, TELLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     start = tl.load(starts + row).to(tl.int64)
@@ -70,6 +70,8 @@ def partial_kernel(
         if CAUSAL:
             seen = seen & (place[None, :] < length - (m - 1 - i % m)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
+        if TELLS:
+            tl.store(told + i.to(tl.int64)[:, None] * cells + cell[None, :], scores, mask=(i < Q)[:, None] & there[None, :])
         acc, top, total = fold_in(scores, v, acc, top, total, UPCAST)
     leave(acc, top, total, out, tops, totals, row, split, splits, Q, F, BQ, BF)
 
@@ -143,6 +145,7 @@ def ragged_attention(
     softcap: float | None,
     causal: bool,
     longest: int | None,
+    told: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See the reference."""
     q, starts, lengths = q.contiguous(), starts.contiguous(), lengths.contiguous()
@@ -152,10 +155,11 @@ def ragged_attention(
 
     def partial(grid: tuple[int, int], part: Tensor, tops: Tensor, totals: Tensor, per: int, splits: int, queries: int) -> None:
         partial_kernel[grid](
-            q, keys, values, starts, lengths, keys if sizes is None else sizes.contiguous(), part, tops, totals,
+            q, keys, values, starts, lengths, keys if sizes is None else sizes.contiguous(), q if told is None else told, len(keys),
+            part, tops, totals,
             scaling, 1.0 if softcap is None else softcap, m, per, splits, keys.stride(0), values.stride(0),
             Q=queries, E=e, F=f, BQ=wide(queries), BN=block, BE=wide(e), BF=wide(f),
-            SIZES=sizes is not None, CAP=softcap is not None, CAUSAL=causal and m > 1, UPCAST=interpreted(),
+            SIZES=sizes is not None, CAP=softcap is not None, CAUSAL=causal and m > 1, TELLS=told is not None, UPCAST=interpreted(),
         )  # fmt: skip
 
     return run(partial, q, starts, lengths, f, len(keys), block, longest)
