@@ -22,7 +22,8 @@ from transformers.cache_utils import (
 )
 
 from .errors import UnsupportedError, explain
-from .holding import BOTH, FEW, Change, Form, Part, Plain, dense, put, read
+from .holding import BOTH, FEW, Change, Form, Part, Plain, attend, dense, put, read
+from .token_map import indices
 
 FIRST_CAPACITY = 64
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
@@ -90,6 +91,8 @@ class TokenCacheLayer(CacheLayerMixin):
         self.held: list[Part] | None = None  # all entries, if some are held in another form or by some heads only
         self._states: tuple[Tensor, Tensor] | None = None  # keys and values else
         self._lent: tuple[Tensor, Tensor] | None = None  # all of them unpacked, while a block runs
+        self.asked = False  # whether the block that runs next reads packed entries as they are
+        self.given: tuple[Tensor, Tensor] | None = None  # what the last `update` returned
         self.is_initialized = False
         self._room: tuple[Tensor, Tensor] | None = None  # buffers that the states are views of
         self._begin = 0  # where in them the states begin
@@ -146,7 +149,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
-        self._lent = None
+        self._lent = self.given = None
 
     @property
     def length(self) -> int:
@@ -197,7 +200,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def expect(self, arrival: Arrival) -> None:
         """Announce the tokens of the next `update`."""
-        self.arrival = arrival
+        self.arrival, self.asked = arrival, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values (b k m e); returns all that is stored."""
@@ -233,10 +236,50 @@ class TokenCacheLayer(CacheLayerMixin):
             self._append(key_states, value_states)
         else:
             self._hand_in(key_states, value_states)
-        keys, values = self._unpacked()
-        self._lent, self.handed = None if self.held is None else (keys, values), self.length
+        if self.asked:
+            keys, values = (t.new_full((), torch.nan).expand(*t.shape[:2], self.length, t.shape[3]) for t in self._states)
+        else:
+            keys, values = self._unpacked()
+            self._lent = None if self.held is None else (keys, values)
+        self.given, self.handed = (keys, values), self.length
         self._slide()
         return keys, values
+
+    @property
+    def odd(self) -> bool:
+        """Whether an attention function reads it by a detour: unpacked, or with the sizes of its entries in a mask."""
+        return self.held is not None or self.sizes is not None
+
+    @property
+    def readable(self) -> bool:
+        """Whether an attention can read all entries as they lie."""
+        parts = self.filled is None and not self._states[0].requires_grad if self.held is None else all(part.readable for part in self.held)
+        return parts and self.window is None
+
+    @property
+    def there(self) -> Tensor:
+        """The entries that are stored, filler left out, (b k n) bool."""
+        if self.held is not None:
+            return torch.stack([part.where for part in self.held]).any(dim=0)
+        return cells_of(torch.ones_like(self.origins, dtype=torch.bool) if self.filled is None else self.filled, self.heads)
+
+    def attend(self, q: Tensor, sinks: Tensor | None, weighs: bool, **shape: Any) -> tuple[Tensor, Tensor | None]:
+        """What queries (b h 1 e) read of the entries as they lie, and if asked the probability of each, the mean of its head, (b k n)."""
+        self.asked = False
+        sizes = None if self.sizes is None else cells_of(self.sizes, self.heads)
+        return attend([self._whole_part()] if self.held is None else self.held, q, sizes, sinks, weighs, **shape)
+
+    def _whole_part(self) -> Part:
+        """The states where they lie, as a part."""
+        b, k, n, _ = self._states[0].shape
+        buffers, begin = (self._states, 0) if self._room is None else (self._room, self._begin)
+        room = buffers[0].shape[2]
+        device = self.origins.device
+        starts = begin + room * torch.arange(b * k, device=device).view(b, k)
+        slots = torch.arange(n, device=device).expand(b, n) if self._slots is None else self._slots
+        packed = tuple((t.flatten(0, 2),) for t in buffers)
+        cells, lengths = starts[..., None] + cells_of(slots, k), torch.full_like(starts, n)
+        return Part(cells, (Plain(), Plain()), packed, starts, lengths, starts + room, b * k * n)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         if self._states is None:
@@ -360,6 +403,32 @@ class TokenCacheLayer(CacheLayerMixin):
         new = stretch(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
         entries[name] = new if old.dim() == 3 else new[:, 0]
 
+    def states(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
+        if index is None:
+            return self.keys, self.values
+        if self.held is not None and self._lent is None:
+            return tuple(read(self.held, which, index) for which in BOTH)
+        places = index if self._slots is None else pick_entries(self._slots, index)
+        return tuple(t.gather(2, places[..., None].expand(-1, -1, -1, t.shape[3])) for t in self._lent or self._states)
+
+    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
+        self._lent = None
+        there, index = index >= 0, index.clamp(min=0)
+        new = keys, values
+        if self.held is not None:
+            plain = next(part for part in self.held if part.forms == (Plain(), Plain()))
+            cells = plain.cells.gather(-1, index)[there]
+            if bool((cells < 0).any()):
+                raise UnsupportedError(explain("Entries are rewritten while they are held as they came", "others", "Fold before you hold."))
+            plain.write(cells, tuple(t[there] for t in new))
+            return
+        places = index if self._slots is None else pick_entries(self._slots, index)
+        wide = [places[..., None].expand(-1, -1, -1, t.shape[3]) for t in self._states]
+        new = (torch.where(there[..., None], x, t.gather(2, at)) for x, t, at in zip(new, self._states, wide, strict=True))
+        self._states, self._room = tuple(t.scatter(2, at, x) for t, at, x in zip(self._states, wide, new, strict=True)), None
+
     # -- other forms -------------------------------------------------------------------------------------------------
 
     def rewrite(self, keys: Tensor, values: Tensor, sizes: Tensor | None) -> None:
@@ -380,11 +449,9 @@ class TokenCacheLayer(CacheLayerMixin):
         known = next((part for part in self.held or () if part.forms == (keys, values)), None)
         if known is not None:
             where, scale = where & ~known.where, known.scale
-        if self.held is None:
-            rows = self.keys[where], self.values[where]
-        else:
-            rows = tuple(read(self.held, which, where) for which in BOTH)
-        self.take(Part.of(rows, where, (keys, values), scale))
+        index = indices(where)
+        there = where.gather(-1, index)
+        self.take(Part.of(tuple(t[there] for t in self.states(index)), where, (keys, values), scale))
 
     def take(self, part: Part) -> None:
         """Hold some entries as a part says."""

@@ -222,6 +222,11 @@ class Call:
     def _bias_maker(self) -> nn.Module | None:
         return bias_maker(self.stream.blocks[self.index])
 
+    @property
+    def biased(self) -> bool:
+        """Whether the block's attention adds a bias to its scores."""
+        return self._bias_maker() is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
+
     def unsaid_bias(self, books: Books, stored: Stored | None) -> Tensor | None:
         """The bias that the scores of these tokens need where the block has no argument for one."""
         maker, named = self._bias_maker(), BIAS in positional(type(self.stream.blocks[self.index]))

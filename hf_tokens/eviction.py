@@ -10,7 +10,7 @@ from torch import Tensor
 from .cache import TokenCacheLayer
 from .errors import UnsupportedError, explain
 from .holding import Part, Polar
-from .roles import CacheCompressor
+from .roles import CacheCompressor, Folded
 from .signals import Moment, cells, counterparts, stored
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def evict(runtime: Runtime, method: CacheCompressor, moment: Moment, score: Tens
     if layer.fresh is not None:
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
         score = score.masked_fill(fresh & real, torch.inf)
-    stays = highest(score, budgets)
+    stays = highest(score, budgets, real)
     folds = type(method).fold is not CacheCompressor.fold
     if folds or holds(method):
         moment.stays, moment.goes = cells(layer, stays), cells(layer, real & ~stays)
@@ -170,40 +170,48 @@ def evict(runtime: Runtime, method: CacheCompressor, moment: Moment, score: Tens
         return
     if folds and bool(moment.goes.any()):
         fold(runtime, method, moment)
-    layer.keep(*places(stays, budgets))
+    layer.keep(*places(stays))
 
 
-def highest(score: Tensor, budgets: Tensor) -> Tensor:
-    """As many of the highest of each row as its budget says, bool; of two equal ones the earlier."""
-    n, most = score.shape[-1], max(1, int(budgets.max()))
-    if n - most <= FEW and bool((budgets == most).all()):  # without a sort of all
-        stays, place = torch.ones_like(score, dtype=torch.bool), torch.arange(n, device=score.device)
-        score = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        for _ in range(n - most):
-            left = score.masked_fill(~stays, torch.inf)
-            least = (left == left.amin(dim=-1, keepdim=True)) & stays
-            stays.scatter_(-1, torch.where(least, place, -1).argmax(dim=-1, keepdim=True), False)
-        return stays
-    index = score.argsort(dim=-1, descending=True, stable=True)[..., :most]
-    kept = torch.arange(index.shape[-1], device=index.device) < budgets[..., None]
-    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, kept)
+def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:
+    """As many of the highest of the real entries of each row as its budget says, bool; of two equal ones the earlier."""
+    place = torch.arange(score.shape[-1], device=score.device)
+    goes = real.sum(dim=-1) - budgets
+    most = int(goes.max())
+    if most > FEW:
+        index = score.argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, place < budgets[..., None]) & real
+    stays, score = real, score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    for gone in range(most):  # without a sort of all
+        left = score.masked_fill(~stays, torch.inf)
+        least = (left == left.amin(dim=-1, keepdim=True)) & stays
+        last = torch.where(least, place, -1).argmax(dim=-1, keepdim=True)
+        stays = stays & ((place != last) | (goes <= gone)[..., None])
+    return stays
 
 
-def places(stays: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor | None]:
+def places(stays: Tensor) -> tuple[Tensor, Tensor | None]:
     """Where the entries are that stay, in their order, as an index of each row, and which of it count; others fill it up."""
-    n, most = stays.shape[-1], max(1, int(budgets.max()))
-    if bool((budgets == most).all()):
+    many = stays.sum(dim=-1, keepdim=True)
+    most = max(1, int(many.max()))
+    if bool((many == most).all()):
         return stays.nonzero()[:, -1].view(*stays.shape[:-1], most), None
-    place = torch.arange(n, device=stays.device)
-    index = (place + n * ~stays).sort(dim=-1).values[..., :most]
-    return index % n, index < n
+    place = torch.arange(stays.shape[-1], device=stays.device)
+    behind = torch.where(stays, stays.cumsum(dim=-1) - 1, many + (~stays).cumsum(dim=-1) - 1)
+    index = torch.empty_like(behind).scatter_(-1, behind, place.expand_as(behind))[..., :most]
+    return index, place[:most] < many
 
 
 def fold(runtime: Runtime, method: CacheCompressor, moment: Moment) -> None:
     """Let entries that stay take in those that go."""
     layer, folded = moment.layer, runtime.ask(method, moment, "fold")
-    if folded is not None:
+    if isinstance(folded, Folded):
+        layer.write(*folded[:3])
+        if folded.sizes is not None:
+            layer.record.entries["sizes"] = folded.sizes
+    elif folded is not None:
         layer.rewrite(*folded)
+    if folded is not None:
         layer.folded = max(layer.folded, int(cells(layer, layer.origins)[moment.goes].max()) + 1)
 
 

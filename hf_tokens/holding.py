@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from hf_tokens_kernels import pack, unpack
+from hf_tokens_kernels import Rounded, merge_attention, pack, packed_attention, ragged_attention, unpack
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
@@ -181,25 +182,22 @@ class Part:
         """Whether it must not be changed in place."""
         return any(isinstance(x, Shared) or x.requires_grad for one in self.packed for x in one)
 
-    def rows(self, which: int, where: Tensor) -> Tensor:
-        """Keys (0) or values (1) of entries that are here, as they are read, (r e)."""
-        index = self.cells[where]
+    def rows(self, which: int, cells: Tensor) -> Tensor:
+        """Keys (0) or values (1) of cells (b k r) that are not -1, as they are read, (r e)."""
+        here = cells >= 0
+        index = cells[here]
         rows = self.forms[which].unpack(*(raw(x)[index] for x in self.packed[which]))
         if which or self.scale is None:
             return rows
-        b, k, _ = where.nonzero(as_tuple=True)
+        b, k, _ = here.nonzero(as_tuple=True)
         return rows / self.scale[b, k, 0]
 
-    def write(self, where: Tensor, rows: tuple[Tensor, Tensor]) -> None:
-        """Put other keys and values (r e) in the cells of entries that are here."""
-        index = self.cells[where]
-        self.packed = tuple(
-            tuple(
-                x.index_copy(0, index, new) if self.fixed else x.index_copy_(0, index, new)
-                for x, new in zip(held, form.pack(row), strict=True)
-            )
-            for held, form, row in zip(self.packed, self.forms, rows, strict=True)
-        )
+    def write(self, cells: Tensor, rows: tuple[Tensor, Tensor]) -> None:
+        """Put other keys and values (r e) in cells (r)."""
+        packed = (form.pack(row) for form, row in zip(self.forms, rows, strict=True))
+        copy = torch.Tensor.index_copy if self.fixed or any(row.requires_grad for row in rows) else torch.Tensor.index_copy_
+        both = zip(self.packed, packed, strict=True)
+        self.packed = tuple(tuple(copy(x, 0, cells, new) for x, new in zip(*one, strict=True)) for one in both)
 
     def grow(self, m: int) -> None:
         """Know of m entries more, which are not here."""
@@ -237,6 +235,34 @@ class Part:
             holes = torch.where(moved & (holes == last), into, holes)
             self.lengths = self.lengths - there.long()
         self.cells = cells
+
+    @property
+    def readable(self) -> bool:
+        """Whether an attention can read it as it is packed."""
+        return not self.fixed and all(isinstance(form, type(self.forms[0])) and not isinstance(form, Polar) for form in self.forms)
+
+    def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries (b h 1 e) read here, the log of their sums of exponentials, and the scores of the cells (h/k c).
+
+        Args:
+            q: The queries.
+            sizes: How many tokens each entry stands for, (b k n), or None.
+            **shape: What else `ragged_attention` is told.
+        """
+        where = dict(starts=self.starts, lengths=self.lengths, scores=True, **shape)
+        cells = None if sizes is None else sizes.new_ones(len(self.packed[0][0])).index_copy_(0, self.cells[self.where], sizes[self.where])
+        if self.scale is not None:
+            q = q / self.scale.repeat_interleave(q.shape[1] // self.scale.shape[1], dim=1)
+        if isinstance(self.forms[0], Plain):
+            return ragged_attention(q, self.packed[0][0], self.packed[1][0], sizes=cells, **where)
+        packed = (Rounded(*x, form.bits, form.group, form.width) for x, form in zip(self.packed, self.forms, strict=True))
+        return packed_attention(q, *packed, sizes=cells, **where)
+
+    def weights(self, scores: Tensor, log: Tensor) -> Tensor:
+        """The probability of each entry, the mean of the queries of its head (b k n), by the scores of the cells and the log (b h 1)."""
+        here = self.where
+        by_query = scores[:, self.cells.clamp(min=0)].movedim(0, 2) - log.unflatten(1, (self.cells.shape[1], -1))  # b k g n
+        return by_query.exp().mean(dim=2).masked_fill(~here, 0)
 
     def change_rows(self, change: Change) -> Part:
         """The part behind a change of the batch."""
@@ -292,13 +318,26 @@ class Part:
         yield from () if self.scale is None else (self.scale,)
 
 
+def attend(
+    parts: list[Part], q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What queries (b h 1 e) read of parts (b h 1 f), and if asked the probability of each entry, (b k n), where it lies."""
+    read = [part.attend(q, sizes, **shape) for part in parts]
+    out = merge_attention([(some, log) for some, log, _ in read], sinks)
+    if not weighs:
+        return out, None
+    logs = torch.stack([log for _, log, _ in read])
+    logs = logs if sinks is None else torch.cat([logs, sinks.to(logs).view(1, 1, -1, 1).expand_as(logs[:1])])
+    log = logs.logsumexp(dim=0)
+    return out, sum(part.weights(scores, log) for part, (_, _, scores) in zip(parts, read, strict=True))
+
+
 def dense(parts: list[Part], which: int, width: int) -> Tensor:
     """The keys (0) or values (1) of parts, (b k n e); zeros where there is none."""
     shape = parts[0].cells.shape
     out: Tensor | None = None
     for part in parts:
-        where = part.where
-        rows = part.rows(which, where)
+        where, rows = part.where, part.rows(which, part.cells)
         if len(parts) == 1 and bool(where.all()):
             return rows.view(*shape, width)
         out = rows.new_zeros(*shape, width) if out is None else out
@@ -306,12 +345,14 @@ def dense(parts: list[Part], which: int, width: int) -> Tensor:
     return out
 
 
-def read(parts: list[Part], which: int, where: Tensor) -> Tensor:
-    """Keys (0) or values (1) of some entries of parts, (r e)."""
-    found = [(inside := part.where & where, part.rows(which, inside)) for part in parts]
-    out = found[0][1].new_zeros(int(where.sum()), found[0][1].shape[1])
-    for inside, rows in found:
-        out[inside[where]] = rows
+def read(parts: list[Part], which: int, index: Tensor) -> Tensor:
+    """Keys (0) or values (1) of entries (b k r) of parts, (b k r e)."""
+    out: Tensor | None = None
+    for part in parts:
+        cells = part.cells.gather(-1, index)
+        rows = part.rows(which, cells)
+        out = rows.new_zeros(*index.shape, rows.shape[1]) if out is None else out
+        out[cells >= 0] = rows
     return out
 
 

@@ -306,6 +306,22 @@ def receive(moment: Moment) -> None:
     entries["received"] = entries["received"] + grouped if "received" in entries else grouped
 
 
+@dataclass(frozen=True)
+class States:
+    """The `states` signal."""
+
+    layer: TokenCacheLayer
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.layer.shape[1:]
+
+    def __call__(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries, or of those of an index."""
+        return self.layer.states(index)
+
+
 def own_tokens(moment: Moment) -> Tensor:
     """The tokens that a block ran on and a bank put in, (b m) bool."""
     marks = moment.tokens.get(moment.key)
@@ -383,6 +399,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "newer": newer,
     "received": lambda m: m.layer.record.entries["received"],
     "record": lambda m: m.layer.record,
+    "states": lambda m: States(m.layer),
     "budget": lambda m: m.budget,
     "stays": lambda m: m.stays,
     "goes": lambda m: m.goes,
