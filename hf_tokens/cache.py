@@ -344,7 +344,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self._lent = None
         if self.filled is not None:
             old = pick_entries(self.filled, index)
-            filled = old if filled is None else filled & old
+            filled = old if filled is None else torch.logical_and(*alike(filled, old))
         if filled is not None and filled.dim() == 3:
             self._open()
         if self.held is not None:
