@@ -3,5 +3,6 @@
 from .agglomerate import agglomerate
 from .attention_scores import attention_columns, attention_entropy, attention_rows
 from .dispatch import Choice, backend, choose, picks
+from .similarity_match import match
 
-__all__ = ["Choice", "agglomerate", "attention_columns", "attention_entropy", "attention_rows", "backend", "choose", "picks"]
+__all__ = ["Choice", "agglomerate", "attention_columns", "attention_entropy", "attention_rows", "backend", "choose", "match", "picks"]
