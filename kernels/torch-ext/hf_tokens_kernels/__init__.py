@@ -1,8 +1,19 @@
 """Operations behind hf-tokens: each in its own folder, with a torch reference that is the default and the oracle, and a Triton twin."""
 
-from .agglomerate import agglomerate
+from .agglomerate import agglomerate, cluster
 from .attention_scores import attention_columns, attention_entropy, attention_rows
 from .dispatch import Choice, backend, choose, picks
 from .similarity_match import match
 
-__all__ = ["Choice", "agglomerate", "attention_columns", "attention_entropy", "attention_rows", "backend", "choose", "match", "picks"]
+__all__ = [
+    "Choice",
+    "agglomerate",
+    "attention_columns",
+    "attention_entropy",
+    "attention_rows",
+    "backend",
+    "choose",
+    "cluster",
+    "match",
+    "picks",
+]

@@ -17,13 +17,10 @@ PAIRWISE = {"single": torch.minimum, "complete": torch.maximum, "average": torch
 GROUPWISE = {"single": "amin", "complete": "amax", "average": "sum", "ward": "sum"}
 
 
-class Clusters:
+class State:
     """A cluster per token, named by its first member; joins are made in place.
 
     Attributes:
-        between: Distances of the clusters, (b n n); under average and Ward linkage their sums over all pairs of members. inf on the
-            diagonal and in the columns of what is no cluster; the rows of these hold anything.
-        within: The sum of distances inside each cluster, over ordered pairs, (b n); under Ward linkage.
         size: Tokens in each cluster, (b n).
         alive: Clusters that are there and may join, (b n).
         low: Distance to the nearest cluster, (b n); inf where there is none.
@@ -31,17 +28,53 @@ class Clusters:
         lone: Whether there is only one nearest cluster, (b n).
     """
 
-    def __init__(self, between: Tensor, alive: Tensor, linkage: str, size: Tensor | None = None, within: Tensor | None = None):
-        self.between, self.alive, self.linkage = between, alive, linkage
-        self.size = torch.ones_like(between[..., 0]) if size is None else size
-        self.within = torch.zeros_like(self.size) if within is None else within
-        self.low = torch.full_like(self.size, torch.inf)
+    def __init__(self, alive: Tensor, size: Tensor):
+        self.alive, self.size = alive, size
+        self.low = torch.full_like(size, torch.inf)
         self.mate = torch.zeros_like(alive, dtype=torch.long)
-        self.lone = torch.zeros_like(alive)
+        self.lone = torch.ones_like(alive)
         self.refresh(alive)
 
     def refresh(self, stale: Tensor) -> None:
         """Look for the nearest cluster of those marked, (b n) bool."""
+        raise NotImplementedError
+
+    def merge(self, sample: Tensor, one: Tensor, other: Tensor, partner: Tensor) -> None:
+        """Let clusters `other` join clusters `one`, (p) each, as `partner` (b n) says too; sizes are still those from before."""
+        raise NotImplementedError
+
+    def join(self, partner: Tensor, more: Tensor) -> None:
+        """Let each cluster join its partner (b n), one without being its own; the earlier of two is the new one.
+
+        The nearest clusters are brought up to date in the samples of `more` (b 1).
+        """
+        index = torch.arange(partner.shape[1], device=partner.device)
+        late, paired = partner < index, partner != index
+        sample, other = late.nonzero(as_tuple=True)  # p
+        one = partner[sample, other]
+        self.merge(sample, one, other, partner)
+        self.size[sample, one] += self.size[sample, other]
+        self.alive = self.alive & ~late
+        self.low.masked_fill_(late, torch.inf)
+        self.refresh(self.alive & more & (paired | paired.gather(1, self.mate) | ~self.lone))
+
+
+class Clusters(State):
+    """Clusters by the matrix of their distances.
+
+    Attributes:
+        between: Distances of the clusters, (b n n); under average and Ward linkage their sums over all pairs of members. inf on the
+            diagonal and in the columns of what is no cluster; the rows of these hold anything.
+        within: The sum of distances inside each cluster, over ordered pairs, (b n); under Ward linkage.
+    """
+
+    def __init__(self, between: Tensor, alive: Tensor, linkage: str, size: Tensor | None = None, within: Tensor | None = None):
+        size = torch.ones_like(between[..., 0]) if size is None else size
+        self.between, self.linkage = between, linkage
+        self.within = torch.zeros_like(size) if within is None else within
+        super().__init__(alive, size)
+
+    def refresh(self, stale: Tensor) -> None:
         sample, place = stale.nonzero(as_tuple=True)  # q
         gap = self.distance(sample, place)
         low, mate = gap.min(dim=1)  # of equals the first
@@ -61,32 +94,21 @@ class Clusters:
         out.mul_(2 * one * other).sub_(other**2 * self.within[sample, place][:, None]).sub_(one**2 * self.within.index_select(0, sample))
         return out.div_(2 * one * other * (one + other))
 
-    def join(self, partner: Tensor, more: Tensor) -> None:
-        """Let each cluster join its partner (b n), one without being its own; the earlier of two is the new one.
-
-        The nearest clusters are brought up to date in the samples of `more` (b 1).
-        """
-        n = partner.shape[1]
+    def merge(self, sample: Tensor, one: Tensor, other: Tensor, partner: Tensor) -> None:
+        n, combine = partner.shape[1], PAIRWISE[self.linkage]
         index = torch.arange(n, device=partner.device)
-        late, paired = partner < index, partner != index
-        sample, other = late.nonzero(as_tuple=True)  # p
-        one, combine = partner[sample, other], PAIRWISE[self.linkage]
-        flat = self.between.view(-1, n)
-        rows = flat.index_select(0, sample * n + one)  # p n
+        flat, mine = self.between.view(-1, n), partner.index_select(0, sample)  # p n
+        rows = flat.index_select(0, sample * n + one)
         if self.linkage == "ward":
             self.within[sample, one] += self.within[sample, other] + 2 * rows.gather(1, other[:, None])[:, 0]
         rows = combine(rows, flat.index_select(0, sample * n + other))
-        columns = rows.gather(1, partner.index_select(0, sample))
+        columns = rows.gather(1, mine)
         if GROUPWISE[self.linkage] == "sum":
-            columns.masked_fill_(~paired.index_select(0, sample), 0)
-        rows = combine(rows, columns).masked_fill_(late.index_select(0, sample), torch.inf).scatter_(1, one[:, None], torch.inf)
+            columns.masked_fill_(mine == index, 0)
+        rows = combine(rows, columns).masked_fill_(mine < index, torch.inf).scatter_(1, one[:, None], torch.inf)
         flat.index_copy_(0, sample * n + one, rows)
         self.between.mT[sample, one] = rows
         self.between.mT[sample, other] = torch.inf
-        self.size[sample, one] += self.size[sample, other]
-        self.alive = self.alive & ~late
-        self.low.masked_fill_(late, torch.inf)
-        self.refresh(self.alive & more & (paired | paired.gather(1, self.mate) | ~self.lone))
 
 
 def clusters(build: Callable[[], Tensor], free: Tensor, joins: Tensor, linkage: str) -> Tensor:
@@ -95,7 +117,7 @@ def clusters(build: Callable[[], Tensor], free: Tensor, joins: Tensor, linkage: 
     `build` gives the distances (b n n), new ones at each call, inf on the diagonal and in the columns of tokens that are not free.
     """
     index = torch.arange(free.shape[1], device=free.device).expand_as(free)
-    into, height = grow(Clusters(build(), free, linkage), joins)
+    into, height, _ = grow(Clusters(build(), free, linkage), joins)
     ranked = height.sort(dim=1).values.gather(1, (joins - 1).clamp(min=0)[:, None])
     cut = torch.where(joins[:, None] > 0, ranked, -torch.inf)  # b 1
     label = roots(torch.where(height <= cut, into, index))
@@ -107,22 +129,22 @@ def clusters(build: Callable[[], Tensor], free: Tensor, joins: Tensor, linkage: 
     return label
 
 
-def grow(state: Clusters, joins: Tensor) -> tuple[Tensor, Tensor]:
-    """Join until the `joins` lowest heights of each sample are known: the cluster that each one joined, and how high, (b n) each."""
+def grow(state: State, joins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Join until the `joins` lowest heights of each sample are known: the cluster that each one joined, how high, and when, (b n) each."""
     index = torch.arange(state.size.shape[1], device=joins.device).expand_as(state.mate)
-    into, height = index, torch.full_like(state.size, torch.inf)
+    into, height, when = index, torch.full_like(state.size, torch.inf), torch.zeros_like(state.mate)
     while True:
         low, mate, lone = state.low, state.mate, state.lone
         lowest, first = low.min(dim=1, keepdim=True)
         known = (height < lowest).sum(dim=1, keepdim=True)  # what is still to come lies at `lowest` or above
         more = (known < joins[:, None]) & lowest.isfinite()
         if not bool(more.any()):
-            return into, height
+            return into, height, when
         mutual = lone & lone.gather(1, mate) & (mate.gather(1, mate) == index)
         partner = torch.where(mutual & more, mate, index)
         partner = torch.where(more, pair(partner, first, mate.gather(1, first)), partner)
         late = partner < index
-        into, height = torch.where(late, partner, into), torch.where(late, low, height)
+        into, height, when = torch.where(late, partner, into), torch.where(late, low, height), when + ~late
         state.join(partner, more)
 
 
