@@ -3,6 +3,7 @@
 from .agglomerate import agglomerate, cluster
 from .attention_scores import attention_columns, attention_entropy, attention_rows
 from .dispatch import Choice, backend, choose, picks
+from .farthest_points import farthest_points
 from .similarity_match import match
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "backend",
     "choose",
     "cluster",
+    "farthest_points",
     "match",
     "picks",
 ]
