@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from hf_tokens_kernels import attention_columns, attention_rows
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -48,7 +49,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     strange: tuple[str, ...] = ()
-    known: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
+    known: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
         """Refuse a call whose keys or probabilities are not those of an attention among the tokens.
@@ -77,6 +78,15 @@ class AttentionCall:
             mask = told.bias if mask is None else added(mask, told.bias)
             mask = mask.clamp(min=torch.finfo(self.q.dtype).min).to(self.q.dtype)
         return replace(self, k=k, v=v, mask=mask, bias=None)
+
+    def rows(self, part: slice) -> AttentionCall:
+        """The same call for some of its queries."""
+        m, n = self.q.shape[2], self.k.shape[2]
+        mask, bias = (t if t is None or t.shape[2] == 1 else t[:, :, part] for t in (self.mask, self.bias))
+        if mask is None and self.causal and m > 1:
+            place = torch.arange(n, device=self.q.device)
+            mask = (place <= place[n - m :][part, None])[None, None]
+        return replace(self, q=self.q[:, :, part], mask=mask, bias=bias, causal=False, known={})
 
     def _added(self, index: Tensor | None) -> Tensor | None:
         """What is added to the products, or bool where they are only hidden: of all keys, or for each query head of those of an index."""
@@ -127,17 +137,21 @@ class Scores:
     real: Tensor | None = None
     back: Callable[[Tensor, int], Tensor] | None = None
 
-    def columns(self, weights: Tensor | None = None, reduce: str = "sum") -> Tensor:
-        """What each key receives: (b h n), over all real queries or those with a weight, (b m)."""
-        key = reduce, torch.is_grad_enabled()
+    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query") -> Tensor:
+        """What each key receives over all real queries or those with a weight, (b m).
+
+        Returns:
+            (b h n) for each query head; with `heads` "key" the mean of those on each key head (b g n), with "mean" that of all (b n).
+        """
+        key = reduce, heads, torch.is_grad_enabled()
         out = self.call.known.get(key) if weights is None else None
         if out is None:
             real = None if self.real is None else self.real.to(self.call.q.dtype)
             heed = real if weights is None else weights if real is None else weights * real
-            out = attention_columns(self.call.q, self.call.k, weights=heed, reduce=reduce, **self.call.shape())
+            out = attention_columns(self.call.q, self.call.k, weights=heed, reduce=reduce, heads=heads, **self.call.shape())
             if weights is None:
                 self.call.known[key] = out
-        return out if self.back is None else self.back(out, 2)
+        return out if self.back is None else self.back(out, out.dim() - 1)
 
     def rows(self, index: Tensor) -> Tensor:
         """The probabilities of chosen queries: index (b r) to (b h r n)."""
@@ -146,9 +160,9 @@ class Scores:
 
 
 class Tap(Protocol):
-    """What a block's surgery does with its attention call."""
+    """What a block's surgery does with its attention call: it says which take its place, each for some of the queries, in their order."""
 
-    def hear_call(self, call: AttentionCall) -> AttentionCall: ...
+    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
 
 
 def base_function(backend: str, module: nn.Module) -> Callable:
@@ -184,9 +198,19 @@ def tapped(backend: str) -> Callable:
             sinks=kwargs.get("s_aux"),
             strange=tuple(name for name in STRANGE if kwargs.get(name) is not None),
         )
-        call = held[0].hear_call(call)
-        biased = {} if call.bias is None else {"position_bias": call.bias}
-        return base(module, call.q, call.k, call.v, call.mask, **biased, **kwargs)
+
+        def run(ask: Callable[[], AttentionCall]) -> tuple[Tensor, Tensor | None]:
+            told = ask()
+            biased = {} if told.bias is None else {"position_bias": told.bias}
+            return base(module, told.q, told.k, told.v, told.mask, **biased, **kwargs)
+
+        calls = held[0].hear_call(call)
+        if len(calls) == 1:
+            return run(calls[0])
+        again = torch.is_grad_enabled()  # the backward pass asks again, so that no more than one part is held
+        parts = [checkpoint(run, ask, use_reentrant=False) if again else run(ask) for ask in calls]
+        out, weights = zip(*parts, strict=True)
+        return torch.cat(out, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
 
     return attention
 

@@ -1,4 +1,4 @@
-"""How large the tensors are that operations make on their way."""
+"""What an operation holds at a time: the largest tensor that is made."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
