@@ -4,7 +4,8 @@ Single, complete, average and Ward linkage are reducible: a join never brings a 
 two clusters that are nearest to each other, with no tie, stay so until they join, and the order of the joins does not matter. The rounds
 record the height of every join; the lowest ones are the joins that the sequential algorithm would have made. Where several joins share
 the height at the cut, these are made again one after the other. For the same reason a round looks for a new nearest one only for the
-clusters that joined, those whose nearest one joined, and those that have several nearest ones.
+clusters that joined, those whose nearest one joined, and those that have several nearest ones; and once there are pairs enough, it leaves
+alone what is farther from its nearest one than the last of the pairs that are needed.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class State:
     Attributes:
         size: Tokens in each cluster, (b n).
         alive: Clusters that are there and may join, (b n).
-        low: Distance to the nearest cluster, (b n); inf where there is none.
+        low: Distance to the nearest cluster, (b n), or less where that is too far to join; inf where there is none.
         mate: The nearest cluster, of several the first, (b n).
         lone: Whether there is only one nearest cluster, (b n).
     """
@@ -43,10 +44,10 @@ class State:
         """Let clusters `other` join clusters `one`, (p) each, as `partner` (b n) says too; sizes are still those from before."""
         raise NotImplementedError
 
-    def join(self, partner: Tensor, more: Tensor) -> None:
+    def join(self, partner: Tensor, bound: Tensor) -> None:
         """Let each cluster join its partner (b n), one without being its own; the earlier of two is the new one.
 
-        The nearest clusters are brought up to date in the samples of `more` (b 1).
+        The nearest clusters are brought up to date where they are no farther than `bound` (b 1).
         """
         index = torch.arange(partner.shape[1], device=partner.device)
         late, paired = partner < index, partner != index
@@ -56,7 +57,7 @@ class State:
         self.size[sample, one] += self.size[sample, other]
         self.alive = self.alive & ~late
         self.low.masked_fill_(late, torch.inf)
-        self.refresh(self.alive & more & (paired | paired.gather(1, self.mate) | ~self.lone))
+        self.refresh(self.alive & (paired | (self.low <= bound) & (paired.gather(1, self.mate) | ~self.lone)))
 
 
 class Clusters(State):
@@ -65,12 +66,13 @@ class Clusters(State):
     Attributes:
         between: Distances of the clusters, (b n n); under average and Ward linkage their sums over all pairs of members. inf on the
             diagonal and in the columns of what is no cluster; the rows of these hold anything.
+        tokens: Whether each cluster is a single token.
         within: The sum of distances inside each cluster, over ordered pairs, (b n); under Ward linkage.
     """
 
     def __init__(self, between: Tensor, alive: Tensor, linkage: str, size: Tensor | None = None, within: Tensor | None = None):
+        self.between, self.linkage, self.tokens = between, linkage, size is None
         size = torch.ones_like(between[..., 0]) if size is None else size
-        self.between, self.linkage = between, linkage
         self.within = torch.zeros_like(size) if within is None else within
         super().__init__(alive, size)
 
@@ -88,6 +90,8 @@ class Clusters(State):
         out = self.between.view(-1, n).index_select(0, sample * n + place)
         if self.linkage in ("single", "complete"):
             return out
+        if self.tokens:
+            return out if self.linkage == "average" else out.div_(2)
         one, other = self.size[sample, place][:, None], self.size.index_select(0, sample)
         if self.linkage == "average":
             return out.div_(one * other)
@@ -95,7 +99,7 @@ class Clusters(State):
         return out.div_(2 * one * other * (one + other))
 
     def merge(self, sample: Tensor, one: Tensor, other: Tensor, partner: Tensor) -> None:
-        n, combine = partner.shape[1], PAIRWISE[self.linkage]
+        n, combine, self.tokens = partner.shape[1], PAIRWISE[self.linkage], False
         index = torch.arange(n, device=partner.device)
         flat, mine = self.between.view(-1, n), partner.index_select(0, sample)  # p n
         rows = flat.index_select(0, sample * n + one)
@@ -133,6 +137,7 @@ def grow(state: State, joins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Join until the `joins` lowest heights of each sample are known: the cluster that each one joined, how high, and when, (b n) each."""
     index = torch.arange(state.size.shape[1], device=joins.device).expand_as(state.mate)
     into, height, when = index, torch.full_like(state.size, torch.inf), torch.zeros_like(state.mate)
+    last = (joins - 1).clamp(min=0)[:, None]
     while True:
         low, mate, lone = state.low, state.mate, state.lone
         lowest, first = low.min(dim=1, keepdim=True)
@@ -141,11 +146,13 @@ def grow(state: State, joins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not bool(more.any()):
             return into, height, when
         mutual = lone & lone.gather(1, mate) & (mate.gather(1, mate) == index)
-        partner = torch.where(mutual & more, mate, index)
+        bound = torch.where(mutual & (mate < index), low, height).sort(dim=1).values.gather(1, last)  # no join needed lies above it
+        bound = bound.masked_fill(~more, -torch.inf)
+        partner = torch.where(mutual & (low <= bound), mate, index)
         partner = torch.where(more, pair(partner, first, mate.gather(1, first)), partner)
         late = partner < index
         into, height, when = torch.where(late, partner, into), torch.where(late, low, height), when + ~late
-        state.join(partner, more)
+        state.join(partner, bound)
 
 
 def one_by_one(state: Clusters, label: Tensor, left: Tensor) -> Tensor:
@@ -156,7 +163,7 @@ def one_by_one(state: Clusters, label: Tensor, left: Tensor) -> Tensor:
         more = (step < left)[:, None]
         partner = torch.where(more, pair(index, first, state.mate.gather(1, first)), index)
         label = torch.minimum(label, partner.gather(1, label))
-        state.join(partner, more)
+        state.join(partner, torch.where(more, state.low.new_tensor(torch.inf), -torch.inf))
     return label
 
 
