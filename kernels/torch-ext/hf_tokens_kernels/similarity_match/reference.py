@@ -25,7 +25,10 @@ def search(
     own: Tensor | None,
     k: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The scores and the destinations, (b s) or (b s k); what stands in the index of a score of -inf is open."""
+    """The scores and the destinations, (b s) or (b s k); what stands in the index of a score of -inf is open.
+
+    Under `euclidean`, and under `ward` without sizes, the scores are those less |x|^2 and in another unit.
+    """
     wide = torch.promote_types(src.dtype, torch.float32)
     x, y = (part if mask is None else part.masked_fill(~mask[..., None], 0) for part, mask in zip((src, dst), masks, strict=True))
     x, y = x.to(wide), y.to(wide)
@@ -35,8 +38,9 @@ def search(
     bias = y.new_zeros(y.shape[:2]) if not apart else -y.square().sum(dim=-1)
     if masks[1] is not None:
         bias = bias.masked_fill(~masks[1], -torch.inf)
-    offset = x.square().sum(dim=-1) if apart else None  # b s
-    one, other = sizes(src, dst, given) if metric == "ward" else (None, None)
+    sized = metric == "ward" and given != (None, None)
+    offset = x.square().sum(dim=-1) if sized else None  # b s
+    one, other = (1 / size for size in sizes(src, dst, given)) if sized else (None, None)
     (b, s), t = x.shape[:2], y.shape[1]
     shape = (b, s) if k is None else (b, s, k)
     score, index = x.new_empty(shape), torch.empty(shape, dtype=torch.long, device=x.device)
@@ -48,11 +52,8 @@ def search(
         for start in range(0, s, step):
             c = slice(start, start + step)
             got = torch.baddbmm(bias[r, None], x[r, c], turned, alpha=2 if apart else 1)  # r c t
-            if apart:
-                got = got.sub_(offset[r, c, None])
-            if metric == "ward":
-                p, q = one[r, c, None], other[r, None]
-                got = got.mul_(p * q / (p + q))
+            if sized:
+                got = got.sub_(offset[r, c, None]).div_(one[r, c, None] + other[r, None])
             if own is not None:
                 got = got.scatter_(2, own[r, c, None], -torch.inf)
             if groups[0] is not None:
