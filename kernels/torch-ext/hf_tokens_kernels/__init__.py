@@ -3,5 +3,8 @@
 from .agglomerate import agglomerate
 from .attention_scores import attention_columns, attention_entropy, attention_rows
 from .dispatch import Choice, backend, choose, picks
+from .routed import routed_gather, routed_scatter
+from .token_merge import merge, unmerge
 
 __all__ = ["Choice", "agglomerate", "attention_columns", "attention_entropy", "attention_rows", "backend", "choose", "picks"]
+__all__ += ["merge", "routed_gather", "routed_scatter", "unmerge"]
