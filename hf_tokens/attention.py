@@ -48,7 +48,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     strange: tuple[str, ...] = ()
-    known: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
+    known: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
         """Refuse a call whose keys or probabilities are not those of an attention among the tokens.
@@ -127,17 +127,21 @@ class Scores:
     real: Tensor | None = None
     back: Callable[[Tensor, int], Tensor] | None = None
 
-    def columns(self, weights: Tensor | None = None, reduce: str = "sum") -> Tensor:
-        """What each key receives: (b h n), over all real queries or those with a weight, (b m)."""
-        key = reduce, torch.is_grad_enabled()
+    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query") -> Tensor:
+        """What each key receives over all real queries or those with a weight, (b m).
+
+        Returns:
+            (b h n) for each query head; with `heads` "key" the mean of those on each key head (b g n), with "mean" that of all (b n).
+        """
+        key = reduce, heads, torch.is_grad_enabled()
         out = self.call.known.get(key) if weights is None else None
         if out is None:
             real = None if self.real is None else self.real.to(self.call.q.dtype)
             heed = real if weights is None else weights if real is None else weights * real
-            out = attention_columns(self.call.q, self.call.k, weights=heed, reduce=reduce, **self.call.shape())
+            out = attention_columns(self.call.q, self.call.k, weights=heed, reduce=reduce, heads=heads, **self.call.shape())
             if weights is None:
                 self.call.known[key] = out
-        return out if self.back is None else self.back(out, 2)
+        return out if self.back is None else self.back(out, out.dim() - 1)
 
     def rows(self, index: Tensor) -> Tensor:
         """The probabilities of chosen queries: index (b r) to (b h r n)."""

@@ -233,7 +233,7 @@ class Sublayer(BoundForward):
         if self.part == "attention":
             books = self.sites.side.runtime.current.books  # a second sequence stands beside the tokens
             first = 0 if books.behind else k.shape[2] - books.n
-            store["influence"] = attention_columns(q, k, scaling=scaling, mask=mask).mean(dim=1)[:, first : first + books.n]
+            store["influence"] = attention_columns(q, k, scaling=scaling, mask=mask, heads="mean")[:, first : first + books.n]
         else:
             store["doubt"] = attention_entropy(q, k, scaling=scaling, mask=mask, pooled=True)
         return output

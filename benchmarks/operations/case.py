@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 Call = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -22,7 +25,7 @@ class Case:
         bytes: Bytes that must be read and written at least.
         flops: Multiplications and additions that must be done at least.
         backward: Whether training needs its gradient too.
-        exact: Whether the peer returns the same numbers; one that only stands in its place, such as a fused attention, does not.
+        yardstick: What the time is told in besides, such as a fused attention on the same tensors; it returns other numbers.
     """
 
     name: str
@@ -32,9 +35,16 @@ class Case:
     bytes: int
     flops: int
     backward: bool = False
-    exact: bool = True
+    yardstick: Call | None = None
 
 
 def nbytes(*tensors: Tensor) -> int:
     """Bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def every(n: int, device: torch.device, dtype: torch.dtype, only: str = "") -> Iterator[Case]:
+    """All operations at one size, by the files beside this one; `only` those with this in their name."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path != Path(__file__) and only in path.stem:
+            yield from importlib.import_module(f"operations.{path.stem}").cases(n, device, dtype)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from common import Point, digits, draw, seconds_in_turns, write
+from common import Point, digits, draw, fit, seconds_in_turns, write
 from denoiser import classifier
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from peft import LoraConfig, get_peft_model
@@ -20,7 +17,6 @@ from hf_tokens import NeTIConfig, ProSpectConfig, get_token_model
 
 NAME = "concepts"
 COMMAND = "python benchmarks/quality/concepts.py"
-WEIGHTS = Path(tempfile.gettempdir()) / "hf_tokens_digits_pixart.pt"
 UPDATES, BATCH, STEPS, GUIDANCE = 1500, 32, 20, 2.0
 CONCEPTS, SHOWN = (2, 5, 7), 20  # digits that the base never sees, and pictures of each that a concept is learned from
 TUNED, FEW, EACH = 200, 16, 40  # updates of a concept, pictures in each, and pictures drawn of it
@@ -58,32 +54,18 @@ def loss_of(model: nn.Module, pictures: Tensor, times: Tensor, noise: Tensor, pr
 
 
 def trained() -> tuple[PixArtTransformer2DModel, float]:
-    """The denoiser, which has seen seven digits, and the seconds that its training took; from a file of an earlier run if there is one."""
+    """The denoiser, which has seen seven digits, and the seconds that its training took."""
     model = denoiser()
-    if WEIGHTS.exists():
-        kept = torch.load(WEIGHTS)
-        model.load_state_dict(kept["state"])
-        return model.eval().requires_grad_(False), kept["seconds"]
     pictures, labels, *_ = digits()
     seen = ~torch.isin(labels, torch.tensor(CONCEPTS))
-    pictures, labels, begun = pictures[seen], labels[seen], time.process_time()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=UPDATES)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
-    for _ in range(UPDATES):
+    pictures, labels = pictures[seen], labels[seen]
+
+    def loss() -> Tensor:
         chosen, told = torch.randint(len(pictures), (BATCH,)), torch.rand(BATCH)
         ids = torch.where(told < 0.1, NULL, torch.where(told < 0.3, DIGIT, labels[chosen]))
-        loss = loss_of(model, pictures[chosen], torch.randint(1000, (BATCH,)), torch.randn(BATCH, 1, 8, 8), prompts(ids))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        average.update_parameters(model)
-    model.load_state_dict(average.module.state_dict())
-    seconds = time.process_time() - begun
-    torch.save({"state": model.state_dict(), "seconds": seconds}, WEIGHTS)
-    return model.eval().requires_grad_(False), seconds
+        return loss_of(model, pictures[chosen], torch.randint(1000, (BATCH,)), torch.randn(BATCH, 1, 8, 8), prompts(ids))
+
+    return model, fit(model, loss, UPDATES)
 
 
 @torch.no_grad()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from common import Point, digits, draw, seconds_in_turns, write
+from common import Point, digits, draw, fit, seconds_in_turns, write
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +28,6 @@ from hf_tokens.measure import UNCOUNTED
 
 NAME = "denoiser"
 COMMAND = "python benchmarks/quality/denoiser.py"
-WEIGHTS = Path(tempfile.gettempdir()) / "hf_tokens_digits_dit.pt"
 UPDATES, BATCH, CLASSES, NULL = 1500, 32, 10, 10
 STEPS, GUIDANCE, EACH, FEW = 20, 2.0, 10, 2  # denoising steps, scale of guidance, pictures of each digit, and where only time is taken
 PARTS = ("attention", "mlp")
@@ -65,33 +61,17 @@ def schedule() -> DDIMScheduler:
 
 
 def trained() -> tuple[DiTTransformer2DModel, float]:
-    """The denoiser, and the seconds that its training took; from a file of an earlier run if there is one."""
-    model = denoiser()
-    if WEIGHTS.exists():
-        kept = torch.load(WEIGHTS)
-        model.load_state_dict(kept["state"])
-        return model.eval().requires_grad_(False), kept["seconds"]
+    """The denoiser, and the seconds that its training took."""
+    model, scheduler = denoiser().train(), schedule()  # it drops a tenth of the labels by itself
     pictures, labels, *_ = digits()
-    begun, scheduler = time.process_time(), schedule()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=UPDATES)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
-    model.train()  # it drops a tenth of the labels by itself
-    for _ in range(UPDATES):
+
+    def loss() -> Tensor:
         chosen = torch.randint(len(pictures), (BATCH,))
         times, noise = torch.randint(1000, (BATCH,)), torch.randn(BATCH, 1, 8, 8)
         noisy = scheduler.add_noise(pictures[chosen], noise, times)
-        loss = (model(noisy, times, labels[chosen]).sample - noise).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        average.update_parameters(model)
-    model.load_state_dict(average.module.state_dict())
-    seconds = time.process_time() - begun
-    torch.save({"state": model.state_dict(), "seconds": seconds}, WEIGHTS)
-    return model.eval().requires_grad_(False), seconds
+        return (model(noisy, times, labels[chosen]).sample - noise).square().mean()
+
+    return model, fit(model, loss, UPDATES)
 
 
 def classifier() -> tuple[nn.Module, float]:

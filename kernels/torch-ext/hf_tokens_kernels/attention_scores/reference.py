@@ -1,136 +1,150 @@
-"""The torch reference: queries in chunks, so that memory grows with n and not with n squared."""
+"""The torch reference: queries in chunks, so that memory grows with n and not with n squared, forward and backward."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-CHUNK_ELEMENTS = 1 << 22  # probabilities held at a time
-CAUSAL_CHUNK = 128  # queries of a chunk that looks back only
+from .look import Look
 
-
-def probabilities(
-    q: Tensor,
-    k: Tensor,
-    scaling: float,
-    mask: Tensor | None = None,
-    visible: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """softmax(q k^T * scaling + mask): q (b h c e), k (b g n e), mask (b|1 h|1 c n) bool or additive, visible (b h|1 c n) bool."""
-    groups = q.shape[1] // k.shape[1]
-    b, h, c, e = q.shape
-    scores = torch.matmul((q * scaling).reshape(b, k.shape[1], groups * c, e), k.transpose(-1, -2)).view(b, h, c, -1)
-    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores).view(1, h, 1, 1).expand(b, h, c, 1)], dim=-1)
-    p = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
-    return p if mask is None else p.nan_to_num(0.0)  # a query that sees nothing gives nothing
+CHUNK_ELEMENTS = 1 << 21  # probabilities held at a time: what a core's cache holds
+FEWEST, MOST = 16, 128  # queries of a chunk
 
 
-def causal_probabilities(q: Tensor, k: Tensor, scaling: float, **shape: Any) -> Tensor:
-    """The same where the last query stands at the last key and sees what is before: q (b h c e), k (b g n e)."""
-    c, n = q.shape[2], k.shape[2]
-    visible = torch.ones(c, n, dtype=torch.bool, device=q.device).tril(n - c)
-    return probabilities(q, k, scaling, visible=visible, **shape)
+def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in float32 at least, in which sums are right."""
+    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
 
 
-def attention_columns(
-    q: Tensor,
-    k: Tensor,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    weights: Tensor | None = None,
-    reduce: str = "sum",
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """What every key receives from the queries, per query head.
+def chunks(b: int, h: int, m: int, n: int) -> Iterator[slice]:
+    """Queries that are looked at together."""
+    step = min(m, MOST, max(FEWEST, CHUNK_ELEMENTS // max(1, b * h * n)))
+    return (slice(first, min(first + step, m)) for first in range(0, m, step))
 
-    Args:
-        q: Queries, (b h m e).
-        k: Keys, (b g n e), h a multiple of g.
-        scaling: Factor on the dot products.
-        mask: Bool (True is seen) or additive mask, (b|1 h|1 m n).
-        causal: Without a mask, whether query i sees only the keys up to its own place; the last query stands at the last key.
-        weights: How much each query counts, (b m); 0 leaves it out.
-        reduce: `sum` over queries or `max`.
-        softcap: The scores become softcap * tanh(score / softcap), before the mask.
-        sinks: The score of a key that every query sees and that is not returned, (h).
 
-    Returns:
-        (b h n), float32 at least.
-    """
-    b, h, m, _ = q.shape
-    n = k.shape[2]
-    skips = causal and mask is None
-    step = max(1, min(m, CHUNK_ELEMENTS // max(1, b * h * n), CAUSAL_CHUNK if skips else m))
-    out: Tensor | None = None
-    for first in range(0, m, step):
-        rows = q[:, :, first : first + step]
-        c = rows.shape[2]
-        if skips:  # no query of the chunk sees a key behind its last one
-            end = n - m + first + c
-            p = causal_probabilities(rows, k[:, :, :end], scaling, softcap=softcap, sinks=sinks)
-        else:
-            end = n
-            seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, first : first + step]
-            p = probabilities(rows, k, scaling, seen, softcap=softcap, sinks=sinks)
+def scores(q: Tensor, k: Tensor, look: Look, part: slice, end: int) -> tuple[Tensor, Tensor | None]:
+    """Scores of some queries and the first keys, -inf where they are hidden, (b h c end); and what a soft cap leaves of their slope."""
+    (b, h, _, e), g = q.shape, k.shape[1]
+    rows = q[:, :, part]
+    c = rows.shape[2]
+    s = torch.matmul((rows * look.scaling).reshape(b, g, h // g * c, e), k[:, :, :end].transpose(-1, -2)).view(b, h, c, end)
+    slope = None
+    if look.softcap is not None:
+        bent = torch.tanh(s / look.softcap)
+        s, slope = bent * look.softcap, 1 - bent.square()
+    if look.mask is not None:
+        mask = look.mask if look.mask.shape[2] == 1 else look.mask[:, :, part]
+        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+    if look.query_positions is not None:
+        keys = look.key_positions
+        keys = keys if keys.shape[1] == 1 else keys.repeat_interleave(h // g, dim=1)
+        s = s.masked_fill(keys[:, :, None] > look.query_positions[:, None, part, None], -torch.inf)
+    elif look.skips():
+        own = torch.arange(end - c, end, device=q.device)
+        s[..., end - c :].masked_fill_(own > own[:, None], -torch.inf)  # what a chunk's queries see alike stands in front of these
+    return s, slope
+
+
+def log_sum_exp(s: Tensor, look: Look) -> Tensor:
+    """Over the keys and the sink, (b h c); inf where a query sees nothing, so that it gives nothing."""
+    lse = s.logsumexp(dim=-1)
+    if look.sinks is not None:
+        lse = torch.logaddexp(lse, look.sinks.to(lse).view(1, -1, 1).expand_as(lse))
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def probabilities(q: Tensor, k: Tensor, look: Look, part: slice, end: int, lse: Tensor | None = None) -> Tensor:
+    """What some queries give to the first keys, (b h c end)."""
+    s, _ = scores(q, k, look, part, end)
+    if lse is not None:
+        return s.sub_(lse[:, :, part, None]).exp_()
+    if look.sinks is not None:
+        h = q.shape[1]
+        sinks = look.sinks.to(s).view(1, h, 1, 1).expand(*s.shape[:3], 1)
+        s = torch.cat([s, sinks], dim=-1)
+    p = torch.softmax(s, dim=-1)[..., :end]
+    hides = look.mask is not None or look.query_positions is not None
+    return p.nan_to_num(0.0) if hides else p  # a query that sees nothing gives nothing
+
+
+def lse(q: Tensor, k: Tensor, look: Look) -> Tensor:
+    """The log-sum-exp of every query's scores, (b h m)."""
+    (b, h, m, _), n = q.shape, k.shape[2]
+    q, k = widen(q, k)
+    parts = [log_sum_exp(scores(q, k, look, part, look.reach(part.stop, m, n))[0], look) for part in chunks(b, h, m, n)]
+    return torch.cat(parts, dim=-1)
+
+
+def columns(
+    q: Tensor, k: Tensor, look: Look, weights: Tensor | None, reduce: str, lse: Tensor | None, choice: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """What every key receives, (b h n), and for `max` with `choice` from which query."""
+    (b, h, m, _), n = q.shape, k.shape[2]
+    q, k = widen(q, k)
+    out, best = q.new_zeros(b, h, n), None
+    if reduce == "max" and choice:
+        best = torch.zeros(b, h, n, dtype=torch.long, device=q.device)
+    for part in chunks(b, h, m, n):
+        end = look.reach(part.stop, m, n)
+        p = probabilities(q, k, look, part, end, lse)
         if weights is not None:
-            p = p * weights[:, None, first : first + step, None].to(p.dtype)
-        part = torch.nn.functional.pad(p.sum(dim=2) if reduce == "sum" else p.amax(dim=2), (0, n - end))
-        if out is None:
-            out = part
-        else:
-            out = out + part if reduce == "sum" else torch.maximum(out, part)
-    return out
+            p = p * weights[:, None, part, None].to(p.dtype)
+        received = p.sum(dim=2) if reduce == "sum" else p.amax(dim=2)
+        if best is not None:
+            where = p.argmax(dim=2) + part.start
+            best[..., :end] = torch.where(received > out[..., :end], where, best[..., :end])
+        received = pad(received, (0, n - end))
+        out = out + received if reduce == "sum" else torch.maximum(out, received)
+    return out, best
 
 
-def attention_rows(
-    q: Tensor,
-    k: Tensor,
-    index: Tensor,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """The probabilities of chosen queries: index (b r) into q (b h m e), to (b h r n); the rest as in `attention_columns`."""
-    b, h, m, e = q.shape
-    wide = index[:, None, :, None]
-    rows = q.gather(2, wide.expand(b, h, -1, e))
-    n = k.shape[2]
-    seen = visible = None
-    if mask is not None:
-        seen = mask.expand(b, mask.shape[1], m, n).gather(2, wide.expand(b, mask.shape[1], -1, n))
-    elif causal:
-        visible = (torch.arange(n, device=q.device) <= index[..., None] + (n - m))[:, None]
-    return probabilities(rows, k, scaling, seen, visible, softcap, sinks)
+def columns_backward(
+    grad: Tensor, q: Tensor, k: Tensor, look: Look, weights: Tensor | None, lse: Tensor, best: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and, where each query counts w_i, of w, (b h m): with P = exp(S - lse),
 
-
-def attention_entropy(q: Tensor, k: Tensor, *, scaling: float, mask: Tensor | None = None, pooled: bool = False) -> Tensor:
-    """How undecided every query is: the entropy of its probabilities in nats, q (b h m e) and k (b g n e) to (b h m).
-
-    With `pooled` it is that of the mean of the heads' probabilities, (b m).
+    dP_ij = w_i g_j, or that of the chosen query alone, and dS = P (dP - sum_j P dP).
     """
-    b, h, m, _ = q.shape
-    n = k.shape[2]
-    step = max(1, min(m, CHUNK_ELEMENTS // max(1, b * h * n)))
+    (b, h, m, e), (_, g, n, _) = q.shape, k.shape
+    q, k = widen(q, k)
+    dq, dk, dw = torch.zeros_like(q), torch.zeros_like(k), q.new_zeros(b, h, m)
+    for part in chunks(b, h, m, n):
+        end = look.reach(part.stop, m, n)
+        s, slope = scores(q, k, look, part, end)
+        p = s.sub_(lse[:, :, part, None]).exp_()
+        reach = grad[:, :, None, :end]
+        if best is not None:
+            here = torch.arange(part.start, part.stop, device=q.device)[:, None]
+            reach = torch.where(best[:, :, None, :end] == here, reach, 0)
+        given = (p * reach).sum(dim=-1, keepdim=True)
+        dw[:, :, part] = given[..., 0]
+        ds = p * (reach - given) * look.scaling
+        ds = ds if weights is None else ds * weights[:, None, part, None].to(ds.dtype)
+        ds = ds if slope is None else ds * slope
+        ds = ds.reshape(b, g, -1, end)
+        dq[:, :, part] = (ds @ k[:, :, :end]).view(b, h, -1, e)
+        dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, part].reshape(b, g, -1, e)
+    return dq, dk, dw
+
+
+def rows(q: Tensor, k: Tensor, index: Tensor, look: Look) -> Tensor:
+    """The probabilities of chosen queries, index (b r) to (b h r n)."""
+    (b, h, m, e), n = q.shape, k.shape[2]
+    q, k = widen(q, k)
+    picked = q.gather(2, index[:, None, :, None].expand(b, h, -1, e))
+    return probabilities(picked, k, look.rows(index, m, n), slice(0, index.shape[1]), n)
+
+
+def entropy(q: Tensor, k: Tensor, look: Look, pooled: bool) -> Tensor:
+    """The entropy of each query's probabilities, (b h m), or of their mean over heads, (b m)."""
+    (b, h, m, _), n = q.shape, k.shape[2]
+    q, k = widen(q, k)
     parts = []
-    for first in range(0, m, step):
-        part = slice(first, min(first + step, m))
-        seen = None if mask is None else (mask[:, :, part] if mask.shape[2] > 1 else mask)
-        p = probabilities(q[:, :, part], k, scaling, seen)
+    for part in chunks(b, h, m, n):
+        p = probabilities(q, k, look, part, n)
         p = p.mean(dim=1) if pooled else p
         parts.append(-torch.xlogy(p, p).sum(dim=-1))
     return torch.cat(parts, dim=-1)
