@@ -3,8 +3,10 @@
 from .agglomerate import agglomerate
 from .attention_scores import attention_columns, attention_entropy, attention_lse, attention_rows
 from .dispatch import Choice, backend, choose, picks
+from .low_pass import low_pass
+from .pooling import pool_max, pool_power, pool_softmax
 from .routed import routed_gather, routed_scatter
-from .token_merge import merge, unmerge
+from .token_merge import merge, take_rows, unmerge
 
 __all__ = [
     "Choice",
@@ -15,9 +17,14 @@ __all__ = [
     "attention_rows",
     "backend",
     "choose",
+    "low_pass",
     "merge",
     "picks",
+    "pool_max",
+    "pool_power",
+    "pool_softmax",
     "routed_gather",
     "routed_scatter",
+    "take_rows",
     "unmerge",
 ]

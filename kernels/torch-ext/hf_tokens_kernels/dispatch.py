@@ -50,7 +50,9 @@ def choose(operation: str, *tensors: Tensor, refuses: str | None = None, small: 
     """
     if torch.compiler.is_compiling():  # what is asked for cannot be traced
         return not (small or interpreted() or _lack(tensors) or refuses)
-    wanted = _wanted.get()
+    wanted, listeners = _wanted.get(), _listeners.get()
+    if wanted == "auto" and not listeners and tensors[0].is_cpu:
+        return False  # interpreted or not, and nobody asks why
     if wanted == "torch":
         backend, why = "torch", "asked for"
     elif lack := _lack(tensors) or refuses:
@@ -65,7 +67,7 @@ def choose(operation: str, *tensors: Tensor, refuses: str | None = None, small: 
         backend, why = "torch", "a small size"
     else:
         backend, why = "triton", f"{tensors[0].device.type}, {tensors[0].dtype}".replace("torch.", "")
-    for heard in _listeners.get():
+    for heard in listeners:
         heard.append(Choice(operation, backend, why))
     return backend == "triton"
 

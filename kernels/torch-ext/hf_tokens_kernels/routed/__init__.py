@@ -48,7 +48,7 @@ def routed_gather(x: Tensor, index: Tensor, counts: Tensor | None = None) -> Ten
 def routed_scatter(
     x: Tensor, y: Tensor, index: Tensor, weights: Tensor | None = None, *, residual: bool = False, counts: Tensor | None = None
 ) -> Tensor:
-    """The tokens, with what became of those that ran in their places: x + w (y - x), or x + w y with `residual`; the others keep their bits.
+    """The tokens, with what became of those that ran: x + w (y - x), or x + w y with `residual`. The others keep their bits.
 
     Without `residual`, a weight of one leaves the bits of y, and a weight of zero those of x.
 

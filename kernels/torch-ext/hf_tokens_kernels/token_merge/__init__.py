@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dispatch import choose
 from . import reference
 
-__all__ = ["merge", "unmerge"]
+__all__ = ["merge", "take_rows", "unmerge"]
 
 REDUCTIONS = ("mean", "sum")
 
@@ -87,8 +87,23 @@ def unmerge(y: Tensor, slot: Tensor, before: Tensor | None = None) -> Tensor:
     if choose("unmerge", y, slot, *(() if before is None else (before,)), refuses=refuses):
         from .twin import unmerge as twin
 
-        return twin(y.flatten(2) if y.dim() > 2 else y[..., None], slot, None if before is None else before.reshape(*slot.shape, -1)).view(due)
+        return twin(y.flatten(2) if y.dim() > 2 else y[..., None], slot, None if before is None else before.reshape(*slot.shape, -1)).view(
+            due
+        )
     return reference.unmerge(y, slot, before)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Whole rows. There is no twin: this is one copy, and torch's own is the fastest. The gradient has the same bits in every run.
+
+    Args:
+        x: Rows of any shape, (b|1 n ...).
+        index: Which ones, below n and not negative, (b r).
+
+    Returns:
+        (b r ...).
+    """
+    return reference.rows(x, index)
 
 
 def check_slots(operation: str, x: Tensor, slot: Tensor) -> None:

@@ -20,13 +20,14 @@ def learns(*tensors: Tensor | None) -> bool:
 
 def flat(index: Tensor, n: int) -> Tensor:
     """An index into each row of a batch (b r), as one into the n tokens of all rows behind each other, (b*r)."""
-    return index.reshape(-1) if len(index) == 1 else (index + torch.arange(0, len(index) * n, n, device=index.device)[:, None]).reshape(-1)
+    b = len(index)
+    return (index if b == 1 else index + torch.arange(0, b * n, n, device=index.device).unsqueeze(1)).reshape(-1)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Whole rows, x (b|1 n ...) at index (b r), to (b r ...)."""
-    alone = len(x) == 1
-    added = x.device.type != "cpu" and learns(x)  # there, an index_select adds up its gradient in any order
+    alone = x.shape[0] == 1
+    added = not x.is_cpu and learns(x)  # there, an index_select adds up its gradient in any order
     if added or not (alone or x.is_contiguous()):
         return (x[0][index] if alone else x[torch.arange(len(x), device=x.device)[:, None], index]).contiguous()
     source = x[0] if alone else x.view(-1, *x.shape[2:])
@@ -35,13 +36,12 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
 
 def absent(index: Tensor) -> Tensor | None:
     """Where an index is below zero; None where a look at it is cheap and finds none."""
-    gone = index < 0
-    looks = index.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if looks and not bool(gone.any()) else gone
+    looks = index.is_cpu and not torch.compiler.is_compiling()
+    return None if looks and (not index.numel() or int(index.min()) >= 0) else index < 0
 
 
 def members(slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The tokens of slot (b n), sorted by it, (b*n), those that vanish last; and where each slot begins and the last one ends, (b*m + 1)."""
+    """The tokens of slot (b n), sorted by it, those that vanish last, (b*n); and where each slot begins, and they, (b*m + 1)."""
     slots = len(slot) * m
     ordered, order = flat(slot, m).masked_fill(slot.reshape(-1) < 0, slots).sort(stable=True)
     return order, torch.searchsorted(ordered, torch.arange(slots + 1, device=slot.device))
@@ -93,7 +93,7 @@ def unmerged(y: Tensor, slot: Tensor, before: Tensor | None) -> Tensor:
     if gone is None:
         return rows(y, slot)
     out = rows(y, slot.clamp(min=0))
-    if y.device.type != "cpu" or torch.compiler.is_compiling():
+    if not y.is_cpu or torch.compiler.is_compiling():
         wide = gone.view(*gone.shape, *[1] * (y.dim() - 2))
         return out.masked_fill(wide, 0) if before is None else torch.where(wide, before.to(y.dtype), out)
     places = gone.reshape(-1).nonzero()[:, 0]
