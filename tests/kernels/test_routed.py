@@ -157,3 +157,12 @@ def test_nothing_is_larger_than_the_tokens():
         with Largest() as seen:
             routed_scatter(x.requires_grad_(), y.nan_to_num(), index, weights.nan_to_num()).sum().backward()
         assert seen.elements <= (n + 1) * 16
+
+
+@pytest.mark.parametrize(("weighted", "residual"), FORMS)
+def test_the_reference_passes_gradcheck_twice(weighted, residual):
+    x, y, index, weights = (t.nan_to_num() if t.is_floating_point() else t for t in sample((2, 4, 3, 2), dtype=torch.float64))
+    given = [t.double().requires_grad_() for t in ((x, y, weights) if weighted else (x, y))]
+    call = lambda x, y, w=None: routed_scatter(x, y, index, w, residual=residual)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(call, given) and check(lambda x: routed_gather(x, index), given[:1])

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import torch
 from torch import Tensor
 
 
-def cosines(size: int, like: Tensor) -> Tensor:
-    """The orthonormal DCT-II, (frequency, place)."""
-    k, i = (torch.arange(size, dtype=torch.float64, device=like.device) for _ in range(2))
-    waves = torch.cos(math.pi * (2 * i + 1) * k[:, None] / (2 * size)) * (2 / size) ** 0.5
-    waves[0] /= 2**0.5
-    return waves.to(like)
+def cosine(size: int, k: int, i: int) -> float:
+    """The orthonormal DCT-II at frequency k and place i."""
+    return math.cos(math.pi * (2 * i + 1) * k / (2 * size)) * math.sqrt((2 if k else 1) / size)
+
+
+@functools.cache
+def table(size: int, left: int) -> tuple[tuple[float, ...], ...]:
+    """From `size` places to `left` of them, by the lowest frequencies."""
+    back, forth = ([[math.sqrt(left / size) ** (n == size) * cosine(n, k, i) for k in range(left)] for i in range(n)] for n in (left, size))
+    return tuple(tuple(sum(map(operator.mul, b, f)) for f in forth) for b in back)
 
 
 def filtered(size: int, left: int, like: Tensor) -> Tensor:
-    """From `size` places to `left` of them, by the lowest frequencies, (left, size)."""
-    return cosines(left, like).mT @ cosines(size, like)[:left] * (left / size) ** 0.5
+    """The same as a tensor, (left, size)."""
+    return torch.tensor(table(size, left), dtype=like.dtype, device=like.device)
 
 
 def low_pass(x: Tensor, height: int, width: int) -> Tensor:
