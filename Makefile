@@ -14,7 +14,7 @@ ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart test contract sweep bench quality cards new check clean
+.PHONY: help quickstart test contract sweep bench growth quality cards new check clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
@@ -31,8 +31,11 @@ contract: $(VENV)/dev.stamp ## Run the contract of every method on every archite
 sweep: $(VENV)/dev.stamp ## Try identity and drop surgeries on every model family: benchmarks/results/sweep.md
 	$(BIN)/python benchmarks/sweep.py $(ARGS)
 
-bench: $(VENV)/dev.stamp ## What the engine costs and saves, in paired runs
+bench: $(VENV)/benchmarks.stamp ## What surgeries cost and save on a CPU, in paired runs: under 15 minutes
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+growth: $(VENV)/benchmarks.stamp ## How time and memory of the kernels grow with n: benchmarks/results/growth.png
+	$(BIN)/python benchmarks/growth.py $(ARGS)
 
 quality: $(VENV)/benchmarks.stamp ## The experiments on real weights and data, one file each: benchmarks/results/quality/
 	for one in $(or $(m),$(QUALITY)); do $(BIN)/python benchmarks/quality/$$one.py || exit 1; done

@@ -374,8 +374,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
     # -- the attention call ------------------------------------------------------------------------------------------
 
-    def hear_call(self, call: AttentionCall) -> AttentionCall:
-        """Hold what the attention call gets until the verbs have spoken.
+    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]:
+        """Hold what the attention call gets until the verbs have spoken; returns the calls that take its place.
 
         Tokens that only ask lend no key and no value; they stand in front. A mask or a bias that the block had no argument for comes in.
         """
@@ -387,7 +387,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         own = n <= (local.m if layer is None else layer.handed) and call.q.shape[0] in (1, local.batch)
         strange = call.strange if own else (*call.strange, "other keys than those")
         self.heard_call = replace(call, k=call.k[:, :, p:], v=call.v[:, :, p:], mask=mask, bias=bias, strange=strange)
-        return self.heard_call if self.attends is None else self.runtime.attend(self, self.attends, self.heard_call)
+        heard = self.heard_call
+        return [lambda: heard] if self.attends is None else self.runtime.attend(self, self.attends, heard)
 
     def attention_call(self) -> AttentionCall:
         """What the attention call of this block got.
