@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from hf_tokens_kernels import attention_columns, attention_rows
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -77,6 +78,15 @@ class AttentionCall:
             mask = told.bias if mask is None else added(mask, told.bias)
             mask = mask.clamp(min=torch.finfo(self.q.dtype).min).to(self.q.dtype)
         return replace(self, k=k, v=v, mask=mask, bias=None)
+
+    def rows(self, part: slice) -> AttentionCall:
+        """The same call for some of its queries."""
+        m, n = self.q.shape[2], self.k.shape[2]
+        mask, bias = (t if t is None or t.shape[2] == 1 else t[:, :, part] for t in (self.mask, self.bias))
+        if mask is None and self.causal and m > 1:
+            place = torch.arange(n, device=self.q.device)
+            mask = (place <= place[n - m :][part, None])[None, None]
+        return replace(self, q=self.q[:, :, part], mask=mask, bias=bias, causal=False, known={})
 
     def _added(self, index: Tensor | None) -> Tensor | None:
         """What is added to the products, or bool where they are only hidden: of all keys, or for each query head of those of an index."""
@@ -150,9 +160,9 @@ class Scores:
 
 
 class Tap(Protocol):
-    """What a block's surgery does with its attention call."""
+    """What a block's surgery does with its attention call: it says which take its place, each for some of the queries, in their order."""
 
-    def hear_call(self, call: AttentionCall) -> AttentionCall: ...
+    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
 
     def answer(self, call: AttentionCall) -> Tensor | None: ...
 
@@ -190,12 +200,22 @@ def tapped(backend: str) -> Callable:
             sinks=kwargs.get("s_aux"),
             strange=tuple(name for name in STRANGE if kwargs.get(name) is not None),
         )
-        call = held[0].hear_call(call)
-        told = held[0].answer(call)
-        if told is not None:
-            return told, None
-        biased = {} if call.bias is None else {"position_bias": call.bias}
-        return base(module, call.q, call.k, call.v, call.mask, **biased, **kwargs)
+
+        def run(ask: Callable[[], AttentionCall]) -> tuple[Tensor, Tensor | None]:
+            told = ask()
+            biased = {} if told.bias is None else {"position_bias": told.bias}
+            return base(module, told.q, told.k, told.v, told.mask, **biased, **kwargs)
+
+        calls = held[0].hear_call(call)
+        read = held[0].answer(call)
+        if read is not None:
+            return read, None
+        if len(calls) == 1:
+            return run(calls[0])
+        again = torch.is_grad_enabled()  # the backward pass asks again, so that no more than one part is held
+        parts = [checkpoint(run, ask, use_reentrant=False) if again else run(ask) for ask in calls]
+        out, weights = zip(*parts, strict=True)
+        return torch.cat(out, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
 
     return attention
 

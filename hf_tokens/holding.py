@@ -241,15 +241,15 @@ class Part:
         """Whether an attention can read it as it is packed."""
         return not self.fixed and all(isinstance(form, type(self.forms[0])) and not isinstance(form, Polar) for form in self.forms)
 
-    def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries (b h 1 e) read here, the log of their sums of exponentials, and the scores of the cells (h/k c).
+    def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, ...]:
+        """What queries (b h 1 e) read here, the log of their sums of exponentials, and if asked the scores of the cells (h/k c).
 
         Args:
             q: The queries.
             sizes: How many tokens each entry stands for, (b k n), or None.
             **shape: What else `ragged_attention` is told.
         """
-        where = dict(starts=self.starts, lengths=self.lengths, scores=True, **shape)
+        where = dict(starts=self.starts, lengths=self.lengths, **shape)
         cells = None if sizes is None else sizes.new_ones(len(self.packed[0][0])).index_copy_(0, self.cells[self.where], sizes[self.where])
         if self.scale is not None:
             q = q / self.scale.repeat_interleave(q.shape[1] // self.scale.shape[1], dim=1)
@@ -322,8 +322,8 @@ def attend(
     parts: list[Part], q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any
 ) -> tuple[Tensor, Tensor | None]:
     """What queries (b h 1 e) read of parts (b h 1 f), and if asked the probability of each entry, (b k n), where it lies."""
-    read = [part.attend(q, sizes, **shape) for part in parts]
-    out = merge_attention([(some, log) for some, log, _ in read], sinks)
+    read = [part.attend(q, sizes, scores=weighs, **shape) for part in parts]
+    out = merge_attention([some[:2] for some in read], sinks)
     if not weighs:
         return out, None
     logs = torch.stack([log for _, log, _ in read])

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hf_tokens_kernels import unmerge
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -372,13 +373,13 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         guests = 0 if held is None else self.moment.local.m - held.n
         if held is None or output.shape[1] != guests + held.m:
             return None
-        back = held.restore(output[:, guests:], output.new_zeros(()).expand(len(output), held.n, output.shape[-1]))
+        back = unmerge(output[:, guests:], held.slot)
         return torch.cat([output[:, :guests], back], dim=1)
 
     # -- the attention call ------------------------------------------------------------------------------------------
 
-    def hear_call(self, call: AttentionCall) -> AttentionCall:
-        """Hold what the attention call gets until the verbs have spoken.
+    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]:
+        """Hold what the attention call gets until the verbs have spoken; returns the calls that take its place.
 
         Tokens that only ask lend no key and no value; they stand in front. A mask or a bias that the block had no argument for comes in.
         """
@@ -393,7 +394,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         own = n <= (local.m if layer is None else layer.handed) and call.q.shape[0] in (1, local.batch)
         strange = call.strange if own else (*call.strange, "other keys than those")
         self.heard_call = replace(call, k=call.k[:, :, p:], v=call.v[:, :, p:], mask=mask, bias=bias, strange=strange)
-        return self.heard_call if self.attends is None else self.runtime.attend(self, self.attends, self.heard_call)
+        heard = self.heard_call
+        return [lambda: heard] if self.attends is None else self.runtime.attend(self, self.attends, heard)
 
     def answer(self, call: AttentionCall) -> Tensor | None:
         """What the attention call returns, (b m h f), where it reads packed entries as they are; None else."""

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from .config import MethodConfig
 from .errors import ConfigError, explain
-from .roles import AT_SITE, OF_A_WORD, Method
+from .roles import AT_SITE, OF_A_CALL, OF_A_WORD, Method
 
 ENTRY_POINTS = "hf_tokens.methods"
 HEADINGS = ("Paper", "Maths", "Differs")
@@ -65,7 +65,7 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
         words = {word: tuple(p for p in parameters if p != "self") for word, parameters in asked.items()}
         where, signals = AT_SITE.get(cls.site, ("", cls.vocabulary)) if cls.role == "TokenBank" else ("", cls.vocabulary)
         for word, names in words.items():
-            known_signals = signals | OF_A_WORD.get(word, frozenset())
+            known_signals = OF_A_CALL.get(word, signals) | OF_A_WORD.get(word, frozenset())
             if unknown := sorted(set(names) - known_signals):
                 asking = f"{cls.__name__}.{word}{where and f' {where}'}"
                 raise ConfigError(explain(f"{asking} may ask for {sorted(known_signals)}", unknown, "Rename the arguments."))

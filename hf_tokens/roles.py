@@ -102,6 +102,8 @@ OF_A_WORD = {
 }
 
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
+OF_A_QUERY = {"hidden", "mask", "positions", "fresh", "sizes"}  # what has a row for each query of an attention call
+OF_A_CALL = {"attend": frozenset({*AT_TABLE, *OF_A_QUERY, "prefill"})}  # what a word may ask for that is asked of some queries at a time
 AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed"}  # where a prompt is given
 AT_SITE: dict[str, tuple[str, set[str]]] = {"embedding": ("at the embeddings", AT_TABLE), "prompt": ("at the prompt", AT_PROMPT)}
 

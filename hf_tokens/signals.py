@@ -18,6 +18,7 @@ from .pictures import places
 from .token_map import TokenMap, indices, take
 
 if TYPE_CHECKING:
+    from .attention import AttentionCall
     from .layer import BlockSurgery
     from .passes import Pass
     from .surgery import Runtime
@@ -58,6 +59,8 @@ class Moment:
     alike: Tensor | None = None  # for each entry the one of the same token there, -1 where there is none, (b k n)
     past: tuple[Tensor, dict[str, Tensor]] | None = None  # places and marks of the entries that its cache held before the block ran
     key: str = ""  # of the method that is asked
+    call: AttentionCall | None = None  # the attention call that `attend` speaks of
+    part: slice | None = None  # and which of the tokens its queries are
 
     def local_real(self, queries: int) -> Tensor | None:
         """Queries of the block's attention call that are real tokens, (b m) bool; None if all are."""
@@ -403,7 +406,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "budget": lambda m: m.budget,
     "stays": lambda m: m.stays,
     "goes": lambda m: m.goes,
-    "affinity": lambda m: m.side.heard_call.affinity,
+    "affinity": lambda m: m.call.affinity,
     "key_positions": key_positions,
     "own_keys": own_keys,
     "own": own,

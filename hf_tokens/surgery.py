@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hf_tokens_kernels import routed_gather, routed_scatter
 from torch import Tensor, nn
 
 from .anatomy import Stream
@@ -26,7 +27,7 @@ from .errors import UnsupportedError, explain
 from .eviction import compress
 from .passes import Entry, Memory, Pass, expect, first_real, lend, open_pass
 from .pooling import Leaving, leave
-from .roles import AttentionEdit, CacheCompressor, LayerRouter, Method, Pooler, TokenBank, TokenReducer, TokenRouter
+from .roles import OF_A_QUERY, AttentionEdit, CacheCompressor, LayerRouter, Method, Pooler, TokenBank, TokenReducer, TokenRouter
 from .signals import HOOKED, PICTURED, SCORED, SUPPLY, TAPPED, Moment, own_tokens, padding, receive, views
 from .spans import Span, begin_span, end_spans, follow
 from .token_map import TokenMap, overwrite, take
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .layer import BlockSurgery
     from .root import Root
 
+SCORES_AT_A_TIME = 1 << 24  # of an attention call that a method shapes
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 
 
@@ -333,12 +335,15 @@ class Runtime:
             rule = "A block that gets other tokens than the model gave must keep their width"
             came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {self.stream.paths[side.index]}"
             raise UnsupportedError(explain(rule, came, "Choose other layers."))
-        if routed is not None:
-            y = routed.restore(y, hidden)
-        if gate is not None:
-            mixed = hidden + gate[..., None].to(y.dtype) * (y - hidden)
-            y = mixed if gate.requires_grad else torch.where((gate == 1)[..., None], y, mixed)
-        return output, y
+        return output, y if gate is None else self._rejoin(gate, routed, hidden.to(y.dtype), y)
+
+    @staticmethod
+    def _rejoin(gate: Tensor, routed: TokenMap | None, hidden: Tensor, y: Tensor) -> Tensor:
+        """The tokens, with what the block made of those that ran, each by its gate: exactly that where it is one."""
+        if routed is None:
+            return torch.lerp(hidden, y, gate[..., None].to(y.dtype))
+        index = routed.source if routed.filled is None else routed.source.masked_fill(~routed.filled, -1)
+        return routed_scatter(hidden, y, index, gate.gather(1, routed.source))
 
     def _announce(self, side: BlockSurgery, call: Call, layer: TokenCacheLayer | None, books: Books, now: Pass) -> Stored | None:
         """Announce the tokens of a block to its cache; returns what is stored there, where its mask must be cut for it."""
@@ -359,7 +364,7 @@ class Runtime:
         if bool(runs.all()):
             return books, hidden, None
         routed = TokenMap.select(runs)
-        return books.move(routed), routed.gather(hidden), routed
+        return books.move(routed), routed_gather(hidden, routed.source), routed
 
     def _invite(self, methods: list[Method], moment: Moment) -> tuple[Books, Tensor, list[Guest]]:
         """Put the tokens in front that are there for this block only."""
@@ -415,7 +420,10 @@ class Runtime:
         word = method.verb if word is None else word
         moment = replace(moment, whole_cache=isinstance(method, CacheCompressor), key=method.key)
         supply = {name: SUPPLY[name] for name in method.words[word] if name not in method.ignores}
-        return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **{name: give(moment) for name, give in supply.items()}})
+        given = {name: give(moment) for name, give in supply.items()}
+        if moment.part is not None:
+            given = {name: value[:, moment.part] if name in OF_A_QUERY else value for name, value in given.items()}
+        return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **given})
 
     def _gate(self, methods: list[Method], moment: Moment) -> tuple[list[Tensor], bool]:
         """The gate of each token in each run of the block, (b m) each, none if no router speaks; and whether skipped tokens run too."""
@@ -505,16 +513,24 @@ class Runtime:
         if side.attends is not None and moment.layer is not None:
             moment.layer.mark(side.attends.key, own_tokens(replace(moment, key=side.attends.key)))
 
-    def attend(self, side: BlockSurgery, method: TokenBank, call: AttentionCall) -> AttentionCall:
-        """The attention call of a block, its keys read as a method says."""
+    def attend(self, side: BlockSurgery, method: TokenBank, call: AttentionCall) -> list[Callable[[], AttentionCall]]:
+        """The attention call of a block, its keys read as a method says, in parts that hold not too many scores each."""
         if side.queries_only:
             rule = f"{type(method).__name__} shapes an attention call in which each query has a key"
             came = f"{side.queries_only} tokens that only ask at {self.stream.paths[side.index]}"
             raise UnsupportedError(explain(rule, came, "Give them different layers."))
         call.check()
         heard = side.moment
-        told = self.ask(method, replace(heard, now=replace(heard.now, books=heard.local), routed=None), "attend")
-        return call if told is None else call.attending(told)
+        whole = replace(heard, now=replace(heard.now, books=heard.local), routed=None)
+
+        def ask(part: slice) -> AttentionCall:
+            rows = call.rows(part)
+            told = self.ask(method, replace(whole, call=rows, part=part), "attend")
+            return rows if told is None else rows.attending(told)
+
+        (b, h, m, _), n = call.q.shape, call.k.shape[2]
+        step = max(1, SCORES_AT_A_TIME // (b * h * n))
+        return [partial(ask, slice(first, first + step)) for first in range(0, m, step)]
 
     def _tokens(self, bank: TokenBank, moment: Moment) -> Tensor | None:
         tokens = self.ask(bank, moment)

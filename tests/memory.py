@@ -1,11 +1,11 @@
-"""How much memory an operation takes while it runs."""
+"""How large what an operation makes along the way is."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes, beside views of what it is given."""
+    """Elements of the largest tensor that any operation makes, views of what is given left out."""
 
     def __init__(self, *given):
         super().__init__()
@@ -15,5 +15,5 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
-                self.elements = max(self.elements, tensor.numel())
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return out

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hf_tokens_kernels import attention_columns, attention_entropy, attention_lse, attention_rows
 from hf_tokens_kernels.attention_scores import reference
+from largest import Largest
 from tolerances import close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [  # batch, query heads, key heads, queries, keys, head size
     (2, 4, 2, 7, 7, 8),
@@ -242,19 +242,6 @@ def test_weights_leave_queries_out():
     full = matrix(q, k, 0.3)
     expected = (full * weights[:, None, :, None]).sum(2)
     torch.testing.assert_close(attention_columns(q, k, scaling=0.3, weights=weights), expected)
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["forward", "and backward"])

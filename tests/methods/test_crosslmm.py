@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hf_tokens_adapters.attention_edit import crosslmm
 from hf_tokens_adapters.attention_edit.crosslmm import CrossLMM
 
 from hf_tokens import CrossLMMConfig, Dims, FourierVLMConfig, get_token_model, measure
@@ -40,8 +41,10 @@ def naive(p, kinds, places, x, update, pictures, there, since, heads):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("together", [1024, 3], ids=["all at once", "three at a time"])
 @pytest.mark.parametrize("case", CASES)
-def test_matches_the_paper(case):
+def test_matches_the_paper(case, together, monkeypatch):
+    monkeypatch.setattr(crosslmm, "AT_A_TIME", together)
     kinds, places, there, since, heads = CASES[case]
     torch.manual_seed(0)
     method = CrossLMM(CrossLMMConfig(heads=heads), Dims(D, 2, 2, 4, 0, 4, "text", True)).double().requires_grad_(False)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import batch, blocks, embed, gpt2, greedy, lm_head
+from largest import Largest
 from tolerances import close
 
 from hf_tokens import (
@@ -17,6 +18,7 @@ from hf_tokens import (
     get_token_model,
     measure,
 )
+from hf_tokens import surgery as surgery_of
 from hf_tokens.testing import zoo
 
 IGNORED = -1
@@ -207,6 +209,35 @@ def test_gradients_reach_the_mark_through_the_choice_of_blocks():
     model.train()(ids, labels=ids).loss.backward()
     (mark,) = [p for p in model.parameters() if p.requires_grad]
     assert mark.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_queries_in_parts_are_all_at_once(side, monkeypatch):
+    c, (ids, mask) = LandmarkAttentionConfig(block=3, local=3, retrieve=1), batch((13, 6), side)
+    found = []
+    for scores in (1 << 24, 200):  # 200 are two queries of this batch
+        monkeypatch.setattr(surgery_of, "SCORES_AT_A_TIME", scores)
+        model, _ = surgery(c)
+        out = model(ids, attention_mask=mask.long(), use_cache=False).logits
+        model.train()
+        kept = model(ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100), use_cache=False)
+        kept.loss.backward()
+        found.append((out[mask], kept.logits[mask], *(p.grad for p in model.parameters() if p.requires_grad)))
+    for whole, parts in zip(*found, strict=True):
+        close(parts, whole)
+
+
+@torch.no_grad()
+def test_no_matrix_of_scores_is_built(monkeypatch):
+    found = []
+    for scores in (1 << 24, 1 << 10):
+        monkeypatch.setattr(surgery_of, "SCORES_AT_A_TIME", scores)
+        model, _ = surgery(LandmarkAttentionConfig(block=8, local=8, retrieve=2))
+        with Largest() as seen:
+            model.get_base_model().transformer(torch.arange(60)[None] % 50, attention_mask=torch.ones(1, 60), use_cache=False)
+        found.append(seen.elements)
+    heads, tokens = 3, 60 + 60 // 8
+    assert found[0] >= heads * tokens**2 > 2 * found[1]
 
 
 def test_what_looks_at_the_same_attention_is_refused():

@@ -21,8 +21,11 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from hf_tokens import AttentionEdit, ConfigError, Dims, MethodConfig, option, register
+
+AT_A_TIME = 1024  # tokens that read together
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,16 @@ class Reader(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, pictures: Tensor, seen: Tensor) -> Tensor:
-        """What x (b m d) reads of the pictures (b v d) where it sees them, (b m v) bool."""
+    def forward(self, x: Tensor, pictures: Tensor, since: Tensor, positions: Tensor) -> Tensor:
+        """What x (b m d) at positions (b m) reads of the pictures (b v d), each of which can be seen since a position, (b v)."""
         split = lambda y: rearrange(y, "b n (h e) -> b h n e", h=self.heads)
         q, k, v = split(self.wq(x)), split(self.wk(pictures)), split(self.wv(pictures))
-        score = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen[:, None], torch.finfo(q.dtype).min)
-        read = (score.softmax(dim=-1) * seen[:, None]) @ v
-        return self.gate.tanh() * self.wo(rearrange(read, "b h n e -> b n (h e)"))
+        read = []
+        for part, place in zip(q.split(AT_A_TIME, dim=2), positions.split(AT_A_TIME, dim=1), strict=True):
+            seen = (since[:, None] <= place[..., None])[:, None]  # b 1 c v
+            some = seen.any(dim=-1, keepdim=True)
+            read.append(scaled_dot_product_attention(part, k, v, attn_mask=seen | ~some).masked_fill(~some, 0))
+        return self.gate.tanh() * self.wo(rearrange(torch.cat(read, dim=2), "b h n e -> b n (h e)"))
 
 
 @register("crosslmm", CrossLMMConfig)
@@ -70,7 +76,7 @@ class CrossLMM(AttentionEdit):
         pictures, there, since = pictured
         if self.config.strength == 0 or pictures.shape[1] == 0:
             return None
-        seen = there[:, None] & (since[:, None] <= positions[..., None])  # b m v
+        since = since.masked_fill(~there, torch.iinfo(since.dtype).max)  # never
         x, pictures = attention_input.to(self.text.gate.dtype), pictures.to(self.text.gate.dtype)
-        read = torch.where(visual[..., None], self.visual(x, pictures, seen), self.text(x, pictures, seen))
+        read = torch.where(visual[..., None], *(reader(x, pictures, since, positions) for reader in (self.visual, self.text)))
         return attention_output + self.config.strength * read.to(attention_output.dtype)

@@ -79,10 +79,8 @@ def instructed(queries: Tensor, keys: Tensor, visual: Tensor, instruction: Tenso
     """IGA: what the image tokens get from the instruction if it sees nothing else, queries (b h m e) and keys (b k m e) to (b m)."""
     asked = instruction.sum(dim=1, keepdim=True)  # b 1
     index = instruction.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(asked.max()))]  # b r
-    rows = queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
-    weights = instruction.gather(1, index).to(queries.dtype)
-    got = attention_columns(rows, keys, scaling=queries.shape[-1] ** -0.5, mask=visual[:, None, None], weights=weights)
-    return got.mean(dim=1) / asked.clamp(min=1)
+    heed = dict(queries=index, weights=instruction.gather(1, index).to(queries.dtype), key_mask=visual, heads="mean")
+    return attention_columns(queries, keys, scaling=queries.shape[-1] ** -0.5, **heed) / asked.clamp(min=1)
 
 
 @register("transprune", TransPruneConfig)
