@@ -120,12 +120,17 @@ class TokenCacheLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """All keys in their order, unpacked (b k n e)."""
-        return None if self.origins is None else self.in_order(self._unpacked()[0], 2)
+        return None if self.origins is None else self._ordered()[0]
 
     @property
     def values(self) -> Tensor | None:
         """All values in their order, unpacked (b k n e)."""
-        return None if self.origins is None else self.in_order(self._unpacked()[1], 2)
+        return None if self.origins is None else self._ordered()[1]
+
+    def _ordered(self) -> tuple[Tensor, Tensor]:
+        if self._slots is None:
+            return self._unpacked()
+        return self._taken(torch.arange(self._slots.shape[-1], device=self._slots.device).expand_as(self._slots))
 
     def in_order(self, x: Tensor, dim: int) -> Tensor:
         """Something of each entry as it lies, (b k|h ...), in the order of the entries."""
@@ -272,7 +277,7 @@ class TokenCacheLayer(CacheLayerMixin):
     def _whole_part(self) -> Part:
         """The states where they lie, as a part."""
         b, k, n, _ = self._states[0].shape
-        buffers, begin = (self._states, 0) if self._room is None else (self._room, self._begin)
+        buffers, begin = self._buffers()
         room = buffers[0].shape[2]
         device = self.origins.device
         starts = begin + room * torch.arange(b * k, device=device).view(b, k)
@@ -326,7 +331,7 @@ class TokenCacheLayer(CacheLayerMixin):
     def _sort(self) -> None:
         """Let the states lie in the order of the entries."""
         if self._slots is not None:
-            self._states, self._room, self._slots = tuple(self.in_order(t, 2) for t in self._states), None, None
+            self._states, self._room, self._slots = self._ordered(), None, None
 
     def _select(self, place: slice, copy: bool = True) -> None:
         self._lent = None
@@ -352,9 +357,7 @@ class TokenCacheLayer(CacheLayerMixin):
         elif self._room is not None and self.window is None and self.length - index.shape[-1] <= FEW:
             self._fill_up(index)
         else:
-            self._sort()
-            wide = cells_of(index, self.heads)[..., None]
-            self._states, self._room = tuple(t.gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in self._states), None
+            self._states, self._room, self._slots = self._taken(index), None, None
         self._change(lambda t: pick_entries(t, index), packed=False)
         self.filled = filled
 
@@ -406,11 +409,25 @@ class TokenCacheLayer(CacheLayerMixin):
     def states(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
         if index is None:
-            return self.keys, self.values
+            return self._ordered()
         if self.held is not None and self._lent is None:
             return tuple(read(self.held, which, index) for which in BOTH)
-        places = index if self._slots is None else pick_entries(self._slots, index)
-        return tuple(t.gather(2, places[..., None].expand(-1, -1, -1, t.shape[3])) for t in self._lent or self._states)
+        return self._taken(index)
+
+    def _taken(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of entries (b r) or (b k r) that are held as they came, or lent."""
+        places = cells_of(index if self._slots is None else pick_entries(self._slots, index), self.heads)
+        b, k, r = places.shape
+        buffers, begin = self._buffers()
+        if self._lent is not None or not all(t.is_contiguous() for t in buffers):
+            return tuple(t.gather(2, places[..., None].expand(-1, -1, -1, t.shape[3])) for t in self._lent or self._states)
+        starts = begin + buffers[0].shape[2] * torch.arange(b * k, device=places.device).view(b, k, 1)
+        rows = (starts + places).flatten()
+        return tuple(t.flatten(0, 2).index_select(0, rows).view(b, k, r, -1) for t in buffers)
+
+    def _buffers(self) -> tuple[tuple[Tensor, Tensor], int]:
+        """Where the states lie, and the place of the first."""
+        return (self._states, 0) if self._room is None else (self._room, self._begin)
 
     def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
@@ -427,7 +444,11 @@ class TokenCacheLayer(CacheLayerMixin):
         places = index if self._slots is None else pick_entries(self._slots, index)
         wide = [places[..., None].expand(-1, -1, -1, t.shape[3]) for t in self._states]
         new = (torch.where(there[..., None], x, t.gather(2, at)) for x, t, at in zip(new, self._states, wide, strict=True))
-        self._states, self._room = tuple(t.scatter(2, at, x) for t, at, x in zip(self._states, wide, new, strict=True)), None
+        if self._room is None or any(t.requires_grad for t in (keys, values)):
+            self._states, self._room = tuple(t.scatter(2, at, x) for t, at, x in zip(self._states, wide, new, strict=True)), None
+            return
+        for states, at, x in zip(self._states, wide, new, strict=True):
+            states.scatter_(2, at, x)
 
     # -- other forms -------------------------------------------------------------------------------------------------
 

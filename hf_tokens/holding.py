@@ -250,13 +250,19 @@ class Part:
             **shape: What else `ragged_attention` is told.
         """
         where = dict(starts=self.starts, lengths=self.lengths, **shape)
-        cells = None if sizes is None else sizes.new_ones(len(self.packed[0][0])).index_copy_(0, self.cells[self.where], sizes[self.where])
+        cells = None if sizes is None else self._by_cell(sizes)
         if self.scale is not None:
             q = q / self.scale.repeat_interleave(q.shape[1] // self.scale.shape[1], dim=1)
         if isinstance(self.forms[0], Plain):
             return ragged_attention(q, self.packed[0][0], self.packed[1][0], sizes=cells, **where)
         packed = (Rounded(*x, form.bits, form.group, form.width) for x, form in zip(self.packed, self.forms, strict=True))
         return packed_attention(q, *packed, sizes=cells, **where)
+
+    def _by_cell(self, x: Tensor) -> Tensor:
+        """Something of each entry (b k n) for each cell, (c)."""
+        many = len(self.packed[0][0])
+        spots = torch.where(self.cells < 0, many, self.cells)  # one more for what is not here
+        return x.new_ones(many + 1).scatter_(0, spots.flatten(), x.flatten())[:many]
 
     def weights(self, scores: Tensor, log: Tensor) -> Tensor:
         """The probability of each entry, the mean of the queries of its head (b k n), by the scores of the cells and the log (b h 1)."""
