@@ -96,7 +96,7 @@ class Books:
             filled = None if filled is None else filled | tokens.fresh
         if tokens.filled is not None:
             filled = tokens.filled if filled is None else filled & tokens.filled
-        sizes = tokens.sum(self.all_sizes()[..., None])[..., 0]
+        sizes = tokens.count(self.all_sizes())
         if tokens.fresh is not None:
             sizes = torch.where(tokens.fresh, 1.0, sizes)
         slot = torch.where(self.slot < 0, -1, tokens.slot.gather(1, self.slot.clamp(min=0)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from hf_tokens_kernels import attention_columns, attention_entropy
+from hf_tokens_kernels import attention_columns, attention_entropy, routed_scatter, unmerge
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -114,7 +114,7 @@ class Sublayer(BoundForward):
         output, age, rest = held.output, held.age + 1, ()
         if index.shape[1] or self.joins(given):
             fresh, rest = self._some(hidden, index, given)
-            output = output.scatter(1, index[..., None].expand_as(fresh), fresh)
+            output = routed_scatter(output, fresh, index)
             age = age.scatter(1, index, 0)
         store[self.part] = Feature(output, age)
         return (output, *rest) if rest else output
@@ -143,8 +143,7 @@ class Sublayer(BoundForward):
         self.sites.count(self.part, mapped.shape[0] * mapped.shape[1])
         output = self._short(mapped, whole, hidden, given)
         first = output[0] if isinstance(output, tuple) else output
-        gone = (whole.slot < 0).view(*whole.slot.shape, *[1] * (first.dim() - 2))
-        back = take(first, whole.slot.clamp(min=0)).masked_fill(gone, 0)
+        back = unmerge(first, whole.slot)
         return (back, *output[1:]) if isinstance(output, tuple) else back
 
     def _short(self, mapped: Tensor, tokens: TokenMap, hidden: Tensor, given: dict[str, Any]) -> Any:

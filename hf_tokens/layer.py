@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hf_tokens_kernels import unmerge
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -368,7 +369,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         guests = 0 if held is None else self.moment.local.m - held.n
         if held is None or output.shape[1] != guests + held.m:
             return None
-        back = held.restore(output[:, guests:], output.new_zeros(()).expand(len(output), held.n, output.shape[-1]))
+        back = unmerge(output[:, guests:], held.slot)
         return torch.cat([output[:, :guests], back], dim=1)
 
     # -- the attention call ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hf_tokens_kernels import routed_gather, routed_scatter
 from torch import Tensor, nn
 
 from . import families
@@ -44,9 +45,7 @@ class RoutedMlp(BoundForward):
             came = f"{type(self.module).__name__} called with {[tuple(t.shape) for t in (x, *others) if isinstance(t, Tensor)]}"
             raise UnsupportedError(explain(rule, came, "Do not chunk it (`disable_forward_chunking`), or choose another model."))
         gate, extra = self._ask(routers, x)
-        y = self._compute(x, gate, local.flags(local.filled, True))
-        y = gate[..., None].to(y.dtype) * y
-        return y if extra is None else y + extra.to(y.dtype)
+        return self._compute(x, gate, extra, local.flags(local.filled, True))
 
     def _ask(self, routers: list[TokenRouter], x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of each token (b m d) that the block runs on: the gate (b m), and what is added (b m d)."""
@@ -69,8 +68,8 @@ class RoutedMlp(BoundForward):
             rule = "Routers that hear from one another in training need checkpoints that keep the graph between blocks"
             raise UnsupportedError(explain(rule, "reentrant checkpointing", "Use non-reentrant checkpointing."))
 
-    def _compute(self, x: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
-        """What the MLP returns for the tokens with a gate, and zeros for the others."""
+    def _compute(self, x: Tensor, gate: Tensor, extra: Tensor | None, filled: Tensor) -> Tensor:
+        """What the MLP returns for the tokens with a gate, times that, and zeros for the others; and what is added."""
         runs = (gate != 0) & filled
         chosen = int(runs.sum())
         counts = self.side.runtime.counts
@@ -78,12 +77,15 @@ class RoutedMlp(BoundForward):
             key = (self.side.index, "mlp")
             counts[key] = counts.get(key, 0) + chosen
         if chosen == runs.numel():
-            return self._plain(self.inner(x))
+            y = self._plain(self.inner(x))
+            y = gate[..., None].to(y.dtype) * y
+            return y if extra is None else y + extra.to(y.dtype)
         if chosen == 0:
-            return torch.zeros_like(x)
-        rows, columns = runs.nonzero(as_tuple=True)
-        y = self._plain(self.inner(x[rows, columns][None]))[0]
-        return y.new_zeros(*x.shape[:2], y.shape[-1]).index_put((rows, columns), y)
+            return torch.zeros_like(x) if extra is None else extra.to(x.dtype)
+        index = runs.view(1, -1).nonzero()[None, :, 1]  # of all rows behind each other
+        y = self._plain(self.inner(routed_gather(x.flatten(0, 1)[None], index)))
+        rest = y.new_zeros(*x.shape[:2], y.shape[2]) if extra is None else extra.to(y.dtype)
+        return routed_scatter(rest.flatten(0, 1)[None], y, index, gate.reshape(1, -1).gather(1, index), residual=True).view_as(rest)
 
     def _plain(self, output: Any) -> Tensor:
         if isinstance(output, Tensor):

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hf_tokens_kernels import routed_gather, routed_scatter
 from torch import Tensor, nn
 
 from .anatomy import Stream
@@ -332,12 +333,15 @@ class Runtime:
             rule = "A block that gets other tokens than the model gave must keep their width"
             came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {self.stream.paths[side.index]}"
             raise UnsupportedError(explain(rule, came, "Choose other layers."))
-        if routed is not None:
-            y = routed.restore(y, hidden)
-        if gate is not None:
-            mixed = hidden + gate[..., None].to(y.dtype) * (y - hidden)
-            y = mixed if gate.requires_grad else torch.where((gate == 1)[..., None], y, mixed)
-        return output, y
+        return output, y if gate is None else self._rejoin(gate, routed, hidden.to(y.dtype), y)
+
+    @staticmethod
+    def _rejoin(gate: Tensor, routed: TokenMap | None, hidden: Tensor, y: Tensor) -> Tensor:
+        """The tokens, with what the block made of those that ran, each by its gate: exactly that where it is one."""
+        if routed is None:
+            return torch.lerp(hidden, y, gate[..., None].to(y.dtype))
+        index = routed.source if routed.filled is None else routed.source.masked_fill(~routed.filled, -1)
+        return routed_scatter(hidden, y, index, gate.gather(1, routed.source))
 
     @staticmethod
     def _route(gate: Tensor | None, dense: bool, books: Books, hidden: Tensor) -> tuple[Books, Tensor, TokenMap | None]:
@@ -350,7 +354,7 @@ class Runtime:
         if bool(runs.all()):
             return books, hidden, None
         routed = TokenMap.select(runs)
-        return books.move(routed), routed.gather(hidden), routed
+        return books.move(routed), routed_gather(hidden, routed.source), routed
 
     def _invite(self, methods: list[Method], moment: Moment) -> tuple[Books, Tensor, list[Guest]]:
         """Put the tokens in front that are there for this block only."""

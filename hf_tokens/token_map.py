@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from hf_tokens_kernels import merge, take_rows, unmerge
 from torch import Tensor
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """Gather whole rows: x (b ... n ...), index (b m) along `dim`; a batch of one in x is broadcast."""
-    if x.shape[0] == 1 and index.shape[0] > 1:
-        x = x.expand(index.shape[0], *x.shape[1:])
-    dim = dim % x.dim()
-    shape = [1] * x.dim()
-    shape[0], shape[dim] = index.shape
-    target = list(x.shape)
-    target[dim] = index.shape[1]
-    return x.gather(dim, index.view(shape).expand(target))
+    dim, b = dim % x.dim(), max(len(x), len(index))
+    index = index.expand(b, -1)
+    if dim == 1 and x.dim() > 2:
+        return take_rows(x, index)
+    lead = x.shape[1:dim].numel()
+    if len(x) < b and (lead > 1 or dim == x.dim() - 1):
+        x = x.expand(b, *x.shape[1:])
+    if dim < x.dim() - 1:  # the same rows for each that stands in front
+        out = take_rows(x.flatten(0, dim - 1), index if lead == 1 else index.repeat_interleave(lead, dim=0))
+        return out.view(b, *x.shape[1:dim], index.shape[1], *x.shape[dim + 1 :])
+    return x.gather(dim, index.view(b, *[1] * (dim - 1), -1).expand(*x.shape[:-1], -1))
 
 
 def rank(values: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def indices(marked: Tensor) -> Tensor:
 
 def put_back(y: Tensor, slot: Tensor, before: Tensor) -> Tensor:
     """Each of n tokens takes its slot's row of y (b m ...); one whose slot (b n) is -1 keeps its row of `before` (b n ...)."""
-    return torch.where((slot < 0).view(*slot.shape, *[1] * (y.dim() - 2)), before.to(y.dtype), take(y, slot.clamp(min=0)))
+    return unmerge(y, slot, before)
 
 
 def overwrite(x: Tensor, marked: Tensor, tokens: Tensor) -> Tensor:
@@ -208,21 +212,16 @@ class TokenMap:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all tokens in each slot: x (b n d) to (b m d)."""
-        out = x.new_zeros(x.shape[0], self.m + 1, x.shape[2])  # the last slot collects what vanishes
-        slot = torch.where(self.slot < 0, self.m, self.slot)
-        return out.scatter_add(1, slot[..., None].expand_as(x), x)[:, : self.m]
+        return merge(x, self.slot, self.m, reduce="sum")
 
-    def highest(self, x: Tensor) -> Tensor:
-        """The largest of all tokens in each slot, by feature: x (b n d) to (b m d); -inf where there is none."""
-        out = x.new_full((x.shape[0], self.m + 1, x.shape[2]), -torch.inf)
-        slot = torch.where(self.slot < 0, self.m, self.slot)
-        return out.scatter_reduce(1, slot[..., None].expand_as(x), x, reduce="amax")[:, : self.m]
+    def count(self, sizes: Tensor) -> Tensor:
+        """The sum of a number of each token (b n) in each slot, (b m)."""
+        out = sizes.new_zeros(len(sizes), self.m + 1)  # the last slot collects what vanishes
+        return out.scatter_add(1, torch.where(self.slot < 0, self.m, self.slot), sizes)[:, : self.m]
 
     def mean(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         """The mean of all tokens in each slot, weighted by `sizes` (b n); empty slots are zero."""
-        weight = x.new_ones(x.shape[:2]) if sizes is None else sizes.to(x.dtype)
-        total = self.sum(weight[..., None])
-        return self.sum(x * weight[..., None]) / total.where(total > 0, 1)
+        return merge(x, self.slot, self.m, sizes)
 
     def apply(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         """The tokens behind the map: the weighted mean of those that join, or the one that stays, or the map's own content."""

@@ -387,7 +387,7 @@ def test_the_teacher_is_the_model_without_the_adapter(inside):
     model = base if inside else get_peft_model(base, lora, adapter_name="task")
     ids = torch.arange(9)[None]
     want = model(input_ids=ids).logits
-    model = get_token_model(model, [FTPConfig(sparsity=0.5), *([lora] if inside else [])]).train()
+    model = get_token_model(model, [FTPConfig(sparsity=0.5, strict=True), *([lora] if inside else [])]).train()
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with root_of(model).without_adapters():
         assert torch.equal(base(input_ids=ids).logits, want)

@@ -22,8 +22,9 @@ Differs: y* comes as a column `hf_tokens_targets` of the batch, the runs of each
 from dataclasses import dataclass
 
 import torch
+from hf_tokens_kernels import merge
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, one_hot
+from torch.nn.functional import gelu, linear
 
 from hf_tokens import ConfigError, Dims, LayerRouter, MethodConfig, option, register, straight_through
 
@@ -51,9 +52,8 @@ def windowed_means(hidden: Tensor, mask: Tensor, windows: int) -> tuple[Tensor, 
     there = count.clamp(max=windows)
     size = count // there
     window = ((mask.cumsum(dim=1) - 1).clamp(min=0) // size).where(mask, windows).clamp(max=windows)
-    window = window.where(window < there, windows)  # tokens behind the last window
-    share = one_hot(window, windows + 1)[..., :windows].to(hidden.dtype) / size[..., None]
-    return share.transpose(1, 2) @ hidden, torch.arange(windows, device=hidden.device) < there
+    window = window.where(window < there, -1)  # tokens behind the last window
+    return merge(hidden, window, windows), torch.arange(windows, device=hidden.device) < there
 
 
 @register("dr-llm", DrLLMConfig)

@@ -16,6 +16,7 @@ Differs: values below `eps` count as `eps`, as in every GeM, since a power of a 
 from dataclasses import dataclass
 
 import torch
+from hf_tokens_kernels import pool_power
 from torch import Tensor, nn
 
 from hf_tokens import ConfigError, Dims, MethodConfig, Pooler, option, register
@@ -43,8 +44,5 @@ class GGeM(Pooler):
         return self.config.strength
 
     def pool(self, hidden: Tensor, mask: Tensor, sizes: Tensor, positions: Tensor, prefix: int) -> Tensor:
-        weight = (sizes * (mask & (positions >= prefix))).to(torch.promote_types(hidden.dtype, torch.float32))  # b n
-        share = (weight / weight.sum(dim=1, keepdim=True).clamp(min=1)).log().clamp(min=torch.finfo(weight.dtype).min)
-        p = self.p.to(share.dtype)[:, None]  # g 1
-        logs = hidden.to(share.dtype).clamp(min=self.config.eps).log().unflatten(-1, (len(p), -1))  # b n g e
-        return ((p * logs + share[..., None, None]).logsumexp(dim=1) / p).exp().flatten(1).to(hidden.dtype)
+        counted = mask & (positions >= prefix)  # b n
+        return pool_power(hidden, self.p, counted.long() - 1, 1, sizes, eps=self.config.eps)[:, 0]

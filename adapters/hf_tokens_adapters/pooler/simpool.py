@@ -17,6 +17,7 @@ Differs: the base model is pretrained, so W_Q and W_K start from N(0, 0.02^2), w
 from dataclasses import dataclass
 
 import torch
+from hf_tokens_kernels import pool_power
 from torch import Tensor, nn
 
 from hf_tokens import Dims, MethodConfig, Pooler, option, register
@@ -49,5 +50,5 @@ class SimPool(Pooler):
         scores = torch.einsum("bnd,bd->bn", self.to_key(normed), self.to_query(mean)) * hidden.shape[-1] ** -0.5
         attention = (scores + sizes.log().to(scores.dtype)).masked_fill(~counted, torch.finfo(scores.dtype).min).softmax(dim=1)
         least = normed.masked_fill(~counted[..., None], torch.inf).amin(dim=(1, 2), keepdim=True)
-        values = (normed - least).clamp(min=1e-6)  # the gradient of a power has no limit at zero
-        return torch.einsum("bn,bnd->bd", attention, values**self.config.gamma) ** (1 / self.config.gamma)
+        values = normed - least  # from 1e-6 on: the gradient of a power has no limit at zero
+        return pool_power(values, self.config.gamma, counted.long() - 1, 1, attention)[:, 0]

@@ -17,6 +17,7 @@ Differs: the paper pools feature maps inside of a network; here the region is th
 from dataclasses import dataclass
 
 import torch
+from hf_tokens_kernels import pool_softmax
 from torch import Tensor
 
 from hf_tokens import MethodConfig, Pooler, TokenMap, UnsupportedError, option, register
@@ -44,9 +45,6 @@ class SoftPool(Pooler):
             window = place // across // k * -(-across // k) + place % across // k
         windows = TokenMap.pool(torch.where(counted, window, -1))
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        peak = windows.highest(x.detach()).gather(1, windows.slot.clamp(min=0)[..., None].expand_as(x))
-        weight = sizes[..., None].to(x.dtype) * (x - peak).masked_fill(~counted[..., None], 0).exp()
-        total, summed = windows.sum(weight), windows.sum(weight * x)  # b w d
-        each = summed / total.where(total > 0, 1)
-        there = (total > 0).any(dim=-1, keepdim=True)
+        each = pool_softmax(x, x, windows.slot, windows.m, sizes)  # b w d
+        there = windows.count(sizes)[..., None] > 0
         return (each.sum(dim=1) / there.sum(dim=1).clamp(min=1)).to(hidden.dtype)

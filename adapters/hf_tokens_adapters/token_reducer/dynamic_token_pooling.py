@@ -89,11 +89,11 @@ class DynamicTokenPooling(TokenReducer):
         at_first = torch.zeros_like(share).scatter(1, first[:, None], 1)
         running, count = rows.get(f"{self.key}.running", x[:, 0] * 0), rows.get(f"{self.key}.count", share[:, 0] * 0)
         x = (x * share[..., None]).masked_fill(~mask[..., None], 0) + at_first[..., None] * running[:, None]
-        share = (share + at_first * count[:, None])[..., None]
-        unfinished = (tokens.slot < 0)[..., None]
+        share = share + at_first * count[:, None]
+        unfinished = tokens.slot < 0
         rows[f"{self.key}.begun"] = begun | mask.any(dim=1)
-        rows[f"{self.key}.running"], rows[f"{self.key}.count"] = (x * unfinished).sum(dim=1), (share * unfinished).sum(dim=1)[:, 0]
-        total = tokens.sum(share)
+        rows[f"{self.key}.running"], rows[f"{self.key}.count"] = (x * unfinished[..., None]).sum(dim=1), (share * unfinished).sum(dim=1)
+        total = tokens.count(share)[..., None]
         slots = tokens.sum(x) / total.where(total > 0, 1)
         null = torch.zeros_like(total, dtype=torch.bool) if tokens.fresh is None else tokens.fresh[..., None]
         return tokens.holding(torch.where(null, self.null.to(wide), slots))

@@ -20,7 +20,7 @@ True
 from dataclasses import dataclass
 
 import torch
-from einops import einsum
+from hf_tokens_kernels import low_pass, routed_gather, routed_scatter
 from torch import Tensor
 
 from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, register
@@ -29,19 +29,6 @@ from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, register
 @dataclass(frozen=True)
 class FourierVLMConfig(MethodConfig):
     keep: float = option(0.5, gt=0, le=1, zero=1.0, help="Share of each side of a picture that stays (paper: h / H; 0.67 for Qwen2-VL).")
-
-
-def cosines(size: int, like: Tensor) -> Tensor:
-    """The orthonormal DCT-II, (frequency, place)."""
-    k, i = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
-    waves = torch.cos(torch.pi * (2 * i + 1) * k / (2 * size)) * (2 / size) ** 0.5
-    waves[0] /= 2**0.5
-    return waves.to(like)
-
-
-def low_pass(size: int, left: int, like: Tensor) -> Tensor:
-    """From `size` places to `left` of them, by the lowest frequencies, (left, size)."""
-    return cosines(left, like).mT @ cosines(size, like)[:left] * (left / size) ** 0.5
 
 
 @register("fourier-vlm", FourierVLMConfig)
@@ -63,17 +50,16 @@ class FourierVLM(TokenReducer):
         if not prefill or self.config.keep == 1:
             return None
         m = hidden.shape[1]
-        tokens, group = hidden.flatten(0, 1).clone(), torch.arange(m, device=hidden.device).repeat(len(hidden))
+        tokens, group = hidden.flatten(0, 1)[None], torch.arange(m, device=hidden.device).repeat(len(hidden))
         for videos in pictures:
             index = videos.flatten(0, 1)  # p h w, of one size
-            (height, width), wide = index.shape[1:], torch.promote_types(hidden.dtype, torch.float32)
+            height, width = index.shape[1:]
             h, w = self.left(height), self.left(width)
             rows, columns = (torch.arange(size, device=index.device) * few // size for size, few in ((height, h), (width, w)))
             corner = [torch.searchsorted(cells, torch.arange(few, device=index.device)) for cells, few in ((rows, h), (columns, w))]
             first = index[:, corner[0]][:, :, corner[1]]  # p h w, of the smaller grid
-            like = tokens.new_empty((), dtype=wide)
-            low = einsum(low_pass(height, h, like), tokens[index].to(wide), low_pass(width, w, like), "r h, p h w d, c w -> p r c d")
-            tokens = tokens.index_put((first,), low.to(tokens.dtype))
+            low = low_pass(routed_gather(tokens, index.reshape(1, -1)).view(*index.shape, -1), h, w)
+            tokens = routed_scatter(tokens, low.view(1, -1, low.shape[3]), first.reshape(1, -1))
             group[index] = first[:, rows][:, :, columns] % m
         found = TokenMap.pool(torch.where(mask, group.view_as(mask), -1))
         return found.holding(found.gather(tokens.view_as(hidden)))

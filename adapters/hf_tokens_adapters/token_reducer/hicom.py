@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from hf_tokens_kernels import merge, pool_softmax, unmerge
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -111,10 +112,10 @@ class HICom(TokenReducer):
 
     def local(self, x: Tensor, cell: Tensor, count: int, guide: Tensor) -> Tensor:
         """One token for each cell, x (p n d) to (p cells d)."""
-        share = torch.nn.functional.one_hot(cell, count).to(x)  # n cells
-        query = self.inject("local", share.mT @ x / share.sum(dim=0)[:, None], guide)
-        score = (query @ x.mT / x.shape[-1] ** 0.5).masked_fill(share.mT == 0, -torch.inf)  # p cells n
-        got = score.softmax(dim=-1) @ x
+        cell = cell.expand(len(x), -1)  # p n
+        query = self.inject("local", merge(x, cell, count), guide)
+        score = (unmerge(query, cell) * x).sum(dim=-1) / x.shape[-1] ** 0.5  # p n
+        got = pool_softmax(x, score, cell, count)
         return got + self.local_readout(got)
 
     def everywhere(self, x: Tensor, guide: Tensor, count: int) -> Tensor:

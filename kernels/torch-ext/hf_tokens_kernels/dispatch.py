@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -47,7 +48,11 @@ def choose(operation: str, *tensors: Tensor, refuses: str | None = None, small: 
     Raises:
         ValueError: `backend("triton")` is set, and the twin cannot run.
     """
-    wanted = _wanted.get()
+    if torch.compiler.is_compiling():  # what is asked for cannot be traced
+        return not (small or interpreted() or _lack(tensors) or refuses)
+    wanted, listeners = _wanted.get(), _listeners.get()
+    if wanted == "auto" and not listeners and tensors[0].is_cpu:
+        return False  # interpreted or not, and nobody asks why
     if wanted == "torch":
         backend, why = "torch", "asked for"
     elif lack := _lack(tensors) or refuses:
@@ -62,7 +67,7 @@ def choose(operation: str, *tensors: Tensor, refuses: str | None = None, small: 
         backend, why = "torch", "a small size"
     else:
         backend, why = "triton", f"{tensors[0].device.type}, {tensors[0].dtype}".replace("torch.", "")
-    for heard in _listeners.get():
+    for heard in listeners:
         heard.append(Choice(operation, backend, why))
     return backend == "triton"
 
@@ -74,15 +79,21 @@ def interpreted() -> bool:
 
 def _lack(tensors: tuple[Tensor, ...]) -> str | None:
     """Why no kernel can run on these tensors; None if one can."""
-    devices = {t.device.type for t in tensors}
-    if len(devices) > 1:
-        return f"tensors on {' and '.join(sorted(devices))}"
-    if not interpreted() and not devices <= set(GPUS):
-        return f"tensors on {devices.pop()}"
+    device = tensors[0].device.type
+    if any(t.device.type != device for t in tensors):
+        return f"tensors on {' and '.join(sorted({t.device.type for t in tensors}))}"
+    if device not in GPUS and not interpreted():
+        return f"tensors on {device}"
     strange = [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in DTYPES]
     if strange:
         return f"tensors of {strange[0]}".replace("torch.", "")
-    return None if importlib.util.find_spec("triton") else "an installation without triton"
+    return None if installed() else "an installation without triton"
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether there is a Triton."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @contextlib.contextmanager
