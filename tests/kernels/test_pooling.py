@@ -4,7 +4,7 @@ import pytest
 import torch
 from hf_tokens_kernels import backend as backend_of
 from hf_tokens_kernels import pool_max, pool_power, pool_softmax
-from memory import Largest
+from largest import Largest
 from tolerances import close
 
 SHAPES = [  # batch, tokens, groups, channels, heads
