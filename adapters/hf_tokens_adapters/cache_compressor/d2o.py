@@ -21,9 +21,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange
+from hf_tokens_kernels import match
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from hf_tokens import CacheCompressor, MethodConfig, heavy_hitters, indices, option, register
 
@@ -75,14 +74,15 @@ class D2O(CacheCompressor):
         index = indices(goes)  # b k g
         there = goes.gather(-1, index)
         gone = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values)]
-        alike = einsum(normalize(gone[0], dim=-1), normalize(keys, dim=-1), "b k g e, b k n e -> b k g n")
-        alike, nearest = alike.masked_fill(~stays[:, :, None], -torch.inf).max(dim=-1)  # b k g
+        heads = [x.flatten(0, 1) for x in (gone[0], keys, there, stays)]
+        alike, nearest = (x.view_as(there) for x in match(*heads[:2], src_mask=heads[2], dst_mask=heads[3]))  # b k g
+        alike = alike.to(keys.dtype)
         tau = self.threshold(torch.where(there, alike, 0).sum(dim=-1) / there.sum(dim=-1), record, prefill)
         weight = torch.where(there & (alike >= tau[..., None]), alike.exp(), 0)
         total = torch.full_like(keys[..., 0], math.e).scatter_add(2, nearest, weight)
-        spread = rearrange(nearest, "b k g -> b k g 1")
+        row = (nearest.flatten(0, 1) + keys.shape[2] * torch.arange(len(heads[0]), device=keys.device)[:, None]).flatten()
         joined = [
-            (math.e * x).scatter_add(2, spread.expand_as(g), weight[..., None] * g) / total[..., None]
+            (math.e * x).flatten(0, 2).index_add(0, row, (weight[..., None] * g).flatten(0, 2)).view_as(x) / total[..., None]
             for x, g in zip((keys, values), gone, strict=True)
         ]
         return *joined, None

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from hf_tokens_kernels import match
 from torch import Tensor
 
 from hf_tokens import FeatureCache, MethodConfig, UnsupportedError, option, rank, register
@@ -49,7 +50,7 @@ def cluster(noise: Tensor, grid: tuple[int, int], clusters: int, content: float)
     seeds = ((torch.arange(k, device=noise.device) + 0.5) * n / k).long()
     centres = x[:, seeds]
     for _ in range(ROUNDS):
-        labels = torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=-1)  # b n
+        labels = match(x, centres, metric="euclidean")[1]  # b n
         member = F.one_hot(labels, k).to(x)  # b n k
         size = member.sum(dim=1)[..., None]
         centres = torch.where(size > 0, member.mT @ x / size.clamp(min=1), centres)

@@ -20,9 +20,7 @@ torch.Size([1, 6, 32])
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from hf_tokens_kernels import agglomerate
+from hf_tokens_kernels import cluster
 from torch import Tensor
 
 from hf_tokens import MethodConfig, Pooler, TokenMap, option, register
@@ -42,9 +40,8 @@ class ColBERTTokenPooling(Pooler):
         if self.config.pool_factor == 1:
             return None
         protected = mask & (positions < max(prefix, self.config.protected_tokens))  # b n
-        unit = F.normalize(hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)
-        distance = (2 - 2 * unit @ unit.mT).clamp(min=0)  # b n n
-        groups = TokenMap.pool(agglomerate(distance, mask.sum(dim=1) // self.config.pool_factor, "ward", mask, protected))
+        target = mask.sum(dim=1) // self.config.pool_factor
+        groups = TokenMap.pool(cluster(hidden.detach(), target, "ward", valid=mask, protected=protected))
         vectors = groups.mean(hidden, sizes)  # b p d
         if groups.filled is None:
             return vectors

@@ -18,9 +18,7 @@ True
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from hf_tokens_kernels import agglomerate
+from hf_tokens_kernels import cluster
 from torch import Tensor
 
 from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, register
@@ -58,7 +56,6 @@ class ATC(TokenReducer):
         if self.config.keep_rate == 1 and self.merged() == 0:
             return None
         protected = (positions < prefix) | fresh  # b n
-        features = F.normalize(keys.mean(dim=1).to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)  # b n d
         count = (mask & ~protected).sum(dim=1)
         target = (count.double() * self.config.keep_rate - 1e-9).ceil().long() - self.merged()  # b
-        return TokenMap.pool(agglomerate(1 - features @ features.mT, target, self.config.linkage, mask, protected))
+        return TokenMap.pool(cluster(keys.mean(dim=1), target, self.config.linkage, valid=mask, protected=protected))

@@ -20,7 +20,7 @@ True
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from hf_tokens_kernels import match
 from torch import Tensor
 
 from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, rank, register
@@ -64,8 +64,8 @@ class ImportanceTokenMerge(TokenReducer):
         important = guidance if guidance is not None else -turn.to(hidden.dtype)
         inside = (rank(important.masked_fill(~mine, -torch.inf)) < pool) if guidance is not None else mine
         dst = turn.masked_fill(~(inside & mine), m).argsort(dim=1)[:, :targets]  # b t
-        x = F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)
-        alike, partner = (x @ x.gather(1, dst[..., None].expand(-1, -1, x.shape[-1])).mT).max(dim=-1)  # b m
+        x = hidden.detach()
+        alike, partner = match(x, x.gather(1, dst[..., None].expand(-1, -1, x.shape[-1])))  # b m
         last = torch.zeros_like(mine).scatter(1, dst, True) | ~mine
         eager = torch.where(inside, alike, alike + 4).masked_fill(last, -torch.inf)  # what is not important goes first
         src = eager.argsort(dim=1, descending=True, stable=True)[:, :merged]

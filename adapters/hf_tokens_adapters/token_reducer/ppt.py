@@ -18,11 +18,11 @@ Differs: without a class token a is the mean over all tokens; pairs stand apart 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
+from hf_tokens_kernels import match
 from torch import Tensor
 
-from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, rank, register
+from hf_tokens import MethodConfig, TokenMap, TokenReducer, indices, option, rank, register
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,13 @@ class PPT(TokenReducer):
     @staticmethod
     def partners(keys: Tensor, free: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """The token that each free one is most alike, and whether it joins that one, (b n) each."""
-        features = F.normalize(keys.mean(dim=1), dim=-1)
-        second = free & (free.cumsum(dim=1) % 2 == 0)
-        first = free & ~second
-        alike = (features @ features.mT).masked_fill(~second[:, None], -torch.inf)
-        best, partner = alike.max(dim=-1)
-        return partner, first & (rank(best.masked_fill(~first, -torch.inf)) < r)
+        features, order = keys.mean(dim=1), indices(free)  # b n d, b f
+        there = torch.arange(order.shape[1], device=keys.device) < free.sum(dim=1, keepdim=True)
+        index = torch.arange(free.shape[1], device=keys.device).expand_as(free)
+        if order.shape[1] < 2:
+            return index, torch.zeros_like(free)
+        (first, firsts), (second, seconds) = ((order[:, at::2], there[:, at::2]) for at in (0, 1))
+        pick = lambda at: features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
+        best, mate = match(pick(first), pick(second), src_mask=firsts, dst_mask=seconds)
+        best = best.new_full(free.shape, -torch.inf).scatter(1, first, best)
+        return index.scatter(1, first, second.gather(1, mate)), free & (rank(best) < r)

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from hf_tokens_kernels import match
 from torch import Tensor
 
-from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, rank, register
+from hf_tokens import MethodConfig, TokenMap, TokenReducer, indices, option, rank, register
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,24 @@ class RecoverableCompressionConfig(MethodConfig):
 
 def outliers(values: Tensor, among: Tensor, k: int, threshold: float) -> Tensor:
     """How many of the values (p n) that count have a local outlier factor above the threshold, (p)."""
-    apart = (values[:, :, None] - values[:, None]).abs()
-    itself = torch.eye(values.shape[1], dtype=torch.bool, device=values.device)
-    ordered = apart.masked_fill(itself | ~(among[:, :, None] & among[:, None]), torch.inf).sort(dim=-1, stable=True)
-    few = (among.sum(dim=1) - 1).clamp(max=k)[:, None, None]  # p 1 1
-    near, gap = ordered.indices[..., :k], ordered.values[..., :k]
-    counts = torch.arange(near.shape[-1], device=values.device) < few  # p 1 k
-    radius = gap.gather(2, (few - 1).clamp(min=0).expand(-1, gap.shape[1], -1))[..., 0]  # p n, to the last neighbour
-    of = lambda x: x[:, None].expand(-1, near.shape[1], -1).gather(2, near)
+    n, count = values.shape[1], among.sum(dim=1)[:, None, None]  # p 1 1
+    k = min(k, n - 1)
+    few, place = (count - 1).clamp(max=k), torch.arange(n, device=values.device)
+    value, order = values.masked_fill(~among, torch.inf).sort(dim=1, stable=True)
+    value = value.masked_fill(place >= count[..., 0], 0)
+    apart = torch.arange(-k, k + 1, device=values.device)
+    near = place[:, None] + apart[apart != 0]  # n 2k, in the order of the values the nearest k are among the k on either side
+    inside, near = (near >= 0) & (near < count), near.clamp(0, n - 1)
+    gap = (value[..., None] - value[:, near]).abs().masked_fill(~inside, torch.inf)
+    turn = order[:, near].argsort(dim=-1, stable=True)  # of equally near ones the first
+    gap, by_gap = gap.gather(2, turn).sort(dim=-1, stable=True)
+    near, gap = near.expand_as(turn).gather(2, turn).gather(2, by_gap)[..., :k], gap[..., :k]
+    counts = torch.arange(k, device=values.device) < few  # p 1 k
+    radius = gap.gather(2, (few - 1).clamp(min=0).expand(-1, n, -1))[..., 0] if k else torch.zeros_like(value)  # to the last neighbour
+    of = lambda x: x.gather(1, near.flatten(1)).view_as(near)
     mean = lambda x: x.masked_fill(~counts, 0).sum(dim=-1) / few[..., 0].clamp(min=1)
     density = 1 / (mean(torch.maximum(of(radius), gap)) + 1e-10)
-    return (among & (mean(of(density)) / density > threshold) & (few[..., 0] > 0)).sum(dim=1)
+    return ((place < count[..., 0]) & (mean(of(density)) / density > threshold) & (few[..., 0] > 0)).sum(dim=1)
 
 
 @register("recoverable-compression", RecoverableCompressionConfig)
@@ -88,12 +96,23 @@ class RecoverableCompression(TokenReducer):
         alike = F.cosine_similarity(x, question[:, None], dim=-1)
         stays = stays | highest(alike, ~stays & asked[:, None], stands_out(alike, ~stays & asked[:, None]))
         centre = highest(seen, ~stays, stands_out(seen, ~stays))
-        unit = F.normalize(x, dim=-1)
-        cosine = unit @ unit.mT
-        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        others = cosine.masked_fill((stays[:, None] | itself).expand_as(cosine), -torch.inf)
-        near = (rank(others.flatten(0, 1)).view_as(others) < c.merged) & others.isfinite()
-        content = torch.where(centre[..., None], x + (near * seen[:, None]) @ x, x)
-        nearest, into = cosine.masked_fill(~centre[:, None], -torch.inf).max(dim=-1)
         index = torch.arange(x.shape[1], device=x.device).expand_as(seen)
-        return content, torch.where(stays | centre, index, torch.where(nearest.isfinite(), into, -1))
+        if not bool(centre.any()):
+            return x, torch.where(stays, index, -1)
+        at = indices(centre)  # p c
+        there = centre.gather(1, at)
+        core = x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+        into = at.gather(1, match(x.detach(), core.detach(), dst_mask=there)[1])
+        content = self.taken_in(x, seen, at, core, there, ~stays) if c.merged else x
+        return content, torch.where(stays | centre, index, torch.where(centre.any(dim=1, keepdim=True), into, -1))
+
+    def taken_in(self, x: Tensor, seen: Tensor, at: Tensor, core: Tensor, there: Tensor, rest: Tensor) -> Tensor:
+        """Pictures (p n d) in which the centres `at` (p c), in content `core`, hold their nearest of the rest (p n) too."""
+        p, n, _ = x.shape
+        index, given = torch.arange(n, device=x.device).expand(p, n), dict(src_group=at, src_mask=there, dst_mask=rest)
+        score, near = match(core.detach(), x.detach(), **given, dst_group=index, k=min(self.config.merged, n))  # p c k
+        first = n * torch.arange(p, device=x.device)[:, None]
+        share = torch.where(score > -torch.inf, seen.gather(1, near.flatten(1)).view_as(near), 0)
+        row = (near + first[..., None]).flatten(0, 1)
+        sums = F.embedding_bag(row, x.flatten(0, 1), per_sample_weights=share.flatten(0, 1), mode="sum")
+        return x.flatten(0, 1).index_add(0, (at + first).flatten(), sums).view_as(x)

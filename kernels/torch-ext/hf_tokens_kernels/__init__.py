@@ -1,11 +1,13 @@
 """Operations behind hf-tokens: each in its own folder, with a torch reference that is the default and the oracle, and a Triton twin."""
 
-from .agglomerate import agglomerate
+from .agglomerate import agglomerate, cluster
 from .attention_scores import attention_columns, attention_entropy, attention_lse, attention_rows
 from .dispatch import Choice, backend, choose, picks
+from .farthest_points import farthest_points
 from .low_pass import low_pass
 from .pooling import pool_max, pool_power, pool_softmax
 from .routed import routed_gather, routed_scatter
+from .similarity_match import match
 from .token_merge import merge, take_rows, unmerge
 
 __all__ = [
@@ -17,7 +19,10 @@ __all__ = [
     "attention_rows",
     "backend",
     "choose",
+    "cluster",
+    "farthest_points",
     "low_pass",
+    "match",
     "merge",
     "picks",
     "pool_max",

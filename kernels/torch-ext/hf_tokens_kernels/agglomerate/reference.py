@@ -3,10 +3,12 @@
 Single, complete, average and Ward linkage are reducible: a join never brings a third cluster closer than the nearer of the two was. So
 two clusters that are nearest to each other, with no tie, stay so until they join, and the order of the joins does not matter. The rounds
 record the height of every join; the lowest ones are the joins that the sequential algorithm would have made. Where several joins share
-the height at the cut, these are made again one after the other.
+the height at the cut, these are made again one after the other. For the same reason a round looks for a new nearest one only for the
+clusters that joined, those whose nearest one joined, and those that have several nearest ones; and once there are pairs enough, it leaves
+alone what is farther from its nearest one than the last of the pairs that are needed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,77 +18,110 @@ PAIRWISE = {"single": torch.minimum, "complete": torch.maximum, "average": torch
 GROUPWISE = {"single": "amin", "complete": "amax", "average": "sum", "ward": "sum"}
 
 
-@dataclass(frozen=True)
-class Clusters:
-    """A cluster per token, named by its first member.
+class State:
+    """A cluster per token, named by its first member; joins are made in place.
 
     Attributes:
-        between: Distances of the clusters, (b n n); under average and Ward linkage their sums over all pairs of members.
         size: Tokens in each cluster, (b n).
         alive: Clusters that are there and may join, (b n).
+        low: Distance to the nearest cluster, (b n), or less where that is too far to join; inf where there is none.
+        mate: The nearest cluster, of several the first, (b n).
+        lone: Whether there is only one nearest cluster, (b n).
     """
 
-    between: Tensor
-    size: Tensor
-    alive: Tensor
+    def __init__(self, alive: Tensor, size: Tensor):
+        self.alive, self.size = alive, size
+        self.low = torch.full_like(size, torch.inf)
+        self.mate = torch.zeros_like(alive, dtype=torch.long)
+        self.lone = torch.ones_like(alive)
+        self.refresh(alive)
 
-    def distance(self, linkage: str) -> Tensor:
-        """(b n n), inf on the diagonal and where there is no cluster."""
-        out, one, other = self.between, self.size[:, :, None], self.size[:, None, :]
-        if linkage == "average":
-            out = out / (one * other)
-        elif linkage == "ward":
-            within = out.diagonal(dim1=1, dim2=2)
-            out = 2 * one * other * out - other**2 * within[:, :, None] - one**2 * within[:, None, :]
-            out = out / (2 * one * other * (one + other))
-        there = self.alive[:, :, None] & self.alive[:, None, :]
-        return out.masked_fill(~there | torch.eye(out.shape[-1], dtype=torch.bool, device=out.device), torch.inf)
+    def refresh(self, stale: Tensor) -> None:
+        """Look for the nearest cluster of those marked, (b n) bool."""
+        raise NotImplementedError
 
-    def join(self, partner: Tensor, linkage: str) -> "Clusters":
-        """Let each cluster join its partner (b n), a cluster without one being its own; the earlier of two is the new cluster."""
+    def merge(self, sample: Tensor, one: Tensor, other: Tensor, partner: Tensor) -> None:
+        """Let clusters `other` join clusters `one`, (p) each, as `partner` (b n) says too; sizes are still those from before."""
+        raise NotImplementedError
+
+    def join(self, partner: Tensor, bound: Tensor) -> None:
+        """Let each cluster join its partner (b n), one without being its own; the earlier of two is the new one.
+
+        The nearest clusters are brought up to date where they are no farther than `bound` (b 1).
+        """
         index = torch.arange(partner.shape[1], device=partner.device)
-        other, alone = partner[..., None].expand_as(self.between), partner == index
-        between = self.between
-        for _ in range(2):  # rows, then columns
-            rows = between.gather(1, other)
-            if GROUPWISE[linkage] == "sum":
-                rows = rows.masked_fill(alone[..., None], 0)
-            between = PAIRWISE[linkage](between, rows).transpose(1, 2)
-        size = self.size + self.size.gather(1, partner).masked_fill(alone, 0)
-        return Clusters(between, size, self.alive & (partner >= index))
+        late, paired = partner < index, partner != index
+        sample, other = late.nonzero(as_tuple=True)  # p
+        one = partner[sample, other]
+        self.merge(sample, one, other, partner)
+        self.size[sample, one] += self.size[sample, other]
+        self.alive = self.alive & ~late
+        self.low.masked_fill_(late, torch.inf)
+        self.refresh(self.alive & (paired | (self.low <= bound) & (paired.gather(1, self.mate) | ~self.lone)))
 
 
-@torch.no_grad()
-def agglomerate(
-    distance: Tensor, target: int | Tensor, linkage: str = "average", valid: Tensor | None = None, protected: Tensor | None = None
-) -> Tensor:
-    """Join the two nearest clusters until `target` are left, from single tokens up.
+class Clusters(State):
+    """Clusters by the matrix of their distances.
 
-    Among equal distances the pair goes first whose earlier cluster, then whose later cluster, has the earlier first member.
-
-    Args:
-        distance: Symmetric distances, (b n n); what stands at tokens that are not valid is not read.
-        target: Clusters that stay among the tokens that may join, an int or (b); one at least.
-        linkage: `single`, `complete` or `average`: the least, largest or mean distance of two members; `ward`: by how much the sum of
-            squares within the clusters grows, where `distance` holds squared Euclidean distances.
-        valid: Tokens that are there, (b n) bool; None for all.
-        protected: Tokens that stay alone and do not count, (b n) bool; None for none.
-
-    Returns:
-        The first member of each token's cluster, (b n); -1 where the token is not valid.
+    Attributes:
+        between: Distances of the clusters, (b n n); under average and Ward linkage their sums over all pairs of members. inf on the
+            diagonal and in the columns of what is no cluster; the rows of these hold anything.
+        tokens: Whether each cluster is a single token.
+        within: The sum of distances inside each cluster, over ordered pairs, (b n); under Ward linkage.
     """
-    if linkage not in LINKAGES:
-        raise ValueError(f"linkage must be one of {LINKAGES}, got {linkage!r}. Choose one of them.")
-    b, n, _ = distance.shape
-    index = torch.arange(n, device=distance.device).expand(b, n)
-    valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
-    alive = valid if protected is None else valid & ~protected
-    distance = distance.to(torch.promote_types(distance.dtype, torch.float32))
-    itself = torch.eye(n, dtype=torch.bool, device=distance.device)
-    distance = distance.masked_fill(~(alive[:, :, None] & alive[:, None, :]) | itself, 0)
-    joins = (alive.sum(dim=1) - torch.as_tensor(target, device=distance.device).clamp(min=1)).clamp(min=0)  # b
-    start = Clusters(distance, torch.ones_like(distance[..., 0]), alive)
-    into, height = grow(start, joins, linkage)
+
+    def __init__(self, between: Tensor, alive: Tensor, linkage: str, size: Tensor | None = None, within: Tensor | None = None):
+        self.between, self.linkage, self.tokens = between, linkage, size is None
+        size = torch.ones_like(between[..., 0]) if size is None else size
+        self.within = torch.zeros_like(size) if within is None else within
+        super().__init__(alive, size)
+
+    def refresh(self, stale: Tensor) -> None:
+        sample, place = stale.nonzero(as_tuple=True)  # q
+        gap = self.distance(sample, place)
+        low, mate = gap.min(dim=1)  # of equals the first
+        second = gap.scatter_(1, mate[:, None], torch.inf).amin(dim=1)
+        row = (sample, place)
+        self.low[row], self.mate[row], self.lone[row] = low, mate, low < second
+
+    def distance(self, sample: Tensor, place: Tensor) -> Tensor:
+        """How far all clusters of a sample are from one of its clusters, (q n); inf where there is none."""
+        n = self.size.shape[1]
+        out = self.between.view(-1, n).index_select(0, sample * n + place)
+        if self.linkage in ("single", "complete"):
+            return out
+        if self.tokens:
+            return out if self.linkage == "average" else out.div_(2)
+        one, other = self.size[sample, place][:, None], self.size.index_select(0, sample)
+        if self.linkage == "average":
+            return out.div_(one * other)
+        out.mul_(2 * one * other).sub_(other**2 * self.within[sample, place][:, None]).sub_(one**2 * self.within.index_select(0, sample))
+        return out.div_(2 * one * other * (one + other))
+
+    def merge(self, sample: Tensor, one: Tensor, other: Tensor, partner: Tensor) -> None:
+        n, combine, self.tokens = partner.shape[1], PAIRWISE[self.linkage], False
+        index = torch.arange(n, device=partner.device)
+        flat, mine = self.between.view(-1, n), partner.index_select(0, sample)  # p n
+        rows = flat.index_select(0, sample * n + one)
+        if self.linkage == "ward":
+            self.within[sample, one] += self.within[sample, other] + 2 * rows.gather(1, other[:, None])[:, 0]
+        rows = combine(rows, flat.index_select(0, sample * n + other))
+        columns = rows.gather(1, mine)
+        if GROUPWISE[self.linkage] == "sum":
+            columns.masked_fill_(mine == index, 0)
+        rows = combine(rows, columns).masked_fill_(mine < index, torch.inf).scatter_(1, one[:, None], torch.inf)
+        flat.index_copy_(0, sample * n + one, rows)
+        self.between.mT[sample, one] = rows
+        self.between.mT[sample, other] = torch.inf
+
+
+def clusters(build: Callable[[], Tensor], free: Tensor, joins: Tensor, linkage: str) -> Tensor:
+    """The first member of each token's cluster, (b n), after `joins` (b) joins among the tokens that are `free` (b n).
+
+    `build` gives the distances (b n n), new ones at each call, inf on the diagonal and in the columns of tokens that are not free.
+    """
+    index = torch.arange(free.shape[1], device=free.device).expand_as(free)
+    into, height, _ = grow(Clusters(build(), free, linkage), joins)
     ranked = height.sort(dim=1).values.gather(1, (joins - 1).clamp(min=0)[:, None])
     cut = torch.where(joins[:, None] > 0, ranked, -torch.inf)  # b 1
     label = roots(torch.where(height <= cut, into, index))
@@ -94,47 +129,49 @@ def agglomerate(
     tied = (height == cut).sum(dim=1) > left
     if bool(tied.any()):
         below = roots(torch.where(height < cut, into, index))
-        label = torch.where(tied[:, None], one_by_one(regroup(start, below, linkage), below, left * tied, linkage), label)
-    return label.masked_fill(~valid, -1)
+        label = torch.where(tied[:, None], one_by_one(regroup(build(), free, below, linkage), below, left * tied), label)
+    return label
 
 
-def grow(state: Clusters, joins: Tensor, linkage: str) -> tuple[Tensor, Tensor]:
-    """Join until the `joins` lowest heights of each sample are known: the cluster that each one joined, and how high, (b n) each."""
-    b, n = state.alive.shape
-    index = torch.arange(n, device=joins.device).expand(b, n)
-    into, height = index, torch.full((b, n), torch.inf, dtype=state.between.dtype, device=joins.device)
+def grow(state: State, joins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Join until the `joins` lowest heights of each sample are known: the cluster that each one joined, how high, and when, (b n) each."""
+    index = torch.arange(state.size.shape[1], device=joins.device).expand_as(state.mate)
+    into, height, when = index, torch.full_like(state.size, torch.inf), torch.zeros_like(state.mate)
+    last = (joins - 1).clamp(min=0)[:, None]
     while True:
-        gap = state.distance(linkage)
-        low, mate = gap.min(dim=2)  # of equals the first
+        low, mate, lone = state.low, state.mate, state.lone
         lowest, first = low.min(dim=1, keepdim=True)
         known = (height < lowest).sum(dim=1, keepdim=True)  # what is still to come lies at `lowest` or above
         more = (known < joins[:, None]) & lowest.isfinite()
         if not bool(more.any()):
-            return into, height
-        lone = (gap == low[..., None]).sum(dim=2) == 1
+            return into, height, when
         mutual = lone & lone.gather(1, mate) & (mate.gather(1, mate) == index)
-        partner = torch.where(mutual & more, mate, index)
+        bound = torch.where(mutual & (mate < index), low, height).sort(dim=1).values.gather(1, last)  # no join needed lies above it
+        bound = bound.masked_fill(~more, -torch.inf)
+        partner = torch.where(mutual & (low <= bound), mate, index)
         partner = torch.where(more, pair(partner, first, mate.gather(1, first)), partner)
         late = partner < index
-        into, height = torch.where(late, partner, into), torch.where(late, low, height)
-        state = state.join(partner, linkage)
+        into, height, when = torch.where(late, partner, into), torch.where(late, low, height), when + ~late
+        state.join(partner, bound)
 
 
-def one_by_one(state: Clusters, label: Tensor, left: Tensor, linkage: str) -> Tensor:
+def one_by_one(state: Clusters, label: Tensor, left: Tensor) -> Tensor:
     """The labels (b n) after `left` more joins of the nearest pair, the first among equals."""
     index = torch.arange(label.shape[1], device=label.device).expand_as(label)
     for step in range(int(left.max())):
-        low, mate = state.distance(linkage).min(dim=2)
-        first = low.argmin(dim=1, keepdim=True)
-        partner = torch.where((step < left)[:, None], pair(index, first, mate.gather(1, first)), index)
+        first = state.low.argmin(dim=1, keepdim=True)
+        more = (step < left)[:, None]
+        partner = torch.where(more, pair(index, first, state.mate.gather(1, first)), index)
         label = torch.minimum(label, partner.gather(1, label))
-        state = state.join(partner, linkage)
+        state.join(partner, torch.where(more, state.low.new_tensor(torch.inf), -torch.inf))
     return label
 
 
 def pair(partner: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Partners (b n) in which `one` and `other` (b 1) have each other."""
-    return partner.scatter(1, one, other).scatter(1, other, one)
+    """Partners (b n) in which `one` and `other` (b 1) have each other, and nobody else has either."""
+    partner = partner.scatter(1, one, other).scatter(1, other, one)
+    index = torch.arange(partner.shape[1], device=partner.device)
+    return torch.where(partner.gather(1, partner) == index, partner, index)
 
 
 def roots(into: Tensor) -> Tensor:
@@ -144,14 +181,17 @@ def roots(into: Tensor) -> Tensor:
     return into
 
 
-def regroup(state: Clusters, label: Tensor, linkage: str) -> Clusters:
+def regroup(distance: Tensor, free: Tensor, label: Tensor, linkage: str) -> Clusters:
     """The clusters of single tokens that `label` (b n) puts together."""
-    between = state.between
+    n = label.shape[1]
+    itself = torch.eye(n, dtype=torch.bool, device=label.device)
+    between = distance.masked_fill(~(free[:, :, None] & free[:, None]) | itself, 0)
     for _ in range(2):  # rows, then columns
         between = torch.zeros_like(between).scatter_reduce(
             1, label[..., None].expand_as(between), between, GROUPWISE[linkage], include_self=False
         )
         between = between.transpose(1, 2)
-    size = torch.zeros_like(state.size).scatter_add(1, label, state.size)
-    index = torch.arange(label.shape[1], device=label.device)
-    return Clusters(between, size, state.alive & (label == index))
+    size = torch.zeros_like(between[..., 0]).scatter_add(1, label, torch.ones_like(between[..., 0])).clamp(min=1)
+    alive = free & (label == torch.arange(n, device=label.device))
+    within = between.diagonal(dim1=1, dim2=2).clone()
+    return Clusters(between.masked_fill(itself | ~alive[:, None], torch.inf).contiguous(), alive, linkage, size, within)
