@@ -156,6 +156,18 @@ def test_gradients_are_those_of_the_loop(shape, backend, device):
             close(a, b.nan_to_num().to(a), f"{tuple(a.shape)}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_of_scores_do_not_feel_the_rounding_of_what_was_pooled(dtype, backend, device):
+    x, scores, slot, weights, _ = sample((1, 129, 9, 256, 1), device, dtype)
+    x = x + 4
+    g = torch.ones(1, 9, 256, dtype=dtype, device=device)
+    scores = scores.float().requires_grad_()
+    (got,) = torch.autograd.grad((pool_softmax(x, scores, slot, 9) * g).sum(), scores)
+    wide = scores.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad((naive_softmax(x, wide, slot, 9, torch.ones_like(weights)) * g).sum(), wide)
+    close(got, want.nan_to_num().to(got), "scores")
+
+
 def test_tokens_that_are_equal_share_the_gradient_of_the_maximum(backend, device):
     x = torch.tensor([[[2.0], [1.0], [2.0], [torch.nan], [0.0]]], device=device, requires_grad=True)
     slot = torch.tensor([[0, 0, 0, -1, 1]], device=device)
