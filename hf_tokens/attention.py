@@ -164,6 +164,8 @@ class Tap(Protocol):
 
     def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
 
+    def answer(self, call: AttentionCall) -> Tensor | None: ...
+
 
 def base_function(backend: str, module: nn.Module) -> Callable:
     """The attention function that the model would call itself."""
@@ -205,6 +207,9 @@ def tapped(backend: str) -> Callable:
             return base(module, told.q, told.k, told.v, told.mask, **biased, **kwargs)
 
         calls = held[0].hear_call(call)
+        read = held[0].answer(call)
+        if read is not None:
+            return read, None
         if len(calls) == 1:
             return run(calls[0])
         again = torch.is_grad_enabled()  # the backward pass asks again, so that no more than one part is held

@@ -154,6 +154,8 @@ class Books:
         return int(count[0])
 
     def _tensor(self, name: str, value: Tensor, stored: Stored | None) -> Tensor:
+        if self.untouched and not BETWEEN.search(name):
+            return value
         if SEGMENTS.match(name):
             return torch.searchsorted(self.rows[0].contiguous(), value.to(self.rows.dtype)).to(value.dtype)
         if FOREIGN.match(name) or value.dim() == 0:

@@ -22,7 +22,8 @@ from transformers.cache_utils import (
 )
 
 from .errors import UnsupportedError, explain
-from .holding import Change, Form, Part, Plain, dense, put
+from .holding import BOTH, FEW, Change, Form, Part, Plain, attend, dense, put, read
+from .token_map import indices
 
 FIRST_CAPACITY = 64
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
@@ -87,12 +88,15 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.held: tuple[list[Part], list[Part]] | None = None  # keys and values of the first entries, if they are packed
-        self._states: tuple[Tensor, Tensor] | None = None  # keys and values of the others
+        self.held: list[Part] | None = None  # all entries, if some are held in another form or by some heads only
+        self._states: tuple[Tensor, Tensor] | None = None  # keys and values else
         self._lent: tuple[Tensor, Tensor] | None = None  # all of them unpacked, while a block runs
+        self.asked = False  # whether the block that runs next reads packed entries as they are
+        self.given: tuple[Tensor, Tensor] | None = None  # what the last `update` returned
         self.is_initialized = False
         self._room: tuple[Tensor, Tensor] | None = None  # buffers that the states are views of
         self._begin = 0  # where in them the states begin
+        self._slots: Tensor | None = None  # where among the states each entry lies, (b n) or (b k n); None if in order
         self.origins: Tensor | None = None  # b n
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
@@ -115,22 +119,37 @@ class TokenCacheLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys, unpacked (b k n e)."""
-        return None if self.origins is None else self._unpacked()[0]
+        """All keys in their order, unpacked (b k n e)."""
+        return None if self.origins is None else self.in_order(self._unpacked()[0], 2)
 
     @property
     def values(self) -> Tensor | None:
-        """All values, unpacked (b k n e)."""
-        return None if self.origins is None else self._unpacked()[1]
+        """All values in their order, unpacked (b k n e)."""
+        return None if self.origins is None else self.in_order(self._unpacked()[1], 2)
+
+    def in_order(self, x: Tensor, dim: int) -> Tensor:
+        """Something of each entry as it lies, (b k|h ...), in the order of the entries."""
+        if self._slots is None:
+            return x
+        slots = self._slots[:, None] if self._slots.dim() == 2 else self._slots.repeat_interleave(x.shape[1] // self._slots.shape[1], dim=1)
+        slots = slots.view(*slots.shape[:2], *[1] * (dim - 2), -1, *[1] * (x.dim() - dim - 1))
+        return x.gather(dim, slots.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+
+    def as_it_lies(self, x: Tensor | None) -> Tensor | None:
+        """Something of each entry in their order, (b n) or (b k n), as the entries lie."""
+        if x is None or self._slots is None:
+            return x
+        slots, x = alike(self._slots, x)
+        return torch.empty_like(x).scatter_(-1, slots, x)
 
     def _unpacked(self) -> tuple[Tensor, Tensor]:
         if self.held is None or self._lent is not None:
             return self._lent or self._states
-        return tuple(torch.cat([dense(parts, t.shape[3]), t], dim=2) for parts, t in zip(self.held, self._states, strict=True))
+        return tuple(dense(self.held, which, self._states[which].shape[3]) for which in BOTH)
 
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
-        self._lent = None
+        self._lent = self.given = None
 
     @property
     def length(self) -> int:
@@ -159,7 +178,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All that is stored of keys and values; what two layers share is one tensor."""
-        packed = [t for parts in self.held or () for part in parts for t in part.tensors()]
+        packed = [t for part in self.held or () for t in part.tensors()]
         return [*packed, *(self._states or ()), *(t for echo in self.echoes for t in echo.tensors())]
 
     @property
@@ -181,7 +200,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def expect(self, arrival: Arrival) -> None:
         """Announce the tokens of the next `update`."""
-        self.arrival = arrival
+        self.arrival, self.asked = arrival, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values (b k m e); returns all that is stored."""
@@ -213,11 +232,54 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = torch.cat([self.origins, new], dim=-1)
         self.seen = arrival.total
         self._lent = None
-        self._append(key_states, value_states)
-        keys, values = self._unpacked()
-        self._lent, self.handed = None if self.held is None else (keys, values), self.length
+        if self.held is None:
+            self._append(key_states, value_states)
+        else:
+            self._hand_in(key_states, value_states)
+        if self.asked:
+            keys, values = (t.new_full((), torch.nan).expand(*t.shape[:2], self.length, t.shape[3]) for t in self._states)
+        else:
+            keys, values = self._unpacked()
+            self._lent = None if self.held is None else (keys, values)
+        self.given, self.handed = (keys, values), self.length
         self._slide()
         return keys, values
+
+    @property
+    def odd(self) -> bool:
+        """Whether an attention function reads it by a detour: unpacked, or with the sizes of its entries in a mask."""
+        return self.held is not None or self.sizes is not None
+
+    @property
+    def readable(self) -> bool:
+        """Whether an attention can read all entries as they lie."""
+        parts = self.filled is None and not self._states[0].requires_grad if self.held is None else all(part.readable for part in self.held)
+        return parts and self.window is None
+
+    @property
+    def there(self) -> Tensor:
+        """The entries that are stored, filler left out, (b k n) bool."""
+        if self.held is not None:
+            return torch.stack([part.where for part in self.held]).any(dim=0)
+        return cells_of(torch.ones_like(self.origins, dtype=torch.bool) if self.filled is None else self.filled, self.heads)
+
+    def attend(self, q: Tensor, sinks: Tensor | None, weighs: bool, **shape: Any) -> tuple[Tensor, Tensor | None]:
+        """What queries (b h 1 e) read of the entries as they lie, and if asked the probability of each, the mean of its head, (b k n)."""
+        self.asked = False
+        sizes = None if self.sizes is None else cells_of(self.sizes, self.heads)
+        return attend([self._whole_part()] if self.held is None else self.held, q, sizes, sinks, weighs, **shape)
+
+    def _whole_part(self) -> Part:
+        """The states where they lie, as a part."""
+        b, k, n, _ = self._states[0].shape
+        buffers, begin = (self._states, 0) if self._room is None else (self._room, self._begin)
+        room = buffers[0].shape[2]
+        device = self.origins.device
+        starts = begin + room * torch.arange(b * k, device=device).view(b, k)
+        slots = torch.arange(n, device=device).expand(b, n) if self._slots is None else self._slots
+        packed = tuple((t.flatten(0, 2),) for t in buffers)
+        cells, lengths = starts[..., None] + cells_of(slots, k), torch.full_like(starts, n)
+        return Part(cells, (Plain(), Plain()), packed, starts, lengths, starts + room, b * k * n)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         if self._states is None:
@@ -228,6 +290,9 @@ class TokenCacheLayer(CacheLayerMixin):
             return
         old = self._states[0].shape[2]
         new = old + k.shape[2]
+        if self._slots is not None:
+            own = torch.arange(old, new, device=self._slots.device)
+            self._slots = torch.cat([self._slots, own.expand(*self._slots.shape[:-1], -1)], dim=-1)
         if self._room is None or self._room[0].shape[2] < self._begin + new:
             capacity = max(FIRST_CAPACITY, new + new // 2)
             room = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
@@ -258,11 +323,17 @@ class TokenCacheLayer(CacheLayerMixin):
         if room is not None:
             self._room, self._begin = room, self._begin + first
 
+    def _sort(self) -> None:
+        """Let the states lie in the order of the entries."""
+        if self._slots is not None:
+            self._states, self._room, self._slots = tuple(self.in_order(t, 2) for t in self._states), None, None
+
     def _select(self, place: slice, copy: bool = True) -> None:
         self._lent = None
-        self._close()
-        states = tuple(t[:, :, place] for t in self._states)
-        self._states, self._room = (tuple(t.clone() for t in states), None) if copy else (states, None)
+        if self.held is None:
+            self._sort()
+            states = tuple(t[:, :, place] for t in self._states)
+            self._states, self._room = (tuple(t.clone() for t in states), None) if copy else (states, None)
         self._change(lambda t: t[..., place])
 
     def keep(self, index: Tensor, filled: Tensor | None = None) -> None:
@@ -273,36 +344,57 @@ class TokenCacheLayer(CacheLayerMixin):
         self._lent = None
         if self.filled is not None:
             old = pick_entries(self.filled, index)
-            filled = old if filled is None else filled & old
+            filled = old if filled is None else torch.logical_and(*alike(filled, old))
         if filled is not None and filled.dim() == 3:
             self._open()
-        self._close()
-        if self.held is None:
-            wide = (index if index.dim() == 3 else index[:, None].expand(-1, self._states[0].shape[1], -1))[..., None]
-            self._states = tuple(t.gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in self._states)
-            self._room = None
-        lost = None if filled is None else ~filled if filled.dim() == 3 else ~filled[:, None]
-
-        def change(slot: Tensor) -> Tensor:
-            slot = pick_entries(slot, index)
-            return slot if lost is None else slot.masked_fill(lost, -1)
-
-        self.held = None if self.held is None else tuple([part.change(change) for part in parts] for parts in self.held)
+        if self.held is not None:
+            self._settle(index, filled)
+        elif self._room is not None and self.window is None and self.length - index.shape[-1] <= FEW:
+            self._fill_up(index)
+        else:
+            self._sort()
+            wide = cells_of(index, self.heads)[..., None]
+            self._states, self._room = tuple(t.gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in self._states), None
         self._change(lambda t: pick_entries(t, index), packed=False)
         self.filled = filled
+
+    def _settle(self, index: Tensor, filled: Tensor | None) -> None:
+        """Let what is packed be that of some entries."""
+        lost = None if filled is None else ~filled if filled.dim() == 3 else ~filled[:, None]
+        cells = [pick_entries(part.cells, index) for part in self.held]
+        cells = cells if lost is None else [one.masked_fill(lost, -1) for one in cells]
+        self.held = [part.settle(one) for part, one in zip(self.held, cells, strict=True)]
+
+    def _fill_up(self, index: Tensor) -> None:
+        """Let the last states move to where those lie that leave: the others stay where they are."""
+        n, kept = self.length, index.shape[-1]
+        leaves = torch.ones(*index.shape[:-1], n, dtype=torch.bool, device=index.device).scatter_(-1, index, False)
+        gone = leaves.nonzero()[:, -1].view(*index.shape[:-1], n - kept)
+        lies = torch.arange(n, device=index.device).expand(len(index), n) if self._slots is None else self._slots
+        slots, holes = pick_entries(lies, index), pick_entries(lies, gone)
+        for i, last in enumerate(range(n - 1, kept - 1, -1)):
+            hole = holes[..., i : i + 1]
+            for states in self._states:
+                states.scatter_(
+                    2, cells_of(hole, self.heads)[..., None].expand(-1, -1, -1, states.shape[3]), states[:, :, last : last + 1].clone()
+                )
+            slots, holes = torch.where(slots == last, hole, slots), torch.where(holes == last, hole, holes)
+        self._slots, self._states = slots, tuple(t[:, :, :kept] for t in self._states)
 
     def _change(self, change: Change, packed: bool = True) -> None:
         """Change the books of the entries, and what is packed of them, by a function of any (b n) or (b k n)."""
         if self.held is not None and packed:
-            self.held = tuple([part.change(change) for part in parts] for parts in self.held)
+            self.held = [part.settle(change(part.cells)) for part in self.held]
         self.origins = change(self.origins)
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
         self.record.entries = {name: change(t) for name, t in self.record.entries.items()}
 
     def past(self) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Places and marks of the entries, as they are now; None if there are none."""
-        return None if self.origins is None else (self.origins, dict(self.record.entries))
+        """Places and marks of the entries as they lie; None if there are none."""
+        if self.origins is None:
+            return None
+        return self.as_it_lies(self.origins), {name: self.as_it_lies(t) for name, t in self.record.entries.items()}
 
     def mark(self, name: str, flags: Tensor) -> None:
         """Mark some of the last tokens that were stored, (b m) bool, under a name."""
@@ -311,11 +403,37 @@ class TokenCacheLayer(CacheLayerMixin):
         new = stretch(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
         entries[name] = new if old.dim() == 3 else new[:, 0]
 
+    def states(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
+        if index is None:
+            return self.keys, self.values
+        if self.held is not None and self._lent is None:
+            return tuple(read(self.held, which, index) for which in BOTH)
+        places = index if self._slots is None else pick_entries(self._slots, index)
+        return tuple(t.gather(2, places[..., None].expand(-1, -1, -1, t.shape[3])) for t in self._lent or self._states)
+
+    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
+        self._lent = None
+        there, index = index >= 0, index.clamp(min=0)
+        new = keys, values
+        if self.held is not None:
+            plain = next(part for part in self.held if part.forms == (Plain(), Plain()))
+            cells = plain.cells.gather(-1, index)[there]
+            if bool((cells < 0).any()):
+                raise UnsupportedError(explain("Entries are rewritten while they are held as they came", "others", "Fold before you hold."))
+            plain.write(cells, tuple(t[there] for t in new))
+            return
+        places = index if self._slots is None else pick_entries(self._slots, index)
+        wide = [places[..., None].expand(-1, -1, -1, t.shape[3]) for t in self._states]
+        new = (torch.where(there[..., None], x, t.gather(2, at)) for x, t, at in zip(new, self._states, wide, strict=True))
+        self._states, self._room = tuple(t.scatter(2, at, x) for t, at, x in zip(self._states, wide, new, strict=True)), None
+
     # -- other forms -------------------------------------------------------------------------------------------------
 
     def rewrite(self, keys: Tensor, values: Tensor, sizes: Tensor | None) -> None:
         """Put other keys, values (b k n e) and sizes (b k n) in the places of those that are stored."""
-        self._lent = self._room = self.held = None
+        self._lent = self._room = self._slots = self.held = None
         self._states = keys, values
         if sizes is not None:
             self.record.entries["sizes"] = sizes
@@ -328,40 +446,36 @@ class TokenCacheLayer(CacheLayerMixin):
             keys, values: Forms of their keys and values.
             scale: Factor on each channel of the keys, (b k 1 e), before they are packed; the first one of a form stays.
         """
-        known = next((part for part in (self.held or ([], []))[0] if part.form == keys), None)
+        known = next((part for part in self.held or () if part.forms == (keys, values)), None)
         if known is not None:
-            scale, done = known.scale, known.where.shape[2]
-            where = torch.cat([where[..., :done] & ~known.where, where[..., done:]], dim=-1)
-        k, v = self._unpacked()
-        self.take(where, Part.of(k, where, keys, scale), Part.of(v, where, values))
+            where, scale = where & ~known.where, known.scale
+        index = indices(where)
+        there = where.gather(-1, index)
+        self.take(Part.of(tuple(t[there] for t in self.states(index)), where, (keys, values), scale))
 
-    def take(self, where: Tensor, keys: Part, values: Part) -> None:
-        """Hold the entries of `where` (b k n) as these parts say."""
+    def take(self, part: Part) -> None:
+        """Hold some entries as a part says."""
         self._lent = None
         self._open()
-        self._close()
-        self.held = put(self.held[0], keys), put(self.held[1], values)
+        self.held = put(self.held, part)
 
     def _open(self) -> None:
         """Be ready to hold entries in other forms."""
-        if self.held is None:
-            none = torch.zeros(*self._states[0].shape[:2], 0, dtype=torch.bool, device=self.origins.device)
-            self.held = tuple([Part(none, Plain(), (t.new_empty(0, t.shape[3]),))] for t in self._states)
-
-    def _close(self) -> None:
-        """Let what is packed reach to the last entry."""
-        if self.held is None or not self._states[0].shape[2]:
+        if self.held is not None:
             return
-        done = self.held[0][0].where.shape[2]
-        m = self._states[0].shape[2]
-        held = tuple([part.change(lambda slot: pad(slot, (0, m), value=-1)) for part in parts] for parts in self.held)
-        where = torch.ones(*self._states[0].shape[:2], done + m, dtype=torch.bool, device=self.origins.device)
-        where[..., :done] = False
-        if self.filled is not None:
-            where &= self.filled if self.filled.dim() == 3 else self.filled[:, None]
-        new = (Part(where, Plain(), (t[where[..., done:]],)) for t in self._states)
-        self.held = tuple(put(parts, part) for parts, part in zip(held, new, strict=True))
-        self._states, self._room = tuple(t[:, :, :0] for t in self._states), None
+        where = torch.ones(*self._states[0].shape[:3], dtype=torch.bool, device=self.origins.device)
+        where = where if self.filled is None else where & cells_of(self.filled, self.heads)
+        self.held = [Part.of((self.keys[where], self.values[where]), where, (Plain(), Plain()))]
+        self._states, self._room, self._slots = tuple(t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in self._states), None, None
+
+    def _hand_in(self, k: Tensor, v: Tensor) -> None:
+        """Hold new entries (b k m e) as they are."""
+        m = k.shape[2]
+        new = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        new = new if self.filled is None else new & cells_of(self.filled[..., -m:], self.heads)
+        for part in self.held:
+            part.grow(m)
+        self.held = put(self.held, Part.of((k[new], v[new]), pad(new, (self.length - m, 0)), (Plain(), Plain())))
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -423,7 +537,8 @@ class TokenCacheLayer(CacheLayerMixin):
         if self.origins is None:
             return
         self._states, self._room = tuple(change(t) for t in self._states), None
-        self.held = None if self.held is None else tuple([part.change_rows(change) for part in parts] for parts in self.held)
+        self._slots = None if self._slots is None else change(self._slots)
+        self.held = None if self.held is None else [part.change_rows(change) for part in self.held]
         self._change(change, packed=False)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -452,7 +567,8 @@ class TokenCacheLayer(CacheLayerMixin):
             echo._move(device)
         if self._states is not None and self._states[0].device != device:
             self._states = tuple(t.to(device, non_blocking=True) for t in self._states)
-            self.held = None if self.held is None else tuple([part.to(device) for part in parts] for parts in self.held)
+            self.held = None if self.held is None else [part.to(device) for part in self.held]
+            self._slots = None if self._slots is None else self._slots.to(device)
             self._room = self._lent = None
 
 
@@ -462,12 +578,20 @@ def stretch(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1)], dim=-1)
 
 
+def cells_of(x: Tensor, heads: int) -> Tensor:
+    """Something of each entry, (b n) or (b k n), as (b k n)."""
+    return x if x.dim() == 3 else x[:, None].expand(-1, heads, -1)
+
+
+def alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two things of each entry, (b n) or (b k n), both as (b n) or both as (b k n)."""
+    heads = max(x.shape[1] if x.dim() == 3 else 0, y.shape[1] if y.dim() == 3 else 0)
+    return (cells_of(x, heads), cells_of(y, heads)) if heads else (x, y)
+
+
 def pick_entries(x: Tensor, index: Tensor) -> Tensor:
     """Of something of each entry, (b n) or (b k n), that of some entries, (b r) or (b k r)."""
-    if x.dim() > index.dim():
-        index = index[:, None].expand(-1, x.shape[1], -1)
-    elif x.dim() < index.dim():
-        x = x[:, None].expand(-1, index.shape[1], -1)
+    x, index = alike(x, index)
     return x.gather(-1, index)
 
 

@@ -65,6 +65,14 @@ def mixes_more(block: nn.Module) -> bool:
     return len(attentions(block)) > 1 or any(isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1 for m in block.modules())
 
 
+@once_a_block
+def bias_maker(block: nn.Module) -> nn.Module | None:
+    """The block's attention, if it makes a bias of the distances: in T5 that of the first block, in UMT5 that of each."""
+    attention = next(iter(attentions(block)), None)
+    makes = attention is not None and vars(attention).get("has_relative_attention_bias") is True
+    return attention if makes and "compute_bias" in dir(type(attention)) else None
+
+
 def axes(layout: str) -> int:
     """The number of axes of a layout."""
     return len(re.sub(r"\(.*?\)", "x", layout).split())
@@ -212,10 +220,12 @@ class Call:
             self.arguments[CROSS_BIAS] = context.new_zeros(1, self.stream.heads, books.n, context.shape[1])
 
     def _bias_maker(self) -> nn.Module | None:
-        """The block's attention, if it makes a bias of the distances: in T5 that of the first block, in UMT5 that of each."""
-        attention = self.stream.attention(self.index)
-        makes = attention is not None and vars(attention).get("has_relative_attention_bias") is True
-        return attention if makes and "compute_bias" in dir(type(attention)) else None
+        return bias_maker(self.stream.blocks[self.index])
+
+    @property
+    def biased(self) -> bool:
+        """Whether the block's attention adds a bias to its scores."""
+        return self._bias_maker() is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
 
     def unsaid_bias(self, books: Books, stored: Stored | None) -> Tensor | None:
         """The bias that the scores of these tokens need where the block has no argument for one."""

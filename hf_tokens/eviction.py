@@ -10,12 +10,13 @@ from torch import Tensor
 from .cache import TokenCacheLayer
 from .errors import UnsupportedError, explain
 from .holding import Part, Polar
-from .roles import CacheCompressor
+from .roles import CacheCompressor, Folded
 from .signals import Moment, cells, counterparts, stored
 
 if TYPE_CHECKING:
     from .surgery import Runtime
 
+FEW = 4  # entries that leave a row one after the other
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 BEYOND = "beyond"  # entries that are held in another form, in the books of each entry
 
@@ -160,28 +161,57 @@ def evict(runtime: Runtime, method: CacheCompressor, moment: Moment, score: Tens
     if layer.fresh is not None:
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
         score = score.masked_fill(fresh & real, torch.inf)
-    most = max(1, int(budgets.max()))
-    index = score.argsort(dim=-1, descending=True, stable=True)[..., :most]
-    kept = torch.arange(index.shape[-1], device=index.device) < budgets[..., None]
+    stays = highest(score, budgets, real)
     folds = type(method).fold is not CacheCompressor.fold
     if folds or holds(method):
-        stays = torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, kept)
         moment.stays, moment.goes = cells(layer, stays), cells(layer, real & ~stays)
     if holds(method):
         put_away(runtime, method, moment)
         return
     if folds and bool(moment.goes.any()):
         fold(runtime, method, moment)
-    order = torch.where(kept, index, score.shape[-1]).sort(dim=-1)
-    filled = order.values < score.shape[-1]
-    layer.keep(order.values.clamp(max=score.shape[-1] - 1), None if bool(filled.all()) else filled)
+    layer.keep(*places(stays))
+
+
+def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:
+    """As many of the highest of the real entries of each row as its budget says, bool; of two equal ones the earlier."""
+    place = torch.arange(score.shape[-1], device=score.device)
+    goes = real.sum(dim=-1) - budgets
+    most = int(goes.max())
+    if most > FEW:
+        index = score.argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, place < budgets[..., None]) & real
+    stays, score = real, score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    for gone in range(most):  # without a sort of all
+        left = score.masked_fill(~stays, torch.inf)
+        least = (left == left.amin(dim=-1, keepdim=True)) & stays
+        last = torch.where(least, place, -1).argmax(dim=-1, keepdim=True)
+        stays = stays & ((place != last) | (goes <= gone)[..., None])
+    return stays
+
+
+def places(stays: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the entries are that stay, in their order, as an index of each row, and which of it count; others fill it up."""
+    many = stays.sum(dim=-1, keepdim=True)
+    most = max(1, int(many.max()))
+    if bool((many == most).all()):
+        return stays.nonzero()[:, -1].view(*stays.shape[:-1], most), None
+    place = torch.arange(stays.shape[-1], device=stays.device)
+    behind = torch.where(stays, stays.cumsum(dim=-1) - 1, many + (~stays).cumsum(dim=-1) - 1)
+    index = torch.empty_like(behind).scatter_(-1, behind, place.expand_as(behind))[..., :most]
+    return index, place[:most] < many
 
 
 def fold(runtime: Runtime, method: CacheCompressor, moment: Moment) -> None:
     """Let entries that stay take in those that go."""
     layer, folded = moment.layer, runtime.ask(method, moment, "fold")
-    if folded is not None:
+    if isinstance(folded, Folded):
+        layer.write(*folded[:3])
+        if folded.sizes is not None:
+            layer.record.entries["sizes"] = folded.sizes
+    elif folded is not None:
         layer.rewrite(*folded)
+    if folded is not None:
         layer.folded = max(layer.folded, int(cells(layer, layer.origins)[moment.goes].max()) + 1)
 
 
@@ -217,7 +247,7 @@ def share(moment: Moment, keys: Polar, values: Polar) -> None:
         for form, ours, theirs in zip((keys, values), (lower.keys, lower.values), (upper.keys, upper.values), strict=True)
     ]
     for place, (layer, where) in enumerate(((lower, under), (upper, above))):
-        layer.take(where, *(Part(where, form, packed[place]) for form, packed in zip((keys, values), pairs, strict=True)))
+        layer.take(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)))
         note(layer, where)
 
 

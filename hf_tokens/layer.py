@@ -16,13 +16,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import families
 from .attention import BACKENDS, PREFIX, AttentionCall, Scores, close_tap, open_tap, tapped_name, tapped_now
+from .books import Books
+from .cache import TokenCacheLayer, cells_of
+from .call import Call
 from .embedding import TableHook
 from .errors import UnsupportedError, explain
 from .features import FeatureSites
 from .mlp import RoutedMlp
 from .pooling import NormHook
-from .roles import AttentionEdit, FeatureCache, Method, Objective, Pooler, TokenBank, TokenReducer, TokenRouter, WeightEdit
-from .signals import HOOKED, SCORED, TAPPED, Moment
+from .roles import AttentionEdit, CacheCompressor, FeatureCache, Method, Objective, Pooler, TokenBank, TokenReducer, TokenRouter, WeightEdit
+from .signals import HOOKED, SCORED, TAPPED, Moment, masks, shown
 from .signatures import parameters
 from .weights import Place, changed, warn_if_unmade, weights
 
@@ -81,6 +84,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.captured: dict[str, Tensor] = {}
         self.listening, self.queries_only, self.moment = False, 0, None
         self.heard_call: AttentionCall | None = None
+        self.hands_on = False  # whether the attention call is known to get the keys and values that the cache returned
         self.blank: tuple = ()  # what the block is known to return beside its hidden states, if that is nothing
         self.features = FeatureSites(self)
         self._acting: list[Method] = []
@@ -379,6 +383,9 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
 
         Tokens that only ask lend no key and no value; they stand in front. A mask or a bias that the block had no argument for comes in.
         """
+        given = None if self.moment.layer is None else self.moment.layer.given
+        usual = call.bias is None and not call.strange
+        self.hands_on = usual and given is not None and call.k is given[0] and call.v is given[1]
         mask = self.moment.mask if call.mask is None else call.mask
         bias = call.bias if self.moment.bias is None else self.moment.bias
         n, p = call.k.shape[2], self.queries_only
@@ -389,6 +396,52 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.heard_call = replace(call, k=call.k[:, :, p:], v=call.v[:, :, p:], mask=mask, bias=bias, strange=strange)
         heard = self.heard_call
         return [lambda: heard] if self.attends is None else self.runtime.attend(self, self.attends, heard)
+
+    def answer(self, call: AttentionCall) -> Tensor | None:
+        """What the attention call returns, (b m h f), where it reads packed entries as they are; None else."""
+        layer = self.moment.layer
+        if layer is None or not layer.asked:
+            return None
+        if not self.hands_on:
+            return None
+        weighs = any(SCORED in method.asks for method in self._acting)
+        out, weights = layer.attend(call.q, call.sinks, weighs, scaling=call.scaling, softcap=call.softcap)
+        if weighs:
+            call.known["sum", "key", torch.is_grad_enabled()] = weights
+        return out.transpose(1, 2)
+
+    def learns_of(self, layer: TokenCacheLayer | None) -> bool:
+        """Whether to hear the attention call because it might read a cache as it lies."""
+        if layer is None or not layer.odd:
+            return False
+        config = vars(self._attention[0]).get("config") if self._attention else None
+        return config is not None and (config._attn_implementation or "").removeprefix(PREFIX) in BACKENDS
+
+    def check_read(self, layer: TokenCacheLayer | None) -> None:
+        """Refuse an attention that was to read a cache as it lies, and did not.
+
+        Raises:
+            UnsupportedError: It got other keys than the cache returned.
+        """
+        if layer is not None and layer.asked:
+            rule = "An attention must get the keys as the cache returns them in each pass, as it did before"
+            raise UnsupportedError(explain(rule, f"other ones in {type(self._attention[0]).__name__}", "Choose other layers."))
+
+    def reads_itself(self, call: Call, layer: TokenCacheLayer, books: Books) -> bool:
+        """Whether the next attention call may read the cache by itself, as it lies: one query that sees all its entries."""
+        if (
+            not self.hands_on
+            or self.attends is not None
+            or self.block.training
+            or torch.is_grad_enabled()
+            or self.runtime.records is not None
+        ):
+            return False
+        alone = books.m == 1 and books.untouched and layer.readable and not any(side.borrows for side in self.runtime.sides.values())
+        backend = self._attention[0].config._attn_implementation.removeprefix(PREFIX)
+        if not alone or backend != "sdpa" or call.biased or not all(looks_at_none(method) for method in self._acting):
+            return False
+        return all(sees_all(mask, layer) for mask in masks(call.arguments))
 
     def attention_call(self) -> AttentionCall:
         """What the attention call of this block got.
@@ -468,6 +521,25 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         if mode:
             self.runtime.found_in_training()
         return super().train(mode)
+
+
+def looks_at_none(method: Method) -> bool:
+    """Whether a method can do without the keys of an attention call: a compressor gets those of the cache, and what they received."""
+    if isinstance(method, CacheCompressor):
+        return not any({"scores", "affinity"} & {*names} for word, names in method.words.items() if word != "examine")
+    return not {*TAPPED, "affinity"} & method.asks
+
+
+def sees_all(mask: Tensor, layer: TokenCacheLayer) -> bool:
+    """Whether a mask of one query, (b|1 1 1 n) over the tokens seen, hides no entry that is stored."""
+    if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[3] <= layer.seen:
+        return False
+    seen = shown(mask)[:, :, 0].expand(len(layer.origins), -1, -1)  # b 1 n
+    if bool(seen.all()):
+        return True
+    places = cells_of(layer.origins, layer.heads)
+    hidden = ~seen.expand(-1, places.shape[1], -1).gather(2, places) & layer.there
+    return not bool(hidden.any() | ~seen[..., layer.seen].all())
 
 
 def borrows_keys(attention: nn.Module | None) -> bool:

@@ -275,4 +275,4 @@ def expect(layer: TokenCacheLayer | None, books: Books) -> Stored | None:
     if layer.origins is None:
         empty = books.rows.new_empty(books.batch, 0)
         return None if books.untouched and not books.start else Stored(empty, None)  # every token of the prompt may have skipped it
-    return None if layer.whole and books.untouched else Stored(layer.origins, layer.filled, layer.sizes)
+    return None if layer.whole and books.untouched else Stored(*map(layer.as_it_lies, (layer.origins, layer.filled, layer.sizes)))

@@ -63,6 +63,8 @@ SIGNALS: dict[str, str] = {
     "newer": "for a CacheCompressor: real entries behind each one, (b n), or (b k n) for each key head",
     "record": "for a CacheCompressor: a dict of this cache layer; its (b ...) tensors follow the rows, those of `.entries` the entries",
     "budget": "for a CacheCompressor: entries that may stay, (b 1) for a row or (b k) for each key head",
+    "states": "for a CacheCompressor: a function that gives the cached keys and values, of all entries (b k n e), or of an index (b k r) "
+    "alone; its `widths` are those of a key and of a value",
     "stays": "for `fold` and `hold`: entries that stay, (b k n) bool",
     "goes": "for `fold` and `hold`: entries beyond the budget, (b k n) bool",
     "keys_below": "for a method with `pairs`: cached keys of the lower block of the pair, (b k n e)",
@@ -423,6 +425,21 @@ class ModelRouter(Method):
         return (layers - 1,)
 
 
+class Folded(NamedTuple):
+    """What becomes of the entries that take in those that go.
+
+    Attributes:
+        index: Entries that change, (b k r); -1 stands for none.
+        keys, values: What they become, (b k r e).
+        sizes: How many tokens each entry stands for, (b k n); None leaves that.
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor
+    sizes: Tensor | None = None
+
+
 class Holding(NamedTuple):
     """How entries are held that a cache compressor does not keep as they are.
 
@@ -478,8 +495,11 @@ class CacheCompressor(Method):
         """
         raise UnsupportedError(explain("A cache compressor that sets `allots` says how", type(self).__name__, "Define its `allot`."))
 
-    def fold(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Keys and values (b k n e) of the entries, and how many tokens each stands for, (b k n), with those that go in those that stay."""
+    def fold(self) -> Folded | tuple[Tensor, Tensor, Tensor | None] | None:
+        """The entries that change as those that go join those that stay.
+
+        Or all keys and values (b k n e), and how many tokens each stands for, (b k n) or None.
+        """
 
     def hold(self) -> Holding | None:
         """How the entries beyond the budget are held."""

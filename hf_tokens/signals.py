@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .books import CROSS, HIDES, Books
-from .cache import TokenCacheLayer, stretch
+from .cache import TokenCacheLayer, cells_of, stretch
 from .denoising import grid
 from .errors import UnsupportedError, explain
 from .pictures import places
@@ -72,7 +72,7 @@ class Moment:
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has let the first ones go since."""
-        return x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length)
+        return self.layer.in_order(x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length), dim)
 
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""
@@ -150,7 +150,7 @@ def stored(moment: Moment) -> Tensor:
 
 def cells(layer: TokenCacheLayer, x: Tensor) -> Tensor:
     """Something of each entry, (b n) or (b k n), as (b k n)."""
-    return x if x.dim() == 3 else x[:, None].expand(-1, layer.heads, -1)
+    return cells_of(x, layer.heads)
 
 
 def counterparts(moment: Moment, other: TokenCacheLayer) -> Tensor:
@@ -302,11 +302,26 @@ def newer(moment: Moment) -> Tensor:
 def receive(moment: Moment) -> None:
     """Add to each cached entry the attention that it gets in this pass."""
     layer = moment.layer
-    columns = moment.side.heard("scores", replace(moment, whole_cache=True)).columns()  # b h n
-    grouped = columns.unflatten(1, (layer.heads, -1)).mean(dim=2)
+    grouped = moment.side.heard("scores", replace(moment, whole_cache=True)).columns(heads="key")  # b k n
     grouped = grouped.to(torch.promote_types(grouped.dtype, torch.float32))
     entries = layer.record.entries
     entries["received"] = entries["received"] + grouped if "received" in entries else grouped
+
+
+@dataclass(frozen=True)
+class States:
+    """The `states` signal."""
+
+    layer: TokenCacheLayer
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.layer.shape[1:]
+
+    def __call__(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries, or of those of an index."""
+        return self.layer.states(index)
 
 
 def own_tokens(moment: Moment) -> Tensor:
@@ -386,6 +401,7 @@ SUPPLY: dict[str, Callable[[Moment], Any]] = {
     "newer": newer,
     "received": lambda m: m.layer.record.entries["received"],
     "record": lambda m: m.layer.record,
+    "states": lambda m: States(m.layer),
     "budget": lambda m: m.budget,
     "stays": lambda m: m.stays,
     "goes": lambda m: m.goes,

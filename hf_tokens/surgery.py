@@ -18,7 +18,7 @@ from hf_tokens_kernels import routed_gather, routed_scatter
 from torch import Tensor, nn
 
 from .anatomy import Stream
-from .books import Books
+from .books import Books, Stored
 from .cache import TokenCacheLayer, adopt, place
 from .call import Call, find_cache
 from .conditioning import on_its_own
@@ -311,19 +311,21 @@ class Runtime:
         if lack:
             maps.append(TokenMap.pad(m, lack, len(x), x.device))
             books, x = books.move(maps[-1]), maps[-1].gather(x)
-        stored = lend(self, side, books, now, expect(layer, books))
+        stored = self._announce(side, call, layer, books, now)
         moment.local, moment.routed, moment.maps, moment.tokens = books, routed, tuple(maps), dict(now.memory.tokens)
         moment.past = None if layer is None else layer.past()
         mask, bias = call.unsaid_mask(x, books), call.unsaid_bias(books, stored)
         unsaid = mask is not None or bias is not None
-        if unsaid or side.taps:
+        hears = unsaid or side.taps or side.learns_of(layer)
+        if hears:
             side.open_tap()
         asking = sum(opened.m - opened.n for owner, opened, _ in guests if only_asks(owner))
         heard = replace(moment, hidden=x, now=replace(now), mask=mask, bias=bias)
-        with side.open_while_it_runs(partial(side.hearing, unsaid or side.taps or asking > 0, asking, heard)):
+        with side.open_while_it_runs(partial(side.hearing, hears or asking > 0, asking, heard)):
             output = call.run(side.features.block, x, books, stored)
         if unsaid or asking or side.attends is not None:
             side.attention_call()
+        side.check_read(layer)
         self._mark(side, moment)
         if not side.features.reused:
             self._count(side, x.shape[0] * x.shape[1])
@@ -342,6 +344,14 @@ class Runtime:
             return torch.lerp(hidden, y, gate[..., None].to(y.dtype))
         index = routed.source if routed.filled is None else routed.source.masked_fill(~routed.filled, -1)
         return routed_scatter(hidden, y, index, gate.gather(1, routed.source))
+
+    def _announce(self, side: BlockSurgery, call: Call, layer: TokenCacheLayer | None, books: Books, now: Pass) -> Stored | None:
+        """Announce the tokens of a block to its cache; returns what is stored there, where its mask must be cut for it."""
+        stored = lend(self, side, books, now, expect(layer, books))
+        if layer is None or not layer.odd or not side.reads_itself(call, layer, books):
+            return stored
+        layer.asked = True
+        return Stored(books.rows[:, :0], None)  # no mask is needed
 
     @staticmethod
     def _route(gate: Tensor | None, dense: bool, books: Books, hidden: Tensor) -> tuple[Books, Tensor, TokenMap | None]:

@@ -182,7 +182,7 @@ def test_keep_per_head():
         for k in range(K):
             assert torch.equal(ours.keys[b, k, 0], theirs.keys[b, k, index[b, k, 0]])
     assert torch.equal(ours.origins, index) and ours.filled.shape == (B, K, 2)
-    assert ours.nbytes == 2 * B * K * (E * 4 + 2)  # one entry a head, and which of the two places it has
+    assert ours.nbytes == 2 * B * K * E * 4  # one entry a head
     ours.keep(torch.zeros(B, K, 1, dtype=torch.long))
     assert torch.equal(ours.origins, index[..., :1]) and bool(ours.filled.all())
 
@@ -193,6 +193,47 @@ def test_keeping_twice_keeps_of_the_kept():
     ours.keep(torch.tensor([[1, 2], [0, 2]]))
     assert ours.origins.tolist() == [[3, 5], [0, 4]] and ours.filled.tolist() == [[True, False], [True, True]]
     assert torch.equal(ours.keys[0], theirs.keys[0][:, [3, 5]])
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_what_leaves_is_filled_up_as_if_the_others_closed_up(steps):
+    """One to three entries leave each row, or each head, and one comes; some of the rows may have filler."""
+    ours, plain, made = TokenCacheLayer(), TokenCacheLayer(), 6
+    for layer in (ours, plain):
+        layer.update(*states(5))
+        layer.expect(Arrival(torch.full((B, 1), 5), None, None, 6))
+        layer.update(*states(1, 1))
+    for leaving, seed in steps:
+        g, n = torch.Generator().manual_seed(seed), ours.length
+        if n > leaving + 1:
+            lead = (B, K) if seed % 3 == 0 else (B,)
+            index = torch.rand(*lead, n, generator=g).argsort(dim=-1)[..., : n - 1 - leaving].sort(dim=-1).values
+            there = torch.rand(index.shape, generator=g) < 0.8
+            there[..., 0] = True
+            filled = there if lead == (B,) and seed % 2 else None
+            ours.keep(index, filled)
+            plain._room = None
+            plain.keep(index, filled)
+        for layer in (ours, plain):
+            layer.expect(Arrival(torch.full((B, 1), made), None, None, made + 1))
+            layer.update(*states(1, made))
+        made += 1
+        there = ours.there[..., None]
+        assert torch.equal(ours.keys * there, plain.keys * there) and torch.equal(ours.values * there, plain.values * there)
+        assert torch.equal(ours.origins, plain.origins) and torch.equal(ours.there, plain.there)
+        if ours.held is None:
+            assert torch.equal(ours.as_it_lies(ours.keys[..., 0]), ours._states[0][..., 0])
+
+
+def test_a_cache_that_keeps_its_length_is_not_copied():
+    ours, _ = filled((8, 1))
+    room = ours._room[0].data_ptr()
+    for i in range(40):
+        ours.keep(torch.tensor([[j for j in range(9) if j != i % 8]] * B))
+        ours.expect(Arrival(torch.full((B, 1), 9 + i), None, None, 10 + i))
+        ours.update(*states(1, i))
+        assert ours._room[0].data_ptr() == room
 
 
 @pytest.mark.parametrize("remove", [-1, -2, -5])

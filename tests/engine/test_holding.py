@@ -4,15 +4,30 @@ import copy
 
 import pytest
 import torch
+from hf_tokens_kernels import picks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import close
 from transformers import DynamicCache
 
-from hf_tokens import CacheCompressor, ConfigError, MethodConfig, Polar, Quantized, get_token_model, measure, option, register
+from hf_tokens import (
+    CacheCompressor,
+    ConfigError,
+    MethodConfig,
+    MiKVConfig,
+    Polar,
+    Quantized,
+    RazorAttentionConfig,
+    UnsupportedError,
+    get_token_model,
+    measure,
+    option,
+    register,
+)
 from hf_tokens.books import Books, Stored
 from hf_tokens.cache import Arrival, TokenCacheLayer
-from hf_tokens.holding import Plain, pack_bits, unpack_bits
+from hf_tokens.holding import Plain
+from hf_tokens.layer import BlockSurgery
 from hf_tokens.registry import METHODS
 from hf_tokens.testing import zoo
 
@@ -123,14 +138,6 @@ def test_a_scale_is_taken_out_again_and_follows_the_rows():
     assert torch.equal(layer.keys[:, :, :5], before.flip(0))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_bits_survive_packing(bits):
-    codes = torch.randint(0, 2**bits, (4, 13), generator=torch.Generator().manual_seed(bits))
-    packed = pack_bits(codes, bits)
-    assert torch.equal(unpack_bits(packed, bits, 13).long(), codes)
-    assert packed.shape[1] == (-(-13 // (8 // bits)) if 8 % bits == 0 else -(-13 // 8) * bits)
-
-
 def test_a_row_of_one_value_is_exact():
     rows = torch.full((2, E), 0.7)
     assert torch.equal(through(FORM, rows), rows)
@@ -144,6 +151,62 @@ def test_directions_meet_where_they_lie_alike_or_opposite():
     close(read[0][0], a[0])
     close(read[1][0], b[0])
     assert all(x.isfinite().all() for x in read) and torch.equal(read[0][2], a[2])
+
+
+def test_cells_come_and_go_without_a_copy_of_the_others():
+    layer = TokenCacheLayer()
+    arrive(layer, 40, 0)
+    layer.hold(torch.arange(40).expand(B, K, 40) < 20, FORM, FORM)
+    rooms = []
+    for i in range(30):
+        arrive(layer, 1, i)
+        layer.release()
+        layer.hold(torch.arange(layer.length).expand(B, K, layer.length) == 20 + i, FORM, FORM)
+        rooms.append(tuple(part.packed[0][0].data_ptr() for part in layer.held))
+    assert len(set(rooms)) <= 6
+    assert sorted(part.count for part in layer.held) == [20 * B * K, 50 * B * K]
+
+
+def read_by(model, ids, mask, monkeypatch, itself):
+    """Logits of a generation, and the operations that ran."""
+    if not itself:
+        monkeypatch.setattr(BlockSurgery, "reads_itself", lambda self, *args: False)
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad(), picks() as picked:
+        out = model.generate(ids, attention_mask=mask, **given)
+    monkeypatch.undo()
+    return torch.stack(out.logits), {choice.operation for choice in picked}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("config", "operations"),
+    [
+        (MiKVConfig(importance=0.3, bits=4), {"packed_attention", "ragged_attention"}),
+        (MiKVConfig(importance=0.3, high_bits=8), {"packed_attention", "ragged_attention"}),
+        (RazorAttentionConfig(sinks=1, compression=4.0, heads=(0, 3)), {"ragged_attention"}),
+    ],
+    ids=["few bits", "few and more bits", "heads of different lengths"],
+)
+def test_decoding_reads_a_cache_where_it_lies(family, config, operations, monkeypatch):
+    specimen = zoo.build(family)
+    specimen.model.set_attn_implementation("sdpa")
+    model, ids = get_token_model(specimen.model, config).eval(), specimen.inputs["input_ids"]
+    for padded in (0, 3):
+        mask = torch.ones_like(ids)
+        mask[0, :padded] = 0
+        ours, ran = read_by(model, ids, mask, monkeypatch, True)
+        want, unpacked = read_by(model, ids, mask, monkeypatch, False)
+        close(ours, want)
+        assert not operations & unpacked and (padded or operations <= ran)
+
+
+def test_an_attention_that_gets_other_keys_is_refused(monkeypatch):
+    base = zoo.build("llama")
+    model = get_token_model(base.model, MiKVConfig(importance=0.3)).eval()
+    monkeypatch.setattr(BlockSurgery, "answer", lambda self, call: None)
+    with pytest.raises(UnsupportedError, match="must get the keys as the cache returns them in each pass, .* got other ones"):
+        model.generate(base.inputs["input_ids"], max_new_tokens=4, min_new_tokens=4)
 
 
 # -- entries that stand for several tokens ---------------------------------------------------------------------------

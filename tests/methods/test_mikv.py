@@ -108,8 +108,7 @@ def test_few_bits_are_few_bytes():
     model = get_token_model(gpt2(), MiKVConfig(importance=0.25, balance=False)).eval()
     cost = measure(model, input_ids=ids, use_cache=True)
     low, high = 1 + 2 * 2 * 8, 4 * 8  # a byte for four codes, and a scale and a least value a group
-    places = 3 * 32  # which entries a part has: keys and values of few bits are the same ones
-    assert cost.kv_bytes == 4 * 3 * (2 * (24 * low + 8 * high) + places)
+    assert cost.kv_bytes == 4 * 3 * 2 * (24 * low + 8 * high)
 
 
 def test_nothing_is_lost_where_bits_suffice():

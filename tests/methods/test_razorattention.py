@@ -96,8 +96,8 @@ def test_only_what_is_kept_takes_room():
     ids, _ = batch((32,))
     model = get_token_model(gpt2(), RazorAttentionConfig(sinks=2, compression=8.0, heads=(0,))).eval()
     cost = measure(model, input_ids=ids, use_cache=True)
-    entries = 32 + 11 * (2 + 4 + 1)  # 12 heads of width 4, in float64, with a byte for each place in the first block
-    assert cost.kv_bytes == 2 * (entries * 4 * 8 + 3 * 32)
+    entries = 32 + 11 * (2 + 4 + 1)  # 12 heads of width 4, in float64
+    assert cost.kv_bytes == 2 * entries * 4 * 8
 
 
 def test_calibration_finds_the_heads_of_the_loop(tmp_path):

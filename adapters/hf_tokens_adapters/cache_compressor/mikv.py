@@ -16,6 +16,7 @@ Differs: the balancer divides the keys when they are read, instead of the querie
 True
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +53,10 @@ class MiKV(CacheCompressor):
     def budget(self, length: int, seen: int) -> int:
         return min(length, max(1, int(self.config.importance * seen + 1e-9)))
 
-    def hold(self, queries: Tensor, keys: Tensor, values: Tensor, real: Tensor, mask: Tensor, record: dict) -> Holding:
-        c, heads = self.config, keys.shape[1]
+    def hold(self, queries: Tensor, states: Callable, real: Tensor, mask: Tensor, record: dict) -> Holding:
+        c = self.config
         if c.balance and "balance" not in record:
+            keys, heads = states()[0], self.dims.kv_heads
             mask = mask if mask.dim() == 3 else mask[:, None]
             queries = rearrange(queries, "b (k g) m e -> b k (g m) e", k=heads)
             real = real[:, None].repeat(1, 1, queries.shape[2] // real.shape[1])
@@ -62,5 +64,5 @@ class MiKV(CacheCompressor):
             whole = (most[0] > 0) & (most[1] > 0)
             record["balance"] = torch.where(whole, (most[0] / torch.where(whole, most[1], 1)).sqrt(), 1)
         form = lambda bits, width: Quantized(bits, width, -(-width // c.groups))
-        both = lambda bits: (form(bits, keys.shape[3]), form(bits, values.shape[3]))
+        both = lambda bits: tuple(form(bits, width) for width in states.widths)
         return Holding(*both(c.bits), record.get("balance"), None if c.high_bits > 8 else both(c.high_bits))

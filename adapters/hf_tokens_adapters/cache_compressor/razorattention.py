@@ -19,13 +19,14 @@ Differs: `hf_tokens.calibrate(model, batches)` finds the heads; before that none
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from hf_tokens import CacheCompressor, MethodConfig, UnsupportedError, option, register
+from hf_tokens import CacheCompressor, Folded, MethodConfig, UnsupportedError, indices, option, register
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ class RazorAttention(CacheCompressor):
         first = dims.place * dims.kv_heads
         return [length if first + head in c.heads else few for head in range(dims.kv_heads)]
 
-    def fold(self, keys: Tensor, values: Tensor, sizes: Tensor, stays: Tensor, goes: Tensor, positions: Tensor, newer: Tensor) -> tuple:
+    def fold(self, states: Callable, sizes: Tensor, stays: Tensor, goes: Tensor, positions: Tensor, newer: Tensor) -> Folded:
         sizes, positions, newer = (x if x.dim() == 3 else x[:, None].expand_as(goes) for x in (sizes, positions, newer))
-        age = newer.masked_fill(~stays | (positions < self.config.sinks), -1)
-        oldest = torch.zeros_like(goes).scatter(-1, age.argmax(dim=-1, keepdim=True), True)
-        oldest &= (age >= 0) & goes.any(dim=-1, keepdim=True)
-        weight = (sizes * (goes | oldest)).to(torch.promote_types(keys.dtype, torch.float32))
+        age, oldest = newer.masked_fill(~stays | (positions < self.config.sinks), -1).max(dim=-1, keepdim=True)
+        there, index = (age >= 0) & goes.any(dim=-1, keepdim=True), indices(goes)
+        counts = torch.cat([there, goes.gather(-1, index)], dim=-1)
+        index = torch.cat([oldest, index], dim=-1)  # b k r
+        weight = sizes.gather(-1, index) * counts
         total = weight.sum(dim=-1, keepdim=True)
-        mean = lambda x: (weight[..., None] * x).sum(dim=2, keepdim=True) / total.clamp(min=1)[..., None]
-        folded = (torch.where(oldest[..., None], mean(x).to(x.dtype), x) for x in (keys, values))
-        return *folded, torch.where(oldest, total.to(sizes.dtype), sizes)
+        mean = lambda x: ((weight[..., None] * x).sum(dim=2, keepdim=True) / total.clamp(min=1)[..., None]).to(x.dtype)
+        sizes = sizes.scatter(-1, oldest, torch.where(there, total.to(sizes.dtype), sizes.gather(-1, oldest)))
+        return Folded(torch.where(there, oldest, -1), *map(mean, states(index)), sizes)

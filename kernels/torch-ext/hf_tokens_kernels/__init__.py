@@ -6,12 +6,16 @@ from .dispatch import Choice, backend, choose, picks
 from .farthest_points import farthest_points
 from .low_pass import low_pass
 from .pooling import pool_max, pool_power, pool_softmax
+from .quantized_kv import Coded, Rounded, decode, encode, pack, pack_bits, packed_attention, unpack, unpack_bits
+from .ragged_attention import merge_attention, ragged_attention
 from .routed import routed_gather, routed_scatter
 from .similarity_match import match
 from .token_merge import merge, take_rows, unmerge
 
 __all__ = [
     "Choice",
+    "Coded",
+    "Rounded",
     "agglomerate",
     "attention_columns",
     "attention_entropy",
@@ -20,16 +24,25 @@ __all__ = [
     "backend",
     "choose",
     "cluster",
+    "decode",
+    "encode",
     "farthest_points",
     "low_pass",
     "match",
     "merge",
+    "merge_attention",
+    "pack",
+    "pack_bits",
+    "packed_attention",
     "picks",
     "pool_max",
     "pool_power",
     "pool_softmax",
+    "ragged_attention",
     "routed_gather",
     "routed_scatter",
     "take_rows",
     "unmerge",
+    "unpack",
+    "unpack_bits",
 ]

@@ -1,0 +1,51 @@
+"""Codes of a few bits in bytes: one plane for each power of two in the number of bits, so that no code lies in two bytes.
+
+In a plane of p bits a row of n codes takes w = ceil(n p / 8) bytes; byte j holds the codes j, j + w, j + 2 w ..., the first one lowest.
+Thus unpacking is a shift and a mask of whole rows of bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+MOST = 8
+
+
+def planes(bits: int) -> list[int]:
+    """Bits of each plane, from the lowest."""
+    return [p for p in (1, 2, 4, 8) if bits & p]
+
+
+def row_bytes(width: int, bits: int) -> int:
+    """Bytes of a row of codes."""
+    return sum(-(-width * p // 8) for p in planes(bits))
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes (r n) below 2^bits, packed into bytes (r m)."""
+    out, shift, n = [], 0, codes.shape[1]
+    codes = codes.to(torch.uint8)
+    for p in planes(bits):
+        w = -(-n * p // 8)
+        strips = pad((codes >> shift) & (2**p - 1), (0, w * (8 // p) - n)).unflatten(1, (8 // p, w))
+        byte = strips[:, 0]
+        for i in range(1, 8 // p):
+            byte = byte | strips[:, i] << (p * i)
+        out.append(byte)
+        shift += p
+    return torch.cat(out, dim=1) if len(out) > 1 else out[0].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Bytes (r m) back to their codes (r width), uint8."""
+    out, shift, at = None, 0, 0
+    for p in planes(bits):
+        w = -(-width * p // 8)
+        byte = packed[:, at : at + w]
+        codes = byte if p == 8 else torch.cat([byte >> (p * i) for i in range(8 // p)], dim=1).bitwise_and_(2**p - 1)
+        codes = codes[:, :width]
+        out = codes if out is None else out | codes << shift
+        shift, at = shift + p, at + w
+    return out

@@ -1,0 +1,151 @@
+"""Rows of keys or values in few bits: integers with a scale and a least value for each group of channels, or codes of a codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .bits import MOST, pack_bits, row_bytes, unpack_bits
+
+DISTANCES = 1 << 22  # held at a time while codes are looked for
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Cells rounded to integers.
+
+    Attributes:
+        codes: Their bytes, (c w).
+        scale, low: Of each group of channels, (c g): a row is code * scale + low.
+        bits: Bits of an integer.
+        group: Channels of a group; the last one may be smaller.
+        width: Channels of a row.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+    bits: int
+    group: int
+    width: int
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+        return self.codes, self.scale, self.low
+
+    def rows(self, cells: slice) -> Tensor:
+        """Some of the cells, as they are read."""
+        return unpack(self.codes[cells], self.scale[cells], self.low[cells], self.bits, self.group, self.width)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Cells as codes of a codebook, one for several channels.
+
+    Attributes:
+        codes: Their bytes, (c w).
+        codebook: What each code of each run of channels stands for, (s k e/s).
+    """
+
+    codes: Tensor
+    codebook: Tensor
+
+    @property
+    def width(self) -> int:
+        """Channels of a row."""
+        return self.codebook.shape[0] * self.codebook.shape[2]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+        return self.codes, self.codebook
+
+    def rows(self, cells: slice) -> Tensor:
+        """Some of the cells, as they are read."""
+        return decode(self.codes[cells], self.codebook)
+
+
+Packed = Rounded | Coded
+
+
+def pack(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round rows (r e) to integers: their bytes (r w), scales and least values (r g) of each group of channels.
+
+    Raises:
+        ValueError: There is no such number of bits or channels.
+    """
+    check(rows, bits, group)
+    width = rows.shape[1]
+    lack = -width % group
+    groups = torch.cat([rows, rows[:, -1:].expand(-1, lack)], dim=1).unflatten(1, (-1, group))
+    low, high = groups.aminmax(dim=-1)
+    scale = (high - low) / (2**bits - 1)
+    codes = ((groups - low[..., None]) / torch.where(scale > 0, scale, 1)[..., None]).round().clamp(0, 2**bits - 1)
+    return pack_bits(codes.flatten(1)[:, :width], bits), scale, low
+
+
+def unpack(codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int, width: int) -> Tensor:
+    """The rows (r e) of what `pack` gave, each within half a scale of what it was.
+
+    Raises:
+        ValueError: The bytes are not those of such rows.
+    """
+    check(codes, bits, group)
+    if codes.shape[1] != row_bytes(width, bits):
+        rule = f"A row of {width} channels in {bits} bits has {row_bytes(width, bits)} bytes"
+        raise ValueError(f"{rule}, got {codes.shape[1]}. Unpack with the numbers that it was packed with.")
+    numbers = pad(unpack_bits(codes, bits, width).to(scale.dtype), (0, -width % group)).unflatten(1, (-1, group))
+    return torch.addcmul(low[..., None], numbers, scale[..., None]).flatten(1)[:, :width]
+
+
+def check(rows: Tensor, bits: int, group: int) -> None:
+    """Refuse what cannot be packed.
+
+    Raises:
+        ValueError: There is no such number of bits or channels.
+    """
+    if rows.dim() != 2 or not 1 <= bits <= MOST or group < 1:
+        came = f"{tuple(rows.shape)}, {bits} bits and groups of {group}"
+        raise ValueError(f"Rows (r, e) are packed in 1 to {MOST} bits, in groups of 1 channel or more, got {came}. Choose others.")
+
+
+def code_bits(codebook: Tensor) -> int:
+    """Bits of a code.
+
+    Raises:
+        ValueError: The codebook has too many codes for a byte.
+    """
+    if codebook.dim() != 3 or not 2 <= codebook.shape[1] <= 2**MOST:
+        rule = f"A codebook is (runs, codes, channels) with 2 to {2**MOST} codes"
+        raise ValueError(f"{rule}, got {tuple(codebook.shape)}. Couple fewer channels, or take fewer codes.")
+    return (codebook.shape[1] - 1).bit_length()
+
+
+def encode(rows: Tensor, codebook: Tensor) -> Tensor:
+    """The nearest code of each run of channels: rows (r e) and a codebook (s k e/s) to bytes (r w); of two as near the first.
+
+    Raises:
+        ValueError: The codebook is not one of such rows.
+    """
+    bits, (runs, many, channels) = code_bits(codebook), codebook.shape
+    if rows.dim() != 2 or rows.shape[1] != runs * channels:
+        rule = f"Rows of this codebook have {runs} runs of {channels} channels"
+        raise ValueError(f"{rule}, got {tuple(rows.shape)}. Flatten the rows, or choose another codebook.")
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    book = codebook.to(exact)
+    lengths, step = book.square().sum(dim=-1)[:, None], max(1, DISTANCES // (runs * many))
+    found = []
+    for part in rows.split(step):
+        run = part.to(exact).unflatten(1, (runs, channels)).transpose(0, 1)  # s r c
+        found.append(torch.baddbmm(lengths, run, book.mT, alpha=-2).argmin(dim=-1).T)
+    return pack_bits(torch.cat(found) if found else rows.new_zeros(0, runs), bits)
+
+
+def decode(codes: Tensor, codebook: Tensor) -> Tensor:
+    """The rows (r e) of what `encode` gave."""
+    runs, many, _ = codebook.shape
+    numbers = unpack_bits(codes, code_bits(codebook), runs).int()
+    numbers += torch.arange(0, runs * many, many, dtype=torch.int32, device=codes.device)
+    return codebook.flatten(0, 1).index_select(0, numbers.flatten()).view(len(codes), -1)

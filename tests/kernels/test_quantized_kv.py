@@ -1,0 +1,186 @@
+"""Rows in a few bits come back as they were rounded, and attention over them is that over the rows they stand for."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hf_tokens_kernels import Coded, Rounded, decode, encode, pack, pack_bits, packed_attention, ragged_attention, unpack, unpack_bits
+from hf_tokens_kernels.quantized_kv import reference
+from largest import Largest
+from tolerances import close
+
+
+def cells(lengths, widths, device="cpu", dtype=torch.float32, seed=0):
+    """Rows of keys and values of cells, queries, and where the cells of each row and head lie, with room behind them."""
+    make = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(lengths)
+    regions = lengths.flatten() + 2
+    starts = (regions.cumsum(0) - regions).view_as(lengths)
+    keys, values = (torch.randn(int(regions.sum()), w, generator=make).to(device, dtype) for w in widths)
+    q = torch.randn(len(lengths), 2 * lengths.shape[1], 1, widths[0], generator=make).to(device, dtype)
+    return q, keys, values, starts.to(device), lengths.to(device)
+
+
+def rounded(rows, bits, group):
+    return Rounded(*pack(rows, bits, group), bits, group, rows.shape[1])
+
+
+def coded(rows, channels, many, seed=0):
+    make = torch.Generator().manual_seed(seed)
+    book = torch.randn(rows.shape[1] // channels, many, channels, generator=make).to(rows)
+    return Coded(encode(rows, book), book)
+
+
+@pytest.mark.parametrize("width", [1, 5, 13, 64])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bits_survive_packing(bits, width):
+    codes = torch.randint(0, 2**bits, (7, width), generator=torch.Generator().manual_seed(bits))
+    packed = pack_bits(codes, bits)
+    assert torch.equal(unpack_bits(packed, bits, width).long(), codes)
+    assert packed.dtype == torch.uint8 and packed.shape[1] <= -(-width * bits // 8) + bits.bit_count() - 1
+
+
+@pytest.mark.parametrize(("bits", "group", "width"), [(2, 32, 64), (4, 5, 13), (8, 64, 64), (3, 4, 6), (1, 8, 8), (6, 1, 3)])
+def test_a_row_is_rounded_to_the_nearest_of_its_steps(bits, group, width):
+    rows = torch.randn(9, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    read = unpack(*pack(rows, bits, group), bits, group, width)
+    for row, first in itertools.product(range(9), range(0, width, group)):
+        part = rows[row, first : first + group].tolist()
+        low, step = min(part), (max(part) - min(part)) / (2**bits - 1)
+        steps = [low + i * step for i in range(2**bits)]
+        want = [min(steps, key=lambda s, x=x: abs(s - x)) for x in part]
+        assert read[row, first : first + group].tolist() == pytest.approx(want, abs=1e-12)
+
+
+def test_no_rows_and_rows_of_one_value():
+    assert unpack(*pack(torch.empty(0, 6), 3, 4), 3, 4, 6).shape == (0, 6)
+    rows = torch.full((2, 6), 0.7)
+    assert torch.equal(unpack(*pack(rows, 3, 4), 3, 4, 6), rows)
+
+
+@pytest.mark.parametrize(("channels", "many"), [(4, 256), (2, 16), (3, 5), (1, 2)])
+def test_a_code_is_the_nearest_of_its_codebook(channels, many, monkeypatch):
+    from hf_tokens_kernels.quantized_kv import forms
+
+    monkeypatch.setattr(forms, "DISTANCES", 4 * many)
+    make = torch.Generator().manual_seed(0)
+    rows, book = torch.randn(11, 4 * channels, generator=make), torch.randn(4, many, channels, generator=make)
+    read = decode(encode(rows, book), book)
+    for row, run in itertools.product(range(11), range(4)):
+        x = rows[row, run * channels : (run + 1) * channels].double()
+        want = min(book[run].double(), key=lambda code, x=x: float((code - x).square().sum()))
+        assert torch.equal(read[row, run * channels : (run + 1) * channels].double(), want)
+
+
+FORMS = {  # of keys and of values, by the width of a row
+    "2 bits": (lambda x: rounded(x, 2, 32), lambda x: rounded(x, 2, 32)),
+    "4 and 8 bits": (lambda x: rounded(x, 4, 16), lambda x: rounded(x, 8, 64)),
+    "7 and 3 bits, small groups": (lambda x: rounded(x, 7, 5), lambda x: rounded(x, 3, 7)),
+    "codebooks": (lambda x: coded(x, 4, 256), lambda x: coded(x, 2, 11)),
+    "codes and bits": (lambda x: coded(x, 8, 200), lambda x: rounded(x, 1, 40)),
+}
+SHAPES = [([[7, 63], [1, 20]], (64, 64)), ([[500, 0]], (32, 48)), ([[5], [2], [9]], (256, 128)), ([[1]], (40, 40))]
+
+
+def check(q, keys, values, starts, lengths, **knobs):
+    """Attention over packed cells is the loop in float64 over what they stand for."""
+    out, logs = packed_attention(q, keys, values, starts, lengths, scaling=0.3, **knobs)
+    k, v = (x.rows(slice(None)).double() for x in (keys, values))
+    sizes, cap, groups = knobs.get("sizes"), knobs.get("softcap"), q.shape[1] // starts.shape[1]
+    want, want_logs = torch.zeros(out.shape, dtype=torch.float64), torch.full(logs.shape, -math.inf, dtype=torch.float64)
+    for row, head, i in itertools.product(*map(range, q.shape[:3])):
+        start, length = int(starts[row, head // groups]), int(lengths[row, head // groups])
+        scores = [float(q[row, head, i].double() @ k[start + j]) * 0.3 for j in range(length)]
+        scores = scores if cap is None else [cap * math.tanh(s / cap) for s in scores]
+        scores = scores if sizes is None else [s + math.log(float(sizes[start + j])) for j, s in enumerate(scores)]
+        if scores:
+            weights = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+            want[row, head, i] = (weights[:, None] * v[start : start + length].cpu()).sum(dim=0)
+            want_logs[row, head, i] = torch.tensor(scores, dtype=torch.float64).logsumexp(dim=0)
+    close(out.cpu(), want.to(out.dtype), "read")
+    assert torch.equal(logs.cpu() > -math.inf, want_logs > -math.inf)
+    close(logs.cpu().clamp(min=-1e4).to(out.dtype), want_logs.clamp(min=-1e4).to(out.dtype), "log")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_attention_is_the_loop(backend, device, shape, form):
+    q, keys, values, *where = cells(*shape, device)
+    check(q, FORMS[form][0](keys), FORMS[form][1](values), *where)
+
+
+def test_sizes_and_soft_caps(backend, device):
+    q, keys, values, *where = cells(*SHAPES[0], device)
+    sizes = torch.randint(1, 9, (len(keys),), generator=torch.Generator().manual_seed(1)).float().to(device)
+    check(q, rounded(keys, 2, 32), rounded(values, 4, 32), *where, sizes=sizes, softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves(backend, device, dtype):
+    q, keys, values, *where = cells(*SHAPES[0], device, dtype)
+    check(q, rounded(keys, 2, 32), coded(values, 4, 64), *where)
+
+
+def test_doubles(device):
+    q, keys, values, *where = cells(*SHAPES[0], device, torch.float64)
+    check(q, rounded(keys, 2, 32), coded(values, 4, 64), *where)
+
+
+def test_several_queries_and_splits(backend, device, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 32)
+    if backend == "triton":
+        from hf_tokens_kernels.ragged_attention import twin
+
+        monkeypatch.setattr(twin, "LEAST_BLOCKS", 1)
+    q, keys, values, *where = cells([[150, 3]], (32, 32), device)
+    check(torch.cat([q, -q], dim=2), rounded(keys, 4, 32), rounded(values, 2, 16), *where, longest=160)
+
+
+def test_scores_of_cells_give_their_probabilities(backend, device):
+    q, keys, values, starts, lengths = cells(*SHAPES[1], device)
+    k, v = rounded(keys, 2, 32), rounded(values, 2, 16)
+    out, logs, scores = packed_attention(q, k, v, starts, lengths, scaling=0.3, scores=True)
+    weights = (scores[:, :500] - logs[0, :2]).exp()
+    close(weights @ v.rows(slice(0, 500)), out[0, :2, 0])
+    assert bool((scores[:, 500:] == -torch.inf).all())
+
+
+def test_rows_of_eight_bits_are_read_as_plain_ones_nearly(backend, device):
+    q, keys, values, *where = cells(*SHAPES[0], device)
+    got, _ = packed_attention(q, rounded(keys, 8, 16), rounded(values, 8, 16), *where, scaling=0.3)
+    want, _ = ragged_attention(q, keys, values, *where, scaling=0.3)
+    assert float((got - want).abs().max()) < 0.05
+
+
+def test_no_more_than_a_chunk_is_unpacked(monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 64)
+    q, keys, values, *where = cells([[2000, 900]], (64, 64))
+    k, v = rounded(keys, 2, 32), rounded(values, 2, 32)
+    with Largest(*k.tensors(), *v.tensors()) as seen:
+        packed_attention(q, k, v, *where, scaling=0.3)
+    assert seen.elements <= 64 * 64 * 2
+
+
+def test_gradients_go_through_the_reference():
+    q, keys, values, *where = cells(*SHAPES[0], dtype=torch.float64)
+    q.requires_grad_()
+    k, v = rounded(keys, 2, 32), rounded(values, 2, 32)
+    packed_attention(q, k, v, *where, scaling=0.3)[0].square().sum().backward()
+    got, q.grad = q.grad, None
+    ragged_attention(q, k.rows(slice(None)), v.rows(slice(None)), *where, scaling=0.3)[0].square().sum().backward()
+    close(got, q.grad)
+
+
+def test_what_does_not_fit_is_refused():
+    q, keys, values, *where = cells(*SHAPES[0])
+    with pytest.raises(ValueError, match="packed in 1 to 8 bits, in groups of 1 channel or more, got .*9 bits"):
+        pack(keys, 9, 4)
+    with pytest.raises(ValueError, match="64 channels in 2 bits has 16 bytes, got 8. Unpack with the numbers"):
+        unpack(*pack(keys[:, :32], 2, 32), 2, 32, 64)
+    with pytest.raises(ValueError, match=r"with 2 to 256 codes, got \(1, 512, 64\). Couple fewer"):
+        encode(keys, torch.zeros(1, 512, 64))
+    with pytest.raises(ValueError, match="have 2 runs of 4 channels, got"):
+        encode(keys, torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match="must have the channels of the queries, and a value each"):
+        packed_attention(q, rounded(keys[:, :32], 2, 32), rounded(values, 2, 32), *where, scaling=0.3)
