@@ -1,6 +1,6 @@
 """Decoding SmolLM2-135M behind a long prompt with a quarter of its cache, against the full DynamicCache.
 
-python benchmarks/speed/kv.py [METHOD]     # bytes that a process has at most for the prompt and a few tokens, all told
+cd benchmarks && python -m speed.kv prefixkv     # bytes that a process has at most for the prompt and a few tokens, all told
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ import hf_tokens
 from hf_tokens.commands.quickstart import load_base, packaged_smollm2
 from hf_tokens.measure import kv_bytes
 
+from .paired import Row, ratios
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
 CONTEXT, NEW, ROUNDS = 8192, 6, 5
 BUDGET = 0.25
 METHODS = {
@@ -55,7 +59,7 @@ def decode(model: Any, cache: Any) -> None:
 
 def process_bytes(name: str) -> int:
     """What a process has at most that runs a method, or the plain model."""
-    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "speed.kv", name], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
@@ -88,5 +92,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-else:
-    from .paired import Row, ratios
