@@ -374,7 +374,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         if held is None or output.shape[1] != guests + held.m:
             return None
         back = unmerge(output[:, guests:], held.slot)
-        return torch.cat([output[:, :guests], back], dim=1)
+        return torch.cat([output[:, :guests], back], dim=1) if guests else back
 
     # -- the attention call ------------------------------------------------------------------------------------------
 

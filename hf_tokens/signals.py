@@ -302,8 +302,7 @@ def newer(moment: Moment) -> Tensor:
 def receive(moment: Moment) -> None:
     """Add to each cached entry the attention that it gets in this pass."""
     layer = moment.layer
-    columns = moment.side.heard("scores", replace(moment, whole_cache=True)).columns(heads="key")  # b k n
-    grouped = columns.unflatten(1, (layer.heads, -1)).mean(dim=2)
+    grouped = moment.side.heard("scores", replace(moment, whole_cache=True)).columns(heads="key")  # b k n
     grouped = grouped.to(torch.promote_types(grouped.dtype, torch.float32))
     entries = layer.record.entries
     entries["received"] = entries["received"] + grouped if "received" in entries else grouped

@@ -488,7 +488,8 @@ class Runtime:
         if tokens is None:
             return x
         guests = moment.local.m - tokens.n  # in front, for this block only
-        return torch.cat([x[:, :guests], tokens.apply(x[:, guests:], moment.now.books.all_sizes())], dim=1)
+        joined = tokens.apply(x[:, guests:], moment.now.books.all_sizes())
+        return torch.cat([x[:, :guests], joined], dim=1) if guests else joined
 
     def edit(self, side: BlockSurgery, method: AttentionEdit, given: Tensor, update: Tensor) -> Tensor:
         """What the self-attention of a block returns, edited; another sequence that it carries along stays as it is."""

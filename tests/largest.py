@@ -1,17 +1,19 @@
-"""What an operation holds at a time: the largest tensor that is made."""
+"""How large what an operation makes along the way is."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
+    """Elements of the largest tensor that any operation makes, views of what is given left out."""
 
-    elements = 0
+    def __init__(self, *given):
+        super().__init__()
+        self.elements, self.given = 0, {tensor.untyped_storage().data_ptr() for tensor in given}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return out

@@ -14,10 +14,10 @@ SIDE = 16
 
 
 def cases(n: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Pictures of 16 x 16 tokens, n tokens in all."""
+    """Pictures of 16 x 16 tokens, n tokens in all or a few more."""
     d, left = 1024 if device.type == "cuda" else 256, SIDE // 2
     make = torch.Generator(device).manual_seed(0)
-    x = torch.randn(n // SIDE**2, SIDE, SIDE, d, generator=make, device=device, dtype=dtype)
+    x = torch.randn(-(-n // SIDE**2), SIDE, SIDE, d, generator=make, device=device, dtype=dtype)
     waves = filtered(SIDE, left, x.float())
     yield Case(
         "low pass",

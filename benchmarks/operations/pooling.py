@@ -31,7 +31,7 @@ def power(x: Tensor, p: Tensor, slot: Tensor, m: int) -> Tensor:
 def cases(n: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Tokens above zero, so that each exponent is defined."""
     b, d = (8, 1024) if device.type == "cuda" else (1, 256)
-    make, m = torch.Generator(device).manual_seed(0), n // SIZE
+    make, m = torch.Generator(device).manual_seed(0), -(-n // SIZE)
     x = torch.rand(b, n, d, generator=make, device=device, dtype=dtype) + 0.5
     scores = torch.randn(b, n, generator=make, device=device)
     slot = (torch.arange(n, device=device) // SIZE).expand(b, n).contiguous()

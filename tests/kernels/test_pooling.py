@@ -4,7 +4,7 @@ import pytest
 import torch
 from hf_tokens_kernels import backend as backend_of
 from hf_tokens_kernels import pool_max, pool_power, pool_softmax
-from memory import Largest
+from largest import Largest
 from tolerances import close
 
 SHAPES = [  # batch, tokens, groups, channels, heads
@@ -154,6 +154,18 @@ def test_gradients_are_those_of_the_loop(shape, backend, device):
         want = torch.autograd.grad((naive(*theirs) * g.double()).sum(), theirs)
         for a, b in zip(got, want, strict=True):
             close(a, b.nan_to_num().to(a), f"{tuple(a.shape)}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_of_scores_do_not_feel_the_rounding_of_what_was_pooled(dtype, backend, device):
+    x, scores, slot, weights, _ = sample((1, 129, 9, 256, 1), device, dtype)
+    x = x + 4
+    g = torch.ones(1, 9, 256, dtype=dtype, device=device)
+    scores = scores.float().requires_grad_()
+    (got,) = torch.autograd.grad((pool_softmax(x, scores, slot, 9) * g).sum(), scores)
+    wide = scores.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad((naive_softmax(x, wide, slot, 9, torch.ones_like(weights)) * g).sum(), wide)
+    close(got, want.nan_to_num().to(got), "scores")
 
 
 def test_tokens_that_are_equal_share_the_gradient_of_the_maximum(backend, device):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hf_tokens_kernels import Coded, Rounded, decode, encode, pack, pack_bits, packed_attention, ragged_attention, unpack, unpack_bits
 from hf_tokens_kernels.quantized_kv import reference
-from memory import Largest
+from largest import Largest
 from tolerances import close
 
 

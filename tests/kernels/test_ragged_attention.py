@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_tokens_kernels import backend as backend_of
 from hf_tokens_kernels import merge_attention, picks, ragged_attention
-from memory import Largest
+from largest import Largest
 from tolerances import close
 
 SHAPES = [  # query heads, queries, head size, width of a value, and the lengths of rows and key heads

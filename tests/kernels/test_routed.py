@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hf_tokens_kernels import routed_gather, routed_scatter
-from memory import Largest
+from largest import Largest
 from tolerances import close
 
 SHAPES = [  # batch, tokens, width of the index, features

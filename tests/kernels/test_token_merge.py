@@ -4,7 +4,7 @@ import pytest
 import torch
 from hf_tokens_kernels import backend as backend_of
 from hf_tokens_kernels import merge, unmerge
-from memory import Largest
+from largest import Largest
 from tolerances import close
 
 SHAPES = [  # batch, tokens, slots, features

@@ -156,3 +156,14 @@ def test_a_vit_loses_r_tokens_between_attention_and_mlp():
     handle.remove()
     assert measure(model, pixel_values=pixels).tokens == 2 * (17 + 17 + 13)
     assert seen[0] == 17, "behind the block all tokens are back"
+
+
+def test_a_variance_that_no_shares_have_asks_for_no_scores():
+    outputs, size = [], dict(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12, image_size=16, patch_size=4)
+    for tau in (0.99, 1.0):
+        torch.manual_seed(0)
+        model = get_token_model(ViTModel(ViTConfig(**size), add_pooling_layer=False).eval(), PPTConfig(r=4, tau=tau))
+        (method, *_) = [module for module in model.modules() if isinstance(module, PPT)]
+        assert ("scores" in method.ignores) == (tau == 1)
+        outputs.append(model(torch.randn(2, 3, 16, 16)).last_hidden_state)
+    assert torch.equal(*outputs)

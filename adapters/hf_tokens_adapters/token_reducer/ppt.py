@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from hf_tokens_kernels import match
+from hf_tokens_kernels import match, take_rows
 from torch import Tensor
 
 from hf_tokens import MethodConfig, TokenMap, TokenReducer, indices, option, rank, register
@@ -41,12 +41,16 @@ class PPT(TokenReducer):
     def proportional(self) -> bool:
         return self.config.proportional_attention
 
+    @property
+    def ignores(self) -> tuple[str, ...]:
+        return ("scores", "values") if self.config.tau >= 1 else ()  # no variance of shares is so large
+
     @classmethod
     def default_layers(cls, config: PPTConfig, layers: int) -> tuple[int, ...]:
         return tuple(sorted({layers * quarter // 4 for quarter in (1, 2, 3)}))  # 3, 6, 9 of 12
 
     def assign(
-        self, keys: Tensor, values: Tensor, scores: object, mask: Tensor, positions: Tensor, fresh: Tensor, prefix: int
+        self, keys: Tensor, values: Tensor | None, scores: object | None, mask: Tensor, positions: Tensor, fresh: Tensor, prefix: int
     ) -> TokenMap | None:
         if self.config.r == 0:
             return None
@@ -54,14 +58,16 @@ class PPT(TokenReducer):
         free = mask & (positions >= prefix) & ~fresh  # b n
         count = free.sum(dim=1, keepdim=True)
         r = (count // 2).clamp(max=self.config.r)
-        first = (mask & (positions == 0) & ~fresh).long().argmax(dim=1, keepdim=True)  # b 1
-        got = scores.rows(first)[:, :, 0] if prefix else scores.columns()
-        significance = (got.sum(dim=1) * rearrange(values, "b h n d -> b n (h d)").norm(dim=-1)).masked_fill(~free, 0)
-        share = significance / significance.sum(dim=1, keepdim=True).clamp(min=torch.finfo(significance.dtype).tiny)
-        spread = (share - 1 / count).square().masked_fill(~free, 0).sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-        pruned = free & (rank(share.masked_fill(~free, torch.inf)) >= mask.shape[1] - r)
         partner, paired = self.partners(keys, free, r)
-        group = torch.where(spread >= self.config.tau, torch.where(pruned, -1, index), torch.where(paired, partner, index))
+        group = torch.where(paired, partner, index)
+        if scores is not None:
+            first = (mask & (positions == 0) & ~fresh).long().argmax(dim=1, keepdim=True)  # b 1
+            got = scores.rows(first)[:, :, 0] if prefix else scores.columns()
+            significance = (got.sum(dim=1) * rearrange(values, "b h n d -> b n (h d)").norm(dim=-1)).masked_fill(~free, 0)
+            share = significance / significance.sum(dim=1, keepdim=True).clamp(min=torch.finfo(significance.dtype).tiny)
+            spread = (share - 1 / count).square().masked_fill(~free, 0).sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+            pruned = free & (rank(share.masked_fill(~free, torch.inf)) >= mask.shape[1] - r)
+            group = torch.where(spread >= self.config.tau, torch.where(pruned, -1, index), group)
         return TokenMap.pool(torch.where(mask, group, -1))
 
     @staticmethod
@@ -73,7 +79,6 @@ class PPT(TokenReducer):
         if order.shape[1] < 2:
             return index, torch.zeros_like(free)
         (first, firsts), (second, seconds) = ((order[:, at::2], there[:, at::2]) for at in (0, 1))
-        pick = lambda at: features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
-        best, mate = match(pick(first), pick(second), src_mask=firsts, dst_mask=seconds)
+        best, mate = match(take_rows(features, first), take_rows(features, second), src_mask=firsts, dst_mask=seconds)
         best = best.new_full(free.shape, -torch.inf).scatter(1, first, best)
         return index.scatter(1, first, second.gather(1, mate)), free & (rank(best) < r)

@@ -15,8 +15,8 @@ FEWEST, MOST = 16, 128  # queries of a chunk
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors in float32 at least, in which sums are right."""
-    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+    """Tensors in float32 at least, in which sums are right, and laid out once for all products."""
+    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in tensors)
 
 
 def chunks(b: int, h: int, m: int, n: int) -> Iterator[slice]:

@@ -99,7 +99,8 @@ def pool_power(x: Tensor, p: float | Tensor, slot: Tensor, m: int, weights: Tens
     if d % len(p):
         raise ValueError(f"`p` must be one exponent, or one for each of some groups of {d} channels, got {len(p)}. Give a divisor of {d}.")
     p = p.repeat_interleave(d // len(p))
-    each = slot.new_ones(slot.shape, dtype=dtype) if weights is None else weights.to(dtype)
+    weights = None if weights is None else weights.to(dtype)
+    each = slot.new_ones(slot.shape, dtype=dtype) if weights is None else weights
     place = torch.where(slot < 0, m, slot)
     total = each.new_zeros(len(slot), m + 1).scatter_add(1, place, each)[:, :m, None]
     if x.numel() and m and choose("pool_power", x, p, slot, each):

@@ -180,13 +180,13 @@ def split(b: int, n: int, m: int, d: int) -> tuple[int, int, int]:
 
 
 def attended(
-    x: Tensor, scores: Tensor | None, p: Tensor | None, slot: Tensor, m: int, weights: Tensor | None, eps: float
+    x: Tensor, scores: Tensor | None, p: Tensor | None, slot: Tensor, m: int, weights: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What each group holds, weighted by its softmax, (b m d), and the logarithm of the softmax's sum, (b m h)."""
+    """What each group holds, weighted by its softmax, (b m d) of a dtype, and the logarithm of the softmax's sum, (b m h)."""
     (b, n, d), heads = x.shape, x.shape[2] if scores is None else scores.shape[2]
     order, starts = members(slot, m)
     parts, rows, channels = split(b, n, m, d)
-    out = x.new_empty(b * m, parts, d, dtype=torch.float32 if parts > 1 or scores is None else x.dtype)
+    out = x.new_empty(b * m, parts, d, dtype=torch.float32 if parts > 1 else dtype)
     lse = x.new_empty(b * m, parts, heads, dtype=torch.float32)
     x = x.contiguous()
     given = [x if t is None else t.contiguous() for t in (scores, p)]
@@ -199,22 +199,23 @@ def attended(
     whole = lse.logsumexp(dim=1)  # bm h
     share = (lse - whole.masked_fill(whole.isinf(), 0)[:, None]).exp()
     joined = (out.unflatten(2, (heads, -1)) * share[..., None]).sum(dim=1)
-    return joined.view(b, m, d).to(out.dtype if scores is None else x.dtype), whole.view(b, m, heads)
+    return joined.view(b, m, d).to(dtype), whole.view(b, m, heads)
 
 
 class Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scores: Tensor, slot: Tensor, m: int, weights: Tensor | None) -> Tensor:
-        out, lse = attended(x, scores, None, slot, m, weights, 0.0)
-        ctx.save_for_backward(x, scores, slot, weights, out, lse)
-        return out
+        learns = any(ctx.needs_input_grad)
+        out, lse = attended(x, scores, None, slot, m, weights, 0.0, torch.float32 if learns else x.dtype)
+        ctx.save_for_backward(x, scores, slot, weights, out, lse)  # what was rounded is too far from x, whose difference counts
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, scores, slot, weights, out, lse = ctx.saved_tensors
         (b, n, d), m, heads = x.shape, out.shape[1], lse.shape[2]
         e = d // heads
-        delta = (g.float() * out.float()).unflatten(2, (heads, e)).sum(dim=3)
+        delta = (g.float() * out).unflatten(2, (heads, e)).sum(dim=3)
         gx, gscores = x.new_empty(b, n, d), scores.new_empty(b, n, heads)
         gweights = None if weights is None else weights.new_empty(b, n)
         wide = min(64, triton.next_power_of_2(e))
@@ -229,7 +230,7 @@ class Softmax(torch.autograd.Function):
 class Power(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Tensor, slot: Tensor, m: int, weights: Tensor | None, eps: float) -> Tensor:
-        logs, lse = attended(x, None, p, slot, m, weights, eps)
+        logs, lse = attended(x, None, p, slot, m, weights, eps, torch.float32)
         ctx.save_for_backward(x, p, slot, weights, logs, lse)
         ctx.eps = eps
         return lse

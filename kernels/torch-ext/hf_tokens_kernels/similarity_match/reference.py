@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-CHUNK_ELEMENTS = 1 << 18  # scores at a time
+CHUNK_ELEMENTS = 1 << 19  # scores at a time
 LEAST = 64  # sources at a time, below which a product of matrices is slow
 
 

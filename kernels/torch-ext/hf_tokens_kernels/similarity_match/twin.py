@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dispatch import interpreted
 from .reference import sizes
 
-BLOCK_S, BLOCK_T = 64, 128
+BLOCK_T, BLOCK_D = 128, 64
 PROGRAMS = 264  # at least so many, two for each multiprocessor of a large GPU
 
 
@@ -80,15 +80,18 @@ def search(
     offset = x_norm.square() if apart else zeros
     one, other = (x.contiguous() for x in sizes(src, dst, given)) if metric == "ward" else (zeros, zeros)
     mine, theirs = (zeros if g is None else g.contiguous() for g in groups)
-    blocks = triton.cdiv(s, BLOCK_S) * b
+    wide = src.dtype == torch.float32 or interpreted()  # what no tensor core multiplies takes smaller blocks
+    block = 64 if wide or s <= 64 else 128
+    blocks = triton.cdiv(s, block) * b
     wanted = 2 if interpreted() else triton.cdiv(PROGRAMS, blocks)
     part = triton.cdiv(triton.cdiv(t, BLOCK_T), min(wanted, triton.cdiv(t, BLOCK_T))) * BLOCK_T
     splits = triton.cdiv(t, part)
     score = src.new_empty(splits, b, s, dtype=torch.float32)
     index = torch.empty(splits, b, s, dtype=torch.int32, device=src.device)
-    search_kernel[(triton.cdiv(s, BLOCK_S), splits, b)](
+    search_kernel[(triton.cdiv(s, block), splits, b)](
         src, dst, scale, bias, offset, one, other, mine, theirs, score, index, s, t, d, part, *src.stride(), *dst.stride(),
-        GROUPS=groups[0] is not None, WARD=metric == "ward", UPCAST=interpreted(), BS=BLOCK_S, BT=BLOCK_T, BD=64, num_warps=4,
+        GROUPS=groups[0] is not None, WARD=metric == "ward", UPCAST=interpreted(), BS=block, BT=BLOCK_T, BD=BLOCK_D,
+        num_warps=block // 16,
     )  # fmt: skip
     score, split = score.max(dim=0)  # of equals the first
     index = index.gather(0, split[None])[0].long()
