@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import Entry, batch, decode, gpt2, greedy, places_held, prompt
+from hf_tokens_adapters.cache_compressor import razorattention
 
 from hf_tokens import RazorAttentionConfig, UnsupportedError, calibrate, get_token_model, load, measure
 from hf_tokens.testing import zoo
@@ -100,7 +101,9 @@ def test_only_what_is_kept_takes_room():
     assert cost.kv_bytes == 2 * entries * 4 * 8
 
 
-def test_calibration_finds_the_heads_of_the_loop(tmp_path):
+@pytest.mark.parametrize("together", [256, 2], ids=["all at once", "two queries at a time"])
+def test_calibration_finds_the_heads_of_the_loop(tmp_path, together, monkeypatch):
+    monkeypatch.setattr(razorattention, "AT_A_TIME", together)
     base = gpt2()
     for layer, block in enumerate(base.transformer.h):
         torch.nn.init.normal_(block.attn.c_attn.weight, std=0.3 * (layer + 1))

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from hf_tokens import CacheCompressor, Folded, MethodConfig, UnsupportedError, indices, option, register
 
+AT_A_TIME = 256  # queries of a calibration that are looked at together
+
 
 @dataclass(frozen=True)
 class RazorAttentionConfig(MethodConfig):
@@ -63,12 +65,13 @@ class RazorAttention(CacheCompressor):
             came = f"{n} tokens" if n % times else "a batch with padding"
             rule = f"RazorAttention is calibrated on random tokens that stand {times} times in each row"
             raise UnsupportedError(f"{rule}, got {came}. Repeat them so often, or set `repeats`.")
-        query = torch.arange(n - n // times, n, device=mask.device)
-        rows = scores.rows(query.expand(batch, -1))  # b h r n
-        earlier = query[:, None] - n // times * torch.arange(1, times, device=mask.device)  # r j
-        at = lambda keys: rows.gather(3, keys.expand(*rows.shape[:2], -1, -1)).sum(dim=3).mean(dim=2)
-        both = torch.stack([at(earlier), at(earlier + 1)], dim=-1)  # b h 2
-        return rearrange(both, "b (k g) s -> b k g s", k=self.dims.kv_heads).amax(dim=2)
+        query, found = torch.arange(n - n // times, n, device=mask.device), 0
+        for some in query.split(AT_A_TIME):
+            rows = scores.rows(some.expand(batch, -1))  # b h r n
+            earlier = some[:, None] - n // times * torch.arange(1, times, device=mask.device)  # r j
+            at = lambda keys, rows=rows: rows.gather(3, keys.expand(*rows.shape[:2], -1, -1)).sum(dim=(2, 3)) / len(query)
+            found = found + torch.stack([at(earlier), at(earlier + 1)], dim=-1)  # b h 2
+        return rearrange(found, "b (k g) s -> b k g s", k=self.dims.kv_heads).amax(dim=2)
 
     def score(self, positions: Tensor, newer: Tensor) -> Tensor:
         return torch.where(positions < self.config.sinks, torch.inf, -newer.double())
