@@ -13,6 +13,7 @@ METRICS = ("cosine", "euclidean")
 MATRIX_TOKENS = {"single": 0, "complete": 2048, "average": 512, "ward": 512}  # up to which the matrix is the faster way
 
 
+@torch.compiler.disable  # how many rounds there are depends on the data
 @torch.no_grad()
 def agglomerate(
     distance: Tensor, target: int | Tensor, linkage: str = "average", valid: Tensor | None = None, protected: Tensor | None = None
@@ -45,6 +46,7 @@ def agglomerate(
     return clusters(build, free, joins, linkage).masked_fill(~valid, -1)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def cluster(
     features: Tensor,
