@@ -83,18 +83,19 @@ def draw(found: dict, slopes: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(15, 7), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(16, 7), layout="constrained")
     for axis, what, unit in zip(axes, ("seconds", "bytes"), ("seconds, one CPU thread", "bytes allocated at most"), strict=True):
         for i, (name, rows) in enumerate(found.items()):
-            style = dict(color=f"C{i % 10}", marker="osD^vP*X"[i // 10 % 8], markersize=4)
-            axis.plot(*zip(*rows[what].items(), strict=True), label=f"{name}: n^{slopes[name][what]:.1f}", **style)
+            style = dict(color=f"C{i % 10}", marker="os"[i // 10 % 2], markersize=4)
+            told = f"{name}: time n^{slopes[name]['seconds']:.1f}, memory n^{slopes[name]['bytes']:.1f}"
+            axis.plot(*zip(*rows[what].items(), strict=True), label=told, **style)
             if rows[f"peer {what}"]:
-                axis.plot(*zip(*rows[f"peer {what}"].items(), strict=True), linestyle=":", alpha=0.6, **style)
-        axis.set(xscale="log", yscale="log", xlabel="n", ylabel=unit)
+                axis.plot(*zip(*rows[f"peer {what}"].items(), strict=True), linestyle=":", alpha=0.5, **style)
+        axis.set(yscale="log", xlabel="n", ylabel=unit)
         axis.set_xscale("log", base=2)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7)
-    figure.suptitle("Growth of the operations; dotted: what a user would call instead, as long as it fits")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.suptitle("Growth of the operations; dotted: what a user would call instead, as long as it fits", x=0.34)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
