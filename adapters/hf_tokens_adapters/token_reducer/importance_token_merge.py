@@ -20,7 +20,7 @@ True
 from dataclasses import dataclass
 
 import torch
-from hf_tokens_kernels import match
+from hf_tokens_kernels import match, take_rows
 from torch import Tensor
 
 from hf_tokens import MethodConfig, TokenMap, TokenReducer, option, rank, register
@@ -65,7 +65,7 @@ class ImportanceTokenMerge(TokenReducer):
         inside = (rank(important.masked_fill(~mine, -torch.inf)) < pool) if guidance is not None else mine
         dst = turn.masked_fill(~(inside & mine), m).argsort(dim=1)[:, :targets]  # b t
         x = hidden.detach()
-        alike, partner = match(x, x.gather(1, dst[..., None].expand(-1, -1, x.shape[-1])))  # b m
+        alike, partner = match(x, take_rows(x, dst))  # b m
         last = torch.zeros_like(mine).scatter(1, dst, True) | ~mine
         eager = torch.where(inside, alike, alike + 4).masked_fill(last, -torch.inf)  # what is not important goes first
         src = eager.argsort(dim=1, descending=True, stable=True)[:, :merged]
