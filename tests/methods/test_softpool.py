@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tolerances import close
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from hf_tokens import Dims, SoftPool, SoftPoolConfig, UnsupportedError, get_token_model
@@ -86,9 +87,9 @@ def test_tokens_in_another_order_give_the_same():
 
 def test_large_activations_stay_finite_and_come_near_the_maximum():
     given, side = sample("all tokens")
-    given["hidden"] = 1000 * given["hidden"].float()
+    given["hidden"] = 1e6 * given["hidden"].float()
     got = pooler(side).pool(**given)
-    torch.testing.assert_close(got, given["hidden"][:, 1:].amax(dim=1), rtol=1e-2, atol=1.0)
+    close(got, given["hidden"][:, 1:].amax(dim=1))
 
 
 @pytest.mark.parametrize("case", ["a rest at the edges", "padding on the right"])
