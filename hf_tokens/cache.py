@@ -442,13 +442,12 @@ class TokenCacheLayer(CacheLayerMixin):
             plain.write(cells, tuple(t[there] for t in new))
             return
         places = index if self._slots is None else pick_entries(self._slots, index)
-        wide = [places[..., None].expand(-1, -1, -1, t.shape[3]) for t in self._states]
-        new = (torch.where(there[..., None], x, t.gather(2, at)) for x, t, at in zip(new, self._states, wide, strict=True))
-        if self._room is None or any(t.requires_grad for t in (keys, values)):
-            self._states, self._room = tuple(t.scatter(2, at, x) for t, at, x in zip(self._states, wide, new, strict=True)), None
+        where = (*there.nonzero(as_tuple=True)[:2], places[there])
+        if self._room is None or any(t.requires_grad for t in new):
+            self._states, self._room = tuple(t.index_put(where, x[there]) for t, x in zip(self._states, new, strict=True)), None
             return
-        for states, at, x in zip(self._states, wide, new, strict=True):
-            states.scatter_(2, at, x)
+        for states, x in zip(self._states, new, strict=True):
+            states.index_put_(where, x[there])
 
     # -- other forms -------------------------------------------------------------------------------------------------
 

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from .cache import TokenCacheLayer
 from .errors import UnsupportedError, explain
-from .holding import Part, Polar
+from .holding import FEW, Part, Polar
 from .roles import CacheCompressor, Folded
 from .signals import Moment, cells, counterparts, stored
 
 if TYPE_CHECKING:
     from .surgery import Runtime
 
-FEW = 4  # entries that leave a row one after the other
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 BEYOND = "beyond"  # entries that are held in another form, in the books of each entry
 

@@ -400,9 +400,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
     def answer(self, call: AttentionCall) -> Tensor | None:
         """What the attention call returns, (b m h f), where it reads packed entries as they are; None else."""
         layer = self.moment.layer
-        if layer is None or not layer.asked:
-            return None
-        if not self.hands_on:
+        if layer is None or not layer.asked or not self.hands_on:
             return None
         weighs = any(SCORED in method.asks for method in self._acting)
         out, weights = layer.attend(call.q, call.sinks, weighs, scaling=call.scaling, softcap=call.softcap)

@@ -377,3 +377,16 @@ def test_what_is_remembered_of_a_row_follows_it():
     ours.batch_repeat_interleave(2)
     ours.batch_select_indices(torch.tensor([0, 3, 3]))
     assert ours.memory.rows["mark"].tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("sizes", [(9,), (7, 1, 1)], ids=["as they came", "with room behind them"])
+def test_rewriting_leaves_what_no_index_names(sizes):
+    """A place that stands for none leaves the first entry to the place that names it."""
+    ours, theirs = filled(sizes)
+    index = torch.tensor([0, -1, 4, -1]).expand(B, K, 4)
+    new = [torch.full((B, K, 4, E), float(i + 1)) for i in range(2)]
+    ours.write(index, *new)
+    for got, want, x in zip((ours.keys, ours.values), (theirs.keys, theirs.values), new, strict=True):
+        want = want.clone()
+        want[:, :, [0, 4]] = x[:, :, [0, 2]]
+        assert torch.equal(got, want)

@@ -8,6 +8,7 @@ clusters that joined, those whose nearest one joined, and those that have severa
 alone what is farther from its nearest one than the last of the pairs that are needed.
 """
 
+import abc
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ PAIRWISE = {"single": torch.minimum, "complete": torch.maximum, "average": torch
 GROUPWISE = {"single": "amin", "complete": "amax", "average": "sum", "ward": "sum"}
 
 
-class State:
+class State(abc.ABC):
     """A cluster per token, named by its first member; joins are made in place.
 
     Attributes:
@@ -36,13 +37,13 @@ class State:
         self.lone = torch.ones_like(alive)
         self.refresh(alive)
 
+    @abc.abstractmethod
     def refresh(self, stale: Tensor) -> None:
         """Look for the nearest cluster of those marked, (b n) bool."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def merge(self, sample: Tensor, one: Tensor, other: Tensor, partner: Tensor) -> None:
         """Let clusters `other` join clusters `one`, (p) each, as `partner` (b n) says too; sizes are still those from before."""
-        raise NotImplementedError
 
     def join(self, partner: Tensor, bound: Tensor) -> None:
         """Let each cluster join its partner (b n), one without being its own; the earlier of two is the new one.
