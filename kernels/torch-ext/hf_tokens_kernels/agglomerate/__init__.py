@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..precision import accumulated
 from . import features as by_features
 from .reference import LINKAGES, clusters
 
@@ -36,7 +37,7 @@ def agglomerate(
     if linkage not in LINKAGES:
         raise ValueError(f"linkage must be one of {LINKAGES}, got {linkage!r}. Choose one of them.")
     valid, free, joins = books(distance, target, valid, protected)
-    wide = torch.promote_types(distance.dtype, torch.float32)
+    wide = accumulated(distance.dtype)
 
     def build() -> Tensor:
         out = torch.where(free[:, None], distance, torch.inf).to(wide)
@@ -84,7 +85,7 @@ def cluster(
         rule = f"metric must be one of {METRICS}, and average linkage takes the first"
         raise ValueError(f"{rule}, got {metric!r} and {linkage!r}. Give `agglomerate` the distances.")
     valid, free, joins = books(features, target, valid, protected)
-    x = features.to(torch.promote_types(features.dtype, torch.float32)).masked_fill(~free[..., None], 0)
+    x = features.to(accumulated(features.dtype)).masked_fill(~free[..., None], 0)
     x = normalize(x, dim=-1) if metric == "cosine" else x
     if x.shape[1] <= MATRIX_TOKENS[linkage]:
         return clusters(lambda: distances(x, free, linkage, metric), free, joins, linkage).masked_fill(~valid, -1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..similarity_match import nearest
+from ..token_merge.reference import rows
 from .reference import State, grow, roots
 
 CHUNK_ELEMENTS = 1 << 20  # distances at a time, under complete linkage
@@ -45,7 +46,7 @@ def spanning(x: Tensor, free: Tensor, joins: Tensor, metric: str) -> tuple[Tenso
         asks, real = marked(free & (label.gather(1, to) == label))  # a token keeps its nearest one until that is in its own cluster
         if asks.shape[1]:
             groups = label.gather(1, asks), label
-            score, at = nearest(take(x, asks), x, "dot" if metric == "cosine" else metric, masks=(real, free), groups=groups)
+            score, at = nearest(rows(x, asks), x, "dot" if metric == "cosine" else metric, masks=(real, free), groups=groups)
             row = torch.arange(len(asks), device=x.device)[:, None].expand_as(asks)[real], asks[real]
             gap[row], to[row] = (1 - score if metric == "cosine" else -score)[real], at[real]
         low = torch.full_like(gap, torch.inf).scatter_reduce(1, label, gap, "amin")  # of the clusters, by their names
@@ -85,13 +86,6 @@ def marked(flags: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.arange(index.shape[1], device=flags.device) < count
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (b n d) by index (b m), (b m d)."""
-    b, n, d = x.shape
-    flat = (index + n * torch.arange(b, device=x.device)[:, None]).flatten()
-    return x.reshape(b * n, d).index_select(0, flat).view(b, -1, d)
-
-
 class Means(State):
     """Clusters by their means: average linkage of 1 - cos, and Ward linkage."""
 
@@ -104,11 +98,11 @@ class Means(State):
         if not asks.shape[1]:
             return
         size = self.size.gather(1, live)
-        means = take(self.sums, live) / size[..., None]
+        means = rows(self.sums, live) / size[..., None]
         own = (self.alive.cumsum(dim=1) - 1).gather(1, asks)
         ward = self.metric == "ward"
         sizes = (size.gather(1, own.clamp(min=0)), size) if ward else (None, None)
-        score, at = nearest(take(means, own.clamp(min=0)), means, "ward" if ward else "dot", sizes, (real, there), own=own.clamp(min=0))
+        score, at = nearest(rows(means, own.clamp(min=0)), means, "ward" if ward else "dot", sizes, (real, there), own=own.clamp(min=0))
         self.low[stale] = (-score if ward else 1 - score)[real]
         self.mate[stale] = live.gather(1, at)[real]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..precision import accumulated
 from .look import Look
 
 CHUNK_ELEMENTS = 1 << 21  # probabilities held at a time: what a core's cache holds
@@ -16,7 +17,7 @@ FEWEST, MOST = 16, 128  # queries of a chunk
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in float32 at least, in which sums are right, and laid out once for all products."""
-    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in tensors)
+    return tuple(t.to(accumulated(t.dtype)).contiguous() for t in tensors)
 
 
 def chunks(b: int, h: int, m: int, n: int) -> Iterator[slice]:

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..precision import accumulated
+
 
 def select(x: Tensor, k: int, start: Tensor, valid: Tensor, metric: str) -> Tensor:
     """The chosen tokens, (b k); open where none is left."""
     b, n, d = x.shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~valid[..., None], 0)
+    x = x.to(accumulated(x.dtype)).masked_fill(~valid[..., None], 0)
     x = normalize(x, dim=-1) if metric == "cosine" else x.contiguous()
     flat, before = x.view(b * n, d), n * torch.arange(b, device=x.device)
     # nearest chosen one: 1 - x.p, or |x|^2 - 2 x.p + |p|^2

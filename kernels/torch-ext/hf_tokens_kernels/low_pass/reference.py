@@ -9,6 +9,8 @@ import operator
 import torch
 from torch import Tensor
 
+from ..precision import accumulated
+
 
 def cosine(size: int, k: int, i: int) -> float:
     """The orthonormal DCT-II at frequency k and place i."""
@@ -30,7 +32,7 @@ def filtered(size: int, left: int, like: Tensor) -> Tensor:
 def low_pass(x: Tensor, height: int, width: int) -> Tensor:
     """Grids (p h w d) of fewer places, by their lowest frequencies, (p height width d)."""
     p, h, w, d = x.shape
-    out = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = x.to(accumulated(x.dtype))
     if height != h:
         out = (filtered(h, height, out) @ out.reshape(p, h, w * d)).view(p, height, w, d)
     if width != w:

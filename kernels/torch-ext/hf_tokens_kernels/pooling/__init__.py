@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..precision import accumulated
 from ..token_merge import check_slots
 from . import reference
 
@@ -94,7 +95,7 @@ def pool_power(x: Tensor, p: float | Tensor, slot: Tensor, m: int, weights: Tens
     """
     check_slots("pool_power", x, slot)
     check_weights(weights, slot)
-    dtype, d = reference.wide(x.dtype), x.shape[2]
+    dtype, d = accumulated(x.dtype), x.shape[2]
     p = torch.as_tensor(p, device=x.device).to(dtype).reshape(-1)
     if d % len(p):
         raise ValueError(f"`p` must be one exponent, or one for each of some groups of {d} channels, got {len(p)}. Give a divisor of {d}.")

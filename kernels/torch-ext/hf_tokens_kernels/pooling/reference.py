@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..token_merge.reference import absent, flat, segment_sum, wide
+from ..precision import accumulated
+from ..token_merge.reference import absent, flat, segment_sum
 
 
 def places(slot: Tensor, m: int) -> Tensor:
@@ -42,7 +43,7 @@ def softmax_shares(scores: Tensor, slot: Tensor, m: int, weights: Tensor | None)
 
 def pool_softmax(x: Tensor, scores: Tensor, slot: Tensor, m: int, weights: Tensor | None) -> Tensor:
     """The mean of each group, weighted by the softmax of its scores: x (b n d), scores (b n h), to (b m d)."""
-    share = softmax_shares(scores.to(wide(x.dtype)), slot, m, weights)
+    share = softmax_shares(scores.to(accumulated(x.dtype)), slot, m, weights)
     if share.shape[2] == 1:
         return segment_sum(x, slot, m, share[..., 0])
     return segment_sum((x.unflatten(2, (share.shape[2], -1)) * share[..., None]).flatten(2), slot, m).to(x.dtype)
@@ -51,7 +52,7 @@ def pool_softmax(x: Tensor, scores: Tensor, slot: Tensor, m: int, weights: Tenso
 def group_lse(x: Tensor, p: Tensor, slot: Tensor, m: int, weights: Tensor | None, eps: float) -> Tensor:
     """log sum_i w_i x_i^p over each group by channel, x (b n d), p (d), to (b m d); -inf where there is none."""
     (b, _, d), gone = x.shape, absent(slot)
-    x = x.to(wide(x.dtype))
+    x = x.to(accumulated(x.dtype))
     x = x if gone is None else x.masked_fill(gone[..., None], 1)
     place, z = places(slot, m), p * x.clamp(min=eps).log()
     peak = highest(z.detach().reshape(-1, d), place, b * m + 1)

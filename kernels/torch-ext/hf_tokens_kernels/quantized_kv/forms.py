@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..precision import accumulated
 from .bits import MOST, pack_bits, row_bytes, unpack_bits
 
 DISTANCES = 1 << 22  # held at a time while codes are looked for
@@ -133,7 +134,7 @@ def encode(rows: Tensor, codebook: Tensor) -> Tensor:
     if rows.dim() != 2 or rows.shape[1] != runs * channels:
         rule = f"Rows of this codebook have {runs} runs of {channels} channels"
         raise ValueError(f"{rule}, got {tuple(rows.shape)}. Flatten the rows, or choose another codebook.")
-    exact = torch.promote_types(rows.dtype, torch.float32)
+    exact = accumulated(rows.dtype)
     book = codebook.to(exact)
     lengths, step = book.square().sum(dim=-1)[:, None], max(1, DISTANCES // (runs * many))
     found = []

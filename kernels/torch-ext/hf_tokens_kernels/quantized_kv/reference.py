@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ragged_attention.reference import accumulated
+from ..precision import accumulated
 from .bits import unpack_bits
 from .forms import Packed, Rounded
 
@@ -26,7 +26,7 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor]:
     """What the queries read (b h m f), and the log of their sums of exponentials (b h m), -inf where there is nothing to read."""
     b, h, m, _ = q.shape
-    rows = (q * scaling).reshape(starts.numel(), h // starts.shape[1] * m, -1).to(accumulated(q))
+    rows = (q * scaling).reshape(starts.numel(), h // starts.shape[1] * m, -1).to(accumulated(q.dtype))
     out, logs = rows.new_zeros(*rows.shape[:2], values.width), rows.new_full(rows.shape[:2], -torch.inf)
     read_keys, read_values = reader(keys), reader(values)
     for i, (start, length) in enumerate(zip(starts.flatten().tolist(), lengths.flatten().tolist(), strict=True)):

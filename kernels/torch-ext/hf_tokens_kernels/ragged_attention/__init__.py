@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..precision import accumulated
 from . import reference
 
 WIDEST = 256  # features of a head
@@ -69,7 +70,7 @@ def ragged_attention(
 def scores_of(q: Tensor, starts: Tensor, cells: int) -> Tensor:
     """Where the scores of cells are put, (h/g*m c)."""
     queries = q.shape[1] // starts.shape[1] * q.shape[2]
-    return torch.full((queries, cells), -torch.inf, dtype=reference.accumulated(q), device=q.device)
+    return torch.full((queries, cells), -torch.inf, dtype=accumulated(q.dtype), device=q.device)
 
 
 def check(q: Tensor, starts: Tensor, lengths: Tensor) -> None:

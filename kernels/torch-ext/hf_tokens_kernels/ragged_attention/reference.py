@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..precision import accumulated
+
 LONG = 256  # cells from which on a row and head is computed by itself
 PADDING = 1.25  # rows and heads of like length: the longest of them by the shortest
 
@@ -31,7 +33,7 @@ def ragged_attention(
     groups = h // starts.shape[1]
     rows = (q * scaling).reshape(b * starts.shape[1], groups * m, -1)
     later = torch.arange(m - 1, -1, -1, device=q.device).repeat(groups)  # last cells that each query does not see
-    out, logs = rows.new_empty(*rows.shape[:2], values.shape[1]), rows.new_empty(rows.shape[:2], dtype=accumulated(q))
+    out, logs = rows.new_empty(*rows.shape[:2], values.shape[1]), rows.new_empty(rows.shape[:2], dtype=accumulated(q.dtype))
     for index, cells, there in blocks(starts, lengths):
         k, v, size = (None if x is None else x[cells] for x in (keys, values, sizes))  # r n ..., or n ... of a single row
         k, v = (x[None] if there is None else torch.where(there[..., None], x, 0) for x in (k, v))
@@ -48,11 +50,6 @@ def ragged_attention(
         weights = (scores - torch.where(log == -torch.inf, 0, log)[..., None]).exp()
         out[index], logs[index] = torch.matmul(weights.to(v.dtype), v), log
     return out.view(b, h, m, -1), logs.view(b, h, m)
-
-
-def accumulated(x: Tensor) -> torch.dtype:
-    """The dtype in which a softmax is computed."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def buckets(lengths: list[int]) -> list[list[int]]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import interpreted
-from .reference import accumulated
+from ..precision import accumulated
 
 PROGRAMS = 1024  # that a large pool is split into
 LEAST_BLOCKS = 4  # of cells in a split
@@ -129,7 +129,10 @@ def run(
     part = torch.empty(rows, splits, queries, width, **kept)
     tops, totals = (torch.empty(rows, splits, queries, **kept) for _ in range(2))
     partial((rows, splits), part, tops, totals, per, splits, queries)
-    out, logs = torch.empty(b, h, m, width, dtype=q.dtype, device=q.device), torch.empty(b, h, m, dtype=accumulated(q), device=q.device)
+    out, logs = (
+        torch.empty(b, h, m, width, dtype=q.dtype, device=q.device),
+        torch.empty(b, h, m, dtype=accumulated(q.dtype), device=q.device),
+    )
     join_kernel[(rows,)](part, tops, totals, out, logs, splits, Q=queries, F=width, BQ=wide(queries), BF=wide(width))
     return out, logs
 

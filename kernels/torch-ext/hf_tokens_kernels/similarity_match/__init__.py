@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..dispatch import choose
+from ..precision import accumulated
+from ..token_merge.reference import rows
 from . import reference
 
 __all__ = ["METRICS", "match"]
@@ -95,10 +97,8 @@ def nearest(
 
 def _pairs(src: Tensor, dst: Tensor, index: Tensor, metric: str, sizes: tuple[Tensor | None, ...], there: Tensor) -> Tensor:
     """The score of each source with its destinations, index (b s ...); -inf where there is none."""
-    wide, (b, t, d) = torch.promote_types(src.dtype, torch.float32), dst.shape
-    flat = (index.flatten(1) + t * torch.arange(b, device=dst.device)[:, None]).flatten()
-    absent = ~there[..., None]
-    y = dst.reshape(b * t, d).index_select(0, flat).view(*index.shape, d).to(wide).masked_fill(absent, 0)
+    wide, absent = accumulated(src.dtype), ~there[..., None]
+    y = rows(dst, index.flatten(1)).view(*index.shape, dst.shape[2]).to(wide).masked_fill(absent, 0)
     x = (src if index.dim() == 2 else src[:, :, None]).to(wide).masked_fill(absent, 0)
     if metric == "cosine":
         x, y = normalize(x, dim=-1), normalize(y, dim=-1)
@@ -108,7 +108,7 @@ def _pairs(src: Tensor, dst: Tensor, index: Tensor, metric: str, sizes: tuple[Te
     if metric == "ward":
         one, other = reference.sizes(src, dst, sizes)
         one = one if index.dim() == 2 else one[..., None]
-        other = other.reshape(-1).index_select(0, flat).view(index.shape)
+        other = other.gather(1, index.flatten(1)).view(index.shape)
         score = score * (one * other / (one + other))
     return score.masked_fill(~there, -torch.inf)
 

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..precision import accumulated
+
 CHUNK_ELEMENTS = 1 << 19  # scores at a time
 LEAST = 64  # sources at a time, below which a product of matrices is slow
 
 
 def sizes(src: Tensor, dst: Tensor, given: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, ...]:
     """Sizes of sources and destinations, (b s) and (b t), in float32 at least."""
-    wide = torch.promote_types(src.dtype, torch.float32)
+    wide = accumulated(src.dtype)
     ones = lambda x: torch.ones(x.shape[:2], dtype=wide, device=x.device)
     return tuple(ones(x) if size is None else size.to(wide) for x, size in zip((src, dst), given, strict=True))
 
@@ -29,7 +31,7 @@ def search(
 
     Under `euclidean`, and under `ward` without sizes, the scores are those less |x|^2 and in another unit.
     """
-    wide = torch.promote_types(src.dtype, torch.float32)
+    wide = accumulated(src.dtype)
     x, y = (part if mask is None else part.masked_fill(~mask[..., None], 0) for part, mask in zip((src, dst), masks, strict=True))
     x, y = x.to(wide), y.to(wide)
     if metric == "cosine":

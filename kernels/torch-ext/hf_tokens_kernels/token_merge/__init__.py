@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..precision import accumulated
 from . import reference
 
 __all__ = ["merge", "take_rows", "unmerge"]
@@ -44,7 +45,7 @@ def merge(x: Tensor, slot: Tensor, m: int, weights: Tensor | None = None, *, red
         raise ValueError(f"`reduce` must be one of {REDUCTIONS}, got {reduce!r}. Choose one of them.")
     if weights is not None and weights.shape != slot.shape:
         raise ValueError(f"`weights` must be one number a token, {tuple(slot.shape)}, got {tuple(weights.shape)}. Give (batch, tokens).")
-    share = shares(slot, m, weights, reduce, reference.wide(x.dtype))
+    share = shares(slot, m, weights, reduce, accumulated(x.dtype))
     if choose("merge", x, slot, *(() if share is None else (share,))):
         from .twin import segment_sum
 

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in."""
-    return torch.promote_types(dtype, torch.float32)
+from ..precision import accumulated
 
 
 def learns(*tensors: Tensor | None) -> bool:
@@ -58,13 +55,13 @@ def summed(x: Tensor, slot: Tensor, m: int, share: Tensor | None) -> Tensor:
         return x.new_zeros(b, m, d)
     order, starts = members(slot, m)
     weights = None if share is None else share.reshape(-1).index_select(0, order)
-    out = torch.embedding_bag(x.reshape(-1, d).to(wide(x.dtype)), order, starts, False, 0, False, weights)[0]
+    out = torch.embedding_bag(x.reshape(-1, d).to(accumulated(x.dtype)), order, starts, False, 0, False, weights)[0]
     return out[:-1].view(b, m, d).to(x.dtype)  # the last bag holds what vanishes
 
 
 def share_gradient(g: Tensor, x: Tensor, slot: Tensor) -> Tensor:
     """The gradient of the shares: g (b n d) of what each token gave, and x (b n d), to (b n)."""
-    return (g.to(wide(x.dtype)) * x).sum(dim=-1).masked_fill(slot < 0, 0)
+    return (g.to(accumulated(x.dtype)) * x).sum(dim=-1).masked_fill(slot < 0, 0)
 
 
 class SegmentSum(torch.autograd.Function):
