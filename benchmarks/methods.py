@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import hf_tokens
 from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
 from hf_tokens.measure import kv_bytes
+from hf_tokens.testing import CACHE
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 COMMAND = "python benchmarks/methods.py"
@@ -33,7 +34,7 @@ def continuation(model: Any, texts: list[torch.Tensor]) -> tuple[float, int, flo
         for place in range(PROMPT, PROMPT + ANSWER):
             losses.append(torch.nn.functional.cross_entropy(out.logits[0, -1:], text[place : place + 1]).item())
             start = time.perf_counter()
-            out = model(input_ids=text[None, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=text[None, place : place + 1], **{CACHE: out.past_key_values}, use_cache=True)
             seconds.append(time.perf_counter() - start)
     return statistics.fmean(losses), int(statistics.fmean(held)), statistics.median(seconds)
 

@@ -681,7 +681,7 @@ def refuse(cls: type) -> UnsupportedError:
         explain(
             "A surgery that changes the number of tokens needs a dynamic cache",
             f"a cache of {cls.__name__}",
-            "Leave out `cache_implementation`, or pass `past_key_values=DynamicCache()`.",
+            "Leave out `cache_implementation`, or pass a `DynamicCache(config=model.config)`.",
         )
     )
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import CacheLayerMixin
 
 from .anatomy import anatomy
 from .cache import TokenCacheLayer, count_bytes, self_attention_cache
+from .call import find_cache
 from .layer import BlockSurgery
 
 
@@ -40,7 +42,8 @@ def kv_bytes(cache: Any) -> int:
     own = self_attention_cache(cache)
     if own is None:
         return 0
-    states = [layer.tensors() if isinstance(layer, TokenCacheLayer) else (layer.keys, layer.values) for layer in own.layers]
+    holding = [layer for layer in own.layers if isinstance(layer, CacheLayerMixin)]
+    states = [layer.tensors() if isinstance(layer, TokenCacheLayer) else (layer.keys, layer.values) for layer in holding]
     return count_bytes(t for of_layer in states for t in of_layer if t is not None)
 
 
@@ -88,5 +91,5 @@ def measure(model: nn.Module, **inputs: Any) -> Cost:
             handle.remove()
         for runtime in runtimes:
             runtime.counts = None
-    cache = output.get("past_key_values") if isinstance(output, dict) else None
+    cache = find_cache(output.values()) if isinstance(output, dict) else None
     return Cost(tokens=tokens, flops=counter.get_total_flops(), kv_bytes=kv_bytes(cache))

@@ -162,7 +162,7 @@ def refuse_cache(runtime: Runtime, side: BlockSurgery, cache: Cache | None) -> N
     if seen and whole:
         rule = f"{', '.join(whole)} must see the whole sequence in one pass"
         raise UnsupportedError(
-            explain(rule, f"a cache of {seen} tokens", "Pass no `past_key_values`, and `use_cache=False` to `generate`.")
+            explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`.")
         )
 
 

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .anatomy import image_tokens
+from .call import find_cache
 from .conditioning import Arguments, Layouts, gather, groups, in_prompt, join, part, refuse_parts, some, tell
 from .denoising import TOLD, Denoising
 from .errors import UnsupportedError, explain
@@ -217,7 +218,7 @@ class Root:
                 self.teaching = False
 
     def _teach(self, args: tuple, kwargs: dict, pupils: list[Runtime]) -> None:
-        if kwargs.get("past_key_values") is not None:
+        if find_cache((*args, *kwargs.values())) is not None:
             return
         self.without(args, kwargs)
         for runtime in pupils:

@@ -6,11 +6,14 @@ import ast
 import inspect
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import nn
+
+from .errors import UnsupportedError, explain
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,23 @@ def positional(cls: type[nn.Module]) -> tuple[str, ...]:
 def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     """Names of the parameters of a module's forward."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+CACHES = ("cache", "past_key_values")  # how a model calls its cache, the newest name first
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """The name under which a model, or what prepares its inputs, takes a cache.
+
+    Raises:
+        UnsupportedError: It takes none.
+    """
+    names = inspect.signature(function).parameters
+    found = next((name for name in CACHES if name in names), None)
+    if found is None:
+        rule = f"A model that decodes token by token takes a cache as one of {CACHES}"
+        raise UnsupportedError(explain(rule, sorted(names), "Choose another model."))
+    return found
 
 
 @cache

@@ -14,10 +14,10 @@ from transformers.generation import GenerationMode
 from .api import root_of
 from .errors import UnsupportedError, explain
 from .root import Root
-from .signatures import parameters
+from .signatures import CACHES, cache_argument, parameters
 
 Verify = Callable[[Tensor, Tensor, Tensor], bool]
-PLAIN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "token_type_ids"}
+PLAIN = {"attention_mask", "position_ids", *CACHES, "use_cache", "cache_position", "logits_to_keep", "token_type_ids"}
 
 
 class LargeSpeaks(LogitsProcessor):
@@ -51,10 +51,11 @@ class LargeSpeaks(LogitsProcessor):
             self.cache, seen = DynamicCache(config=self.large.config), 0
         mask = self.mask.to(ids.device)
         mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
-        more = {"past_key_values": self.cache, "attention_mask": mask, "use_cache": True, "is_first_iteration": seen == 0}
+        prepare = self.large.prepare_inputs_for_generation
+        more = {cache_argument(prepare): self.cache, "attention_mask": mask, "use_cache": True, "is_first_iteration": seen == 0}
         if "position_ids" in parameters(type(self.large)):
             more["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        given = self.large.prepare_inputs_for_generation(ids, next_sequence_length=ids.shape[1] - seen, **more)
+        given = prepare(ids, next_sequence_length=ids.shape[1] - seen, **more)
         self.read = ids
         return self.large(**given).logits[:, -1]
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPVisionConfig, GPT2Config, GPT2LMHeadModel, LlavaConfig, LlavaForConditionalGeneration, Starcoder2Config
 
+from hf_tokens.testing import CACHE
+
 
 def gpt2(layers=4, seed=0):
     torch.manual_seed(seed)
@@ -59,7 +61,7 @@ def greedy(model, ids, mask, steps):
     """Tokens (b steps), their logits (b steps v) in the model's own dtype, and the cache, of greedy decoding with it."""
     mask, place, cache, tokens, logits = mask.clone(), positions(mask), None, [], []
     for _ in range(steps):
-        out = model(ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+        out = model(ids, attention_mask=mask, position_ids=place, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits[:, -1])
         tokens.append(logits[-1].argmax(-1))
         ids, place, cache = tokens[-1][:, None], place[:, -1:] + 1, out.past_key_values

@@ -21,6 +21,7 @@ import hf_tokens
 from hf_tokens import CacheCompressor, MethodConfig, option, register
 from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
 from hf_tokens.measure import kv_bytes
+from hf_tokens.testing import CACHE
 
 COMMAND = "python benchmarks/quality/kv.py"
 PROMPT, ANSWER = 256, 16  # tokens of a prompt, and behind it
@@ -86,7 +87,7 @@ def follow(model: Any, logits: Tensor, cache: Any, tokens: Tensor) -> Tensor:
     """Logits (b m v) in front of each of the tokens (b m), given one at a time."""
     out = [logits]
     for place in range(tokens.shape[1] - 1):
-        out.append(model(input_ids=tokens[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1])
+        out.append(model(input_ids=tokens[:, place : place + 1], **{CACHE: cache}, use_cache=True).logits[:, -1])
     return torch.stack(out, dim=1)
 
 
@@ -117,7 +118,7 @@ def flops(model: Any, cache: Any, token: Tensor) -> int:
     """FLOPs of one token behind a prompt; torch counts none in its attention on a CPU, so that is added."""
     shape = model.config
     width = shape.num_attention_heads * shape.head_dim
-    counted = hf_tokens.measure(model, input_ids=token, past_key_values=copy.deepcopy(cache), use_cache=True).flops
+    counted = hf_tokens.measure(model, input_ids=token, **{CACHE: copy.deepcopy(cache)}, use_cache=True).flops
     return counted + sum(4 * width * (layer.keys.shape[2] + 1) for layer in cache.layers)
 
 
@@ -128,7 +129,7 @@ def twin(base: Any) -> Any:
 
 @torch.no_grad()
 def one_token(model: Any, cache: Any, token: Tensor) -> None:
-    model(input_ids=token, past_key_values=cache, use_cache=True)
+    model(input_ids=token, **{CACHE: cache}, use_cache=True)
 
 
 def main() -> None:

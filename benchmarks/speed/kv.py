@@ -21,6 +21,7 @@ from transformers import DynamicCache
 import hf_tokens
 from hf_tokens.commands.quickstart import load_base, packaged_smollm2
 from hf_tokens.measure import kv_bytes
+from hf_tokens.testing import CACHE
 
 from .paired import Row, ratios
 
@@ -55,7 +56,7 @@ def prefilled(model: Any, context: int = CONTEXT) -> tuple[Any, float]:
 def decode(model: Any, cache: Any) -> None:
     """A few tokens more."""
     for token in range(NEW):
-        model(input_ids=torch.full((1, 1), 100 + token), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.full((1, 1), 100 + token), **{CACHE: cache}, use_cache=True)
 
 
 def process_bytes(name: str) -> int:

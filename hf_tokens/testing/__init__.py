@@ -3,4 +3,6 @@
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import probe_config
 
-__all__ = ["probe_config", "zoo"]
+CACHE = zoo.CACHE
+
+__all__ = ["CACHE", "probe_config", "zoo"]

@@ -7,6 +7,7 @@ from contract.pairs import generate
 from tolerances import all_close, close
 
 from hf_tokens import UnsupportedError
+from hf_tokens.testing import CACHE
 
 NEW = 4
 # What these signals say of a token does not depend on what comes behind it: a method that asks for no others decides alike with a cache.
@@ -121,7 +122,7 @@ def test_a_second_turn(talker):
         pad = ids.shape[1] - given["mm_token_type_ids"].shape[1]
         given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, pad))
     text = {name: given[name] for name in (*PER_TEXT, "input_ids") if name in given}  # the cache has seen the images
-    kept = generate(model, text, NEW, past_key_values=first.past_key_values)
+    kept = generate(model, text, NEW, **{CACHE: first.past_key_values})
     assert kept[0].shape[1] == ids.shape[1] + NEW and all(t.isfinite().all() for t in kept)
     assert first.past_key_values.get_seq_length() == ids.shape[1] + NEW - 1
     if is_causal(talker, model):
@@ -136,7 +137,7 @@ def test_chunked_prefill(talker):
         whole = model(input_ids=ids, use_cache=True)
         try:
             head = model(input_ids=ids[:, :7], use_cache=True)
-            tail = model(input_ids=ids[:, 7:], past_key_values=head.past_key_values, use_cache=True)
+            tail = model(input_ids=ids[:, 7:], **{CACHE: head.past_key_values}, use_cache=True)
         except UnsupportedError as error:
             assert "in chunks" in str(error)
             return

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_tokens import DeepPromptConfig, PrefixKVConfig, TransPruneConfig, UnsupportedError, get_token_model
 from hf_tokens.cache import Arrival, Stored, TokenCacheLayer, adopt
 from hf_tokens.passes import Memory
-from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing import CACHE, probe_config, zoo
 from hf_tokens.testing.probe import ProbeDropConfig
 
 B, K, E = 2, 3, 4
@@ -45,7 +45,7 @@ def two_passes(model, inputs, split):
     head = {"input_ids": ids[:, :split], "attention_mask": mask[:, :split], "position_ids": places[:, :split]}
     cache = model(**rest, **head, use_cache=True).past_key_values
     tail = {"input_ids": ids[:, split:], "attention_mask": mask, "position_ids": places[:, split:]}
-    return cache, model(**tail, past_key_values=cache).logits[:, -1]
+    return cache, model(**tail, **{CACHE: cache}).logits[:, -1]
 
 
 def padded_llama():
@@ -298,7 +298,7 @@ def test_a_padded_row_of_an_adopted_cache_is_that_row_alone(config):
             cache = model(input_ids=ids[:, :n], use_cache=True, **given).past_key_values
         for part in (slice(n, n + 5), slice(n + 5, n + 6)):
             given = {"attention_mask": mask[:, : part.stop], "position_ids": places[:, part]}
-            out = model(input_ids=ids[:, part], past_key_values=cache, **given)
+            out = model(input_ids=ids[:, part], **{CACHE: cache}, **given)
         found.append(out.logits[-1:])
     close(*found)
 
@@ -327,7 +327,7 @@ def test_inserted_tokens_come_again_where_a_crop_took_them(config):
     model, inputs = get_token_model(zoo.build("llama").model, config), padded_llama()[0]
     first = model(**inputs, use_cache=True)
     first.past_key_values.crop(-inputs["input_ids"].shape[1])
-    close(model(**inputs, past_key_values=first.past_key_values).logits, first.logits)
+    close(model(**inputs, **{CACHE: first.past_key_values}).logits, first.logits)
 
 
 @torch.no_grad()
@@ -336,13 +336,13 @@ def test_a_prompt_that_was_cropped_is_refused_where_it_was_looked_at_as_a_whole(
     model, inputs = get_token_model(zoo.build("llama").model, PrefixKVConfig(budget=0.5)), padded_llama()[1]
     ids = inputs["input_ids"]
     cache = model(**inputs, use_cache=True).past_key_values
-    model(input_ids=ids[:, :1], past_key_values=cache)
+    model(input_ids=ids[:, :1], **{CACHE: cache})
     cache.crop(-1)
-    model(input_ids=ids[:, 1:2], past_key_values=cache)  # a token of generation
+    model(input_ids=ids[:, 1:2], **{CACHE: cache})  # a token of generation
     cache = model(**inputs, use_cache=True).past_key_values
     cache.crop(-2)
     with pytest.raises(UnsupportedError, match=r"in one pass, got PrefixKV and a prompt that was cropped\. Leave out"):
-        model(input_ids=ids[:, -2:-1], past_key_values=cache)
+        model(input_ids=ids[:, -2:-1], **{CACHE: cache})
 
 
 def test_a_static_cache_is_refused(llama_config):

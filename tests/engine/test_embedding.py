@@ -25,7 +25,7 @@ from hf_tokens import (
     register,
 )
 from hf_tokens.registry import METHODS
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 
 @dataclass(frozen=True)
@@ -340,11 +340,11 @@ def test_words_cut_apart_by_chunks_are_refused(words):
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         head = model(input_ids=ids[:, :5], use_cache=True)
-        tail = model(input_ids=ids[:, 5:], past_key_values=head.past_key_values)
+        tail = model(input_ids=ids[:, 5:], **{CACHE: head.past_key_values})
         close(torch.cat([head.logits, tail.logits], 1), whole)
         head = model(input_ids=ids[:, :3], use_cache=True)
         with pytest.raises(UnsupportedError, match="The words that Words looks for must come in one pass, got a prompt in chunks that cut"):
-            model(input_ids=ids[:, 3:], past_key_values=head.past_key_values)
+            model(input_ids=ids[:, 3:], **{CACHE: head.past_key_values})
         model(input_ids=ids[:, 3:])  # another prompt
 
 

@@ -23,7 +23,7 @@ from hf_tokens import (
 )
 from hf_tokens.registry import METHODS
 from hf_tokens.surgery import Runtime
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 STACKS = {
     "tokens in front": [DeepPromptConfig(tokens=3)],
@@ -44,7 +44,7 @@ def decoded(model, ids, **more):
     said = [out.logits[:, -1]]
     for step in range(STEPS):
         more = {name: torch.cat([mask, mask[:, -1:]], dim=1) for name, mask in more.items()}
-        out = model(input_ids=torch.full((len(ids), 1), 3 + step), past_key_values=out.past_key_values, use_cache=True, **more)
+        out = model(input_ids=torch.full((len(ids), 1), 3 + step), **{CACHE: out.past_key_values}, use_cache=True, **more)
         said.append(out.logits[:, -1])
     return said, [layer.origins for layer in out.past_key_values.layers]
 

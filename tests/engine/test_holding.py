@@ -29,7 +29,7 @@ from hf_tokens.cache import Arrival, Stored, TokenCacheLayer
 from hf_tokens.holding import Plain
 from hf_tokens.layer import BlockSurgery
 from hf_tokens.registry import METHODS
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 B, K, E = 2, 3, 6
 FORM = Quantized(bits=3, width=E, group=4)
@@ -251,12 +251,12 @@ def test_an_entry_of_size_three_is_three_entries(thrice, family, backend):
         keys, values = (torch.cat([t[:, :, :1], t[:, :, :1], t[:, :, :-1]], dim=2) for t in (layer.keys, layer.values))
         thrice_held.update(keys, values, i)
     where = {"position_ids": torch.full((2, 1), n), "attention_mask": torch.ones(2, n + 2)}
-    want = base(ids[:, :1], past_key_values=thrice_held, **where).logits
+    want = base(ids[:, :1], **{CACHE: thrice_held}, **where).logits
     model = get_token_model(base, thrice()).eval()
     ours = model(ids, use_cache=True).past_key_values
     assert [layer.length for layer in ours.layers] == [n - 1] * len(ours.layers)
     assert ours.layers[0].sizes[0, 0].tolist() == [3.0] + [1.0] * (n - 2)
-    close(model(ids[:, :1], past_key_values=ours, position_ids=where["position_ids"]).logits, want)
+    close(model(ids[:, :1], **{CACHE: ours}, position_ids=where["position_ids"]).logits, want)
 
 
 def test_sizes_of_heads_reach_their_queries():

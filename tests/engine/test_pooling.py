@@ -38,7 +38,7 @@ from transformers import (
 
 from hf_tokens import HFTokensConfig, MethodConfig, Pooler, UnsupportedError, anatomy, families, get_token_model, option, register
 from hf_tokens.registry import METHODS
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
 TEXT = dict(
@@ -329,7 +329,7 @@ def test_a_part_of_a_sequence_is_refused(mean):
     ids, _ = padded((7,), "right")
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(UnsupportedError, match="Mean must see the whole sequence in one pass, got a cache of 7 tokens"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
 
 
 @torch.no_grad()

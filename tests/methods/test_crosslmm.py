@@ -8,7 +8,7 @@ from hf_tokens_adapters.attention_edit import crosslmm
 from hf_tokens_adapters.attention_edit.crosslmm import CrossLMM
 
 from hf_tokens import CrossLMMConfig, Dims, FourierVLMConfig, get_token_model, measure
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 D = 8
 # per case: kind of each token ("v" visual, "t" text), its place, visual tokens that are there, where their pictures begin, heads
@@ -102,6 +102,6 @@ def test_generated_tokens_read_the_pictures_of_their_prompt():
         cache = model(**specimen.inputs, use_cache=True).past_key_values
         for i in range(2):
             got = model(
-                input_ids=more[:, i : i + 1], attention_mask=longer["attention_mask"][:, : ids.shape[1] + i + 1], past_key_values=cache
+                input_ids=more[:, i : i + 1], attention_mask=longer["attention_mask"][:, : ids.shape[1] + i + 1], **{CACHE: cache}
             )
     torch.testing.assert_close(got.logits[:, -1], want)

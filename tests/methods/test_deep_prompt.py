@@ -6,7 +6,7 @@ from tolerances import close
 from transformers import GPT2Config, GPT2Model, GPTNeoXConfig, GPTNeoXModel, ViTConfig, ViTModel
 
 from hf_tokens import DeepPrompt, DeepPromptConfig, get_token_model
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 # per case: real tokens of each sample, prompt tokens k, blocks
 CASES = {
@@ -124,8 +124,8 @@ def test_a_state_reads_the_prompts_once_behind_the_padding(family):
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     head = model(input_ids=ids[:, :-2], attention_mask=mask[:, :-2], use_cache=True)
-    step = model(input_ids=ids[:, -2:-1], attention_mask=mask[:, :-1], past_key_values=head.past_key_values)
-    step = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=head.past_key_values)
+    step = model(input_ids=ids[:, -2:-1], attention_mask=mask[:, :-1], **{CACHE: head.past_key_values})
+    step = model(input_ids=ids[:, -1:], attention_mask=mask, **{CACHE: head.past_key_values})
     for row, pads in ((0, 0), (1, 5)):
         alone = model(input_ids=ids[row : row + 1, pads:], use_cache=False).logits
         close(step.logits[row], alone[0, -1:])

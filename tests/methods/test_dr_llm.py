@@ -9,6 +9,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 
 from hf_tokens import ConfigError, DrLLM, DrLLMConfig, FTPConfig, PrefixKVConfig, UnsupportedError, aux_loss, get_token_model, measure
 from hf_tokens import search_path as search
+from hf_tokens.testing import CACHE
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -208,16 +209,16 @@ def test_a_later_turn_goes_on_along_the_path():
     ((_, runs, _),) = all_rows(base, ids[:, :6], mask[:, :6], routers, 8)
     cache = DynamicCache()
     with torch.no_grad():
-        got = [model(part, past_key_values=cache).logits for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:])]
+        got = [model(part, **{CACHE: cache}).logits for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:])]
         x = embed(base, ids[0], torch.arange(12))
         for block, times in zip(blocks(base), runs, strict=True):
             for _ in range(times):
                 x = block(x)[0]
         torch.testing.assert_close(torch.cat(got, dim=1)[0], lm_head(base, x), **CLOSE)
     cache = DynamicCache()
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], **{CACHE: cache})
     with pytest.raises(UnsupportedError, match="one pass"):
-        model(ids[:, 6:], past_key_values=cache)
+        model(ids[:, 6:], **{CACHE: cache})
 
 
 def test_a_cropped_cache_forgets_of_every_run():
@@ -226,9 +227,9 @@ def test_a_cropped_cache_forgets_of_every_run():
     path = {"hf_tokens_targets": torch.tensor([[2, 1, 2]])}
     with torch.no_grad():
         cache = model(ids, use_cache=True, **path).past_key_values
-        first = model(ids[:, :1], past_key_values=cache, **path).logits
+        first = model(ids[:, :1], **{CACHE: cache}, **path).logits
         cache.crop(-1)
-        again = model(ids[:, :1], past_key_values=cache, **path).logits
+        again = model(ids[:, :1], **{CACHE: cache}, **path).logits
     torch.testing.assert_close(again, first, **CLOSE)
 
 

@@ -17,7 +17,7 @@ from hf_tokens import (
     get_token_model,
     measure,
 )
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -174,7 +174,7 @@ def test_a_sequence_in_chunks_is_the_whole(chunks, layers):
         start = 0
         for n in chunks:
             part = slice(start, start + n)
-            given = {"attention_mask": mask[:, : start + n], "position_ids": place[:, part], "past_key_values": cache}
+            given = {"attention_mask": mask[:, : start + n], "position_ids": place[:, part], CACHE: cache}
             out = model(ids[:, part], **given, output_hidden_states=True)
             logits.append(out.logits)
             hidden.append(out.hidden_states)
@@ -193,10 +193,10 @@ def test_a_token_that_ends_no_segment_runs_no_middle_block():
     ]
     cache, tokens = DynamicCache(), []
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         for step in range(8):
             runs.clear()
-            model(ids[:, step : step + 1], past_key_values=cache)
+            model(ids[:, step : step + 1], **{CACHE: cache})
             tokens.append(tuple(runs))
     for handle in handles:
         handle.remove()
@@ -230,10 +230,10 @@ def test_a_cut_cache_is_refused():
     ids, _ = batch((9,))
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         cache.crop(-2)
         with pytest.raises(UnsupportedError, match="cannot be taken back"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE: cache})
 
 
 def test_the_prior_is_the_binomial():

@@ -21,6 +21,7 @@ from hf_tokens import (
     set_progress,
 )
 from hf_tokens.api import root_of
+from hf_tokens.testing import CACHE
 
 
 def static(count, sparsity):
@@ -344,13 +345,13 @@ def test_prompt_in_chunks_is_refused_and_a_second_turn_is_not():
     model, _ = routed(sparsity=0.4)
     ids, _ = batch((12,))
     cache = DynamicCache()
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], **{CACHE: cache})
     with pytest.raises(UnsupportedError, match="one pass"):
-        model(ids[:, 6:], past_key_values=cache)
+        model(ids[:, 6:], **{CACHE: cache})
     cache = DynamicCache()
     with torch.no_grad():
         for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
-            out = model(part, past_key_values=cache).logits
+            out = model(part, **{CACHE: cache}).logits
     assert out.shape[1] == 5
     assert cache.get_seq_length() == 12
 

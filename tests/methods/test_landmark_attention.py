@@ -19,7 +19,7 @@ from hf_tokens import (
     measure,
 )
 from hf_tokens import surgery as surgery_of
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 IGNORED = -1
 
@@ -172,7 +172,7 @@ def test_a_prompt_in_chunks_is_the_prompt():
     whole = model(ids, use_cache=False).logits
     cache, parts = None, []
     for chunk in ids.split((4, 5, 1, 7), dim=1):
-        out = model(chunk, past_key_values=cache, use_cache=True)
+        out = model(chunk, **{CACHE: cache}, use_cache=True)
         cache = out.past_key_values
         parts.append(out.logits)
     close(torch.cat(parts, dim=1), whole)
@@ -185,7 +185,7 @@ def test_what_is_cropped_takes_its_landmark_along():
     ids, _ = batch((11,))
     cache = model(ids[:, :9], use_cache=True).past_key_values
     cache.crop(-2)
-    close(model(ids[:, 7:], past_key_values=cache).logits, model(ids, use_cache=False).logits[:, 7:])
+    close(model(ids[:, 7:], **{CACHE: cache}).logits, model(ids, use_cache=False).logits[:, 7:])
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ def test_decoding_reads_what_it_retrieves():
 
     def token(model):
         cache = model(ids, use_cache=True).past_key_values
-        return measure(model, input_ids=ids[:, :1], past_key_values=cache).flops
+        return measure(model, input_ids=ids[:, :1], **{CACHE: cache}).flops
 
     full = token(base)
     few = token(get_token_model(base, LandmarkAttentionConfig(block=10, local=10, retrieve=2)).eval())

@@ -8,7 +8,7 @@ from by_hand import batch, embed, gpt2, greedy, lm_head, positions
 from transformers import StaticCache
 
 from hf_tokens import FTPConfig, MoEPlusPlus, MoEPlusPlusConfig, UnsupportedError, aux_loss, get_token_model, measure, set_progress
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -175,7 +175,7 @@ def test_cached_generation_is_uncached_and_a_static_cache_is_right():
     cache = StaticCache(model.get_base_model().config, max_cache_len=16)
     with torch.no_grad():
         whole = model(ids[:1]).logits
-        parts = [model(part, past_key_values=cache).logits for part in (ids[:1, :6], ids[:1, 6:7], ids[:1, 7:])]
+        parts = [model(part, **{CACHE: cache}).logits for part in (ids[:1, :6], ids[:1, 6:7], ids[:1, 7:])]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
 
 

@@ -8,7 +8,7 @@ from by_hand import batch, blocks, embed, gpt2, greedy, lm_head, positions
 from transformers import DynamicCache
 
 from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, PrefixKVConfig, UnsupportedError, calibrate, get_token_model, load, measure
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 
 def importance(attention, mask):
@@ -312,7 +312,7 @@ def test_each_row_keeps_its_own_share_when_rows_change_places():
             for token in range(3, 10):
                 seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.bool)], dim=1)
                 places = positions(seen)[:, -1:]
-                model(torch.full((2, 1), token), attention_mask=seen, position_ids=places, past_key_values=cache)
+                model(torch.full((2, 1), token), attention_mask=seen, position_ids=places, **{CACHE: cache})
         held.append([held_in(cache, row, 0) for row in order.tolist()])
     assert held[0] == held[1]
 
@@ -321,13 +321,13 @@ def test_prompt_in_chunks_is_refused_and_a_second_turn_is_not():
     model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5)).eval()
     ids, _ = batch((13,))
     cache = DynamicCache()
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], **{CACHE: cache})
     with pytest.raises(UnsupportedError, match="one pass"):
-        model(ids[:, 6:], past_key_values=cache)
+        model(ids[:, 6:], **{CACHE: cache})
     cache = DynamicCache()
     with torch.no_grad():
         for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
-            model(part, past_key_values=cache)
+            model(part, **{CACHE: cache})
     assert cache.get_seq_length() == 13
     assert [layer.length for layer in cache.layers] == [6] * 4
 

@@ -9,7 +9,7 @@ from by_hand import batch, decode, gpt2, greedy, places_held, prompt
 from hf_tokens_adapters.cache_compressor.squeezeattention import top_group
 
 from hf_tokens import SqueezeAttentionConfig, get_token_model, measure
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 
 def cosine(entered, attended):
@@ -167,7 +167,7 @@ def test_prompt_of_the_second_turn_shares_anew():
     cache = None
     with torch.no_grad():
         for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
-            cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+            cache = model(part, **{CACHE: cache}, use_cache=True).past_key_values
     assert cache.get_seq_length() == 13
     assert all(1 <= layer.length <= 13 for layer in cache.layers)
 

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from hf_tokens import TokenPrependingConfig, UnsupportedError, get_token_model
+from hf_tokens.testing import CACHE
 
 # per case: prompt tokens n, position i* of <PST>, start layer, end layer k, exit layer M, layers L (layers count from 1)
 CASES = {
@@ -306,11 +307,11 @@ def test_a_cache_with_tokens_and_generate_are_refused():
     base = LlamaForCausalLM(tiny(3).config).eval()
     model = get_token_model(base, TokenPrependingConfig(end=3))
     ids = torch.randint(3, 11, (2, 5))
-    wanted = "TokenPrepending must see the whole sequence in one pass, got a cache of 5 tokens. Pass no `past_key_values`, and `use_cache"
+    wanted = "TokenPrepending must see the whole sequence in one pass, got a cache of 5 tokens. Pass no cache, and `use_cache"
     cache = DynamicCache()
-    model(input_ids=ids, past_key_values=cache)
+    model(input_ids=ids, **{CACHE: cache})
     with pytest.raises(UnsupportedError, match=wanted):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **{CACHE: cache})
     with pytest.raises(UnsupportedError, match=wanted):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, pad_token_id=0)
     torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids, use_cache=False).logits, rtol=0, atol=0)

@@ -7,6 +7,7 @@ import torch
 from by_hand import IMAGE, llava, prompts
 
 from hf_tokens import ConfigError, TransPruneConfig, UnsupportedError, get_token_model, measure
+from hf_tokens.testing import CACHE
 
 
 def transition(inputs, outputs):
@@ -266,7 +267,7 @@ def test_a_prompt_without_an_image_is_refused_and_a_later_turn_is_not():
     with torch.no_grad():
         cache = model(**given, use_cache=True).past_key_values
         for ids in (words[:, :1], words):
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **{CACHE: cache})
     assert cache.get_seq_length() == given["input_ids"].shape[1] + 4
 
 

@@ -7,6 +7,7 @@ import torch
 from by_hand import IMAGE, PATCHES, llava, prompts
 
 from hf_tokens import UnsupportedError, VideoLLMMoD, VideoLLMMoDConfig, get_token_model, measure
+from hf_tokens.testing import CACHE
 
 
 def spans(visual, frame_tokens=None):
@@ -218,7 +219,7 @@ def test_frames_that_stream_in_are_the_whole_prompt():
     with torch.no_grad():
         whole = model(input_ids=both, pixel_values=torch.cat([pixels, pixels])).logits
         first = model(input_ids=ids, pixel_values=pixels, use_cache=True)
-        second = model(input_ids=ids, pixel_values=pixels, past_key_values=first.past_key_values)
+        second = model(input_ids=ids, pixel_values=pixels, **{CACHE: first.past_key_values})
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -233,7 +234,7 @@ def test_a_frame_in_parts_is_refused(frame_tokens, cut):
         cache = text(inputs_embeds=x[:, :cut], use_cache=True).past_key_values
         runtime.inputs = {"visual": visual[:, cut:]}
         with pytest.raises(UnsupportedError, match="A frame must come in one pass"):
-            text(inputs_embeds=x[:, cut:], past_key_values=cache)
+            text(inputs_embeds=x[:, cut:], **{CACHE: cache})
 
 
 def test_gradient_reaches_every_scorer():
