@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 import hf_tokens
 from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
-from hf_tokens.measure import kv_bytes
 from hf_tokens.testing import CACHE
+from hf_tokens.tools.measure import kv_bytes
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 COMMAND = "python benchmarks/methods.py"

@@ -23,7 +23,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from hf_tokens import get_token_model
-from hf_tokens.anatomy import Anatomy, Stream, anatomy
+from hf_tokens.model.anatomy import anatomy
+from hf_tokens.model.streams import Anatomy, Stream
 from hf_tokens.testing import probe_config, zoo
 
 RESULTS = Path(__file__).parent / "results"

@@ -5,44 +5,37 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .adapter import HFTokensConfig
-from .anatomy import Anatomy, Stream, anatomy
-from .api import aux_loss, calibrate, conclusions, get_token_model, load, objective_loss, save_adapter, set_method, set_progress, unload
-from .config import MethodConfig, option
-from .edits import edit
-from .embedding import match_ids, match_sequence
+from .api import aux_loss, conclusions, get_token_model, objective_loss, set_progress, unload
+from .attention.call import Attending
 from .errors import AdapterError, ConfigError, HFTokensError, UnsupportedError
-from .holding import Polar, Quantized, angle_between
-from .measure import measure
-from .prompts import compress_prompt, embed_prompt
-from .registry import list_methods, method_info, register
-from .roles import (
-    Attending,
-    AttentionEdit,
-    CacheCompressor,
-    Dims,
-    FeatureCache,
-    Folded,
-    Holding,
-    LayerRouter,
-    Method,
-    ModelRouter,
-    Objective,
-    Pooler,
-    TokenBank,
-    TokenReducer,
-    TokenRouter,
-    VocabularyEdit,
-    WeightEdit,
-    heavy_hitters,
-    straight_through,
-)
-from .search import search_path, search_shares
-from .token_map import TokenMap, indices, rank
-from .tuner import HFTokensModel
-from .two_models import label_routes, route_to
-from .vocabulary import transplant
-from .weights import closest_map
+from .kv.storage import Polar, Quantized, angle_between
+from .model.anatomy import anatomy
+from .model.streams import Anatomy, Stream
+from .peft.config import HFTokensConfig
+from .peft.tuner import HFTokensModel
+from .roles.attention_edit import AttentionEdit
+from .roles.base import Dims, Method, straight_through
+from .roles.cache_compressor import CacheCompressor, Folded, Holding, heavy_hitters
+from .roles.config import MethodConfig, option
+from .roles.feature_cache import FeatureCache
+from .roles.objective import Objective
+from .roles.pooler import Pooler
+from .roles.registry import list_methods, method_info, register
+from .roles.routers import LayerRouter, ModelRouter, TokenRouter
+from .roles.token_bank import TokenBank
+from .roles.token_reducer import TokenReducer
+from .roles.vocabulary_edit import VocabularyEdit
+from .roles.weight_edit import WeightEdit, closest_map
+from .tokens.matching import match_ids, match_sequence
+from .tokens.token_map import TokenMap, indices, rank
+from .tools.calibrate import calibrate, set_method
+from .tools.edits import edit
+from .tools.loading import load, save_adapter
+from .tools.measure import measure
+from .tools.model_routing import label_routes, route_to
+from .tools.prompts import compress_prompt, embed_prompt
+from .tools.search import search_path, search_shares
+from .tools.vocabulary import transplant
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ from hf_tokens import (
     option,
     register,
 )
-from hf_tokens.measure import UNCOUNTED
+from hf_tokens.tools.measure import UNCOUNTED, TokenCounts
 
 NAME = "denoiser"
 COMMAND = "python benchmarks/quality/denoiser.py"
@@ -119,12 +119,11 @@ def tokens_of(counts: dict) -> float:
 
 def cost(model: nn.Module, run: Callable[[], object]) -> tuple[float, float]:
     """GFLOPs and thousands of tokens of one run."""
-    runtime = model.transformer_blocks[0].hf_tokens.runtime
-    runtime.counts = {}
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+    surgery = model.transformer_blocks[0].hf_tokens.surgery
+    listener = TokenCounts(surgery)
+    with surgery.model.listening(listener), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         run()
-    counts, runtime.counts = runtime.counts, None
-    return counter.get_total_flops() / 1e9, tokens_of(counts) / 1e3
+    return counter.get_total_flops() / 1e9, tokens_of(listener.counts) / 1e3
 
 
 SETTINGS: list[tuple[str, str, MethodConfig]] = [

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 import hf_tokens
 from hf_tokens import CacheCompressor, MethodConfig, option, register
 from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
-from hf_tokens.measure import kv_bytes
 from hf_tokens.testing import CACHE
+from hf_tokens.tools.measure import kv_bytes
 
 COMMAND = "python benchmarks/quality/kv.py"
 PROMPT, ANSWER = 256, 16  # tokens of a prompt, and behind it

@@ -34,7 +34,7 @@ from hf_tokens import (
     set_method,
 )
 from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
-from hf_tokens.measure import UNCOUNTED, kv_bytes
+from hf_tokens.tools.measure import UNCOUNTED, kv_bytes
 
 COMMAND = "python benchmarks/quality/prompts.py"
 PROMPT, ANSWER = 160, 32  # tokens of a prompt, and behind it

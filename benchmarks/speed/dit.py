@@ -65,7 +65,7 @@ def rows() -> Iterator[Row]:
     """Seconds of a run, its FLOPs, and how far its pictures lie from those of all computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from hf_tokens.measure import UNCOUNTED
+    from hf_tokens.tools.measure import UNCOUNTED
 
     base = trained()
 

@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 import hf_tokens
 from hf_tokens.commands.quickstart import load_base, packaged_smollm2
-from hf_tokens.measure import kv_bytes
 from hf_tokens.testing import CACHE
+from hf_tokens.tools.measure import kv_bytes
 
 from .paired import Row, ratios
 

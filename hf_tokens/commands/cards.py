@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-from ..config import interval
-from ..registry import MethodInfo, list_methods
+from ..roles.config import interval
+from ..roles.registry import MethodInfo, list_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUNDS = ("ge", "gt", "le", "lt", "choices")

@@ -56,7 +56,7 @@ def list_methods(role: Annotated[str | None, typer.Option(help="Only the methods
 @app.command()
 def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list`.")]) -> None:
     """The card of a method: what it claims, its paper, its maths and every knob."""
-    from ..registry import method_info
+    from ..roles.registry import method_info
     from .cards import knob_rows
 
     info = method_info(method)

@@ -7,7 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from .. import roles
+from hf_tokens import roles
+
 from ..errors import ConfigError, HFTokensError, explain
 
 METHOD = '''"""{title}: <the claim in one line>.

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_tokens.config import MethodConfig, option
-from hf_tokens.registry import register
-from hf_tokens.roles import Dims, TokenBank, TokenReducer
-from hf_tokens.token_map import TokenMap
+from hf_tokens.roles.base import Dims
+from hf_tokens.roles.config import MethodConfig, option
+from hf_tokens.roles.registry import register
+from hf_tokens.roles.token_bank import TokenBank
+from hf_tokens.roles.token_reducer import TokenReducer
+from hf_tokens.tokens.token_map import TokenMap
 
 
 @dataclass(frozen=True)

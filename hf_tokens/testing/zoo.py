@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from hf_tokens.signatures import CACHES, cache_argument
+from hf_tokens.model.signatures import CACHES, cache_argument
 from hf_tokens.testing.zoo_rows import (
     DIFFUSERS,
     INPUTS,
@@ -90,7 +90,7 @@ def tensors(output: Any) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
-        return [t for name, value in output.items() if not name.endswith((*CACHES, "attentions")) for t in tensors(value)]
+        return [t for name, value in output.items() if not name.endswith((*CACHES, "attentions", "_outputs")) for t in tensors(value)]
     if isinstance(output, (tuple, list)):
         return [t for value in output for t in tensors(value)]
     if is_dataclass(output):

@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from hf_tokens import objective_loss
-from hf_tokens.layer import BlockSurgery
+from hf_tokens.engine.block import BlockSurgery
+from hf_tokens.handlers.objective import objectives_of
 from hf_tokens.testing import zoo
 
 BATCH = zoo.BATCH
@@ -160,7 +161,7 @@ IMAGES = 80  # ids from here on stand for images
 def objectives(model: nn.Module) -> list:
     """Its active objectives."""
     surgeries = [module for module in model.modules() if isinstance(module, BlockSurgery)]
-    return list(surgeries[0].runtime.root.objectives()) if surgeries else []
+    return objectives_of(surgeries[0].surgery.model) if surgeries else []
 
 
 def unfilled(row: Tensor) -> Tensor:

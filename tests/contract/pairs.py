@@ -30,15 +30,15 @@ from hf_tokens import (
     route_to,
     set_progress,
 )
-from hf_tokens.anatomy import Stream
-from hf_tokens.api import instances
-from hf_tokens.config import MethodConfig
-from hf_tokens.layer import BlockSurgery
-from hf_tokens.measure import Cost
-from hf_tokens.placement import plan
-from hf_tokens.registry import MethodInfo
+from hf_tokens.engine.block import BlockSurgery
+from hf_tokens.model.streams import Stream
+from hf_tokens.peft.placement import plan
+from hf_tokens.roles.config import MethodConfig
+from hf_tokens.roles.registry import MethodInfo
 from hf_tokens.testing import probe
 from hf_tokens.testing.probe import ProbeInsertConfig
+from hf_tokens.tools.measure import Cost
+from hf_tokens.tools.surgeries import instances
 
 STIRS = (0.1, 1.0, -1.0, 2.0, 3.0)  # adapters start from zeros here and there, and routers open or closed; a test of what they do must not
 METHODS = {info.name: info for info in list_methods()}

@@ -10,7 +10,7 @@ from tolerances import all_equal, differs
 
 import hf_tokens
 from hf_tokens import HFTokensConfig
-from hf_tokens.layer import BlockSurgery
+from hf_tokens.engine.block import BlockSurgery
 
 
 def nothing_left(pair, base):

@@ -14,9 +14,9 @@ import pytest
 from contract.pairs import METHODS, PAIRS, PLACED, few, planned, refused
 
 from hf_tokens import ConfigError
-from hf_tokens.config import interval, matches
-from hf_tokens.registry import method_config
-from hf_tokens.roles import SIGNALS
+from hf_tokens.roles.config import interval, matches
+from hf_tokens.roles.registry import method_config
+from hf_tokens.roles.signals import SIGNALS
 from hf_tokens.testing import probe
 
 NUMBERS = (int, float)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_tokens.anatomy import anatomy
-from hf_tokens.signatures import hidden_index
+from hf_tokens.model.anatomy import anatomy
+from hf_tokens.model.signatures import hidden_index
 from hf_tokens.testing import zoo
 
 # family: name of a stream -> (kind, number of blocks, class of a block, causal, self-attention of the first block, its MLP, the MLP's norm)

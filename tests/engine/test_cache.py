@@ -10,10 +10,12 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_tokens import DeepPromptConfig, PrefixKVConfig, TransPruneConfig, UnsupportedError, get_token_model
-from hf_tokens.cache import Arrival, Stored, TokenCacheLayer, adopt
-from hf_tokens.passes import Memory
+from hf_tokens.engine.run import Memory
+from hf_tokens.kv.adopt import adopt
+from hf_tokens.kv.layer import TokenCacheLayer
 from hf_tokens.testing import CACHE, probe_config, zoo
 from hf_tokens.testing.probe import ProbeDropConfig
+from hf_tokens.tokens.entries import Arrival, Stored
 
 B, K, E = 2, 3, 4
 chunks = st.lists(st.integers(1, 70), min_size=1, max_size=5)

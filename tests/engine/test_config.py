@@ -9,9 +9,9 @@ import pytest
 from torch import Tensor
 
 from hf_tokens import ConfigError, HFTokensConfig, MethodConfig, TokenReducer, method_info, option, register
-from hf_tokens.adapter import plain_form
-from hf_tokens.config import inside, interval, matches
-from hf_tokens.registry import METHODS, method_config, read_card
+from hf_tokens.peft.config import plain_form
+from hf_tokens.roles.config import inside, interval, matches
+from hf_tokens.roles.registry import METHODS, method_config, read_card
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
 
@@ -112,7 +112,7 @@ def test_matches(value, hint, fits):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("hf_tokens.registry.METHODS", dict(METHODS))
+    monkeypatch.setattr("hf_tokens.roles.registry.METHODS", dict(METHODS))
 
 
 def test_unknown_signals_are_refused_at_import(registry):

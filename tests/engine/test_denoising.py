@@ -6,7 +6,8 @@ from denoisers import calls, denoiser, half, sampled
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
 from hf_tokens import get_token_model, measure
-from hf_tokens.denoising import Denoising, grid, over_tokens
+from hf_tokens.diffusion.steps import DenoisingWorld
+from hf_tokens.model.grids import grid, over_tokens
 from hf_tokens.testing import zoo
 
 
@@ -33,12 +34,12 @@ def spoken(kind, run, names=None, told=False):
     """Noise and guidance that the first block's tokens were told at every call."""
     model = get_token_model(denoiser(kind), "importance-token-merge")
     inner, heard = model.base_model.model, []
-    runtime = next(m.hf_tokens.runtime for m in inner.modules() if "hf_tokens" in m._modules)
+    surgery = next(m.hf_tokens.surgery for m in inner.modules() if "hf_tokens" in m._modules)
     n = 16 if kind != "flux" else 64
     inner.register_forward_pre_hook(
-        lambda *_: heard.append((runtime.root.denoising.noise(n), runtime.root.denoising.guidance(n), elapsed()))
+        lambda *_: heard.append((context().steps_of_denoiser.noise(n), context().steps_of_denoiser.guidance(n), context().elapsed))
     )
-    elapsed = lambda: runtime.inputs["elapsed"]
+    context = lambda: surgery.call.context
     out = []
     for i, call in enumerate(run):
         name = names[i % len(names)] if names else None
@@ -106,7 +107,7 @@ def test_how_far_the_denoising_is():
 )
 def test_the_timestep_on_one_schedule(kind, timestep, want):
     model = zoo.build("diffusers/Lumina2Transformer2DModel").model if kind == "lumina2" else denoiser(kind)
-    time = Denoising(model).time(timestep, torch.zeros(2, 4, 8, 8))
+    time = DenoisingWorld(model).time(timestep, torch.zeros(2, 4, 8, 8))
     assert (time if time is None else time.tolist()) == want
 
 

@@ -26,9 +26,9 @@ from hf_tokens import (
     save_adapter,
     unload,
 )
-from hf_tokens.registry import METHODS
+from hf_tokens.model.weights import block_weights
+from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import zoo
-from hf_tokens.weights import weights
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,9 @@ def test_context_is_what_the_projections_read_of_the_real_tokens(reads):
 
 def test_what_a_block_has_keeps_its_name_under_a_lora():
     base, _ = llama()
-    names = list(weights(base.model.layers[0], "block"))
+    names = list(block_weights(base.model.layers[0], "block"))
     tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert list(weights(tuned.base_model.model.model.layers[0], "block")) == names
+    assert list(block_weights(tuned.base_model.model.model.layers[0], "block")) == names
 
 
 def test_refusals(double, reads):

@@ -24,7 +24,7 @@ from hf_tokens import (
     option,
     register,
 )
-from hf_tokens.registry import METHODS
+from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import CACHE, zoo
 
 
@@ -43,7 +43,7 @@ def words():
 
         def __init__(self, config, dims):
             super().__init__(config, dims)
-            self.rows = nn.Parameter(torch.randn(len(config.ids) if dims.leads else 1, dims.width) * 0.3)
+            self.rows = nn.Parameter(torch.randn(len(config.ids) if dims.is_first_block else 1, dims.width) * 0.3)
 
         @classmethod
         def default_layers(cls, config, layers):
@@ -254,10 +254,10 @@ def test_a_copy_of_the_table_alone_does_not_copy_the_model():
     model = get_token_model(gpt2(2), CSPConfig(ids=(9, 12)))
     table = model.get_base_model().transformer.wte
     (hook,), (copied,) = table._forward_hooks.values(), copy.deepcopy(table)._forward_hooks.values()
-    assert copied.side is hook.side
+    assert copied.owner is hook.owner
     twin = moved(copy.deepcopy(model))
     (hook,) = twin.get_base_model().transformer.wte._forward_hooks.values()
-    assert bank_of(twin) in list(hook.side.modules())
+    assert bank_of(twin) in list(hook.owner.block.modules())
     assert torch.equal(model(input_ids=IDS).logits, gpt2(2)(input_ids=IDS).logits)
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tolerances import all_equal
 
 import hf_tokens
-from hf_tokens import AdapterError, ConfigError, HFTokensConfig, HFTokensError, UnsupportedError, get_token_model, registry
+from hf_tokens import AdapterError, ConfigError, HFTokensConfig, HFTokensError, UnsupportedError, get_token_model
 from hf_tokens.errors import explain
+from hf_tokens.roles import registry
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
@@ -110,7 +111,7 @@ def test_swapped_arguments():
 
 def test_a_failure_half_way_rolls_back(monkeypatch):
     """Whatever goes wrong in the middle of the attaching, nothing of it stays."""
-    from hf_tokens.layer import BlockSurgery
+    from hf_tokens.engine.block import BlockSurgery
 
     model, add = base(), BlockSurgery.add
 

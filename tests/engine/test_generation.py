@@ -16,13 +16,13 @@ from hf_tokens import (
     RazorAttentionConfig,
     SqueezeAttentionConfig,
     TokenReducer,
-    eviction,
     get_token_model,
     register,
     set_method,
 )
-from hf_tokens.registry import METHODS
-from hf_tokens.surgery import Runtime
+from hf_tokens.engine.stream import StreamSurgery
+from hf_tokens.handlers import cache_compressor
+from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import CACHE, zoo
 
 STACKS = {
@@ -55,9 +55,9 @@ def test_a_quiet_block_says_what_one_that_keeps_all_books_says(stack, family):
     specimen = zoo.build(family)
     ids = specimen.inputs["input_ids"]
     model = get_token_model(specimen.model, STACKS[stack]).eval()
-    with patch.object(Runtime, "_step", autospec=True, side_effect=Runtime._step) as quiet:
+    with patch.object(StreamSurgery, "_step", autospec=True, side_effect=StreamSurgery._step) as quiet:
         said, kept = decoded(model, ids)
-    with patch.object(Runtime, "_quiet", return_value=False):
+    with patch.object(StreamSurgery, "_quiet", return_value=False):
         slow, held = decoded(model, ids)
     assert all(torch.equal(a, b) for a, b in zip(said, slow, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept, held, strict=True))
@@ -69,7 +69,7 @@ def test_a_padded_batch_is_never_quiet():
     mask = torch.ones_like(specimen.inputs["input_ids"])
     mask[0, :3] = 0
     model = get_token_model(specimen.model, STACKS["all of them"]).eval()
-    with patch.object(Runtime, "_step", autospec=True, side_effect=Runtime._step) as quiet:
+    with patch.object(StreamSurgery, "_step", autospec=True, side_effect=StreamSurgery._step) as quiet:
         decoded(model, specimen.inputs["input_ids"], attention_mask=mask)
     assert quiet.call_count == 0
 
@@ -130,9 +130,9 @@ def test_the_one_entry_that_goes_is_that_of_a_look_at_all(rule):
 
         specimen = zoo.build("llama")
         model = get_token_model(specimen.model, GoConfig()).eval()
-        with patch.object(eviction, "drop", side_effect=eviction.drop) as dropped:
+        with patch.object(cache_compressor, "drop_entry", side_effect=cache_compressor.drop_entry) as dropped:
             said, kept = decoded(model, specimen.inputs["input_ids"])
-        with patch.object(eviction, "surplus", return_value=None):
+        with patch.object(cache_compressor, "surplus", return_value=None):
             slow, held = decoded(model, specimen.inputs["input_ids"])
     finally:
         METHODS.pop("go", None)

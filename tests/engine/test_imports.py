@@ -132,7 +132,7 @@ def test_importing_changes_one_entry_in_peft_and_nothing_else():
 def test_importing_loads_no_diffusers_and_no_method():
     code = "import json, sys; sys.path[:0] = json.loads(sys.argv[1]); import hf_tokens; print(*sorted(sys.modules))"
     loaded = python(code, json.dumps(PATHS)).split()
-    assert "hf_tokens.tuner" in loaded and "diffusers" not in loaded
+    assert "hf_tokens.peft.tuner" in loaded and "diffusers" not in loaded
     assert not [name for name in loaded if name.startswith("hf_tokens_adapters")]
 
 

@@ -21,9 +21,9 @@ from hf_tokens import (
     objective_loss,
     register,
 )
-from hf_tokens.api import root_of, sides
-from hf_tokens.objectives import Hearing, first_tensor, labels_of, log_probabilities
+from hf_tokens.handlers.objective import ObjectiveSignals, first_tensor, labels_of, log_probabilities, objectives_of
 from hf_tokens.testing import zoo
+from hf_tokens.tools.surgeries import blocks_in, surgery_of
 
 FISH = GoldfishLossConfig(k=2, context=3)
 
@@ -35,20 +35,20 @@ def test_a_verb_asks_for_the_words_of_its_role(role, word):
         register("test-of-words", MethodConfig)(type("Stranger", (role,), body))
 
 
-def hearing(surgery, wanted, **given):
-    return Hearing(root_of(surgery), given, None, wanted, first_tensor)
+def signals(surgery, wanted, **given):
+    return ObjectiveSignals(surgery_of(surgery), given, None, wanted, first_tensor, {})
 
 
 def test_positions_count_from_0_in_every_sample():
     surgery, wanted = get_token_model(zoo.build("llama").model, FISH), torch.zeros(2, 6, dtype=torch.long)
     place = torch.arange(6).repeat(2, 1)
-    assert torch.equal(hearing(surgery, wanted).positions, place)
+    assert torch.equal(signals(surgery, wanted).positions, place)
     left = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
-    assert hearing(surgery, wanted, attention_mask=left).positions[1, 2:].tolist() == [0, 1, 2, 3]
+    assert signals(surgery, wanted, attention_mask=left).positions[1, 2:].tolist() == [0, 1, 2, 3]
     given = dict(attention_mask=left, position_ids=(left.cumsum(1) - 1).clamp(min=0))
-    assert hearing(surgery, wanted, **given).positions[1, 2:].tolist() == [0, 1, 2, 3]
+    assert signals(surgery, wanted, **given).positions[1, 2:].tolist() == [0, 1, 2, 3]
     packed = torch.tensor([[0, 1, 2, 0, 1, 0]])
-    assert torch.equal(hearing(surgery, wanted[:1], position_ids=packed).positions, packed)
+    assert torch.equal(signals(surgery, wanted[:1], position_ids=packed).positions, packed)
 
 
 def test_targets_are_those_of_the_model_s_own_loss():
@@ -70,7 +70,7 @@ def test_a_decoder_s_tokens_are_those_that_the_model_makes_of_its_labels():
     model, ids = specimen.model, specimen.inputs["input_ids"]
     model.config.decoder_start_token_id = model.config.pad_token_id = 0
     surgery = get_token_model(model, FISH).eval()
-    root_of(surgery).objectives().__next__().train()
+    objectives_of(surgery_of(surgery))[0].train()
     labels = torch.randint(5, 80, (2, 15))
     labels[1, 11:] = -100
     alone = surgery(input_ids=ids, labels=labels).loss
@@ -92,8 +92,8 @@ def test_without_ids():
 def test_an_objective_stands_in_one_block_and_touches_none(name):
     specimen = zoo.build(name)
     surgery = get_token_model(specimen.model, DiffusionDPOConfig() if specimen.model.__module__.startswith("diffusers") else FISH)
-    assert len(list(root_of(surgery).objectives())) == 1
-    assert not any(side.speakers for side in sides(surgery))
+    assert len(objectives_of(surgery_of(surgery))) == 1
+    assert not any(block.plan.prompt.methods for block in blocks_in(surgery))
 
 
 def test_a_static_cache_may_stay():
@@ -105,7 +105,7 @@ def test_a_static_cache_may_stay():
 
 def test_named_layers_hold_one_that_speaks():
     surgery = get_token_model(zoo.build("llama").model, CAFTConfig(layers=(1, 3), heads=2))
-    assert len(list(root_of(surgery).objectives())) == 1
+    assert len(objectives_of(surgery_of(surgery))) == 1
     assert len([p for p in surgery.parameters() if p.requires_grad]) == 1
 
 
@@ -114,7 +114,7 @@ def test_a_copy_after_a_call_holds_nothing_of_it():
     surgery = get_token_model(specimen.model, DiffusionDPOConfig()).train().requires_grad_()
     out = surgery(**specimen.inputs).sample
     twin = copy.deepcopy(surgery)
-    assert root_of(twin).last is None
+    assert surgery_of(twin).waiting is None
     assert objective_loss(surgery, torch.zeros_like(out)).requires_grad
     with pytest.raises(UnsupportedError, match="once"):
         objective_loss(surgery, torch.zeros_like(out))
@@ -125,7 +125,7 @@ def test_nothing_is_kept_of_a_call_without_objectives():
     surgery = get_token_model(specimen.model, DiffusionDPOConfig())
     with surgery.disable_adapter():
         surgery(**specimen.inputs)
-    assert root_of(surgery).last is None
+    assert surgery_of(surgery).waiting is None
 
 
 def test_a_head_that_reads_something_else_is_refused():
@@ -144,6 +144,6 @@ def test_the_reference_of_a_text_model_is_the_model_without_the_adapter():
     surgery = get_token_model(specimen.model, [LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), FISH]).eval()
     given = {**specimen.inputs, "labels": specimen.inputs["input_ids"]}
     wanted = labels_of(base, given, None)
-    there = Hearing(root_of(surgery), given, surgery(**given), wanted, first_tensor)
+    there = ObjectiveSignals(surgery_of(surgery), given, surgery(**given), wanted, first_tensor, {})
     assert torch.equal(there.reference, log_probabilities(base(**given), wanted))
     assert not torch.equal(there.reference, there.logps)

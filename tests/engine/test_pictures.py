@@ -1,4 +1,4 @@
-"""The grids of pictures among the tokens of a vision-language model."""
+"""The find_grids of pictures among the tokens of a vision-language model."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_tokens import MethodConfig, TokenReducer, UnsupportedError, get_token_model, option, register
-from hf_tokens.pictures import Shapes, grids
+from hf_tokens.model.pictures import Shapes, find_grids
 from hf_tokens.testing import zoo
 
 MERGED = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
@@ -17,7 +17,7 @@ def flags(*rows):
     return torch.tensor([[mark == "x" for mark in row] for row in rows])
 
 
-# per case: calls of the tower, visual tokens, pictures that the tower said (None: it was not asked before), grids in their order
+# per case: calls of the tower, visual tokens, pictures that the tower said (None: it was not asked before), find_grids in their order
 GRIDS = {
     "patches": ([Shapes([(1, 4, 6), (1, 2, 2)], True)], ("xxxxxx.x",), None, [(1, 2, 3), (1, 1, 1)]),
     "a video": ([Shapes([(3, 4, 2)], True)], ("xx.xx.xx",), None, [(3, 2, 1)]),
@@ -36,7 +36,7 @@ GRIDS = {
 def test_the_grids_of_a_batch(case):
     heard, rows, said, want = GRIDS[case]
     given = {} if said is None else {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=[None] * said)}}
-    assert grids(heard, MERGED, given, flags(*rows)) == want
+    assert find_grids(heard, MERGED, given, flags(*rows)) == want
 
 
 # per case: calls of the tower, visual tokens, what the error says
@@ -53,7 +53,7 @@ LOST = {
 def test_visual_tokens_that_form_no_grids_are_refused(case):
     heard, rows, came = LOST[case]
     with pytest.raises(UnsupportedError, match=f"tokens form a grid, row by row, got {came}"):
-        grids(heard, MERGED, {}, flags(*rows))
+        find_grids(heard, MERGED, {}, flags(*rows))
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ from transformers import (
     ViTModel,
 )
 
-from hf_tokens import HFTokensConfig, MethodConfig, Pooler, UnsupportedError, anatomy, families, get_token_model, option, register
-from hf_tokens.registry import METHODS
+from hf_tokens import HFTokensConfig, MethodConfig, Pooler, UnsupportedError, anatomy, get_token_model, option, register
+from hf_tokens.model import families
+from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import CACHE, zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 

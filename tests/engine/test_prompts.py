@@ -5,9 +5,9 @@ import torch
 from by_hand import batch, gpt2
 
 from hf_tokens import SelectionPConfig, UnsupportedError, compress_prompt, embed_prompt, get_token_model
-from hf_tokens.api import root_of
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
+from hf_tokens.tools.surgeries import surgery_of
 
 
 def test_two_reducers_and_inserted_tokens():
@@ -33,8 +33,8 @@ def test_it_leaves_the_model_as_it_was():
         want = model(ids).logits
         compress_prompt(model, ids)
         torch.testing.assert_close(model(ids).logits, want)
-    runtime = root_of(model).runtimes[0]
-    assert model.training and runtime.closed is None and runtime.exit == 4
+    surgery = surgery_of(model)
+    assert model.training and not surgery.listeners and surgery.streams[0].plan.exit == 4
 
 
 def test_blocks_behind_the_last_reducer_do_not_run():

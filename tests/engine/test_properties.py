@@ -1,5 +1,6 @@
 """What must hold of a surgery in any family, checked against the model itself: no number here comes from the engine."""
 
+import contextlib
 import inspect
 
 import pytest
@@ -8,8 +9,9 @@ from transformers import LongformerConfig, LongformerModel
 
 from hf_tokens import DeepPromptConfig, MethodConfig, TokenMap, anatomy, get_token_model, option, register, unload
 from hf_tokens.errors import UnsupportedError
-from hf_tokens.registry import METHODS
-from hf_tokens.roles import TokenReducer
+from hf_tokens.model.signatures import parameters
+from hf_tokens.roles.registry import METHODS
+from hf_tokens.roles.token_reducer import TokenReducer
 from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
@@ -31,7 +33,6 @@ COUNTING = {
     "mpt": None,
     "longt5": "encoder",
     "inkling_text": None,
-    "inkling2_text": None,
     "granite_speech": "audio",
     "wav2vec2-bert": None,
     "diffusers/UNetMotionModel": "denoiser.3",
@@ -198,6 +199,14 @@ def test_blocks_that_count_their_tokens_are_not_shortened(family):
     get_token_model(specimen.model, [ProbeDropConfig(stream=COUNTING[family])])
     with pytest.raises(UnsupportedError, match="A block must be told the places of its tokens"):
         specimen.run()
+
+
+def test_blocks_that_a_later_release_tells_the_distances_of_their_tokens_are_shortened_there():
+    specimen = zoo.build("inkling2_text")
+    told = any("relative_distance" in parameters(type(module)) for module in specimen.model.modules())
+    get_token_model(specimen.model, [ProbeDropConfig()])
+    with contextlib.nullcontext() if told else pytest.raises(UnsupportedError, match="A block must be told the places of its tokens"):
+        assert all(tensor.isfinite().all() for tensor in specimen.run())
 
 
 def test_a_block_that_treats_the_first_tokens_otherwise_is_told_which_are_left():

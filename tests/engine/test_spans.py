@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tolerances import all_close, close
 
 from hf_tokens import MethodConfig, TokenMap, TokenReducer, UnsupportedError, get_token_model, option, register
-from hf_tokens.registry import METHODS
+from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from hf_tokens import MethodConfig, UnsupportedError, VocabularyEdit, get_token_model, register, transplant
-from hf_tokens.registry import METHODS
+from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import zoo
-from hf_tokens.vocabulary import shared, surfaces
+from hf_tokens.tools.vocabulary import shared, surfaces
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from tolerances import all_equal
 
 import hf_tokens
 from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
-from hf_tokens.adapter import PlainType
-from hf_tokens.layer import BlockSurgery
+from hf_tokens.engine.block import BlockSurgery
+from hf_tokens.peft.config import PlainType
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
 
@@ -168,14 +168,14 @@ def test_the_step_comes_from_the_cache_context():
     with model.cache_context("cond"):  # the registry has looked for its children before
         model(**inputs)
     surgery = get_token_model(model, ProbeDropConfig())
-    side = next(module for module in surgery.modules() if isinstance(module, BlockSurgery))
-    surgery.register_forward_hook(lambda *_: heard.append(dict(side.runtime.inputs)))
+    block = next(module for module in surgery.modules() if isinstance(module, BlockSurgery))
+    block.module.register_forward_hook(lambda *_: heard.append(block.surgery.call.context))
     with torch.no_grad():
         for step in range(2):
             for name in ("cond", "uncond"):
                 with model.cache_context(name, step_index=step, num_inference_steps=2):
                     surgery(**inputs)
-    said = [(one["context"][0], one["step"], one["steps"]) for one in heard]
+    said = [(one.denoising[0], one.step, one.steps) for one in heard]
     assert said == [("cond", 0, 2), ("uncond", 0, 2), ("cond", 1, 2), ("uncond", 1, 2)]
     base = surgery.unload()
     with torch.no_grad(), base.cache_context("cond"):

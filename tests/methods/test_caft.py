@@ -9,7 +9,7 @@ from hf_tokens_adapters.objective.caft import CAFT
 from tolerances import close
 
 from hf_tokens import CAFTConfig, aux_loss, get_token_model, set_progress
-from hf_tokens.roles import Dims
+from hf_tokens.roles.base import Dims
 
 DIMS = dict(heads=1, kv_heads=1, head_dim=4, layer=3, layers=4, kind="text", causal=True)
 

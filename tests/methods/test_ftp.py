@@ -20,8 +20,8 @@ from hf_tokens import (
     set_method,
     set_progress,
 )
-from hf_tokens.api import root_of
 from hf_tokens.testing import CACHE
+from hf_tokens.tools.surgeries import surgery_of
 
 
 def static(count, sparsity):
@@ -390,7 +390,7 @@ def test_the_teacher_is_the_model_without_the_adapter(inside):
     want = model(input_ids=ids).logits
     model = get_token_model(model, [FTPConfig(sparsity=0.5, strict=True), *([lora] if inside else [])]).train()
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with root_of(model).without_adapters():
+    with surgery_of(model).without_adapters():
         assert torch.equal(base(input_ids=ids).logits, want)
     assert not torch.equal(base(input_ids=ids).logits, want)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

@@ -256,8 +256,8 @@ def test_pipeline():
     base = draw(pipe, 3.0)
     fast = get_token_model(pipe, ImportanceTokenMergeConfig(pool=0.5))
     heard = []
-    root = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].hf_tokens.runtime.root
-    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(root.denoising.guidance(64)))
+    surgery = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].hf_tokens.surgery
+    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(surgery.call.context.steps_of_denoiser.guidance(64)))
     guided = draw(fast, 3.0)
     assert not torch.equal(guided, base) and torch.equal(draw(fast, 3.0), guided)
     assert [one is not None for one in heard[1:4]] == [True] * 3

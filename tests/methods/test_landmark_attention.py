@@ -18,7 +18,7 @@ from hf_tokens import (
     get_token_model,
     measure,
 )
-from hf_tokens import surgery as surgery_of
+from hf_tokens.handlers import token_bank as handler
 from hf_tokens.testing import CACHE, zoo
 
 IGNORED = -1
@@ -216,7 +216,7 @@ def test_queries_in_parts_are_all_at_once(side, monkeypatch):
     c, (ids, mask) = LandmarkAttentionConfig(block=3, local=3, retrieve=1), batch((13, 6), side)
     found = []
     for scores in (1 << 24, 200):  # 200 are two queries of this batch
-        monkeypatch.setattr(surgery_of, "SCORES_AT_A_TIME", scores)
+        monkeypatch.setattr(handler, "SCORES_AT_A_TIME", scores)
         model, _ = surgery(c)
         out = model(ids, attention_mask=mask.long(), use_cache=False).logits
         model.train()
@@ -231,7 +231,7 @@ def test_queries_in_parts_are_all_at_once(side, monkeypatch):
 def test_no_matrix_of_scores_is_built(monkeypatch):
     found = []
     for scores in (1 << 24, 1 << 10):
-        monkeypatch.setattr(surgery_of, "SCORES_AT_A_TIME", scores)
+        monkeypatch.setattr(handler, "SCORES_AT_A_TIME", scores)
         model, _ = surgery(LandmarkAttentionConfig(block=8, local=8, retrieve=2))
         with Largest() as seen:
             model.get_base_model().transformer(torch.arange(60)[None] % 50, attention_mask=torch.ones(1, 60), use_cache=False)

@@ -10,6 +10,7 @@ from transformers import StaticCache
 from hf_tokens import FTPConfig, MoEPlusPlus, MoEPlusPlusConfig, UnsupportedError, aux_loss, get_token_model, measure, set_progress
 from hf_tokens.testing import CACHE, zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
+from hf_tokens.tools.measure import TokenCounts
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 TILT = 1.0
@@ -148,15 +149,14 @@ def test_model_is_the_loop(lengths, knobs, side, cached):
 def test_tokens_off_the_mlp_are_not_computed():
     model, weights = routed(top_k=1)
     ids, _ = batch((16,))
-    side = model.get_base_model().transformer.h[0].hf_tokens
-    cost, counts = measure(model, input_ids=ids), {}
-    side.runtime.counts = counts
-    model(ids)
-    side.runtime.counts = None
+    surgery = model.get_base_model().transformer.h[0].hf_tokens.surgery
+    cost, listener = measure(model, input_ids=ids), TokenCounts(surgery)
+    with surgery.model.listening(listener):
+        model(ids)
     with model.disable_adapter():
         whole = measure(model, input_ids=ids)
     _, computed, _ = by_hand(model.get_base_model(), ids[0], weights, {**KNOBS, "top_k": 1})
-    assert [counts[i, "mlp"] for i in range(4)] == computed
+    assert [listener.counts[i, "mlp"] for i in range(4)] == computed
     router = sum(2 * 16 * p.numel() for w in weights for name, p in w.items() if name not in ("scale", "vectors"))
     mlp = 2 * 2 * 12 * 48
     assert whole.flops - cost.flops == pytest.approx(mlp * (64 - sum(computed)) - router, abs=2 * 2 * 12 * 16 * 4)

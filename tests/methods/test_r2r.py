@@ -224,7 +224,7 @@ def test_training_with_trainer_teaches_the_labels_and_the_adapter_is_saved(tmp_p
     Trainer(model=model, args=args, train_dataset=data).train()
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == {n for n in before if "hf_tokens" in n}
     model.eval()(ids)
-    verdict = model.get_base_model().transformer.h[-1].hf_tokens.runtime.root.verdict
+    verdict = model.get_base_model().transformer.h[-1].hf_tokens.surgery.model.verdict
     known = targets >= 0
     assert (verdict[known] == targets[known].bool()).float().mean() > 0.9
     model.save_pretrained(tmp_path / "adapter")

@@ -138,14 +138,14 @@ def test_the_residual_is_read_where_a_norm_follows_the_attention():
     for family, path in (("gemma3", "pre_feedforward_layernorm"), ("t5", "layer.1.layer_norm"), ("llama", "post_attention_layernorm")):
         specimen = zoo.build(family)
         model = get_token_model(specimen.model, SqueezeAttentionConfig(budget=0.5))
-        side = next(m for n, m in model.named_modules() if n.endswith("hf_tokens") and m.hf_tokens_methods and m.runtime.stream.causal)
+        side = next(m for n, m in model.named_modules() if n.endswith("hf_tokens") and m.hf_tokens_methods and m.surgery.stream.causal)
         method, heard = side.hf_tokens_methods["default"]["0"], []
         ask = method.observe
         method.observe = lambda entered, attended, real, prefill, ask=ask, heard=heard: (
             heard.append((entered, attended)) or ask(entered, attended, real, prefill)
         )
         kept = []
-        handle = side.block.get_submodule(path).register_forward_pre_hook(lambda m, args, kept=kept: kept.append(args[0]))
+        handle = side.module.get_submodule(path).register_forward_pre_hook(lambda m, args, kept=kept: kept.append(args[0]))
         with torch.no_grad():
             model(**specimen.inputs, use_cache=True)
         handle.remove()

@@ -1,5 +1,6 @@
 """ToCa against a slow loop over one sample, written from the equations of arXiv:2410.05317."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from hf_tokens import HFTokensConfig, ToCaConfig, UnsupportedError, anatomy, get_token_model, load, measure, save_adapter, unload
 from hf_tokens.api import adapter_config
 from hf_tokens.testing import zoo
+from hf_tokens.tools.measure import TokenCounts
 
 KINDS = ("attn", "cross", "mlp")
 
@@ -392,7 +394,7 @@ def test_denoiser_is_the_loop(case):
     surgery = get_token_model(model, config_of(knobs, steps))
     streams = anatomy(model).streams
     heard = {(s, step): {} for s in range(len(streams)) for step in range(steps)}
-    runtimes, now, handles = [stream.blocks[0].hf_tokens.runtime for stream in streams], [0], []
+    surgeries, now, handles = [stream.blocks[0].hf_tokens.surgery for stream in streams], [0], []
     for s, stream in enumerate(streams):
 
         def entering(module, args, kwargs, s=s):
@@ -406,10 +408,12 @@ def test_denoiser_is_the_loop(case):
     counts = {}
     for step, call in enumerate(calls):
         now[0] = step
-        for runtime in runtimes:
-            runtime.counts = {}
-        sampled(surgery, [call])
-        counts |= {(s, step): runtime.counts for s, runtime in enumerate(runtimes)}
+        listeners = [TokenCounts(one) for one in surgeries]
+        with contextlib.ExitStack() as stack:
+            for one, listener in zip(surgeries, listeners, strict=True):
+                stack.enter_context(one.model.listening(listener))
+            sampled(surgery, [call])
+        counts |= {(s, step): listener.counts for s, listener in enumerate(listeners)}
     for s, stream in enumerate(streams):
         entered = torch.stack([heard[s, step]["hidden"] for step in range(steps)])
         got = torch.stack([heard[s, step]["out"] for step in range(steps)])

@@ -7,6 +7,7 @@ import torch
 from by_hand import IMAGE, PATCHES, llava, prompts
 
 from hf_tokens import UnsupportedError, VideoLLMMoD, VideoLLMMoDConfig, get_token_model, measure
+from hf_tokens.engine.context import ForwardContext
 from hf_tokens.testing import CACHE
 
 
@@ -227,12 +228,12 @@ def test_frames_that_stream_in_are_the_whole_prompt():
 def test_a_frame_in_parts_is_refused(frame_tokens, cut):
     model, given = routed(keep=0.4, frame_tokens=frame_tokens), prompts((1,), text=(3, 4))
     text = model.get_base_model().model.language_model
-    runtime = model.get_base_model().model.language_model.layers[0].hf_tokens.runtime
+    surgery = model.get_base_model().model.language_model.layers[0].hf_tokens.surgery
     x, visual = text.embed_tokens(given["input_ids"] % 40), given["input_ids"] == IMAGE
     with torch.no_grad():
-        runtime.inputs = {"visual": visual[:, :cut]}
+        surgery.begin(ForwardContext(visual=visual[:, :cut]))
         cache = text(inputs_embeds=x[:, :cut], use_cache=True).past_key_values
-        runtime.inputs = {"visual": visual[:, cut:]}
+        surgery.begin(ForwardContext(visual=visual[:, cut:]))
         with pytest.raises(UnsupportedError, match="A frame must come in one pass"):
             text(inputs_embeds=x[:, cut:], **{CACHE: cache})
 

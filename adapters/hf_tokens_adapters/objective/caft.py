@@ -56,7 +56,7 @@ class CAFT(Objective):
 
     def __init__(self, config: CAFTConfig, dims: Dims):
         super().__init__(config, dims)
-        if dims.leads:
+        if dims.is_first_block:
             self.weight = nn.Parameter(torch.zeros(config.depth, config.heads, dims.width, dims.width))
 
     def loss(self, hidden: Tensor, head: Callable, labels: Tensor, positions: Tensor, progress: float) -> Tensor | None:

@@ -54,7 +54,7 @@ class FDT(Pooler):
 
     def pool(self, hidden: Tensor, mask: Tensor, positions: Tensor, prefix: int) -> Tensor:
         counted = mask & (positions >= prefix)  # b n
-        codebook = self.first.codebook
+        codebook = self.model_first.codebook
         fits = self.inner(hidden.to(codebook.dtype)) @ codebook.mT  # b n c
         best = fits.masked_fill(~counted[..., None], torch.finfo(fits.dtype).min).amax(dim=1)
         return self.outer(sparsemax(best / self.config.temperature) @ codebook).to(hidden.dtype)

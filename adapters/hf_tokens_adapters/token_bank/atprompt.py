@@ -44,9 +44,9 @@ class ATPrompt(TokenBank):
 
     def __init__(self, config: ATPromptConfig, dims: Dims):
         super().__init__(config, dims)
-        width = dims.embed(()).shape[1] if dims.leads else dims.width
+        width = dims.embed(()).shape[1] if dims.is_first_block else dims.width
         self.context = nn.Parameter(torch.randn(config.n_ctx, width) * config.ctx_std)
-        if dims.leads:
+        if dims.is_first_block:
             self.anchored = nn.Parameter(torch.randn(config.n_att * len(config.attributes), width) * config.att_std)
         place = range(config.n_ctx, config.n_ctx + config.n_att * len(config.attributes))
         kept = [[*place[i * config.n_att : (i + 1) * config.n_att], *[-1] * len(word)] for i, word in enumerate(config.attributes)]
@@ -65,4 +65,4 @@ class ATPrompt(TokenBank):
         return torch.tensor(self.rows, device=ids.device)[match_sequence(ids, self.prompt_ids(self.config))]
 
     def tokens(self) -> Tensor:
-        return torch.cat([self.context, self.anchored]) if self.leads else self.context  # k d
+        return torch.cat([self.context, self.anchored]) if self.is_first_block else self.context  # k d

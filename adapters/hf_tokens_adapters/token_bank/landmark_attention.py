@@ -54,7 +54,7 @@ class LandmarkAttention(TokenBank):
 
     def __init__(self, config: LandmarkAttentionConfig, dims: Dims):
         super().__init__(config, dims)
-        if dims.leads:
+        if dims.is_first_block:
             self.mark = nn.Parameter(0.02 * torch.randn(1, dims.width))
 
     def follow(self, positions: Tensor) -> Tensor | None:
@@ -62,7 +62,7 @@ class LandmarkAttention(TokenBank):
         return positions % ell == ell - 1 if ell else None
 
     def tokens(self) -> Tensor | None:
-        return self.mark if self.leads else None  # no later block writes them anew
+        return self.mark if self.is_first_block else None  # no later block writes them anew
 
     def attend(self, affinity: Callable, positions: Tensor, key_positions: Tensor, own_keys: Tensor) -> Attending | None:
         if not bool(own_keys.any()):

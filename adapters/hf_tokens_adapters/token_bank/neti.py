@@ -82,7 +82,7 @@ class NeTI(TokenBank):
     def tokens(self, time: Tensor, hidden: Tensor, mask: Tensor) -> Tensor | None:
         if self.config.tokens == 0:
             return None
-        mapper, shared = self.first.mapper, self.first
+        mapper, shared = self.model_first.mapper, self.model_first
         given = shared.encode(torch.stack([time, torch.full_like(time, self.dims.place)], dim=1))
         concept, bypass = mapper[-1](self.units(mapper[:-1](given))).view(len(time), 2, self.config.tokens, -1).unbind(1)  # b k d
         length = (hidden.norm(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -50,7 +50,7 @@ class TokenPrepending(TokenBank):
 
     def __init__(self, config: TokenPrependingConfig, dims: Dims):
         super().__init__(config, dims)
-        if dims.leads:
+        if dims.is_first_block:
             self.register_buffer("pst", INITS[config.init](config.tokens, dims.width))
 
     @classmethod
@@ -65,7 +65,7 @@ class TokenPrepending(TokenBank):
         return torch.minimum(start + self.config.position, end)
 
     def tokens(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
-        if self.leads or not self.config.tokens:
-            return self.leader.pst  # k d
+        if self.is_first_block or not self.config.tokens:
+            return self.stream_first.pst  # k d
         last = mask.shape[1] - 1 - mask.flip(1).long().argmax(dim=1)  # b
         return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]  # b 1 d

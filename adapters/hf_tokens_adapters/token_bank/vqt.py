@@ -79,8 +79,8 @@ class VQT(TokenBank):
         The paper's second stage: call it between a training with `lasso` and one without.
         """
         banks = [module for module in model.modules() if isinstance(module, VQT)]
-        for leader in {bank.leader: None for bank in banks}:
-            own = [bank for bank in banks if bank.leader is leader]
+        for leader in {bank.stream_first: None for bank in banks}:
+            own = [bank for bank in banks if bank.stream_first is leader]
             norms = torch.cat([bank.norms() for bank in own])
             best = norms.argsort(descending=True, stable=True)[: math.ceil(leader.config.fraction * len(norms))]
             kept = torch.zeros_like(norms, dtype=torch.bool).index_fill(0, best, True)

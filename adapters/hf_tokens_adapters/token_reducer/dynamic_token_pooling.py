@@ -57,9 +57,9 @@ class DynamicTokenPooling(TokenReducer):
 
     def __init__(self, config: DynamicTokenPoolingConfig, dims: Dims):
         super().__init__(config, dims)
-        if dims.leads:
+        if dims.is_first_block:
             self.null = nn.Parameter(0.02 * torch.randn(dims.width))  # as small as embeddings are
-        if dims.leads and config.boundaries != "fixed":
+        if dims.is_first_block and config.boundaries != "fixed":
             inner, outer = nn.Linear(dims.width, config.hidden), nn.Linear(config.hidden, 1)
             self.w1, self.b1, self.w2, self.b2 = inner.weight, inner.bias, outer.weight, outer.bias
 

@@ -60,7 +60,7 @@ class FTP(TokenRouter):
 
     def __init__(self, config: FTPConfig, dims: Dims):
         super().__init__(config, dims)
-        if dims.leads and config.router == "dynamic":
+        if dims.is_first_block and config.router == "dynamic":
             inner, outer = nn.Linear(4, config.hidden), nn.Linear(config.hidden, 1)
             self.w1, self.b1, self.w2, self.b2 = inner.weight, inner.bias, outer.weight, outer.bias
             nn.init.constant_(self.b2, 1.0)  # an untrained router lets every token run
@@ -99,7 +99,7 @@ class FTP(TokenRouter):
     def logit(self, place: Tensor, score: Tensor, ahead: Tensor, count: Tensor, asked: float) -> Tensor:
         """The router's say on each token, (b m)."""
         factors = torch.stack([place.to(score) / count, score, ahead.to(score) / count, torch.full_like(score, asked)], dim=-1)  # b m 4
-        w1, b1, w2, b2 = (p.to(score.dtype) for p in (self.leader.w1, self.leader.b1, self.leader.w2, self.leader.b2))
+        w1, b1, w2, b2 = (p.to(score.dtype) for p in (self.stream_first.w1, self.stream_first.b1, self.stream_first.w2, self.stream_first.b2))
         return linear(linear(factors, w1, b1).relu(), w2, b2)[..., 0]
 
     def blame(self, logit: Tensor, gate: Tensor, static: Tensor, mask: Tensor, progress: float, asked: float) -> None:

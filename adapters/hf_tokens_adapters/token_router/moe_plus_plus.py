@@ -55,7 +55,7 @@ class MoEPlusPlus(TokenRouter):
         if n == 1:
             return
         self.weight = nn.Parameter(torch.zeros(n, d))
-        if config.residual and not dims.leads:
+        if config.residual and not dims.is_first_block:
             self.residual = nn.Parameter(torch.zeros(n, n))
         if speaking:
             self.scale = nn.Parameter(torch.zeros(speaking))

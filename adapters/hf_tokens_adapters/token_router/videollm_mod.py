@@ -73,7 +73,7 @@ class VideoLLMMoD(TokenRouter):
             return None
         image = visual & mask
         group, place = frames(image, self.config.frame_tokens)
-        if self.leads:
+        if self.is_first_block:
             self.follow(image, mask, place, memory)
         if not bool(image.any()):
             return None

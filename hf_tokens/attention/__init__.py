@@ -1,0 +1,1 @@
+"""The attention call, and the registered functions that tap it."""

@@ -1,0 +1,162 @@
+"""One call of an attention function: what it got, and the probabilities it stands for, computed when asked, never as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from hf_tokens_kernels import attention_columns, attention_rows
+from torch import Tensor
+
+from ..errors import UnsupportedError, explain
+from ..tokens.altered import altered
+
+
+class Attending(NamedTuple):
+    """How an attention call reads its keys.
+
+    Attributes:
+        index: The keys that are read, (b k r) for each key head; None reads all.
+        bias: Added to the scores of each query with these, (b h m r), -inf where it must not look; None adds nothing.
+    """
+
+    index: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention function got.
+
+    Attributes:
+        q, k, v: Queries (b h m e), keys and values (b g n e); the last m keys belong to the queries.
+        mask: (b|1 h|1 m n) bool or additive, or None.
+        scaling: Factor on the dot products.
+        causal: Whether a query sees only what is before it, where there is no mask.
+        bias: Added to the scores, (b|1 h m n), or None.
+        softcap: The scores become softcap * tanh(score / softcap); None leaves them.
+        sinks: The score of a key without a value, (h), or None.
+        strange: What else shapes the keys or the probabilities.
+        known: Sums over all real queries that some method has asked for already.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scaling: float
+    causal: bool
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    strange: tuple[str, ...] = ()
+    known: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict, repr=False)
+
+    def check(self) -> None:
+        """Refuse a call whose keys or probabilities are not those of an attention among the tokens.
+
+        Raises:
+            UnsupportedError: Something shapes them that we do not know.
+        """
+        if self.strange:
+            rule = "Keys and scores need an attention among the stream's own tokens: a softmax of products, mask, bias, soft cap and sinks"
+            raise UnsupportedError(explain(rule, f"one with {', '.join(self.strange)}", "Choose a method that does not look at attention."))
+
+    def affinity(self, index: Tensor | None = None) -> Tensor:
+        """The scores before the softmax, -inf where a query does not look, of all keys (b h m n) or those of index (b g r), (b h m r)."""
+        keys = self.k if index is None else pick(self.k, index)
+        keys = keys.repeat_interleave(self.q.shape[1] // keys.shape[1], dim=1)
+        scores = (self.q @ keys.mT).to(torch.promote_types(self.q.dtype, torch.float32)) * self.scaling
+        scores = scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+        mask = self._added(index)
+        return scores if mask is None else added(mask, scores)
+
+    def attending(self, told: Attending) -> AttentionCall:
+        """The call that reads its keys so."""
+        k, v = (t if told.index is None else pick(t, told.index.expand(-1, t.shape[1], -1)) for t in (self.k, self.v))
+        mask = self._added(told.index)
+        if told.bias is not None:
+            mask = told.bias if mask is None else added(mask, told.bias)
+            mask = mask.clamp(min=torch.finfo(self.q.dtype).min).to(self.q.dtype)
+        return altered(self, k=k, v=v, mask=mask, bias=None)
+
+    def rows(self, part: slice) -> AttentionCall:
+        """The same call for some of its queries."""
+        m, n = self.q.shape[2], self.k.shape[2]
+        mask, bias = (t if t is None or t.shape[2] == 1 else t[:, :, part] for t in (self.mask, self.bias))
+        if mask is None and self.causal and m > 1:
+            place = torch.arange(n, device=self.q.device)
+            mask = (place <= place[n - m :][part, None])[None, None]
+        return altered(self, q=self.q[:, :, part], mask=mask, bias=bias, causal=False, known={})
+
+    def _added(self, index: Tensor | None) -> Tensor | None:
+        """What is added to the products, or bool where they are only hidden: of all keys, or for each query head of those of an index."""
+        m, n = self.q.shape[2], self.k.shape[2]
+        mask = self.shape()["mask"]
+        if mask is None and self.causal and m > 1:
+            mask = torch.ones(m, n, dtype=torch.bool, device=self.q.device).tril(n - m)[None, None]
+        if mask is None or index is None:
+            return mask
+        wide = index.repeat_interleave(self.q.shape[1] // index.shape[1], dim=1)[:, :, None]
+        return mask.expand(*self.q.shape[:3], n).gather(3, wide.expand(-1, -1, m, -1))
+
+    def shape(self) -> dict[str, Any]:
+        """What the kernels must know to compute the same probabilities."""
+        mask, causal = self.mask, self.causal and self.q.shape[2] > 1
+        if self.bias is not None:
+            m, n = self.q.shape[2], self.k.shape[2]
+            if mask is None and causal:
+                mask = torch.ones(m, n, dtype=torch.bool, device=self.q.device).tril(n - m)
+            hides = mask is not None and mask.dtype == torch.bool
+            mask = self.bias if mask is None else self.bias.masked_fill(~mask, -torch.inf) if hides else self.bias + mask
+        return dict(scaling=self.scaling, mask=mask, causal=causal, softcap=self.softcap, sinks=self.sinks)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """The keys of an index (b g r) of x (b g n e), (b g r e)."""
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
+
+
+def added(mask: Tensor, scores: Tensor) -> Tensor:
+    """Scores with a bool or additive mask, -inf where that hides them."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return (scores + mask).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+
+
+@dataclass
+class Scores:
+    """Attention probabilities of one call, computed in chunks when asked, never as a matrix.
+
+    Attributes:
+        call: The attention call.
+        real: Queries that are real tokens, (b m) bool.
+        back: Brings what the call's keys received back to the tokens of the stream.
+    """
+
+    call: AttentionCall
+    real: Tensor | None = None
+    back: Callable[[Tensor, int], Tensor] | None = None
+
+    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query") -> Tensor:
+        """What each key receives over all real queries or those with a weight, (b m).
+
+        Returns:
+            (b h n) for each query head; with `heads` "key" the mean of those on each key head (b g n), with "mean" that of all (b n).
+        """
+        key = reduce, heads, torch.is_grad_enabled()
+        out = self.call.known.get(key) if weights is None else None
+        if out is None:
+            real = None if self.real is None else self.real.to(self.call.q.dtype)
+            heed = real if weights is None else weights if real is None else weights * real
+            out = attention_columns(self.call.q, self.call.k, weights=heed, reduce=reduce, heads=heads, **self.call.shape())
+            if weights is None:
+                self.call.known[key] = out
+        return out if self.back is None else self.back(out, out.dim() - 1)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The probabilities of chosen queries: index (b r) to (b h r n)."""
+        out = attention_rows(self.call.q, self.call.k, index, **self.call.shape())
+        return out if self.back is None else self.back(out, 3)

@@ -1,0 +1,126 @@
+"""The registered attention functions: they hand queries, keys and scores to whoever asks, and compute what the base model computes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UnsupportedError, explain
+from .call import AttentionCall
+
+PREFIX = "hf_tokens_"
+BACKENDS = ("sdpa", "eager")
+TAP = "_hf_tokens_tap"
+STRANGE = ("sinks", "indices", "block_indices")  # arguments of attention functions that change the probabilities
+
+
+class Tap(Protocol):
+    """What a block's surgery does with its attention call: it says which take its place, each for some of the queries, in their order."""
+
+    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
+
+    def answer(self, call: AttentionCall) -> Tensor | None: ...
+
+
+def base_function(backend: str, module: nn.Module) -> Callable:
+    """The attention function that the model would call itself."""
+    if backend != "eager":
+        return ALL_ATTENTION_FUNCTIONS[backend]
+    forward = inspect.unwrap(type(module).forward)
+    own = [name for name in forward.__code__.co_names if "eager" in name and inspect.isfunction(forward.__globals__.get(name))]
+    if not own:
+        rule = "Eager attention scores need an attention that names its own eager function"
+        raise UnsupportedError(explain(rule, type(module).__name__, "Load the model with sdpa."))
+    return forward.__globals__[own[0]]
+
+
+def tapped(backend: str) -> Callable:
+    """The attention function of a backend with a tap in front."""
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
+        base = base_function(backend, module)
+        held = vars(module).get(TAP)
+        if held is None or not held[0].listening:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        scaling, causal = kwargs.get("scaling"), False if backend == "eager" else kwargs.get("is_causal")  # eager goes by the mask alone
+        call = AttentionCall(
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            causal=vars(module).get("is_causal", True) if causal is None else causal,
+            bias=kwargs.pop("position_bias", None),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            strange=tuple(name for name in STRANGE if kwargs.get(name) is not None),
+        )
+
+        def run(ask: Callable[[], AttentionCall]) -> tuple[Tensor, Tensor | None]:
+            told = ask()
+            biased = {} if told.bias is None else {"position_bias": told.bias}
+            return base(module, told.q, told.k, told.v, told.mask, **biased, **kwargs)
+
+        calls = held[0].hear_call(call)
+        read = held[0].answer(call)
+        if read is not None:
+            return read, None
+        if len(calls) == 1:
+            return run(calls[0])
+        again = torch.is_grad_enabled()  # the backward pass asks again, so that no more than one part is held
+        parts = [checkpoint(run, ask, use_reentrant=False) if again else run(ask) for ask in calls]
+        out, weights = zip(*parts, strict=True)
+        return torch.cat(out, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
+
+    return attention
+
+
+def open_tap(attention: nn.Module, tap: Tap) -> str:
+    """Route a self-attention module through the tapped function; returns the backend it had.
+
+    Raises:
+        UnsupportedError: The module does not call the attention interface, or its backend gives no scores.
+    """
+    config = vars(attention).get("config")
+    backend = None if config is None else config._attn_implementation
+    if backend is None or backend.removeprefix(PREFIX) not in BACKENDS:
+        raise UnsupportedError(
+            explain(
+                f"Queries, keys and scores need one of the attention backends {list(BACKENDS)}",
+                f"{type(attention).__name__} with {backend!r}",
+                "Call `model.set_attn_implementation('sdpa')`, or choose a method that does not look at attention.",
+            )
+        )
+    backend = backend.removeprefix(PREFIX)
+    vars(attention)[TAP] = (tap,)
+    config._attn_implementation_internal = tapped_name(backend)
+    return backend
+
+
+def tapped_name(backend: str) -> str:
+    """Name of a backend's tapped function, registered with its mask function."""
+    name = PREFIX + backend
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, tapped(backend))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+    return name
+
+
+def tapped_now(attention: nn.Module) -> bool:
+    """Whether the model's backend is still a tapped one."""
+    return attention.config._attn_implementation.startswith(PREFIX)
+
+
+def close_tap(attention: nn.Module) -> None:
+    """Give a self-attention module its own backend back."""
+    vars(attention).pop(TAP, None)
+    backend = attention.config._attn_implementation
+    if backend is not None and backend.startswith(PREFIX):
+        attention.config._attn_implementation_internal = backend.removeprefix(PREFIX)

@@ -1,0 +1,1 @@
+"""The world of Diffusers: steps, guidance and schedules."""

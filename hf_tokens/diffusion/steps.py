@@ -1,0 +1,251 @@
+"""Where a denoiser stands in its run: step, context, and what it put out at the step before, told for each token."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.block import BlockSurgery
+from ..engine.model import ModelSurgery
+from ..model import families
+from ..model.grids import over_tokens
+from ..model.signatures import positional
+from ..model.streams import PROMPT
+from ..roles.signals import TOLD
+
+CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
+HOOK = "hf_tokens"
+END = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
+GUIDED = ("cond", "uncond")  # names that pipelines give the two calls of guidance
+BATCHED = "do_classifier_free_guidance"  # how pipelines call what decides on guidance within one batch
+DEPTH = 64  # frames between a pipeline's call and its denoiser's
+PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
+Context = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a call of a step put out.
+
+    Attributes:
+        output: The prediction, cut to the channels of the sample: what stands behind them is a variance.
+        halves: Whether the two halves of the batch had the same sample, so that they differ by their condition only.
+        like: The first call of the step that had this sample.
+    """
+
+    output: Tensor
+    halves: bool
+    like: Context
+
+
+def guides() -> bool | None:
+    """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or it does not say."""
+    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    frame = None if module is None else sys._getframe(1)
+    for _ in range(DEPTH):
+        if frame is None:
+            return None
+        pipeline, code = frame.f_locals.get("self"), frame.f_code
+        if code.co_name == "__call__" and isinstance(pipeline, module.DiffusionPipeline):
+            if BATCHED in code.co_varnames:
+                return frame.f_locals.get(BATCHED)
+            return bool(getattr(pipeline, BATCHED)) if BATCHED in code.co_names else False
+        frame = frame.f_back
+    return None
+
+
+class DenoisingWorld:
+    """Which denoising step a call is: from the pipeline's cache context where it says so, else counted by the timestep.
+
+    A timestep that rises begins a new run, and so does what comes behind a pipeline's end or a call that failed. Calls of one name at
+    one timestep (guidance by several calls) are contexts of their own.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.hook = None
+        self.model = model
+        self.names = positional(type(model))
+        self.begins = False  # whether this call is the first of a run
+        self.place: tuple[bool, float] | None = None
+        self.index = 0
+        self.calls: Counter[str] = Counter()
+        self.standing = False
+        self.under_way = False  # whether a call has begun and not come to its end
+        self.origin = 0.0  # the timestep at which the run began
+        self.listens = False  # whether a method asks for what the model put out
+        self.sample: Tensor | None = None
+        self.context: Context = ("default", 1)
+        self.last: dict[Context, StepOutput] = {}  # of the step before
+        self.now: dict[Context, tuple[Tensor, StepOutput]] = {}
+        if isinstance(model, sys.modules["diffusers"].ModelMixin):
+            self.hook = context_hook(self.forget)
+            if END not in dir(type(model)):  # a model without caches of diffusers' own is not told of the end otherwise
+                vars(model)[END] = self.forget
+
+    def stand_in(self, module: nn.Module) -> None:
+        """Let `cache_context` find the hook in a module of ours: on the model it would rewrite a forward, which no deepcopy survives."""
+        if self.hook is None or self.standing:
+            return
+        from diffusers.hooks import HookRegistry
+
+        module._diffusers_hook = HookRegistry(module)
+        module._diffusers_hook.hooks[HOOK] = self.hook
+        module._diffusers_hook._hook_order.append(HOOK)
+        self.standing = True
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Let the model's own registry look for its children again."""
+        registry = vars(self.model).get("_diffusers_hook")
+        if registry is not None:
+            registry.invalidate_child_registries_cache()
+
+    def block_added(self, block: BlockSurgery) -> None:
+        """Let a block of ours be found by diffusers' `cache_context`."""
+        self.stand_in(block)
+
+    def training_begins(self, model: ModelSurgery) -> None:
+        """A denoiser's training has no trainer."""
+
+    def detach(self) -> None:
+        """Leave nothing on the model."""
+        self.look_again()
+        vars(self.model).pop(END, None)
+
+    def forget(self) -> None:
+        """Let the next call begin a run."""
+        self.place = None
+
+    def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Context, step, steps, timestep, share of the run and picture of this call."""
+        self.listens = any(TOLD & method.asks for method in model.methods())
+        if self.hook is None:
+            return {"steps_of_denoiser": self}
+        if self.under_way:
+            self.forget()
+        self.under_way = True
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        context, timestep, sample = self.hook.manager._context, given.get("timestep"), given.get(self.names[0])
+        name = "default" if context is None else context.name
+        told = context is not None and context.step_index is not None
+        value = 0.0 if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+        place, before = (told, float(context.step_index) if told else -value), self.place
+        self.begins = before is None or place < before or place[0] != before[0] or self.calls[name] >= CALLS and place == before
+        if self.begins or place != before:
+            self.index = context.step_index if told else 0 if self.begins else self.index + 1
+            self.calls.clear()
+            self.last = {} if self.begins else {key: output for key, (_, output) in self.now.items()}
+            self.now = {}
+        self.origin = value if self.begins else self.origin
+        self.place = place
+        self.calls[name] += 1
+        self.context, self.sample = (name, self.calls[name]), sample if isinstance(sample, Tensor) else None
+        steps = None if context is None else context.num_inference_steps
+        return {
+            "steps_of_denoiser": self,
+            "denoising": self.context,
+            "begins": self.begins,
+            "step": self.index,
+            "steps": steps,
+            "timestep": timestep,
+            "time": self.time(timestep, sample),
+            "elapsed": self.index / steps if steps else None if timestep is None or not self.origin else 1 - value / self.origin,
+            "picture": tuple(sample.shape[2:]) if isinstance(sample, Tensor) and sample.dim() in (4, 5) else None,
+        }
+
+    def time(self, timestep: Any, sample: Any) -> Tensor | None:
+        """The timestep of each sample on a schedule of 1000, 1000 at pure noise, (b)."""
+        if timestep is None or not isinstance(sample, Tensor):
+            return None
+        name, value = type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float()
+        value = value.reshape(len(sample), -1).amax(dim=1) if value.numel() % len(sample) == 0 else value.amax().expand(len(sample))
+        value = 1000 * value if families.UNIT_TIME.search(name) else value
+        value = 1000 - value if families.RISING_TIME.search(name) else value
+        return value.round(decimals=3)  # a share is no whole number of thousandths in single precision
+
+    def negative(self, call: dict[str, Any]) -> Tensor | None:
+        """Samples of the negative prompt in this call, (b) bool; None where there is no prompt."""
+        prompt, sample = call.get(PROMPT), self.sample
+        if not isinstance(prompt, Tensor):
+            return None
+        if self.context[0].startswith(GUIDED[1]):
+            return torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
+        for parts in PARTS if sample is not None and len(sample) == len(prompt) and guides() is not False else ():
+            latents, prompts = sample.chunk(parts), prompt.chunk(parts)
+            if len(prompt) % parts == 0 and all(same_values(latents[0], other) for other in latents[1:]):
+                base = prompts[-1 if families.PROMPT_FIRST.search(type(self.model).__name__) else 0]
+                found = [same_values(other, base) for other in prompts]
+                if not all(found):
+                    return torch.tensor(found, device=prompt.device).repeat_interleave(len(prompt) // parts)
+        return torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+
+    # -- what the model put out --------------------------------------------------------------------------------------
+
+    def after_model(self, output: Any) -> None:
+        """A call has come to its end; keep what it put out, if a method asks for it."""
+        self.under_way = False
+        out, sample = output if isinstance(output, Tensor) else output[0], self.sample
+        self.sample = None
+        if not self.listens or self.hook is None or not isinstance(out, Tensor) or sample is None or out.dim() != sample.dim():
+            return
+        channel = 1 if out.dim() > 3 else -1
+        if out.shape[channel] > sample.shape[channel]:
+            out = out.narrow(channel, 0, sample.shape[channel])
+        like = next((key for key, (other, _) in self.now.items() if same_values(other, sample)), self.context)
+        halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2))
+        self.now[self.context] = sample, StepOutput(out.detach(), halves, like)
+
+    def noise(self, n: int) -> Tensor | None:
+        """What this context put out at the step before, (b n f)."""
+        output = self.last.get(self.context)
+        return None if output is None else over_tokens(output.output, n)
+
+    def guidance(self, n: int) -> Tensor | None:
+        """How much the condition changed it, (b n): over the halves of a batch, or between the two calls for one sample."""
+        mine = self.last.get(self.context)
+        if mine is None:
+            return None
+        if mine.halves:
+            two = [mine.output.chunk(2)[i] for i in (0, 1)]
+        else:
+            calls = {key: output.output for key, output in self.last.items() if output.like == mine.like}
+            named = {key: out for key, out in calls.items() if key[0] in GUIDED}
+            two = list((named if len(named) == 2 else calls).values())
+        if len(two) != 2 or two[0].shape != two[1].shape:
+            return None
+        apart = over_tokens(two[0] - two[1], n)
+        if apart is None:
+            return None
+        size = apart.norm(dim=-1)
+        return torch.cat([size, size]) if mine.halves else size
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values."""
+    return one is other or one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def context_hook(forget: Callable[[], None]) -> Any:
+    """A diffusers hook that only listens to `cache_context`, and to the pipeline that says that its run is over."""
+    from diffusers.hooks import ModelHook
+    from diffusers.hooks.hooks import BaseState, StateManager
+
+    class ContextHook(ModelHook):
+        _is_stateful = True
+
+        def __init__(self):
+            super().__init__()
+            self.manager = StateManager(BaseState)
+
+        def reset_state(self, module: nn.Module) -> nn.Module:
+            self.manager.reset()
+            forget()
+            return module
+
+    return ContextHook()

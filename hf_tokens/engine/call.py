@@ -1,0 +1,229 @@
+"""One call of a block: its arguments by name, its tokens as (b n d), whatever the model's own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..attention.tap import BACKENDS, PREFIX
+from ..errors import UnsupportedError, explain
+from ..kv.adopt import find_cache
+from ..model import families
+from ..model.arguments import SEGMENTS, cut_mask, realign
+from ..model.blocks import BIAS, CROSS_BIAS, bias_maker, counts_tokens, mask_name, mixes_more, passed_on
+from ..model.layouts import LAYOUTS, PACKED, axes
+from ..model.signatures import positional
+from ..model.streams import Stream
+from ..tokens.entries import Stored
+from ..tokens.ledger import TokenLedger
+
+
+class BlockCall:
+    """One call of a block, its arguments by name, its hidden states as (b n d)."""
+
+    def __init__(self, stream: Stream, index: int, args: tuple, kwargs: dict):
+        block = stream.blocks[index]
+        self.stream, self.index = stream, index
+        self.names = positional(type(block))[: len(args)]
+        self.rest = args[len(self.names) :]
+        self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.hidden_name = stream.hidden_index(index).name
+        raw = self.raw = self.arguments[self.hidden_name]
+        usual = {2: "n d", 3: "b n d"}
+        self.layout = usual.get(raw.dim(), stream.layout) if stream.layout in usual.values() else stream.layout
+        if self.layout not in LAYOUTS or raw.dim() != axes(self.layout):
+            raise UnsupportedError(
+                explain(
+                    f"The tokens of a stream must lie as one of {sorted(LAYOUTS)}",
+                    f"{tuple(raw.shape)}, read as {stream.layout!r}, at {stream.paths[index]}",
+                    "Choose another stream.",
+                )
+            )
+        self.hidden: Tensor = LAYOUTS[self.layout][0](raw)
+        context = stream.context_index(index)
+        self.context = 0 if stream.causal else self._length("encoder_hidden_states" if context is None else context.name)
+        self.behind = bool(families.CONTEXT_BEHIND.search(type(block).__name__))
+
+    def _length(self, name: str) -> int:
+        """Length of a sequence among the arguments; 0 if there is none."""
+        value = self.arguments.get(name)
+        return value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
+
+    def segments(self, real: Tensor | None) -> Tensor | None:
+        """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own.
+
+        Raises:
+            UnsupportedError: Samples are packed into several rows.
+        """
+        if self.layout == PACKED:
+            bounds = next((v for name, v in self.arguments.items() if SEGMENTS.match(name) and isinstance(v, Tensor)), None)
+            return None if bounds is None else bounds[:-1].long().unique()
+        places, (batch, n) = self.arguments.get("position_ids"), self.hidden.shape[:2]
+        if not isinstance(places, Tensor) or places.dim() != 2 or places.shape[1] != n or places.shape[0] not in (1, batch) or n == 1:
+            return None
+        again = places[:, 1:] <= places[:, :-1]  # a sequence whose positions begin anew
+        again = again if real is None else again & real[:, 1:] & real[:, :-1]
+        if not bool(again.any()):
+            return None
+        if batch > 1:
+            came = f"a batch of {batch} in which positions begin anew"
+            raise UnsupportedError(explain("Packed samples must lie in one row", came, "Pack them into one row, or pad them."))
+        return torch.nn.functional.pad(again[0].nonzero()[:, 0] + 1, (1, 0))
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache among the arguments."""
+        return find_cache(self.arguments.values())
+
+    def run(self, inner: Callable, hidden: Tensor, ledger: TokenLedger, stored: Stored | None) -> Any:
+        """Call the block on these tokens with every argument cut to fit."""
+        original = self.pack(hidden)
+        if ledger.untouched and stored is None:
+            given = {**self.arguments, self.hidden_name: original}
+            return self._apply(inner, given)
+        self._refuse_counting()
+        self._refuse_filler(ledger)
+        self._spell_out_bias(ledger)
+        whole = (self.hidden_name, families.INDEXED.get(type(self.stream.blocks[self.index]).__name__))
+        given = {name: value if name in whole else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
+        given[self.hidden_name] = original
+        name = self._mask_name()
+        if name is not None and self.layout != "n d":
+            given[name] = self._implied(given.get(name), hidden, ledger, stored)
+        try:
+            output = self._apply(inner, given)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            if isinstance(error, UnsupportedError) or ledger.m == ledger.n:
+                raise
+            block = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]}"
+            rule = f"The blocks of a stream must run on another number of tokens than the model gave ({ledger.m}, not {ledger.n})"
+            raise UnsupportedError(explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")) from error
+        return self._give_back(output, given)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the block mixes its tokens by an attention."""
+        return self.stream.mixers[self.index] == "attention"
+
+    def _implied(self, value: Any, hidden: Tensor, ledger: TokenLedger, stored: Stored | None) -> Any:
+        """A mask as the model gave it; where it gave none, the one that these tokens need."""
+        if value is not None and not (isinstance(value, dict) and None in value.values()):
+            return value
+        mask = ledger.implied_mask(hidden, stored) if self.attends else ledger.filled
+        if value is None or mask is None:
+            return mask if value is None else value
+        rule = "Rows that keep different numbers of tokens need one mask a block, or all of its masks said"
+        raise UnsupportedError(explain(rule, f"the masks {sorted(value)}, of which some are None", "Run one sample at a time."))
+
+    def _refuse_filler(self, ledger: TokenLedger) -> None:
+        """A mask keeps filler from one attention; a state space can be kept from it as from padding: in front of a whole sequence."""
+        block = self.stream.blocks[self.index]
+        if ledger.filled is None or self.attends and not mixes_more(block):
+            return
+        behind = bool((ledger.filled[:, :-1] & ~ledger.filled[:, 1:]).any())
+        if self.attends or not self.stream.causal or ledger.start or behind:
+            rule = "Blocks that mix tokens by something else than one attention need as many tokens in each row of the batch"
+            came = f"{type(block).__name__} at {self.stream.paths[self.index]} and rows that keep different numbers"
+            raise UnsupportedError(explain(rule, came, "Run one sample at a time, or choose other layers."))
+
+    def _refuse_counting(self) -> None:
+        """A block that counts its tokens by itself would give those that are left other places than they had."""
+        block = self.stream.blocks[self.index]
+        always, untold = counts_tokens(block)
+        told = any(families.PLACES.search(name) and value is not None for name, value in self.arguments.items())
+        if always or untold and not told and self._bias_maker() is None:
+            rule = "A block must be told the places of its tokens, or all of them must be there"
+            came = f"{type(block).__name__} at {self.stream.paths[self.index]}, which counts them by itself"
+            raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
+
+    def _spell_out_bias(self, ledger: TokenLedger) -> None:
+        """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
+        maker, context = self._bias_maker(), self.arguments.get("encoder_hidden_states")
+        missing = {name for name in positional(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
+        if BIAS in missing and maker is not None:
+            self.arguments[BIAS] = maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start)
+        if CROSS_BIAS in missing and context is not None:
+            self.arguments[CROSS_BIAS] = context.new_zeros(1, self.stream.heads, ledger.n, context.shape[1])
+
+    def _bias_maker(self) -> nn.Module | None:
+        return bias_maker(self.stream.blocks[self.index])
+
+    @property
+    def biased(self) -> bool:
+        """Whether the block's attention adds a bias to its scores."""
+        return self._bias_maker() is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
+
+    def unsaid_bias(self, ledger: TokenLedger, stored: Stored | None) -> Tensor | None:
+        """The bias that the scores of these tokens need where the block has no argument for one."""
+        maker, named = self._bias_maker(), BIAS in positional(type(self.stream.blocks[self.index]))
+        if ledger.untouched and stored is None or maker is None or named:
+            return None
+        return cut_mask(ledger, BIAS, maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start), stored)
+
+    def see_all(self, ledger: TokenLedger, real: Tensor | None) -> None:
+        """Let what a token sees see it too, by a mask that the block is told; an encoder stores nothing.
+
+        Raises:
+            UnsupportedError: The block takes no such mask.
+        """
+        name = self._mask_name()
+        mask = None if name is None else self.arguments.get(name)
+        config = self.stream.config
+        backend = config._attn_implementation if "_attn_implementation_internal" in vars(config or object) else "eager"
+        square = mask is None or isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (ledger.n, ledger.n)
+        if name is None or not square or not self.attends or (backend or "eager").removeprefix(PREFIX) not in BACKENDS:
+            rule = f"Blocks without their causal mask need an argument for a mask from token to token, and one of the backends {BACKENDS}"
+            came = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]} with {backend!r}"
+            raise UnsupportedError(explain(rule, came, "Call `model.set_attn_implementation('sdpa')`, or choose another model."))
+        seen = torch.ones(1, 1, ledger.n, ledger.n, dtype=torch.bool, device=self.hidden.device)
+        if mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            seen = seen | seen.mT
+        seen = seen if real is None else seen & real[:, None, None]
+        self.arguments = {key: None if find_cache((value,)) is not None else value for key, value in self.arguments.items()}
+        self.arguments[name] = ledger.dress(seen.expand(ledger.batch, -1, -1, -1), self.hidden)
+
+    def unsaid_mask(self, hidden: Tensor, ledger: TokenLedger) -> Tensor | None:
+        """The mask that these tokens need where the block has no argument for one."""
+        named = self._mask_name() is not None and self.layout != "n d"
+        if ledger.untouched or named or not self.attends:
+            return None
+        return ledger.implied_mask(hidden, None)
+
+    def _mask_name(self) -> str | None:
+        return mask_name(*self.arguments, *positional(type(self.stream.blocks[self.index])))
+
+    def _apply(self, inner: Callable, given: dict) -> Any:
+        given = dict(given)
+        positional = [given.pop(name) for name in self.names]
+        return inner(*positional, *self.rest, **given)
+
+    def _give_back(self, output: Any, given: dict) -> Any:
+        """An argument that the block passes on leaves it as it came: the next block cuts it anew."""
+        if not isinstance(output, tuple):
+            return output
+        uncut = [(cut, self.arguments[name]) for name, cut in given.items() if isinstance(cut, Tensor) and name in self.arguments]
+        return tuple(next((whole for cut, whole in uncut if passed_on(item, cut)), item) for item in output)
+
+    def read(self, output: Any) -> Tensor:
+        """The hidden states in a block's output, (b m d)."""
+        return LAYOUTS[self.layout][0](self.stream.read(self.index, output))
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """(b n d) in the layout of the model."""
+        return LAYOUTS[self.layout][1](hidden, self.raw)
+
+    def write(self, output: Any, hidden: Tensor) -> Any:
+        """A block's output with other hidden states."""
+        return hidden if output is None else self.stream.write(self.index, output, hidden)
+
+    def blank(self, output: Any) -> tuple:
+        """A block's output without its hidden states, in a tuple of one; an empty one if it holds more than these."""
+        rest = None if isinstance(output, Tensor) else self.stream.write(self.index, output, None)
+        return (rest,) if rest is None or all(item is None for item in rest) else ()

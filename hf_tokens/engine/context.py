@@ -1,0 +1,61 @@
+"""What one call of the model brings to its surgery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+DenoisingContext = tuple[str, int]
+
+
+class DenoiserSteps(Protocol):
+    """Where a denoiser stands in its run, and what it put out at the step before."""
+
+    listens: bool  # whether a method asks for what it put out
+
+    def negative(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Samples of the negative prompt in a call, (b) bool; None where there is no prompt."""
+
+    def noise(self, n: int) -> Tensor | None:
+        """What this context put out at the step before, for each of n tokens."""
+
+    def guidance(self, n: int) -> Tensor | None:
+        """How much the condition changed it."""
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """One call of the model. It is handed down to every pass of the call and gone with it, whether the call returned or raised.
+
+    Attributes:
+        arguments: Keyword arguments of the model.
+        visual: Tokens of the text that stand for pictures and videos, (b n) bool; None if none does.
+        targets: The column of the batch that is for the methods.
+        negative: Samples of a negative prompt, (b) bool, where a method adds to the prompt; None where the model is given none.
+        denoising: Name and number of the denoising context, such as one half of guidance.
+        begins: Whether this is the first call of a denoising run.
+        step, steps: Index of the denoising step, and their number.
+        timestep: As the model got it.
+        time: The timestep of each sample on a schedule of 1000, (b).
+        elapsed: Share of the denoising that is done.
+        picture: Shape of the denoiser's latents without batch and channels.
+        steps_of_denoiser: Where the denoiser stands in its run.
+        teaching: Whether the model runs without its surgery, for a method to learn from.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    visual: Tensor | None = None
+    targets: Any = None
+    negative: Tensor | None = None
+    denoising: DenoisingContext | None = None
+    begins: bool = False
+    step: int | None = None
+    steps: int | None = None
+    timestep: Any = None
+    time: Tensor | None = None
+    elapsed: float | None = None
+    picture: tuple[int, ...] | None = None
+    steps_of_denoiser: DenoiserSteps | None = None
+    teaching: bool = False

@@ -1,0 +1,161 @@
+"""What the engine asks of a role. A handler speaks for all methods of its role: it says in which phases each takes part, and what it does.
+
+The phases, in the order in which `stream.py` and `model.py` walk them:
+
+    before_model    the model is called; its arguments may change
+      arrive        the first block of a stream is called, whatever acts in it
+      around        what stands around the whole call of a block
+      before        the stream's tokens change in front of the block
+      gate          which tokens run the block, how often, and how much that counts
+      insert        tokens that are there for this block only
+        call        what stands for the block's own forward; `weights` stand in for the base's while it runs
+        attention   what the self-attention says is edited
+        between     the tokens between attention and MLP
+        mlp         which tokens the MLP computes
+        sublayer    the tokens in front of a sublayer
+      remove        the tokens of this block only go, and say what they read
+      listen        the scores of the block's attention are noted
+      after         the stream's tokens, or the entries of its cache, change behind the block
+      end           what a method kept over several blocks ends
+      leave         the tokens leave the last block
+      close         the pass is over
+    after_head      the model's head has read the last hidden states
+    after_model     the model has answered
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..roles.base import Method
+from ..roles.signals import TAPPED
+
+if TYPE_CHECKING:
+    from ..attention.call import AttentionCall
+    from ..kv.layer import TokenCacheLayer
+    from .block import BlockSurgery
+    from .model import ModelCall, ModelSurgery
+    from .run import BlockTokens, Site
+
+Gates = list[Tensor]
+
+
+class Handler:
+    """What the engine does for one role; every phase does nothing by default."""
+
+    needs_cache = False  # whether its methods have nothing to do where there is no cache
+    keeps_steps = False  # whether they keep something of all samples from one denoising step to the next
+    reads_cache = False  # whether they speak of what a block's cache holds, which must then be that of one run of the block
+
+    def phases(self, method: Method) -> tuple[str, ...]:
+        """The phases of a block in which a method takes part."""
+        return ()
+
+    def hooks(self, method: Method) -> set[str]:
+        """The hooks that a method needs on its block, beside those for its signals."""
+        return set()
+
+    def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
+        """Hang such a hook on a block; returns what takes it off, by `remove()`."""
+        raise NotImplementedError(hook)
+
+    def quiet(self, method: Method, layer: TokenCacheLayer) -> bool:
+        """Whether a method has nothing to say in front of a block or in it, in the pass of a generated token."""
+        return False
+
+    def listens_later(self, method: Method) -> bool:
+        """Whether a method that does not decode hears of generated tokens all the same."""
+        return False
+
+    def needs_scores(self, method: Method) -> bool:
+        """Whether a method may want the keys of an attention call, which then cannot read its cache by itself."""
+        return bool({*TAPPED, "affinity"} & method.asks)
+
+    # -- of a block --------------------------------------------------------------------------------------------------
+
+    def arrive(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> None: ...
+
+    def before(self, method: Method, site: Site) -> None: ...
+
+    def gate(self, method: Method, site: Site) -> Gates | None: ...
+
+    def insert(self, method: Method, site: Site) -> BlockTokens | None: ...
+
+    def remove(self, method: Method, site: Site, summary: Tensor) -> bool:
+        """What tokens that only asked have read, (b k d); returns whether nothing else of them is used."""
+        return True
+
+    def call(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> Any: ...
+
+    def takes_sublayer(self, method: Method, sublayer: Any) -> bool:
+        """Whether a method has a say in a sublayer."""
+        return False
+
+    def sublayer(self, method: Method, sublayer: Any, hidden: Tensor, given: dict[str, Any]) -> Any: ...
+
+    def attend(self, method: Method, site: Site, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
+
+    def listen(self, method: Method, site: Site) -> None: ...
+
+    def after(self, method: Method, site: Site) -> None: ...
+
+    def end(self, method: Method, site: Site) -> None: ...
+
+    def leave(self, method: Method, site: Site, whole: Tensor, replaying: bool) -> Tensor:
+        return whole
+
+    def close(self, method: Method, site: Site) -> None: ...
+
+    def weights(self, block: BlockSurgery) -> AbstractContextManager:
+        """What stands in for the base's weights while the block runs."""
+        return nullcontext()
+
+    # -- of the model ------------------------------------------------------------------------------------------------
+
+    def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs
+
+    def stands_around(self, model: ModelSurgery) -> bool:
+        """Whether `around` is to stand around the calls of the blocks."""
+        return False
+
+    def around(self, block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a block, by `run(block, args, kwargs)`."""
+
+    def after_base(self, call: ModelCall, output: Any) -> None: ...
+
+    def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
+        return output
+
+    def after_model(self, call: ModelCall, output: Any) -> Any:
+        return output
+
+    def detach(self, model: ModelSurgery) -> None: ...
+
+
+HANDLERS: dict[str, Handler] = {}
+
+
+def handles(role: str, *more: str) -> Callable[[type[Handler]], type[Handler]]:
+    """Class decorator: this handler speaks for the methods of a role, or of some."""
+
+    def add(cls: type[Handler]) -> type[Handler]:
+        handler = cls()
+        HANDLERS.update(dict.fromkeys((role, *more), handler))
+        return cls
+
+    return add
+
+
+def handler_of(method: Method) -> Handler:
+    """The handler of a method's role."""
+    return HANDLERS[method.role]
+
+
+def all_handlers() -> Iterator[Handler]:
+    """Every handler once, in the order of the roles."""
+    yield from dict.fromkeys(HANDLERS.values())

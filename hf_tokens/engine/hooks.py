@@ -1,0 +1,172 @@
+"""The hooks of a block: forwards that run through ours, and what its parts compute, noted for whoever asks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, explain
+from ..model.signatures import parameters
+from ..roles.base import Method
+from ..roles.signals import HOOKED
+
+if TYPE_CHECKING:
+    from .block import BlockSurgery
+
+
+class BoundForward:
+    """Stands on a module's instance as its forward, `run`, until it is taken off."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._before = vars(module).get("forward")
+        module.forward = self.stand_in
+
+    @property
+    def stand_in(self) -> Callable:
+        """What stands there."""
+        return self.run
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, as it is called."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Give the module its own forward back, unless another library has put its own there since."""
+        if vars(self.module).get("forward") != self.stand_in:
+            return
+        if self._before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._before
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the module had."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class SharedHook:
+    """A method of a surgery as a hook. A copy of the module alone (PEFT makes one for `modules_to_save`) keeps the surgery; a model's has
+    its own."""
+
+    def __init__(self, owner: Any, method: str):
+        self.owner, self.method = owner, method
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self.owner, self.method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedHook:
+        return SharedHook(copy.deepcopy(self.owner, memo) if id(self.owner.base) in memo else self.owner, self.method)
+
+
+def lacks(block: BlockSurgery, what: str) -> UnsupportedError:
+    """The error for a block without something that a method needs."""
+    came, remedy = f"{type(block.module).__name__} at {block.path}", "Choose other layers or another model."
+    return UnsupportedError(explain(f"This method needs {what} in the block", came, remedy))
+
+
+def own_attention(block: BlockSurgery) -> nn.Module:
+    """The self-attention of a block.
+
+    Raises:
+        UnsupportedError: It has none.
+    """
+    if block.attention is None:
+        raise lacks(block, "a self-attention module")
+    return block.attention
+
+
+def own_mlp(block: BlockSurgery) -> nn.Module:
+    """The MLP of a block.
+
+    Raises:
+        UnsupportedError: It has none.
+    """
+    mlp = block.surgery.stream.mlp(block.index)
+    if mlp is None:
+        raise lacks(block, "an MLP of its own")
+    return mlp
+
+
+def check_rows(block: BlockSurgery) -> None:
+    """Refuse tokens that do not stand in rows."""
+    if block.surgery.stream.layout != "b n d":
+        raise lacks(block, f"tokens that lie as 'b n d', and not as {block.surgery.stream.layout!r},")
+
+
+class SignalHooks:
+    """What the parts of one block got and returned in its last call, as far as a method asks for it."""
+
+    def __init__(self, block: BlockSurgery):
+        self.block = block
+        self.captured: dict[str, Tensor] = {}
+        self.wanted: set[str] = set()
+
+    @staticmethod
+    def needs(method: Method) -> set[str]:
+        """The hooks that the signals of a method need."""
+        names = method.asks
+        return {HOOKED[name] for name in names if name in HOOKED} | ({"picture"} if "grid" in names else set())
+
+    def refresh(self, methods: list[Method]) -> None:
+        """Note which of the signals the methods ask for."""
+        self.wanted = {name for method in methods for name in method.asks if name in HOOKED}
+
+    def attach(self, hook: str) -> list[Any] | None:
+        """Hang a hook for signals on the block; None if it is another kind of hook."""
+        if hook == "attention":
+            return [own_attention(self.block).register_forward_hook(self._note_attention, with_kwargs=True)]
+        if hook == "attended":
+            inside = {id(module) for module in own_attention(self.block).modules()}
+            norms = [m for m in self.block.module.modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]
+            after = [norm.register_forward_hook(self._note_norm, with_kwargs=True) for norm in norms]
+            return [self.block.attention.register_forward_hook(self._note_update), *after]
+        if hook == "mlp":
+            return [own_mlp(self.block).register_forward_hook(self._note_mlp, with_kwargs=True)]
+        if hook == "picture":
+            called = [holder for holder in self.block.surgery.holders if "pixel_values" in parameters(type(holder))]
+            return [holder.register_forward_pre_hook(self._note_picture, with_kwargs=True) for holder in called]
+        return None
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Note a signal."""
+        self.captured[name] = value
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self.captured.clear()
+
+    def _note(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        if f"{name}_input" in self.wanted or f"{name}_output" in self.wanted:
+            self.captured[f"{name}_input"] = args[0] if args else kwargs["hidden_states"]
+            self.captured[f"{name}_output"] = output[0] if isinstance(output, tuple) else output
+
+    def _note_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._note("attention", args, kwargs, output)
+
+    def _note_mlp(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._note("mlp", args, kwargs, output)
+
+    def _note_update(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.captured.pop("attended", None)
+        self.captured["update"] = output[0] if isinstance(output, tuple) else output
+
+    def _note_norm(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """The first norm behind the attention reads the residual, or what is to be added to it."""
+        update, given = self.captured.get("update"), args[0] if args else next(iter(kwargs.values()))
+        if update is None or "attended" in self.captured:
+            return
+        if given is update:
+            self.captured["update"] = output
+        else:
+            self.captured["attended"] = given
+
+    def _note_picture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        pixels = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}.get("pixel_values")
+        self.block.surgery.see_picture(tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None)
+

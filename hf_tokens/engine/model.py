@@ -1,0 +1,410 @@
+"""The surgery of a model: what its inputs say before the blocks run, and what its output and its loss gain behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, explain
+from ..kv.adopt import find_cache
+from ..model.anatomy import image_tokens
+from ..model.pictures import PIXELS, Grid, Shapes, find_grids, picture_shapes
+from ..model.signatures import bound_arguments
+from ..roles.base import Method
+from .block import BlockSurgery
+from .context import ForwardContext
+from .handler import Handler, all_handlers
+from .hooks import BoundForward, SharedHook
+from .listen import Listener
+from .loss import LossReplacement, StepLosses, share_of_step
+from .stream import StreamSurgery
+
+State = TypeVar("State")
+TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and no argument of the model
+
+
+class World(Protocol):
+    """Another library's part in the calls of a model: its denoising steps, its trainer."""
+
+    def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Fields of the call's `ForwardContext`."""
+
+    def after_model(self, output: Any) -> None: ...
+
+    def block_added(self, block: BlockSurgery) -> None: ...
+
+    def training_begins(self, model: ModelSurgery) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+class ModelCall:
+    """One call of the model, gone when it is over.
+
+    Attributes:
+        context: What it brings.
+        read: What the head read, or the model below the head returned, where an objective asks for it.
+        replacement: A loss that takes the place of the model's own.
+        held: What a handler keeps of the call, by a key of its own.
+    """
+
+    def __init__(self, model: ModelSurgery, context: ForwardContext):
+        self.model, self.context = model, context
+        self.read: dict[str, Tensor] = {}
+        self.replacement: LossReplacement | None = None
+        self.held: dict[Any, Any] = {}
+
+    def note_read(self, where: str, hidden: Tensor) -> None:
+        """Note the last hidden states."""
+        self.read[where] = hidden
+
+    def replace_loss(self, replacement: LossReplacement | None) -> None:
+        """Let a loss take the place of the model's own."""
+        self.replacement = replacement
+
+    def put_context(self, context: ForwardContext) -> None:
+        """Let the streams be called with another context, for some of the samples."""
+        for surgery in self.model.streams:
+            surgery.begin(context, surgery.call.keeps_final)
+
+
+class ModelForward(BoundForward):
+    """The forward of the model: a call that raises, whatever it is, leaves nothing of itself behind. It has the signature that it had."""
+
+    def __init__(self, model: ModelSurgery):
+        self.model = model
+        super().__init__(model.base)
+        self.__signature__ = inspect.signature(self._before or type(model.base).forward.__get__(model.base))
+
+    @property
+    def stand_in(self) -> Callable:
+        """A method of ours would not show the signature."""
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.inner(*args, **kwargs)
+        except BaseException:
+            self.model.abandon()
+            raise
+
+
+class ModelSurgery:
+    """One per model, shared by its streams.
+
+    Attributes:
+        base: The model.
+        head: Path of its head.
+        is_denoiser: Whether it is a denoiser, whose loss is not its own.
+        progress: How much of the training is done.
+        losses: What a trainer and the objectives tell each other.
+        conclusions: What banks last said of their tokens.
+        verdict: Tokens of the last call behind which a large model is to speak, (b m).
+    """
+
+    def __init__(self, base: nn.Module, head: str | None, tower: nn.Module | None = None, worlds: tuple[World, ...] = (), denoiser=False):
+        self.base, self.head, self.worlds, self.is_denoiser = base, head, worlds, denoiser
+        self.streams: list[StreamSurgery] = []
+        self.listeners: list[Listener] = []
+        self.around: tuple[Handler, ...] = ()
+        self.call: ModelCall | None = None
+        self.losses, self.progress = StepLosses(), 1.0
+        self.conclusions: dict[str, Tensor] = {}
+        self.verdict: Tensor | None = None
+        self.waiting: Any = None  # a denoiser's call, until its objective has been asked
+        self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
+        self._callers: set[int] = set()  # threads that called the model, and may still be in it
+        self._states: dict[type, Any] = {}
+        self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+        self._handles = [
+            base.register_forward_pre_hook(self.before, with_kwargs=True),
+            base.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        if head is not None:
+            self._handles.append(base.get_submodule(head).register_forward_hook(SharedHook(self, "after_head")))
+            below = vars(base)["_modules"].get(getattr(base, "base_model_prefix", ""))
+            self._handles += [] if below is None else [below.register_forward_hook(self.after_base)]
+        if tower is not None:
+            self._handles.append(tower.register_forward_hook(self.see, with_kwargs=True))
+        self._forward = ModelForward(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "call": None, "verdict": None, "waiting": None, "seen": [], "_callers": set(), "conclusions": {}}
+
+    def state(self, kind: type[State]) -> State:
+        """What a handler keeps of this model, made from it when it is first asked for."""
+        if kind not in self._states:
+            self._states[kind] = kind(self)
+        return self._states[kind]
+
+    def methods(self) -> Iterator[Method]:
+        """Every active method."""
+        for surgery in self.streams:
+            yield from surgery.methods()
+
+    def blocks(self) -> Iterator[BlockSurgery]:
+        """Every block."""
+        for surgery in self.streams:
+            yield from surgery.blocks.values()
+
+    def add(self, surgery: StreamSurgery) -> None:
+        """Take in a stream."""
+        self.streams.append(surgery)
+
+    def block_added(self, block: BlockSurgery) -> None:
+        """Tell the worlds of a block."""
+        for world in self.worlds:
+            world.block_added(block)
+
+    def refresh(self) -> None:
+        """Note who stands around the calls of the blocks."""
+        self.around = tuple(handler for handler in all_handlers() if handler.stands_around(self))
+
+    def training_begins(self) -> None:
+        """The model is set to training mode."""
+        for world in self.worlds:
+            world.training_begins(self)
+
+    def set_progress(self, progress: float) -> None:
+        """Note how much of the training is done."""
+        self.progress = progress
+
+    def put_verdict(self, verdict: Tensor | None) -> None:
+        """Note behind which tokens a large model is to speak, (b m)."""
+        self.verdict = verdict
+
+    def wait(self, call: Any) -> None:
+        """Note a denoiser's call, until its objective is asked."""
+        self.waiting = call
+
+    @contextlib.contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Tell a listener of what happens, for a while."""
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
+
+    def detach(self) -> None:
+        """Take the hooks off the model; its parameters are trainable again where they were (some kernels differ by that)."""
+        for name, parameter in self.base.named_parameters():
+            if name in self._trainable:
+                parameter.requires_grad_(self._trainable[name])
+        for handle in self._handles:
+            handle.remove()
+        self._forward.remove()
+        for world in self.worlds:
+            world.detach()
+
+    # -- before the model --------------------------------------------------------------------------------------------
+
+    @property
+    def teaching(self) -> bool:
+        """Whether the model runs without its surgery, for a method to learn from."""
+        return self.call is not None and self.call.context.teaching
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Read the inputs; in training, ask the model without the adapter first if a method wants to learn from it."""
+        if not torch.compiler.is_compiling():
+            self._refuse_threads(module)
+        targets = kwargs.get(TARGETS)
+        kwargs = {name: value for name, value in kwargs.items() if name != TARGETS}
+        if self.teaching:
+            return args, kwargs
+        for method in self.methods():
+            method.forget_losses()
+        if any(kwargs.get(name) is not None for name in PIXELS):
+            self.seen.clear()  # this call will run the tower itself
+        try:
+            fields: dict[str, Any] = {}
+            for world in self.worlds:
+                fields |= world.before_model(self, args, kwargs)
+            arguments = bound_arguments(module, args, kwargs)
+            context = ForwardContext(arguments=arguments, visual=self._visual(args, kwargs), targets=targets, **fields)
+            self.call, self.waiting = ModelCall(self, context), None
+            pupils = [s for s in self.streams if module.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
+            for surgery in self.streams:
+                surgery.begin(context, keeps_final=surgery in pupils)
+            if pupils and find_cache((*args, *kwargs.values())) is None:
+                self.call.held["taught"] = self.without(args, kwargs, pupils)[1]
+            for handler in all_handlers():
+                args, kwargs = handler.before_model(self.call, args, kwargs)
+        except BaseException:
+            self.abandon()
+            raise
+        return args, kwargs
+
+    def see(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Note the pictures that the vision tower has encoded."""
+        found = picture_shapes(module, args, kwargs)
+        if found is not None:
+            self.seen.append(found)
+
+    def grids(self, visual: Tensor, given: dict[str, Any]) -> list[Grid]:
+        """Frames, height and width in tokens of each picture among the visual tokens, (b n) bool."""
+        return find_grids(self.seen, self.base.config, given, visual)
+
+    def _refuse_threads(self, module: nn.Module) -> None:
+        """What is known of a pass belongs to the model, so that one thread at a time may be in it."""
+        me = threading.get_ident()
+        self._callers.add(me)
+        known = self._callers - {me}
+        others = {thread for thread in known if is_in(thread, module)}
+        self._callers -= known - others
+        if others and any(True for _ in self.methods()):
+            self._callers.discard(me)
+            remedy = "Take turns with a lock, or give each thread a `copy.deepcopy` of the model."
+            raise UnsupportedError(
+                explain("A model with an adapter takes one call at a time", "a call while another thread's runs", remedy)
+            )
+
+    def _visual(self, args: tuple, kwargs: dict) -> Tensor | None:
+        tokens, ids = image_tokens(self.base), kwargs.get("input_ids", args[0] if args else None)
+        if not tokens or not isinstance(ids, Tensor) or ids.is_floating_point():
+            return None
+        spans = torch.isin(ids, torch.tensor(tokens, device=ids.device))
+        return spans if bool(spans.any()) else None
+
+    def without(self, args: tuple, kwargs: dict, finals: list[StreamSurgery] | None = None) -> tuple[Any, dict[StreamSurgery, Any]]:
+        """The output of the model without the adapter, and the last hidden states of some of its streams."""
+        held, context = (self.call, [surgery.call for surgery in self.streams]), ForwardContext(teaching=True)
+        self.call = ModelCall(self, context)
+        try:
+            with torch.no_grad(), self.without_adapters():
+                for surgery in self.streams:
+                    surgery.begin(context, keeps_final=surgery in (finals or ()))
+                output = self.base(*args, **kwargs)  # labels too: TRL's forward needs them
+                return output, {surgery: surgery.call.final for surgery in finals or ()}
+        finally:
+            self.call, calls = held
+            for surgery, call in zip(self.streams, calls, strict=True):
+                surgery.resume(call)
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The model without our adapters for a moment, and without the LoRAs in them."""
+        held = [(block, block.active()) for block in self.blocks()]
+        names = {name for block, _ in held for name in block.hf_tokens_methods}
+        inner = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer) and m._get_available_adapters() & names]
+        inner = [m for m in inner if not m.disable_adapters and not m.merged]
+        self.act((block, ()) for block, _ in held)
+        for layer in inner:
+            layer._disable_adapters = True  # `enable_adapters` would freeze them as well
+        try:
+            yield
+        finally:
+            for layer in inner:
+                layer._disable_adapters = False
+            self.act(held)
+
+    def act(self, methods: Iterable[tuple[BlockSurgery, Iterable[Method]]]) -> None:
+        """Let these methods act, given for each block."""
+        for block, acting in methods:
+            block.act(acting)
+        for surgery in self.streams:
+            surgery.refresh()
+
+    # -- behind the model --------------------------------------------------------------------------------------------
+
+    def after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """The model below the head has answered."""
+        if self.call is not None and not self.teaching:
+            for handler in all_handlers():
+                handler.after_base(self.call, output)
+
+    def after_head(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The head has answered what it read."""
+        if self.call is None or self.teaching:
+            return None
+        before = output
+        for handler in all_handlers():
+            output = handler.after_head(self.call, args[0] if args else None, output)
+        return None if output is before else output
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Add the methods' losses to the model's own."""
+        if self.teaching or self.call is None:
+            return None
+        call, before = self.call, output
+        try:
+            for handler in all_handlers():
+                output = handler.after_model(call, output)
+            for world in self.worlds:
+                world.after_model(output)
+            self._compare(call)
+            output = self._add_losses(call, output)
+        except BaseException:
+            self.abandon()
+            raise
+        self.end()
+        return None if output is before else output
+
+    def end(self) -> None:
+        """The call is over: nothing of it stays."""
+        self.call = None
+        self.seen.clear()
+        for surgery in self.streams:
+            surgery.end()
+
+    def abandon(self) -> None:
+        """The call has raised: what it said so far does not hold either."""
+        if self.teaching:
+            return  # the call around it is abandoned
+        self.end()
+        self.verdict = self.waiting = None
+        for method in self.methods():
+            method.forget_losses()
+
+    def _compare(self, call: ModelCall) -> None:
+        """Let the methods learn from the model without the adapter."""
+        for surgery, taught in call.held.get("taught", {}).items():
+            if surgery.call.final is None or taught is None:
+                continue
+            hidden, real = surgery.call.final
+            mask = real if real is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            for method in surgery.methods():
+                if method.teaches and method.is_first_block:
+                    method.teach(hidden, taught[0], mask)
+
+    def extra_loss(self) -> Tensor | None:
+        """The sum of the active methods' losses; None if they have none."""
+        losses = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for method in self.methods() for loss in method.losses]
+        return torch.stack(losses).sum() if losses else None
+
+    def _add_losses(self, call: ModelCall, output: Any) -> Any:
+        """The model's output, with the losses of the methods in its loss."""
+        extra, replacement, given = self.extra_loss(), call.replacement, call.context.arguments
+        if extra is None and replacement is None:
+            return output
+        loss = None
+        if isinstance(output, dict) and output.get("loss") is not None:
+            loss = output["loss"] = self._with_losses(output["loss"], extra, replacement, given)
+        elif isinstance(output, tuple) and given.get("labels") is not None:
+            loss = self._with_losses(output[0], extra, replacement, given)
+            output = (loss, *output[1:])
+        self.losses.note(extra, replacement, loss)
+        return output
+
+    def _with_losses(self, loss: Tensor, extra: Tensor | None, replacement: LossReplacement | None, given: dict) -> Tensor:
+        if replacement is not None:
+            part = share_of_step(self.base, given, replacement.unit, self.losses.trainer)
+            loss = replacement.put(loss, given.get("num_items_in_batch"), part, check=not self.losses.agreed)
+            self.losses.agree()
+        return loss if extra is None else loss + extra.to(loss.dtype) * share_of_step(self.base, given)
+
+
+def is_in(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is inside a call of a module."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and not (frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module):
+        frame = frame.f_back
+    return frame is not None

@@ -1,0 +1,149 @@
+"""How a pass begins: what the cache has seen, what the masks say, and what the methods of the stream refuse."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..errors import UnsupportedError, explain
+from ..kv.layer import TokenCacheLayer
+from ..model.arguments import find_padding, find_views
+from ..roles.base import Method
+from ..tokens.entries import Arrival, Stored
+from ..tokens.ledger import TokenLedger
+from .call import BlockCall
+from .context import ForwardContext
+from .handler import handler_of
+from .run import Memory, StreamRun
+from .supply import remember_pictures
+
+if TYPE_CHECKING:
+    from .block import BlockSurgery
+    from .stream import StreamSurgery
+
+
+def seen_before(block: BlockSurgery, cache: Cache | None) -> int:
+    """Tokens that the cache of a block has seen."""
+    held = cache.layers[block.layer_idx] if cache is not None and block.layer_idx in range(len(cache.layers)) else None
+    return int(held.get_seq_length()) if isinstance(held, CacheLayerMixin) else 0
+
+
+def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None) -> None:
+    """A method that reads the whole sequence cannot be right for a part of it."""
+    seen = seen_before(block, cache)
+    whole = sorted({type(method).__name__ for method in methods if not method.caches})
+    if seen and whole:
+        rule = f"{', '.join(whole)} must see the whole sequence in one pass"
+        raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
+
+
+def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurgery, call: BlockCall) -> StreamRun:
+    """Begin a pass at a block.
+
+    Raises:
+        UnsupportedError: A method of the stream cannot be right for such a pass.
+    """
+    plan = surgery.plan
+    refuse_cache(plan.methods, block, call.cache)
+    layers, start, memory, known = [], 0, Memory(), {}
+    if plan.moves:
+        cache = call.cache
+        if cache is not None:
+            slots = {i: b.layer_idx for i, b in surgery.blocks.items() if b.layer_idx is not None and b.layer_idx < len(cache.layers)}
+            known = {i: cache.layers[slot] for i, slot in slots.items()}
+            known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
+            layers = list(known.values())
+            start = min((layer.seen for i, layer in known.items() if i >= block.index), default=0)  # blocks before have been run
+    else:
+        start = seen_before(block, call.cache)
+    if layers:
+        memory = layers[0].memory if start and layers[0].memory is not None else memory
+        layers[0].remember(memory)
+        memory.begin_pass()
+    given = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
+    ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **given)
+    real, first = find_padding(call.arguments, ledger)
+    segments = None if start else call.segments(real)
+    refuse_packed(surgery, segments, call.cache is not None)
+    apart = None if surgery.stream.causal else find_views(call.arguments, ledger, real)
+    admit_prompt(plan.methods, memory, ledger)
+    if layers:
+        first = begin_rows(layers, ledger, real, first)
+    visual = context.visual
+    if plan.remembers and visual is not None and visual.shape[1] == ledger.n:
+        remember_pictures(call.hidden, visual.to(call.hidden.device), ledger, memory.rows)
+    return StreamRun(context, ledger, real, first, memory, layers=layers, caches=known, apart=apart, segments=segments)
+
+
+def begin_rows(layers: list[TokenCacheLayer], ledger: TokenLedger, real: Tensor | None, first: Tensor | None) -> Tensor | None:
+    """Place of each row's first real token (b), held from the pass that brought it: a sliding window hides it from later masks."""
+    held, end = layers[0], ledger.start + ledger.n
+    if real is not None:
+        first = torch.where(real.any(dim=1), first, end)  # a row of padding has yet to begin
+    if held.placed and ledger.start:
+        if held.first is None or first is None:
+            return held.first
+        begins = held.first >= ledger.start
+        first = torch.where(begins, first, held.first)
+        late = (begins & (first < end)).nonzero()[:, 0].tolist()
+        if late and any(layer.banks for layer in layers):
+            rule = "Tokens go in front of a prompt in its first pass, which must hold a real token of each row"
+            remedy = "Choose a larger `prefill_chunk_size`, or pad less."
+            raise UnsupportedError(explain(rule, f"only padding in rows {late}", remedy))
+    held.place_rows(first)
+    return first
+
+
+def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool) -> None:
+    """A method that thinks of one sample a row cannot be right for several in one; without a cache, one that needs it does nothing."""
+    several = segments is not None and len(segments) > 1
+    if several and any(not method.packed and (cached or not handler_of(method).needs_cache) for method in surgery.plan.methods):
+        rule = f"The stream {surgery.stream.name!r} packs its samples into one row, and these methods take one sample a call"
+        raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give it one sample a call, or name another stream."))
+
+
+def admit_prompt(methods: list[Method], memory: Memory, ledger: TokenLedger) -> None:
+    """A prompt that comes right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
+    prompt, cropped = ledger.n > 1 or ledger.start == 0, ledger.start < memory.end
+    whole = [type(method).__name__ for method in methods if not method.chunks]
+    if (prompt or cropped) and ledger.start and memory.prompted and whole:
+        raise UnsupportedError(
+            explain(
+                "Methods that look at a prompt as a whole must get it in one pass",
+                f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}",
+                "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once.",
+            )
+        )
+    running = sorted({type(method).__name__ for method in methods if method.spans})
+    if cropped and running:
+        rule = f"Tokens that {', '.join(running)} has read cannot be taken back"
+        came = f"a cache cut from {memory.end} tokens to {ledger.start}"
+        raise UnsupportedError(explain(rule, came, "Start a new cache, and leave out assisted decoding."))
+    memory.note_pass(prompt, ledger.start + ledger.n)
+
+
+def lend(surgery: StreamSurgery, block: BlockSurgery, ledger: TokenLedger, run: StreamRun, stored: Stored | None) -> Stored | None:
+    """What is stored before a block's own keys; a block that reads the keys of another one must have the tokens that this one had."""
+    if not block.shares_keys:
+        run.lent[block.layer_type] = ledger, stored
+        return stored
+    lent, before = run.lent.get(block.layer_type, (None, None))
+    if ledger is not lent and not (ledger.untouched and (lent is None or lent.untouched)):
+        rule = "A block that reads the keys of another one must get the tokens that this one had"
+        raise UnsupportedError(explain(rule, f"other ones at {block.path}", "Act on the blocks before that place."))
+    return before
+
+
+def expect(layer: TokenCacheLayer | None, ledger: TokenLedger) -> Stored | None:
+    """Announce the tokens of a block to its cache; returns what is stored there already, where its mask must be cut for it."""
+    if layer is None:
+        return None
+    sizes = ledger.sizes if ledger.proportional else None
+    layer.expect(Arrival(ledger.rows + ledger.start, ledger.filled, ledger.fresh, ledger.start + ledger.n, sizes))
+    if layer.origins is None:
+        empty = ledger.rows.new_empty(ledger.batch, 0)
+        return None if ledger.untouched and not ledger.start else Stored(empty)  # every token of the prompt may have skipped it
+    return None if layer.whole and ledger.untouched else layer.stored()

@@ -1,0 +1,169 @@
+"""The passage of the tokens through one block: which of them run it and how often, with the tokens that are there for this block only."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from hf_tokens_kernels import routed_gather, routed_scatter
+from torch import Tensor
+
+from ..errors import UnsupportedError, explain
+from ..kv.adopt import place
+from ..kv.layer import TokenCacheLayer
+from ..roles.signals import OF_THE_BLOCK
+from ..tokens.altered import altered
+from ..tokens.entries import Stored
+from ..tokens.ledger import TokenLedger
+from ..tokens.token_map import TokenMap, take
+from .call import BlockCall
+from .handler import handler_of
+from .opening import expect, lend
+from .plan import Speakers
+from .run import BlockTokens, Site
+from .supply import own_tokens
+
+
+def run_block(speakers: Speakers, call: BlockCall, site: Site) -> Any:
+    """Run the block, as often as its routers say: each run on what the one before gave. Returns the block's output, the tokens are the site's."""
+    gates, dense = find_gates(speakers, site)
+    output, hidden = run_once(speakers, call, site, gates[0] if gates else None, dense)
+    for number, gate in enumerate(gates[1:], start=1):
+        if bool((gate != 0).any()):
+            again = altered(site, hidden=hidden, layer=layer_of_rerun(speakers, call, site, number))
+            with place(call.cache, site.block.layer_idx, again.layer):
+                output, hidden = run_once(speakers, call, again, gate, dense)
+    site.put(hidden)
+    return output
+
+
+def find_gates(speakers: Speakers, site: Site) -> tuple[list[Tensor], bool]:
+    """The gate of each token in each run of the block, (b m) each, none if no router speaks; and whether skipped tokens run too."""
+    rows = site.run.ledger.rows
+    if site.block.index >= site.surgery.plan.exit:
+        return [torch.zeros_like(rows, dtype=site.hidden.dtype)], False
+    several, dense = [], False
+    for handler, method in speakers.of("gate"):
+        gates = handler.gate(method, site)
+        if gates is not None:
+            several.append(gates)
+            dense |= method.training and method.trains_dense and gates[0].requires_grad
+    runs = max(map(len, several), default=0)
+    return [math.prod(gates[min(number, len(gates) - 1)] for gates in several) for number in range(runs)], dense
+
+
+def layer_of_rerun(speakers: Speakers, call: BlockCall, site: Site, number: int) -> TokenCacheLayer | None:
+    """Where a block's keys of a later run are stored; None without a cache."""
+    block, surgery = site.block, site.surgery
+    cached = call.cache is not None and block.layer_idx is not None and not block.drops_cache
+    reasons = {
+        "a block that carries a second sequence along": surgery.stream.context_index(block.index) is not None,
+        "blocks that read the keys of another one": surgery.plan.shares_keys,
+        "a method beside it that looks into the block": any(OF_THE_BLOCK & {*m.signals, *m.observes} for m in speakers.methods),
+        "a cache compressor beside it": any(handler_of(method).reads_cache for method in speakers.methods),
+        "a cache that no surgery keeps": cached and site.layer is None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            rule = "A block that runs several times needs one sequence and a dynamic cache, and nothing that tells its runs apart"
+            raise UnsupportedError(explain(rule, f"{reason}, at {block.path}", "Choose other layers, or a method that runs a block once."))
+    return site.layer.rerun_layer(number, site.run.ledger.start) if cached else None
+
+
+def run_once(speakers: Speakers, call: BlockCall, site: Site, gate: Tensor | None, dense: bool) -> tuple[Any, Tensor]:
+    """Run the block on the tokens that are routed to it, between the tokens that are there for this block only."""
+    block, run, hidden, layer = site.block, site.run, site.hidden, site.layer
+    ledger, x, routed = route_tokens(gate, dense, run.ledger, hidden)
+    if block.blank and ledger.m == 1 and ledger.filled is not None and not bool(ledger.filled.any()):  # nothing is left to compute
+        if layer is not None:
+            layer.see(ledger.start + ledger.n)
+        return block.blank[0], hidden
+    ledger, x, inserted = insert_tokens(speakers, altered(site, hidden=x, run=altered(run, ledger=ledger)))
+    m, lack = ledger.m, 0 if ledger.untouched else -ledger.m % block.window
+    maps = [*([] if routed is None else [routed]), *(tokens.opened for tokens in inserted)]
+    if lack:
+        maps.append(TokenMap.pad(m, lack, len(x), x.device))
+        ledger, x = ledger.move(maps[-1]), maps[-1].gather(x)
+    stored = announce(call, site, ledger)
+    site.local_tokens(ledger, routed, tuple(maps))
+    mask, bias = call.unsaid_mask(x, ledger), call.unsaid_bias(ledger, stored)
+    unsaid = mask is not None or bias is not None
+    listening = unsaid or (block.plan.taps if run.prefill else block.plan.taps_decode) or block.tap.learns_of(layer)
+    if listening:
+        block.tap.open()
+    asking = sum(tokens.opened.m - tokens.opened.n for tokens in inserted if tokens.asks)
+    inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
+    with block.open_while_it_runs(partial(block.hearing, listening or asking > 0, asking, inside)):
+        output = call.run(block.call, x, ledger, stored)
+    attends = block.plan.attends
+    if unsaid or asking or attends is not None:
+        block.tap.noted()
+    block.tap.check_read(layer)
+    if attends is not None and layer is not None:
+        layer.mark(attends.key, own_tokens(altered(site, key=attends.key)))
+    if not site.within.get("reused"):
+        site.surgery.count(block, x.shape[0] * x.shape[1])
+    block.learn_blank(call.blank(output))
+    y = remove_tokens(call, site, inserted, call.read(output)[:, :m])
+    if y.shape[-1] != hidden.shape[-1] and not ledger.untouched:
+        rule = "A block that gets other tokens than the model gave must keep their width"
+        came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {block.path}"
+        raise UnsupportedError(explain(rule, came, "Choose other layers."))
+    return output, y if gate is None else join_routed(gate, routed, hidden.to(y.dtype), y)
+
+
+def route_tokens(gate: Tensor | None, dense: bool, ledger: TokenLedger, hidden: Tensor) -> tuple[TokenLedger, Tensor, TokenMap | None]:
+    """The tokens that run the block, and the map to them; in dense training all do, the others seen by themselves alone."""
+    if gate is None:
+        return ledger, hidden, None
+    runs = (gate != 0) & ledger.flags(ledger.filled, True)
+    if dense:
+        return altered(ledger, filled=runs, alone=True, untouched=False, memo={}), hidden, None
+    if bool(runs.all()):
+        return ledger, hidden, None
+    routed = TokenMap.select(runs)
+    return ledger.move(routed), routed_gather(hidden, routed.source), routed
+
+
+def join_routed(gate: Tensor, routed: TokenMap | None, hidden: Tensor, y: Tensor) -> Tensor:
+    """The tokens, with what the block made of those that ran, each by its gate: exactly that where it is one."""
+    if routed is None:
+        return torch.lerp(hidden, y, gate[..., None].to(y.dtype))
+    index = routed.source if routed.filled is None else routed.source.masked_fill(~routed.filled, -1)
+    return routed_scatter(hidden, y, index, gate.gather(1, routed.source))
+
+
+def announce(call: BlockCall, site: Site, ledger: TokenLedger) -> Stored | None:
+    """Announce the tokens of a block to its cache; returns what is stored there, where its mask must be cut for it."""
+    layer, block = site.layer, site.block
+    stored = lend(site.surgery, block, ledger, site.run, expect(layer, ledger))
+    if layer is None or not layer.packed or not block.tap.reads_itself(call, layer, ledger):
+        return stored
+    layer.ask()
+    return Stored(ledger.rows[:, :0])  # no mask is needed
+
+
+def insert_tokens(speakers: Speakers, site: Site) -> tuple[TokenLedger, Tensor, list[BlockTokens]]:
+    """Put the tokens in that are there for this block only."""
+    inserted: list[BlockTokens] = []
+    last = site.surgery.plan.last if site.block.index == site.surgery.plan.exit - 1 else ()
+    for handler, method in (*speakers.of("insert"), *last):
+        tokens = handler.insert(method, site)
+        if tokens is not None:
+            inserted.append(tokens)
+            site = altered(site, hidden=tokens.after, run=altered(site.run, ledger=site.run.ledger.move(tokens.opened)))
+    return site.run.ledger, site.hidden, inserted
+
+
+def remove_tokens(call: BlockCall, site: Site, inserted: list[BlockTokens], y: Tensor) -> Tensor:
+    """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
+    for tokens in reversed(inserted):
+        summary, y = tokens.opened.inserted(y), take(y, tokens.opened.slot)
+        if not tokens.asks:
+            continue
+        alone = handler_of(tokens.method).remove(tokens.method, site, summary)
+        if alone and not tokens.before.requires_grad and not (torch.is_grad_enabled() and site.block.learns(call.arguments.values())):
+            y = y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
+    return y

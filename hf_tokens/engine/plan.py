@@ -1,0 +1,114 @@
+"""What follows from the set of methods that act: who is asked in which phase of a block, and what they mean for the stream. Made anew when
+adapters change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..roles.base import Method
+from ..roles.signals import PICTURED
+from .handler import Handler, handler_of
+from .tap import taps
+
+Asked = tuple[tuple[Handler, Method], ...]
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """The methods that are asked in one kind of pass, by phase, in the order of the adapters and of their stacks."""
+
+    methods: tuple[Method, ...] = ()
+    phases: dict[str, Asked] = field(default_factory=dict)
+
+    def of(self, phase: str) -> Asked:
+        """Those of a phase, each with its handler."""
+        return self.phases.get(phase, ())
+
+    @classmethod
+    def among(cls, methods: Iterable[Method]) -> Speakers:
+        """The speakers among these methods."""
+        methods, phases = tuple(methods), {}
+        for method in methods:
+            handler = handler_of(method)
+            for phase in handler.phases(method):
+                phases.setdefault(phase, []).append((handler, method))
+        return cls(methods, {phase: tuple(asked) for phase, asked in phases.items()})
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The methods of one block.
+
+    Attributes:
+        acting: All that act in it.
+        prompt: Those that are asked in the pass of a prompt.
+        decode: Those that are asked in the pass of a generated token.
+        always: All that act, by phase: for what does not depend on the pass.
+        taps, taps_decode: Whether the attention call is to be noted in such passes.
+        attends: Who says how the attention call reads its keys.
+    """
+
+    acting: tuple[Method, ...] = ()
+    prompt: Speakers = Speakers()
+    decode: Speakers = Speakers()
+    always: Speakers = Speakers()
+    taps: bool = False
+    taps_decode: bool = False
+    attends: Method | None = None
+
+    @classmethod
+    def of(cls, acting: list[Method]) -> BlockPlan:
+        """The plan for these methods."""
+        prompt = [method for method in acting if method.in_block]
+        decode = [method for method in prompt if method.decodes or handler_of(method).listens_later(method)]
+        later = [method for method in acting if method.decodes or handler_of(method).listens_later(method)]
+        return cls(
+            acting=tuple(acting),
+            prompt=Speakers.among(prompt),
+            decode=Speakers.among(decode),
+            always=Speakers.among(acting),
+            taps=any(taps(method, method.asks) for method in acting),
+            taps_decode=any(taps(method, method.asks - {*method.of_prompts}) for method in later),
+            attends=next((method for method in acting if method.words.get("attend")), None),
+        )
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What the methods of a stream mean for it as a whole.
+
+    Attributes:
+        methods: All that act in it.
+        moves: Whether any changes the number of tokens of a causal stream, or remembers some.
+        remembers: Whether the sequence remembers its visual tokens.
+        sees_all: Whether its blocks run without their causal mask.
+        exit: Number of blocks that run.
+        shares_keys: Whether a block reads the keys of another one.
+        last: Who puts tokens into the last block that runs, wherever that is.
+        closing: Who is asked when a pass is over.
+    """
+
+    methods: tuple[Method, ...] = ()
+    moves: bool = False
+    remembers: bool = False
+    sees_all: bool = False
+    exit: int = 0
+    shares_keys: bool = False
+    last: Asked = ()
+    closing: Asked = ()
+
+    @classmethod
+    def of(cls, methods: list[Method], causal: bool, length: int, shares_keys: bool) -> StreamPlan:
+        """The plan for these methods in a stream of so many blocks."""
+        remembers, speakers = any(PICTURED in method.asks for method in methods), Speakers.among(methods)
+        return cls(
+            methods=tuple(methods),
+            moves=causal and (remembers or any(method.moves_tokens for method in methods)),
+            remembers=remembers,
+            sees_all=causal and any(method.sees_all for method in methods),
+            exit=min((method.exit for method in methods if method.exit is not None), default=length),
+            shares_keys=shares_keys,
+            last=speakers.of("last"),
+            closing=speakers.of("close"),
+        )

@@ -1,0 +1,306 @@
+"""Where each signal comes from. A verb names what it wants; nothing else is computed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError, explain
+from ..kv.layer import TokenCacheLayer
+from ..model.grids import grid
+from ..model.pictures import picture_places
+from ..roles.signals import HOOKED, PICTURED
+from ..tokens.altered import altered
+from ..tokens.entries import cells_of, stretch
+from ..tokens.ledger import TokenLedger
+from ..tokens.token_map import TokenMap, indices, take
+from .run import Site
+
+
+def real_entries(site: Site) -> Tensor:
+    """Cached entries that are real, (b n) or (b k n) bool."""
+    layer, run = site.layer, site.run
+    flags = torch.ones_like(layer.origins, dtype=torch.bool) if layer.filled is None else layer.filled
+    lead = (-1, *[1] * (layer.origins.dim() - 2))
+    if run.first is not None:
+        flags = flags & (layer.origins >= run.first.view(*lead, 1))
+    if run.padding is not None:
+        place = layer.origins - run.ledger.start
+        here = run.padding.view(lead[0], *lead[1:], run.ledger.n).expand(*place.shape[:-1], -1)
+        flags = flags & ((place < 0) | here.gather(-1, place.clamp(min=0)))
+    if site.alike is not None:
+        flags = cells(layer, flags) & (site.alike >= 0)
+    if layer.window is not None:  # what no later query sees is freed late, and counts no more
+        seen = layer.origins > layer.seen - layer.window
+        flags = flags & (seen if seen.dim() == flags.dim() else seen[:, None])
+    return flags
+
+
+def cells(layer: TokenCacheLayer, x: Tensor) -> Tensor:
+    """Something of each entry, (b n) or (b k n), as (b k n)."""
+    return cells_of(x, layer.heads)
+
+
+def counterparts(site: Site, other: TokenCacheLayer) -> Tensor:
+    """For each entry of a layer the one of the same token in another layer, -1 where there is none, (b k n)."""
+
+    def places_of(at: Site) -> Tensor:
+        real = real_entries(at) if at.layer.fresh is None else real_entries(at) & ~at.layer.fresh
+        return torch.where(cells(at.layer, real), cells(at.layer, at.layer.origins), -1)
+
+    ours, theirs = places_of(site), places_of(altered(site, layer=other))
+    known, order = theirs.sort(dim=-1, stable=True)
+    found = torch.searchsorted(known, ours.contiguous()).clamp(max=known.shape[-1] - 1)
+    return torch.where((known.gather(-1, found) == ours) & (ours >= 0), order.gather(-1, found), -1)
+
+
+def lower_states(site: Site, name: str) -> Tensor:
+    """The `keys_below` and `values_below` signals."""
+    states = site.below.keys if name == "keys" else site.below.values
+    return states.gather(2, site.alike.clamp(min=0)[..., None].expand(-1, -1, -1, states.shape[3]))
+
+
+def token_mask(site: Site) -> Tensor:
+    """The `mask` signal."""
+    if site.whole_cache:
+        return real_entries(site)
+    ledger = site.run.ledger
+    flags = ledger.flags(ledger.filled, True)
+    return flags if site.run.padding is None else flags & site.run.padding.gather(1, ledger.rows)
+
+
+def token_positions(site: Site) -> Tensor:
+    """The `positions` signal."""
+    ledger, first = site.run.ledger, site.run.first
+    place = site.layer.origins if site.whole_cache else ledger.rows + ledger.start
+    return place if first is None else place - first.view(-1, *[1] * (place.dim() - 1))
+
+
+def patch_grid(site: Site) -> tuple[int, int] | None:
+    """The `grid` signal."""
+    kind, n, picture = site.surgery.stream.kind, site.run.ledger.n - site.surgery.prefix, site.run.context.picture
+    if kind == "denoiser" or kind in ("vision", "video") and picture is not None:
+        return grid(n, picture)
+    return None if kind in ("vision", "video") else (1, n)
+
+
+def modality_span(site: Site, name: str) -> Tensor:
+    """A modality span of the tokens at this moment."""
+    spans = site.run.context.visual
+    ledger = site.run.ledger
+    if spans is None:
+        if ledger.start:
+            return torch.zeros_like(ledger.rows, dtype=torch.bool)
+        raise UnsupportedError(
+            explain(
+                "This method acts on visual tokens",
+                "an input without any image or video token",
+                "Give the model an image, or disable the adapter.",
+            )
+        )
+    spans = spans.to(ledger.rows.device)
+    if spans.shape[1] != ledger.n:
+        return torch.zeros_like(ledger.rows, dtype=torch.bool)
+    visual = spans.gather(1, ledger.rows)
+    if name == "visual":
+        return visual & ~ledger.flags(ledger.fresh, False)
+    place = torch.arange(spans.shape[1], device=spans.device)
+    last = torch.where(spans, place, -1).amax(dim=1, keepdim=True)
+    behind = (ledger.rows > last) & (last >= 0)
+    return behind & token_mask(site)
+
+
+def picture_indices(site: Site) -> list[Tensor]:
+    """The `pictures` signal."""
+    if not bool(modality_span(site, "visual").any()):
+        return []
+    ledger, context = site.run.ledger, site.run.context
+    grids = site.surgery.model.grids(context.visual, context.arguments)
+    return picture_places(context.visual.to(ledger.rows.device), grids, ledger)
+
+
+THERE, SINCE = f"{PICTURED}.there", f"{PICTURED}.since"
+
+
+def remember_pictures(hidden: Tensor, visual: Tensor, ledger: TokenLedger, rows: dict[str, Tensor]) -> None:
+    """Add the visual ones (b n) bool of the tokens that enter a stream (b n d) to those of the sequence, and where their pictures begin."""
+    index = indices(visual)
+    begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    since = (ledger.rows + ledger.start).masked_fill(~begins, -1).cummax(dim=1).values
+    for name, value in ((PICTURED, hidden), (THERE, visual), (SINCE, since)):
+        rows[name] = torch.cat([rows[name], take(value, index)], dim=1) if name in rows else take(value, index)
+
+
+def pictured_tokens(site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """The `pictured` signal."""
+    modality_span(site, "visual")
+    rows, none = site.run.memory.rows, site.run.ledger.rows[:, :0]
+    if PICTURED not in rows:
+        return site.hidden[:, :0], none.bool(), none
+    if rows[PICTURED].requires_grad and site.block.module.training and not torch.is_grad_enabled():  # it knows no tensor but its inputs
+        rule = "Where a method remembers tokens, gradient checkpointing must be non-reentrant"
+        raise UnsupportedError(explain(rule, "a reentrant one", "Use non-reentrant checkpointing."))
+    first = site.run.first
+    return rows[PICTURED], rows[THERE], rows[SINCE] if first is None else rows[SINCE] - first[:, None]
+
+
+def step_output(name: str) -> Callable[[Site], Tensor | None]:
+    """What the denoiser put out at the step before, for each of the tokens at this moment."""
+
+    def supply(site: Site) -> Tensor | None:
+        ledger = site.run.ledger
+        output = getattr(site.run.context.steps_of_denoiser, name)(ledger.n)
+        return None if output is None else take(output, ledger.rows)
+
+    return supply
+
+
+def attended_residual(site: Site) -> Tensor:
+    """The `attended` signal: a token that skipped the block got nothing from its attention."""
+    captured = site.block.signals.captured
+    if "attended" not in captured:  # the block's branches stand side by side
+        return site.entered + site.from_local(captured["update"], 1)
+    out = site.from_local(captured["attended"], 1)
+    if site.routed is None:
+        return out
+    return torch.where((site.routed.slot < 0)[..., None], site.entered.to(out), out)
+
+
+def real_tokens(site: Site) -> Tensor:
+    """The `real` signal."""
+    return token_mask(altered(site, whole_cache=False))
+
+
+def entry_sizes(site: Site) -> Tensor:
+    """The `sizes` signal."""
+    if not site.whole_cache:
+        return site.run.ledger.all_sizes()
+    held = site.layer.sizes
+    return torch.ones_like(site.layer.origins, dtype=torch.float32) if held is None else held
+
+
+def newer_entries(site: Site) -> Tensor:
+    """The `newer` signal."""
+    real = real_entries(site).long()
+    return real.flip(-1).cumsum(dim=-1).flip(-1) - real
+
+
+def note_received(site: Site) -> None:
+    """Add to each cached entry the attention that it gets in this pass."""
+    layer = site.layer
+    grouped = site.block.tap.signal("scores", altered(site, whole_cache=True)).columns(heads="key")  # b k n
+    grouped = grouped.to(torch.promote_types(grouped.dtype, torch.float32))
+    entries = layer.record.entries
+    entries["received"] = entries["received"] + grouped if "received" in entries else grouped
+
+
+@dataclass(frozen=True)
+class EntryStates:
+    """The `states` signal."""
+
+    layer: TokenCacheLayer
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.layer.shape[1:]
+
+    def __call__(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries, or of those of an index."""
+        return self.layer.states(index)
+
+
+def own_tokens(site: Site) -> Tensor:
+    """The tokens that a block ran on and a bank put in, (b m) bool."""
+    marks = site.tokens.get(site.key)
+    if marks is None:
+        return torch.zeros_like(site.local.rows, dtype=torch.bool)
+    return functools.reduce(TokenMap.then, site.maps).bring(marks) if site.maps else marks
+
+
+def own_keys(site: Site) -> Tensor:
+    """The `own_keys` signal."""
+    own = own_tokens(site)
+    if site.past is None:
+        return own[:, None]
+    marks = site.past.entries(site.key)
+    return stretch(torch.zeros_like(site.past.origins, dtype=torch.bool) if marks is None else marks, own)
+
+
+def key_positions(site: Site) -> Tensor:
+    """The `key_positions` signal."""
+    own, first = site.local.rows + site.run.ledger.start, site.run.first
+    places = own[:, None] if site.past is None else stretch(site.past.origins, own)
+    return places if first is None else places - first[:, None, None]
+
+
+def own_states(site: Site) -> Tensor:
+    """The `own` signal."""
+    marks = site.run.memory.tokens[site.key]
+    index = indices(marks)
+    return take(site.hidden, index).masked_fill(~take(marks, index)[..., None], 0)
+
+
+def attention_states(name: str) -> Callable[[Site], Any]:
+    """Queries, keys or values that this block's attention call saw; of the current tokens only, but for a CacheCompressor."""
+
+    def supply(site: Site) -> Tensor:
+        return site.block.tap.signal(name, site)
+
+    return supply
+
+
+SUPPLY: dict[str, Callable[[Site], Any]] = {
+    "hidden": lambda m: m.hidden,
+    "queries": attention_states("queries"),
+    "keys": attention_states("keys"),
+    "values": attention_states("values"),
+    "scores": attention_states("scores"),
+    "mask": token_mask,
+    "sizes": entry_sizes,
+    "positions": token_positions,
+    "fresh": lambda m: m.run.ledger.flags(m.run.ledger.fresh, False),
+    "prefix": lambda m: m.surgery.prefix,
+    "visual": lambda m: modality_span(m, "visual"),
+    "pictures": picture_indices,
+    "pictured": pictured_tokens,
+    "instruction": lambda m: modality_span(m, "instruction"),
+    **{name: (lambda m, name=name: m.from_local(m.block.signals.captured[name], 1)) for name in HOOKED if name != "attended"},
+    "grid": patch_grid,
+    "kind": lambda m: m.surgery.stream.kind,
+    "layer": lambda m: m.block.index,
+    "layers": lambda m: len(m.surgery.stream),
+    "step": lambda m: m.run.context.step,
+    "steps": lambda m: m.run.context.steps,
+    "timestep": lambda m: m.run.context.timestep,
+    "elapsed": lambda m: m.run.context.elapsed,
+    "time": lambda m: m.run.context.time,
+    "noise": step_output("noise"),
+    "guidance": step_output("guidance"),
+    "progress": lambda m: m.surgery.model.progress,
+    "targets": lambda m: m.run.context.targets,
+    "prefill": lambda m: m.run.prefill,
+    "memory": lambda m: m.run.memory,
+    "real": real_tokens,
+    "entered": lambda m: m.entered,
+    "attended": attended_residual,
+    "newer": newer_entries,
+    "received": lambda m: m.layer.record.entries["received"],
+    "record": lambda m: m.layer.record,
+    "states": lambda m: EntryStates(m.layer),
+    "budget": lambda m: m.budget,
+    "stays": lambda m: m.stays,
+    "goes": lambda m: m.goes,
+    "affinity": lambda m: m.call.affinity,
+    "key_positions": key_positions,
+    "own_keys": own_keys,
+    "own": own_states,
+    "answers": lambda m: m.run.held.get(("answers", m.key)),
+    "keys_below": lambda m: lower_states(m, "keys"),
+    "values_below": lambda m: lower_states(m, "values"),
+}

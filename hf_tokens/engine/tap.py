@@ -1,0 +1,188 @@
+"""The attention call of one block: noted for whoever asks, and answered by the cache itself where that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..attention.call import AttentionCall, Scores
+from ..attention.tap import BACKENDS, PREFIX, close_tap, open_tap, tapped_name, tapped_now
+from ..errors import UnsupportedError, explain
+from ..kv.layer import TokenCacheLayer
+from ..model.arguments import shown_by, token_masks
+from ..roles.base import Method
+from ..roles.signals import SCORED, TAPPED
+from ..tokens.altered import altered
+from ..tokens.entries import cells_of
+from ..tokens.ledger import TokenLedger
+from .call import BlockCall
+from .handler import handler_of
+from .hooks import own_attention
+from .run import Site
+
+if TYPE_CHECKING:
+    from .block import BlockSurgery
+
+
+def taps(method: Method, names: set[str]) -> bool:
+    """Whether a method that asks for these signals needs to see the attention call."""
+    return "tap" in handler_of(method).hooks(method) or SCORED in names or bool(TAPPED & names)
+
+
+class AttentionTap:
+    """What the attention function of a block is asked through.
+
+    Attributes:
+        listening: Whether the call that is under way is to be noted.
+        asking: Tokens in front of it that only ask.
+        site: Where it is.
+        call: What the attention function got.
+    """
+
+    def __init__(self, block: BlockSurgery):
+        self.block = block
+        self.listening, self.asking, self.site = False, 0, None
+        self.call: AttentionCall | None = None
+        self.hands_on = False  # whether the attention call is known to get the keys and values that the cache returned
+        self.opened = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come out of a file: this process may not know the functions that the model's config names."""
+        vars(self).update(state)
+        if self.opened:
+            for backend in BACKENDS:
+                tapped_name(backend)
+
+    def open(self) -> None:
+        """See the attention call from now on, whatever backend someone has switched to since."""
+        if not self.opened or not tapped_now(self.block.attention):
+            open_tap(own_attention(self.block), self)
+            self.opened = True
+
+    def close(self) -> None:
+        """Give the attention its own backend back."""
+        if self.opened:
+            close_tap(self.block.attention)
+            self.opened = False
+
+    def begin(self, listening: bool, asking: int, site: Site | None) -> tuple[bool, int, Site | None]:
+        """The block is about to run at a site; returns what was there before, for `restore`."""
+        held = self.listening, self.asking, self.site
+        self.listening, self.asking, self.site = listening, asking, site
+        return held
+
+    def restore(self, held: tuple[bool, int, Site | None]) -> None:
+        """The block has run."""
+        self.listening, self.asking, self.site = held
+
+    def forget(self) -> None:
+        """Forget the call: the block is done."""
+        self.call = None
+
+    # -- what the attention function asks ----------------------------------------------------------------------------
+
+    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]:
+        """Hold what the attention call gets until the verbs have been asked; returns the calls that take its place.
+
+        Tokens that only ask lend no key and no value; they stand in front. A mask or a bias that the block had no argument for comes in.
+        """
+        site = self.site
+        local, layer = site.local, site.layer
+        given = None if layer is None else layer.given
+        usual = call.bias is None and not call.strange
+        self.hands_on = usual and given is not None and call.k is given[0] and call.v is given[1]
+        mask = site.mask if call.mask is None else call.mask
+        bias = call.bias if site.bias is None else site.bias
+        n, p = call.k.shape[2], self.asking
+        mask, bias = (t[..., p:] if p and t is not None and t.shape[-1] == n else t for t in (mask, bias))
+        own = n <= (local.m if layer is None else layer.handed) and call.q.shape[0] in (1, local.batch)
+        strange = call.strange if own else (*call.strange, "other keys than those")
+        noted = altered(call, k=call.k[:, :, p:], v=call.v[:, :, p:], mask=mask, bias=bias, strange=strange)
+        self.call = noted
+        shaping = self.block.plan.attends
+        return [lambda: noted] if shaping is None else handler_of(shaping).attend(shaping, site, noted)
+
+    def answer(self, call: AttentionCall) -> Tensor | None:
+        """What the attention call returns, (b m h f), where it reads packed entries as they are; None else."""
+        layer = self.site.layer
+        if layer is None or not layer.asked or not self.hands_on:
+            return None
+        weighs = any(SCORED in method.asks for method in self.block.active())
+        out, weights = layer.attend(call.q, call.sinks, weighs, scaling=call.scaling, softcap=call.softcap)
+        if weighs:
+            call.known["sum", "key", torch.is_grad_enabled()] = weights
+        return out.transpose(1, 2)
+
+    # -- reading the cache as it lies --------------------------------------------------------------------------------
+
+    def learns_of(self, layer: TokenCacheLayer | None) -> bool:
+        """Whether to see the attention call because it might read a cache as it lies."""
+        if layer is None or not layer.packed:
+            return False
+        attention = self.block.attention
+        config = None if attention is None else vars(attention).get("config")
+        return config is not None and (config._attn_implementation or "").removeprefix(PREFIX) in BACKENDS
+
+    def check_read(self, layer: TokenCacheLayer | None) -> None:
+        """Refuse an attention that was to read a cache as it lies, and did not.
+
+        Raises:
+            UnsupportedError: It got other keys than the cache returned.
+        """
+        if layer is not None and layer.asked:
+            rule = "An attention must get the keys as the cache returns them in each pass, as it did before"
+            raise UnsupportedError(explain(rule, f"other ones in {type(self.block.attention).__name__}", "Choose other layers."))
+
+    def reads_itself(self, call: BlockCall, layer: TokenCacheLayer, ledger: TokenLedger) -> bool:
+        """Whether the next attention call may read the cache by itself, as it lies: one query that sees all its entries."""
+        block = self.block
+        if not self.hands_on or block.plan.attends is not None or block.module.training or torch.is_grad_enabled():
+            return False
+        if block.surgery.examines:
+            return False
+        alone = ledger.m == 1 and ledger.untouched and layer.readable and not block.surgery.plan.shares_keys
+        backend = block.attention.config._attn_implementation.removeprefix(PREFIX)
+        if not alone or backend != "sdpa" or call.biased or any(handler_of(m).needs_scores(m) for m in block.active()):
+            return False
+        return all(hides_none(mask, layer) for mask in token_masks(call.arguments))
+
+    # -- signals -----------------------------------------------------------------------------------------------------
+
+    def noted(self) -> AttentionCall:
+        """What the attention call of this block got.
+
+        Raises:
+            UnsupportedError: There was none that we could see.
+        """
+        if self.call is None:
+            rule = "Queries, keys, scores and masks of our own need an attention that calls the attention interface of Transformers"
+            remedy = "Choose another model, or a method that looks at no attention and keeps as many tokens in each sample."
+            raise UnsupportedError(explain(rule, type(self.block.attention).__name__, remedy))
+        return self.call
+
+    def signal(self, name: str, site: Site) -> Any:
+        """A signal of the attention call, over the tokens of the stream."""
+        if site.whole_cache and name in ("keys", "values"):
+            return site.layer.keys if name == "keys" else site.layer.values
+        call = self.noted()
+        if name != "queries":
+            call.check()
+        if name == "scores":
+            back = site.from_call if site.whole_cache else site.from_local
+            return Scores(call, site.local_real(), back)
+        return site.from_local({"queries": call.q, "keys": call.k, "values": call.v}[name], 2)
+
+
+def hides_none(mask: Tensor, layer: TokenCacheLayer) -> bool:
+    """Whether a mask of one query, (b|1 1 1 n) over the tokens seen, hides no entry that is stored."""
+    if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[3] <= layer.seen:
+        return False
+    seen = shown_by(mask)[:, :, 0].expand(len(layer.origins), -1, -1)  # b 1 n
+    if bool(seen.all()):
+        return True
+    places = cells_of(layer.origins, layer.heads)
+    hidden = ~seen.expand(-1, places.shape[1], -1).gather(2, places) & layer.there
+    return not bool(hidden.any() | ~seen[..., layer.seen].all())

@@ -1,0 +1,15 @@
+"""What the engine does for one role, a file each. Their order here is the order in which they are asked around a call of the model."""
+
+from . import token_bank, token_reducer, routers, cache_compressor, attention_edit, feature_cache, pooler, weight_edit, objective  # noqa: I001
+
+__all__ = [
+    "attention_edit",
+    "cache_compressor",
+    "feature_cache",
+    "objective",
+    "pooler",
+    "routers",
+    "token_bank",
+    "token_reducer",
+    "weight_edit",
+]

@@ -1,0 +1,324 @@
+"""Cache compressors: what they decide, done to the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..engine.ask import ask
+from ..engine.handler import Handler, handles
+from ..engine.run import Site
+from ..engine.supply import cells, counterparts, note_received, real_entries
+from ..errors import UnsupportedError, explain
+from ..kv.layer import TokenCacheLayer
+from ..kv.storage import FEW, Part, Polar
+from ..roles.cache_compressor import CacheCompressor, Folded
+from ..roles.signals import OF_THE_CACHE, SCORED
+from ..tokens.altered import altered
+
+EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
+WAITING = "blocks whose entries are shared out once all have run"
+BEYOND = "beyond"  # entries that are held in another form, in the books of each entry
+
+
+@handles("CacheCompressor")
+class CacheCompressorHandler(Handler):
+    """What the engine does for cache compressors."""
+
+    needs_cache = reads_cache = True
+
+    def phases(self, method: CacheCompressor) -> tuple[str, ...]:
+        return ("listen", "after") if SCORED in method.asks else ("after",)
+
+    def quiet(self, method: CacheCompressor, layer: TokenCacheLayer) -> bool:
+        """Whether it speaks of a generated token by what is in the cache alone."""
+        return method.asks - {*method.of_prompts} <= OF_THE_CACHE
+
+    def listens_later(self, method: CacheCompressor) -> bool:
+        """It hears what each entry receives, for a later prompt."""
+        return bool(method.observes) or SCORED in method.asks
+
+    def needs_scores(self, method: CacheCompressor) -> bool:
+        """A compressor gets the keys of the cache, and what they received."""
+        return any({"scores", "affinity"} & {*names} for word, names in method.words.items() if word != "examine")
+
+    def listen(self, method: CacheCompressor, site: Site) -> None:
+        if site.local is not None and site.layer is not None:
+            note_received(site)
+
+    def after(self, method: CacheCompressor, site: Site) -> None:
+        if site.local is not None and site.layer is not None:
+            compress(method, site)
+
+
+def compress(method: CacheCompressor, site: Site) -> None:
+    """Behind a block: score the entries of its cache, and keep as many as the method's budget allows."""
+    run = site.run
+    if method.pairs:
+        lower = partner(method, site)
+        if lower is None:
+            return
+        check_pair(lower, site.layer)
+        site = altered(site, below=lower)
+        site = altered(site, alike=counterparts(site, lower))
+    if site.surgery.examines:
+        found = examined_scores(method, site)
+        if found is not None:
+            site.surgery.tell(site.block, method, found.detach())
+        return
+    if not run.prefill and not method.decodes:
+        return
+    if method.allots and run.prefill:
+        score = None if "budget" in method.signals else score_entries(method, site)
+        waiting = run.held.setdefault((WAITING, method.key), [])
+        waiting.append((site, score))
+        if site.block.index == max(blocks_of(method, site)):
+            run.held.pop((WAITING, method.key))
+            allot(method, waiting, run.notes.pop(method.key, {}))
+        return
+    limit(method, site)
+
+
+def blocks_of(method: CacheCompressor, site: Site) -> list[int]:
+    """The blocks of a stream that a method acts in."""
+    return [i for i, block in sorted(site.surgery.blocks.items()) if any(m.key == method.key for m in block.active())]
+
+
+def partner(method: CacheCompressor, site: Site) -> TokenCacheLayer | None:
+    """The cache of the lower block of the pair of which this is the upper one; None if it is not."""
+    layers = [site.run.caches[i] for i in blocks_of(method, site) if i in site.run.caches]
+    alike = [layer for layer in layers if layer.window == site.layer.window]
+    place = next(i for i, layer in enumerate(alike) if layer is site.layer)
+    return alike[place - 1] if place % 2 else None
+
+
+def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:
+    """What `calibrate` is told of a block: the scores of a budget for all, if the method does not say."""
+    if type(method).examine is not CacheCompressor.examine:
+        return ask(method, site, "examine")
+    lengths = real_entries(site).sum(dim=-1)
+    return score_entries(method, altered(site, budget=lengths if lengths.dim() == 2 else lengths[:, None]))
+
+
+def score_entries(method: CacheCompressor, site: Site) -> Tensor:
+    """The score of every entry, -inf where there is none."""
+    score, real = ask(method, site), real_entries(site)
+    return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
+
+
+def brought(site: Site, real: Tensor) -> Tensor:
+    """How many tokens each row (b), or head (b k), was given so far, real or inserted, of which these are left."""
+    seen = site.run.seen().view(-1, *[1] * (real.dim() - 2)).expand(real.shape[:-1])
+    fresh = site.layer.fresh
+    if fresh is None:
+        return seen
+    return seen + ((cells(site.layer, fresh) if real.dim() == 3 else fresh) & real).sum(dim=-1)
+
+
+def whole_entries(site: Site) -> Tensor:
+    """Real entries that are held as they came, (b n) or (b k n)."""
+    real, beyond = real_entries(site), site.layer.record.entries.get(BEYOND)
+    return real if beyond is None else cells(site.layer, real) & (beyond == 0)
+
+
+def count_entries(site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries that are held as they came, how many these are, and how many tokens came so far: of each row (b) or head (b k)."""
+    real = whole_entries(site)
+    lengths, came = real.sum(dim=-1), brought(site, real_entries(site))
+    return real, lengths, came if came.shape == lengths.shape else came[:, None].expand_as(lengths)
+
+
+def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> None:
+    """Let a block keep what its budget allows."""
+    layer, spare = site.layer, surplus(method, site)
+    if spare == 0:
+        return
+    if spare == 1 and type(method).fold is CacheCompressor.fold:
+        site = altered(site, budget=torch.full((len(layer.origins), 1), layer.length - 1, device=layer.origins.device))
+        drop_entry(layer, lowest(ask(method, site) if score is None else score))
+        return
+    real, lengths, came = count_entries(site)
+    if method.allots:
+        shares = layer.shares.to(lengths.device).view(-1, *[1] * (lengths.dim() - 1))
+        budgets = (shares * came + EPSILON).long().clamp(min=1).minimum(lengths)
+    else:
+        pairs = zip(lengths.flatten().tolist(), came.flatten().tolist(), strict=True)
+        asked = [method.budget(n, s) for n, s in pairs]
+        if asked[0] is None:
+            score = ask(method, site)
+            real = cells(layer, real) if score.dim() == 3 else real
+            budgets = ((score > 0) & real).sum(dim=-1)
+            lengths = real.sum(dim=-1)
+        else:
+            budgets = spread_budgets(torch.tensor(asked, device=lengths.device), lengths)
+    if overfull(method, layer, lengths, budgets):
+        site = altered(site, budget=budgets if budgets.dim() == 2 else budgets[:, None])
+        evict(method, site, ask(method, site) if score is None else score, real, budgets)
+
+
+def surplus(method: CacheCompressor, site: Site) -> int | None:
+    """Entries that each row has beyond its budget, where all rows are alike and each entry is a token as it came; None where not."""
+    layer, run = site.layer, site.run
+    reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, site.alike
+    if holds(method) or any(one is not None for one in reasons):
+        return None
+    came, n = run.ledger.start + run.ledger.n, layer.length
+    if method.allots:
+        budgets = [max(1, int(share * came + EPSILON)) for share in layer.shares.tolist()]
+    else:
+        budgets = [method.budget(n, came)]
+    alike = type(budgets[0]) is int and budgets.count(budgets[0]) == len(budgets)
+    return max(0, n - budgets[0]) if alike else None
+
+
+def drop_entry(layer: TokenCacheLayer, gone: Tensor) -> None:
+    """Let one entry of each row (b 1) or head (b k 1) go."""
+    index = torch.arange(layer.length - 1, device=gone.device)
+    layer.keep(index + (index >= gone), gone=gone)
+
+
+def spread_budgets(asked: Tensor, lengths: Tensor) -> Tensor:
+    """Budgets as (b) or (b k), none above what there is: one number for each of `lengths`, or one for each key head."""
+    if asked.dim() == 1:
+        return asked.view_as(lengths).minimum(lengths)
+    if lengths.dim() == 1:
+        return asked.minimum(lengths[:, None])
+    heads = asked.view(*lengths.shape, -1)  # b k k: what the lengths of each head let every head have
+    return heads.diagonal(dim1=1, dim2=2).minimum(lengths)
+
+
+def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
+    """Whether rows have more real entries than they may, or more room than any of them needs; one that holds them decides by itself."""
+    if holds(method):
+        return True
+    more = lengths if lengths.dim() == budgets.dim() else lengths[:, None]
+    return bool((budgets < more).any()) or int(lengths.max()) < layer.length
+
+
+def allot(method: CacheCompressor, waiting: list[tuple[Site, Tensor | None]], notes: dict[int, Tensor]) -> None:
+    """Every block has spoken: share the entries out."""
+    parts = method.stream_first.allot({one.block.index: score for one, score in waiting if score is not None}, notes)
+    for site, score in waiting:
+        part, (_, lengths, came) = parts[site.block.index], count_entries(site)
+        if not part.is_floating_point():
+            part = part.minimum(lengths.view(len(part), -1).amax(dim=1)).double() / came.view(len(part), -1).amax(dim=1)
+        site.layer.share_out(part.double().cpu())  # it is asked for at each token, and a device would have to be waited for
+        limit(method, site, score)
+
+
+def holds(method: CacheCompressor) -> bool:
+    """Whether a method holds the entries beyond the budget in another form."""
+    return type(method).hold is not CacheCompressor.hold
+
+
+def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budgets: Tensor) -> None:
+    """Keep the highest of the real entries, as many as each row (b) or head (b k) may have; of two equal ones the earlier."""
+    layer = site.layer
+    if score.dim() == 3 or real.dim() == 3 or budgets.dim() == 2:
+        score, real = cells(layer, score), cells(layer, real)
+        budgets = budgets if budgets.dim() == 2 else budgets[:, None].expand(score.shape[:2])
+    score = score.masked_fill(~real, -torch.inf)
+    if layer.fresh is not None:
+        fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
+        score = score.masked_fill(fresh & real, torch.inf)
+    stays = highest(score, budgets, real)
+    folds = type(method).fold is not CacheCompressor.fold
+    if folds or holds(method):
+        site = altered(site, stays=cells(layer, stays), goes=cells(layer, real & ~stays))
+    if holds(method):
+        put_away(method, site)
+        return
+    if folds and bool(site.goes.any()):
+        fold_entries(method, site)
+    layer.keep(*kept_places(stays))
+
+
+def lowest(score: Tensor) -> Tensor:
+    """The place of the lowest of each row, of two equal ones the last, (... 1)."""
+    turned = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).flip(-1)
+    return score.shape[-1] - 1 - turned.argmin(dim=-1, keepdim=True)
+
+
+def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:
+    """As many of the highest of the real entries of each row as its budget says, bool; of two equal ones the earlier."""
+    place = torch.arange(score.shape[-1], device=score.device)
+    goes = real.sum(dim=-1) - budgets
+    most = int(goes.max())
+    if most > FEW:
+        index = score.argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, place < budgets[..., None]) & real
+    stays, score = real, score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    for gone in range(most):  # without a sort of all
+        left = score.masked_fill(~stays, torch.inf)
+        least = (left == left.amin(dim=-1, keepdim=True)) & stays
+        last = torch.where(least, place, -1).argmax(dim=-1, keepdim=True)
+        stays = stays & ((place != last) | (goes <= gone)[..., None])
+    return stays
+
+
+def kept_places(stays: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the entries are that stay, in their order, as an index of each row, and which of it count; others fill it up."""
+    many = stays.sum(dim=-1, keepdim=True)
+    most = max(1, int(many.max()))
+    if bool((many == most).all()):
+        return stays.nonzero()[:, -1].view(*stays.shape[:-1], most), None
+    place = torch.arange(stays.shape[-1], device=stays.device)
+    behind = torch.where(stays, stays.cumsum(dim=-1) - 1, many + (~stays).cumsum(dim=-1) - 1)
+    index = torch.empty_like(behind).scatter_(-1, behind, place.expand_as(behind))[..., :most]
+    return index, place[:most] < many
+
+
+def fold_entries(method: CacheCompressor, site: Site) -> None:
+    """Let entries that stay take in those that go."""
+    layer, folded = site.layer, ask(method, site, "fold")
+    if isinstance(folded, Folded):
+        layer.write(*folded[:3])
+        if folded.sizes is not None:
+            layer.record.entries["sizes"] = folded.sizes
+    elif folded is not None:
+        layer.rewrite(*folded)
+    if folded is not None:
+        layer.note_folded(int(cells(layer, layer.origins)[site.goes].max()) + 1)
+
+
+def put_away(method: CacheCompressor, site: Site) -> None:
+    """Hold the entries beyond the budget, and maybe those within it, in other forms."""
+    layer, holding = site.layer, ask(method, site, "hold")
+    if holding is None:
+        return
+    if holding.kept is not None:
+        layer.hold(site.stays, *holding.kept)
+    if not bool(site.goes.any()):
+        return
+    if site.below is not None:
+        share_entries(site, holding.keys, holding.values)
+        return
+    layer.hold(site.goes, holding.keys, holding.values, None if holding.scale is None else holding.scale[:, :, None])
+    note_beyond(layer, site.goes)
+
+
+def note_beyond(layer: TokenCacheLayer, where: Tensor) -> None:
+    """Note that entries are no more held as they came."""
+    entries = layer.record.entries
+    entries[BEYOND] = entries[BEYOND] | where if BEYOND in entries else where
+
+
+def share_entries(site: Site, keys: Polar, values: Polar) -> None:
+    """Hold entries of two layers in one form for both; both have them in the same order."""
+    upper, lower, above = site.layer, site.below, site.goes
+    under = torch.zeros(*above.shape[:2], lower.length + 1, dtype=torch.bool, device=above.device)  # one place more for what is not there
+    under = under.scatter(-1, torch.where(above, site.alike, lower.length), True)[..., :-1]
+    pairs = [
+        form.pack_pair(ours[under], theirs[above])
+        for form, ours, theirs in zip((keys, values), (lower.keys, lower.values), (upper.keys, upper.values), strict=True)
+    ]
+    for place, (layer, where) in enumerate(((lower, under), (upper, above))):
+        layer.take(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)))
+        note_beyond(layer, where)
+
+
+def check_pair(lower: TokenCacheLayer, upper: TokenCacheLayer) -> None:
+    """Refuse to share the entries of layers that are not alike."""
+    if lower.shape != upper.shape:
+        rule = "Blocks that share their entries must have as many key heads, of the same width"
+        raise UnsupportedError(explain(rule, f"{lower.shape} and {upper.shape}", "Choose other layers."))

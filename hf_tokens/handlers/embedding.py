@@ -1,0 +1,127 @@
+"""Tokens of a bank in the place of embeddings that the model looks up, before it adds their positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.ask import ask
+from ..engine.block import BlockSurgery
+from ..engine.context import ForwardContext
+from ..engine.opening import seen_before
+from ..engine.run import Memory, Site, StreamRun
+from ..errors import UnsupportedError, explain
+from ..kv.adopt import find_cache
+from ..model.streams import Stream
+from ..roles.token_bank import TokenBank
+from ..tokens.ledger import TokenLedger
+
+
+@dataclass
+class LookUp:
+    """What a stream's embedding table was last asked for: the ids (b n), and for each bank, by its key, the rows that it put in (b n)."""
+
+    ids: Tensor
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LookUps:
+    """The ids of the last call of a stream that came to its first block: a prompt in chunks may cut apart what a bank looks for."""
+
+    def __init__(self):
+        self._ids: dict[str, Tensor | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_ids": {}}
+
+    def swap(self, bank: TokenBank, ids: Tensor | None) -> Tensor | None:
+        """Another call has come; returns the ids of the one before."""
+        before, self._ids[bank.key] = self._ids.get(bank.key), ids
+        return before
+
+
+class Embeddings:
+    """The embedding table of a stream, whose first block this is."""
+
+    def __init__(self, block: BlockSurgery):
+        self.block = block
+
+    @property
+    def base(self) -> nn.Module:
+        """The model that it belongs to."""
+        return self.block.base
+
+    def put_in(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """The embeddings (b n d) that the table returned for its ids, with the banks' tokens in the places that the banks find."""
+        ids, hidden, rows = args[0] if args else next(iter(kwargs.values())), output, {}
+        flat = ids.reshape(-1, ids.shape[-1] if ids.dim() else 1)
+        for _, bank in self.block.plan.always.of("arrive"):
+            tokens = ask(bank, self._site(hidden))
+            if tokens is not None:
+                own = bank.find(flat).view(ids.shape)
+                rows = {key: others.masked_fill(own >= 0, -1) for key, others in rows.items()} | {bank.key: own}  # the later bank counts
+                hidden = write_rows(hidden, own, tokens)
+        if ids.dim() > 1:  # some models look up a single id to compare with
+            self.block.surgery.call.held[LookUp] = LookUp(ids, rows)
+        return hidden
+
+    def _site(self, hidden: Tensor) -> Site:
+        """There is no pass yet."""
+        context: ForwardContext = self.block.surgery.call.context
+        ledger = TokenLedger.open(hidden.reshape(-1, *hidden.shape[-2:]), 0, True)
+        return Site(self.block.surgery, self.block, StreamRun(context, ledger, None, None, Memory()), hidden, None)
+
+
+def write_rows(hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Write row r of tokens (k d) over each token of hidden (b n d) that asks for it by rows (b n); -1 and rows from k on ask for none."""
+    if not len(tokens):
+        return hidden
+    asked = (rows >= 0) & (rows < len(tokens))
+    return torch.where(asked[..., None], tokens.to(hidden)[rows.clamp(0, len(tokens) - 1)], hidden)
+
+
+def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dict) -> None:
+    """At the first block: refuse embeddings that came past the table, and a prompt cut apart within the words that a bank looks for."""
+    surgery = block.surgery
+    look_up, given = surgery.call.held.get(LookUp), surgery.call.context.arguments
+    ready = not given or any("inputs_embeds" in name and value is not None for name, value in given.items())
+    if look_up is None and not ready:
+        rule = f"{type(bank).__name__} replaces what {surgery.stream.table} looks up"
+        raise UnsupportedError(explain(rule, "embeddings that came past it", "Take off adapters that read the table by themselves."))
+    ids = None if look_up is None else look_up.ids
+    before = surgery.state(LookUps).swap(bank, ids)
+    seen = seen_before(block, find_cache((*args, *kwargs.values())))
+    if ids is None or before is None or not seen or 1 in (ids.shape[1], before.shape[1]) or len(ids) != len(before):
+        return
+    missed = (bank.find(torch.cat([before, ids], dim=1))[:, : before.shape[1]] >= 0) & (bank.find(before) < 0)
+    if bool(missed.any()):
+        rule = f"The words that {type(bank).__name__} looks for must come in one pass"
+        raise UnsupportedError(explain(rule, "a prompt in chunks that cut them apart", "Choose a larger `prefill_chunk_size`."))
+
+
+def rewrite_rows(bank: TokenBank, site: Site) -> None:
+    """Note at the first block which embeddings a bank gave; at a later one, rewrite what has become of them."""
+    run, hidden = site.run, site.hidden
+    if bank.is_first_block:
+        look_up = site.surgery.call.held.get(LookUp)
+        rows = None if look_up is None else look_up.rows.get(bank.key)
+        if rows is not None:
+            run.memory.tokens[bank.key] = rows_of_stream(site.surgery.stream, run.ledger, rows)
+        return
+    rows, tokens = run.memory.tokens.get(bank.key), ask(bank, site)
+    if rows is None or tokens is None:
+        return
+    rows = rows.masked_fill(run.ledger.flags(run.ledger.fresh, False), -1)  # what was inserted beside a token is not that token
+    site.put(write_rows(hidden, rows, tokens.repeat(1, hidden.shape[-1] // tokens.shape[-1])))  # for each parallel stream
+
+
+def rows_of_stream(stream: Stream, ledger: TokenLedger, rows: Tensor) -> Tensor:
+    """The rows of a look-up (b n) for the tokens that are left of a stream (b m), which must have begun with those looked up."""
+    if rows.numel() != ledger.batch * ledger.n:
+        rule = f"A bank that rewrites its tokens needs the tokens of {stream.table} in {stream.paths[0]}"
+        came = f"{ledger.batch} x {ledger.n} of {tuple(rows.shape)}"
+        raise UnsupportedError(explain(rule, came, "Choose another model, or one block."))
+    return rows.view(ledger.batch, ledger.n).gather(1, ledger.rows).masked_fill(ledger.flags(ledger.fresh, False), -1)

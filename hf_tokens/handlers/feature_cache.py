@@ -1,0 +1,334 @@
+"""Feature caches: what of a denoiser's block is computed again at a step, and what an earlier step's is reused."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hf_tokens_kernels import attention_columns, attention_entropy, routed_scatter
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..engine.block import BlockSurgery
+from ..engine.handler import Handler, handles
+from ..engine.model import ModelCall
+from ..errors import UnsupportedError, explain
+from ..model.grids import grid
+from ..roles.feature_cache import FeatureCache
+from ..tokens.token_map import take
+from .sublayers import Sublayer, Sublayers
+
+FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention"}
+
+
+@dataclass
+class Feature:
+    """What a sublayer returned, or what a block added, and how many steps ago each token of it was computed."""
+
+    output: Tensor  # b n d
+    age: Tensor  # b n
+    context: Tensor | None = None  # what a block added to a second sequence, b c d
+    form: tuple[type, int] | None = None  # of a block's results, where they are several
+
+    def fits(self, hidden: Tensor, context: Tensor | None) -> bool:
+        """Whether it can be added to these tokens."""
+        return self.output.shape == hidden.shape and (self.context is None or context is not None and self.context.shape == context.shape)
+
+    @classmethod
+    def fresh(cls, output: Tensor, context: Tensor | None = None, form: tuple[type, int] | None = None) -> Feature:
+        """A feature that was computed just now."""
+        return cls(output, torch.zeros(output.shape[:2], dtype=torch.long, device=output.device), context, form)
+
+
+class Features(dict):
+    """What a stream keeps from step to step: denoising context -> what it is of -> name -> value."""
+
+    def __init__(self):
+        super().__init__()
+        self._ran: weakref.WeakKeyDictionary[Sublayer, weakref.ref] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple:
+        return Features, ()
+
+    def ran(self, sublayer: Sublayer, run: Any) -> bool:
+        """Note that a sublayer runs in a pass; returns whether it did so before."""
+        before, self._ran[sublayer] = self._ran.get(sublayer), weakref.ref(run)
+        return before is not None and before() is run
+
+
+@handles("FeatureCache")
+class FeatureCacheHandler(Handler):
+    """What the engine does for feature caches."""
+
+    keeps_steps = True
+
+    def phases(self, method: FeatureCache) -> tuple[str, ...]:
+        return ("call", "sublayer") if method.site == "block" else ("sublayer",)
+
+    def hooks(self, method: FeatureCache) -> set[str]:
+        return {"features" if method.site == "sublayer" else "reuse"}
+
+    def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
+        return block.state(Sublayers).attach("sublayer" if hook == "features" else "block")
+
+    def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if call.context.begins:
+            for surgery in call.model.streams:
+                surgery.state(Features).clear()
+        return args, kwargs
+
+    # -- sublayers ---------------------------------------------------------------------------------------------------
+
+    def takes_sublayer(self, method: FeatureCache, sublayer: Sublayer) -> bool:
+        return method.site == "sublayer" or wants(method, sublayer)
+
+    def sublayer(self, method: FeatureCache, sublayer: Sublayer, hidden: Tensor, given: dict[str, Any]) -> Any:
+        block, part = sublayer.block, sublayer.part
+        if method.site == "block":
+            return run_whole(method, sublayer, store_of(method, block), hidden, given)
+        if learns(method, hidden):
+            sublayer.count(hidden.shape[0] * hidden.shape[1])
+            return sublayer.inner(hidden, **given)
+        check_alone(method, block)
+        block.state(Sublayers).check_module(part, sublayer.module)  # a pipeline may have given it another processor since
+        if block.surgery.state(Features).ran(sublayer, block.surgery.call.run):
+            rule = "A feature cache needs sublayers that run once a step"
+            raise UnsupportedError(explain(rule, f"a second call of the {part}", "Do not chunk it (`disable_forward_chunking`)."))
+        store = store_of(method, block)
+        held, index = store.get(part), None
+        if held is not None and held.output.shape[:2] == hidden.shape[:2]:
+            index = reuse(method, block, hidden, held, part)
+        if index is None:
+            sublayer.count(hidden.shape[0] * hidden.shape[1])
+            output = run_whole(method, sublayer, store, hidden, given)
+            store[part] = Feature.fresh(output[0] if isinstance(output, tuple) else output)
+            return output
+        sublayer.count(index.numel())
+        output, age, rest = held.output, held.age + 1, ()
+        if index.shape[1] or joins(sublayer, given):
+            fresh, rest = run_some(sublayer, hidden, index, given)
+            output = routed_scatter(output, fresh, index)
+            age = age.scatter(1, index, 0)
+        store[part] = Feature(output, age)
+        return (output, *rest) if rest else output
+
+    # -- whole blocks ------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # which blocks run is decided at each step
+    def call(self, method: FeatureCache, block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
+        """The block's forward; at a step that reuses it, what it added at an earlier one."""
+        stream, index, surgery = block.surgery.stream, block.index, block.surgery
+        hidden, context = stream.bind(index, args, kwargs), stream.bind_context(index, args, kwargs)
+        if learns(method, hidden):
+            return block.inner(*args, **kwargs)
+        check_alone(method, block)
+        store = store_of(method, block)
+        held = store.get("block")
+        if not surgery.examines and held is not None and held.fits(hidden, context):
+            chosen = reuse(method, block, hidden, held, "block")
+            if chosen is not None and chosen.shape[1]:
+                rule = "A feature cache of whole blocks computes all tokens of a block, or none"
+                raise UnsupportedError(explain(rule, f"{chosen.shape[1]} of {hidden.shape[1]}", "Return None, or indices (b 0)."))
+            if chosen is not None:
+                block.tap.site.within["reused"] = True
+                store["block"] = Feature(held.output, held.age + 1, held.context, held.form)
+                return pack_block(block, held, hidden + held.output, context)
+        output = block.inner(*args, **kwargs)
+        store["block"] = added_by_block(block, output, hidden, context)
+        if surgery.examines:
+            value = method.examine(**supply_features(method, block, method.words["examine"], hidden, store["block"], "block"))
+            if value is not None:
+                surgery.tell(block, method, value)
+        return output
+
+
+def added_by_block(block: BlockSurgery, output: Any, hidden: Tensor, context: Tensor | None) -> Feature:
+    """What a block added to its tokens, and to the second sequence that it carries along."""
+    stream, index = block.surgery.stream, block.index
+    returned = stream.read(index, output)
+    if returned.shape != hidden.shape or hidden.dim() != 3:
+        rule = "A block can be reused if it returns as many tokens as it got, as (batch, tokens, features)"
+        raise UnsupportedError(explain(rule, f"{tuple(hidden.shape)} in and {tuple(returned.shape)} out", "Choose other layers."))
+    if isinstance(output, Tensor):
+        return Feature.fresh(returned - hidden)
+    second = stream.context_index(index)
+    beside = None if second is None else output[second.returned]
+    if any(item is not None and item is not returned and item is not beside for item in output):
+        rule = "A block can be reused if it returns its tokens, and those of a second sequence, alone"
+        raise UnsupportedError(explain(rule, f"{len(output)} results of {type(block.module).__name__}", "Choose other layers."))
+    return Feature.fresh(returned - hidden, None if beside is None else beside - context, (type(output), len(output)))
+
+
+def pack_block(block: BlockSurgery, held: Feature, output: Tensor, context: Tensor | None) -> Any:
+    """A block's results in the form that they had."""
+    if held.form is None:
+        return output
+    stream, index = block.surgery.stream, block.index
+    kind, length = held.form
+    items: list[Any] = [None] * length
+    items[stream.hidden_index(index).returned] = output
+    if held.context is not None:
+        items[stream.context_index(index).returned] = context + held.context
+    return kind(items)
+
+
+# -- a sublayer ------------------------------------------------------------------------------------------------------
+
+
+def joins(sublayer: Sublayer, given: dict[str, Any]) -> bool:
+    """Whether this call computes the tokens of a second sequence too."""
+    joint = sublayer.block.state(Sublayers).joint
+    return joint and sublayer.part == "attention" and given.get("encoder_hidden_states") is not None
+
+
+def run_some(sublayer: Sublayer, hidden: Tensor, index: Tensor, given: dict[str, Any]) -> tuple[Tensor, tuple]:
+    """The chosen tokens (b r d), and what is returned beside them: the chosen ask, all answer."""
+    if not joins(sublayer, given):
+        if sublayer.part == "attention" and given.get("encoder_hidden_states") is None:
+            given["encoder_hidden_states"] = hidden
+        return sublayer.inner(take(hidden, index), **given), ()
+    asking = index if index.shape[1] else index.new_zeros(len(index), 1)  # no token at all cannot be asked for
+    whole = lambda module, args: (hidden, *args[1:])
+    handles = [sublayer.module.get_submodule(f"to_{letter}").register_forward_pre_hook(whole) for letter in "kv"]
+    try:
+        output = sublayer.inner(take(hidden, asking), **given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output[0][:, : index.shape[1]], output[1:]
+
+
+def run_whole(method: FeatureCache, sublayer: Sublayer, store: dict, hidden: Tensor, given: dict) -> Any:
+    """All tokens, and what the method wants to know of them."""
+    if not wants(method, sublayer):
+        return sublayer.inner(hidden, **given)
+    with AttentionCalls() as calls, noted_projections(sublayer.module) as projected:
+        output = sublayer.inner(hidden, **given)
+    if calls.noted:
+        q, k, mask, scaling = calls.noted[0]
+    elif {"q", "k"} <= projected.keys():  # an attention by matrix products
+        q, k = (split_heads(projected[letter], sublayer.module.heads) for letter in "qk")
+        mask, scaling = spread_mask(given, hidden), sublayer.module.scale
+    else:
+        rule, came = "What an attention gives to its tokens is read off torch's attention function", type(sublayer.module).__name__
+        raise UnsupportedError(explain(rule, f"{came} without a call of it", "Choose another attention backend."))
+    if sublayer.part == "attention":
+        ledger = sublayer.block.surgery.call.run.ledger  # a second sequence stands beside the tokens
+        first = 0 if ledger.behind else k.shape[2] - ledger.n
+        store["influence"] = attention_columns(q, k, scaling=scaling, mask=mask, heads="mean")[:, first : first + ledger.n]
+    else:
+        store["doubt"] = attention_entropy(q, k, scaling=scaling, mask=mask, pooled=True)
+    return output
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Notes the calls of torch's attention function while it is entered: query, key, mask and scaling of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+            scaling = given.get("scale") or given["query"].shape[-1] ** -0.5
+            self.noted.append((given["query"], given["key"], given.get("attn_mask"), scaling))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def noted_projections(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Keep what the projections to queries and keys return."""
+    noted: dict[str, Tensor] = {}
+    inside = module._modules
+    sources = {letter: inside.get(f"norm_{letter}") or inside.get(f"to_{letter}") for letter in "qk"}
+
+    def keep(letter: str) -> Callable:
+        return lambda module, args, output: noted.__setitem__(letter, output)
+
+    handles = [source.register_forward_hook(keep(letter)) for letter, source in sources.items() if source is not None]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(b n (h e)) or (b h n e) to (b h n e)."""
+    return x if x.dim() == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def spread_mask(given: dict[str, Any], hidden: Tensor) -> Tensor | None:
+    """The mask of a call, (b|1 h|1 m|1 n)."""
+    mask = given.get("attention_mask")
+    if mask is None:
+        return None
+    mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+    return mask if mask.shape[0] == len(hidden) else mask.view(len(hidden), -1, *mask.shape[2:])
+
+
+# -- what both need --------------------------------------------------------------------------------------------------
+
+
+def learns(method: FeatureCache, hidden: Tensor) -> bool:
+    """Whether a gradient is wanted: what an earlier step computed has none."""
+    return method.training or torch.is_grad_enabled() and hidden.requires_grad
+
+
+def wants(method: FeatureCache, sublayer: Sublayer) -> bool:
+    """Whether a method asks for what is read off this attention."""
+    examined = method.words["examine"] if sublayer.block.surgery.examines else ()
+    return any(FROM_FEATURES.get(name) == sublayer.part for name in (method.signals if method.site == "sublayer" else examined))
+
+
+def check_alone(method: FeatureCache, block: BlockSurgery) -> None:
+    """Refuse company that would let a feature stand for other tokens."""
+    active, untouched = block.active(), block.surgery.call.run.ledger.untouched
+    others = any(one.moves_tokens for one in active) or sum(isinstance(one, FeatureCache) for one in active) > 1
+    if others or not untouched:
+        rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"
+        raise UnsupportedError(explain(rule, [type(m).__name__ for m in active], "Give them different layers or models."))
+
+
+def reuse(method: FeatureCache, block: BlockSurgery, hidden: Tensor, held: Feature, part: str) -> Tensor | None:
+    """The method's verb."""
+    return getattr(method, method.verb)(**supply_features(method, block, method.signals, hidden, held, part))
+
+
+def supply_features(
+    method: FeatureCache, block: BlockSurgery, names: tuple[str, ...], hidden: Tensor, held: Feature, part: str
+) -> dict[str, Any]:
+    """The signals of these names."""
+    surgery, n = block.surgery, hidden.shape[1]
+    context = surgery.call.context
+    sources: dict[str, Callable[[], Any]] = {
+        "hidden": lambda: hidden,
+        "part": lambda: part,
+        "age": lambda: held.age + 1,
+        "influence": lambda: store_of(method, block).get("influence"),
+        "doubt": lambda: store_of(method, block).get("doubt"),
+        "grid": lambda: grid(n, context.picture),
+        "noise": lambda: context.steps_of_denoiser.noise(n),
+        "guidance": lambda: context.steps_of_denoiser.guidance(n),
+        "layer": lambda: block.index,
+        "layers": lambda: len(surgery.stream),
+        "memory": lambda: kept_under(block, (method.key, *hidden.shape[:2])),
+    }
+    return {name: sources[name]() if name in sources else getattr(context, name) for name in names}
+
+
+def store_of(method: FeatureCache, block: BlockSurgery) -> dict:
+    """What was kept for a block and this denoising context."""
+    return kept_under(block, (method.key, block.index))
+
+
+def kept_under(block: BlockSurgery, key: tuple) -> dict:
+    """What was kept under a key for this denoising context."""
+    return block.surgery.state(Features).setdefault(block.surgery.call.context.denoising, {}).setdefault(key, {})

@@ -1,0 +1,306 @@
+"""Objectives: what they are told behind the model, and how the loss of one takes the place of the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..engine.handler import Handler, handles
+from ..engine.loss import LossReplacement
+from ..engine.model import ModelCall, ModelSurgery
+from ..errors import UnsupportedError, explain
+from ..model import families
+from ..roles.base import Method
+from ..roles.objective import Objective
+
+IGNORED = -100  # a label that is no target
+Reader = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """A denoiser's call that waits for its target: what it got, what it gave, and the precision that it ran in."""
+
+    given: dict[str, Any]
+    output: Any
+    device: str
+    dtype: torch.dtype | None
+
+    @classmethod
+    def note(cls, given: dict[str, Any], output: Any) -> DenoiserCall:
+        device = first_tensor(output).device.type
+        return cls(given, output, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+
+    def again(self) -> torch.autocast:
+        """The same precision: a reference in another one would differ by its rounding alone."""
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+def labels_of(model: nn.Module, given: dict[str, Any], labels: Tensor | None) -> Tensor | None:
+    """The token that each place is to tell, (b n); None where the call has no labels."""
+    if isinstance(given.get("shift_labels"), Tensor):
+        return given["shift_labels"]
+    labels = labels if given.get("labels") is None else given["labels"]
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return None
+    shifts = model.loss_function is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shifts else labels
+
+
+def logits_of(output: Any, shape: torch.Size) -> Tensor | None:
+    """The logits (b n v) in a model's output."""
+    found = [output.get("logits")] if isinstance(output, dict) else list(output) if isinstance(output, tuple) else [output]
+    return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3 and t.shape[:2] == shape), None)
+
+
+def log_probabilities(output: Any, wanted: Tensor) -> Tensor:
+    """Log-probability of each target, 0 where there is none, (b n)."""
+    given = output.get("log_probs") if isinstance(output, dict) else None  # of a head that makes no logits, as TRL's
+    if isinstance(given, Tensor):
+        return F.pad(given, (0, wanted.shape[1] - given.shape[1]))
+    logits = logits_of(output, wanted.shape)
+    if logits is None:
+        rule = f"An objective needs logits for each of {wanted.shape[1]} labels"
+        raise UnsupportedError(explain(rule, f"{type(output).__name__} without", "Call the model with `return_dict=True` and all logits."))
+    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(flat, wanted.to(logits.device).flatten(), reduction="none", ignore_index=IGNORED).view(wanted.shape)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor of a denoiser's output."""
+    return output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
+
+
+@dataclass
+class ObjectiveSignals:
+    """What the objectives may ask of one call; each signal is made when it is first asked for."""
+
+    model: ModelSurgery
+    given: dict[str, Any]
+    output: Any
+    wanted: Tensor
+    read: Reader
+    states: dict[str, Tensor]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        return self.wanted
+
+    @cached_property
+    def logps(self) -> Tensor:
+        return log_probabilities(self.output, self.wanted)
+
+    @cached_property
+    def target(self) -> Tensor:
+        return self.wanted.to(torch.promote_types(self.wanted.dtype, torch.float32))
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        return self._like_target(self.output)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Runs the model without the adapter."""
+        output, _ = self.model.without((), self.given)
+        return self._like_target(output) if self.wanted.is_floating_point() else log_probabilities(output, self.wanted)
+
+    def _like_target(self, output: Any) -> Tensor:
+        found, want = self.read(output), self.wanted
+        if found.dim() == want.dim() > 3 and found.shape[1] == 2 * want.shape[1]:
+            found = found.chunk(2, dim=1)[0]  # a variance that some denoisers predict beside it
+        if found.shape != want.shape:
+            rule = "What a denoiser predicts and what it is to predict have one shape"
+            raise UnsupportedError(
+                explain(rule, f"{tuple(found.shape)} and {tuple(want.shape)}", "Pass `read`, which takes it from the output.")
+            )
+        return found.to(self.target.dtype)
+
+    @property
+    def _decoder(self) -> str:
+        return "decoder_" if getattr(self.model.base.config, "is_encoder_decoder", False) else ""
+
+    @cached_property
+    def ids(self) -> Tensor:
+        found = self.given.get(f"{self._decoder}input_ids")
+        if isinstance(found, Tensor):
+            return found
+        if not self._decoder:
+            rule = "This objective reads the tokens of the text"
+            raise UnsupportedError(explain(rule, "`inputs_embeds` without `input_ids`", "Pass the ids."))
+        start = torch.full_like(self.wanted[:, :1], self.model.base.config.decoder_start_token_id)
+        return torch.cat([start, self.wanted[:, :-1]], dim=1)  # so the model shifts its labels itself
+
+    @cached_property
+    def positions(self) -> Tensor:
+        n, device = self.wanted.shape[1], self.wanted.device
+        given, mask = self.given.get("position_ids"), self.given.get(f"{self._decoder}attention_mask")
+        place = torch.arange(n, device=device)
+        begins = torch.zeros_like(self.wanted, dtype=torch.bool)
+        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == n and not self._decoder:
+            begins[:, 1:] = given[:, 1:] != given[:, :-1] + 1
+        if isinstance(mask, Tensor) and mask.shape == self.wanted.shape:
+            begins[:, 1:] |= mask[:, 1:].bool() & ~mask[:, :-1].bool()
+        return place - torch.where(begins, place, 0).cummax(dim=1).values
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        found = self.states.get("head", self.states.get("base"))
+        width = self.model.streams[-1].stream.width
+        if found is None or found.shape != (*self.wanted.shape, width):
+            rule = f"This objective needs a head that reads the blocks' {width} features of every token"
+            came = "none" if found is None else tuple(found.shape)
+            raise UnsupportedError(explain(rule, came, "Choose another model."))
+        return found
+
+    @cached_property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        model = self.model.base
+        module, config = model.get_submodule(self.model.head), model.config.get_text_config()
+        factors = [getattr(config, name, None) for name in families.LOGIT_FACTORS]
+        divisor, cap = (getattr(config, name, None) or 1.0 for name in (families.LOGIT_DIVISOR, families.LOGIT_CAP))
+
+        def head(states: Tensor) -> Tensor:
+            logits = module(states)
+            for factor in factors:
+                logits = logits if factor is None else logits * factor
+            logits = logits if divisor == 1 else logits / divisor
+            return logits if cap == 1 else cap * torch.tanh(logits / cap)
+
+        logits = logits_of(self.output, self.wanted.shape)
+        if logits is not None and not self.model.losses.agreed:
+            self._check_head(head, logits[:1, -1])
+        return head
+
+    @torch.no_grad()
+    def _check_head(self, head: Callable[[Tensor], Tensor], logits: Tensor) -> None:
+        ours = head(self.hidden[:1, -1])
+        if ours.shape != logits.shape or not torch.allclose(ours.float(), logits.float(), rtol=0.05, atol=0.05):
+            rule = "This objective needs logits that are what the head returns, scaled or capped as the config says"
+            raise UnsupportedError(explain(rule, f"others, from {type(self.model.base).__name__}", "Choose another model."))
+
+    @property
+    def progress(self) -> float:
+        return self.model.progress
+
+
+def ask_objective(objective: Objective, signals: ObjectiveSignals) -> Tensor | None:
+    """What an objective says of a call."""
+    return objective.loss(**{name: getattr(signals, name) for name in objective.signals})
+
+
+def objectives_of(model: ModelSurgery) -> list[Objective]:
+    """The active objectives; each stands in one block."""
+    return [method for method in model.methods() if isinstance(method, Objective) and method.is_first_block]
+
+
+def asked_now(model: ModelSurgery) -> list[Objective]:
+    """The objectives that speak of a forward as the model is now."""
+    return [o for o in objectives_of(model) if o.evaluates or o.training and torch.is_grad_enabled()]
+
+
+@handles("Objective")
+class ObjectiveHandler(Handler):
+    """What the engine does for objectives, and for methods of any role that weigh the targets."""
+
+    def after_base(self, call: ModelCall, output: Any) -> None:
+        """Note the last hidden states, where an objective asks for them and no head will read them."""
+        if any("hidden" in objective.signals for objective in asked_now(call.model)):
+            call.note_read("base", output["last_hidden_state"] if isinstance(output, dict) else output[0])
+
+    def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
+        """Note what the head read, where an objective asks for it."""
+        if given is not None and any("hidden" in objective.signals for objective in asked_now(call.model)):
+            call.note_read("head", given)
+        return output
+
+    def after_model(self, call: ModelCall, output: Any) -> Any:
+        """Ask the objectives; those of a denoiser have to wait for their target."""
+        model, given = call.model, call.context.arguments
+        if model.is_denoiser:
+            model.wait(DenoiserCall.note(given, output) if objectives_of(model) else None)
+            return output
+        weighing = [method for method in model.methods() if method.weighs and method.is_first_block]
+        asked = asked_now(model)
+        wanted = labels_to_tell(model, given, output) if weighing or asked else None
+        if wanted is not None:
+            signals = ObjectiveSignals(model, given, output, wanted, first_tensor, call.read)
+            reweigh(signals, weighing)
+            if asked:
+                call.replace_loss(judge(signals, asked))
+        return output
+
+
+def labels_to_tell(model: ModelSurgery, given: dict[str, Any], output: Any) -> Tensor | None:
+    """The token that each place is to tell, (b n); None where the call is not to be judged."""
+    wanted = labels_of(model.base, given, model.losses.labels)
+    has_labels = any(given.get(name) is not None for name in ("labels", "shift_labels"))
+    if wanted is None or not has_labels and logits_of(output, wanted.shape) is None:  # the trainer's labels may be another forward's
+        return None
+    return wanted
+
+
+def judge(signals: ObjectiveSignals, objectives: list[Objective]) -> LossReplacement | None:
+    """Ask the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned.
+
+    Raises:
+        UnsupportedError: Two of them want the place of the model's own loss.
+    """
+    signals.model.losses.judge()
+    wanted, output, replacements = signals.wanted, signals.output, []
+    for objective in objectives:
+        value = ask_objective(objective, signals)
+        if value is None:
+            continue
+        if not objective.replaces:
+            objective.add_loss(value)
+            continue
+        count = (wanted != IGNORED).sum()
+        own = -signals.logps.detach().sum() / count.clamp(min=1)
+        rest = isinstance(output, dict) and output.get("aux_loss") is not None
+        replacements.append(LossReplacement(value, own, count, objective.unit, rest))
+    if len(replacements) > 1:
+        raise one_at_a_time([type(objective).__name__ for objective in objectives if objective.replaces])
+    return replacements[0] if replacements else None
+
+
+def reweigh(signals: ObjectiveSignals, methods: list[Method]) -> None:
+    """Let methods weigh the targets of a text model's own loss: what that changes in it becomes a loss of theirs."""
+    real = signals.wanted != IGNORED
+    for method in methods:
+        weights = F.pad(method.weigh(signals.ids)[:, 1:], (0, 1), value=1.0)  # a token's target is the one behind it
+        counted = real & (weights > 0)
+        change = weights * counted / counted.sum().clamp(min=1) - real / real.sum().clamp(min=1)
+        if bool(change.any()):
+            method.add_loss(-(signals.logps * change).sum())
+
+
+def one_at_a_time(names: list[str]) -> UnsupportedError:
+    """The error for several objectives that replace the loss."""
+    return UnsupportedError(explain("One objective replaces the model's own loss", names, "Leave one, or switch between adapters."))
+
+
+def judge_prediction(model: ModelSurgery, target: Tensor, read: Reader) -> Tensor:
+    """What the objectives say of a denoiser's last call; the mean squared error where they say nothing.
+
+    Raises:
+        UnsupportedError: The model was not called, or has no objective.
+    """
+    call = model.waiting
+    model.wait(None)
+    if call is None:
+        rule = "`objective_loss` speaks of the denoiser's last call, once"
+        raise UnsupportedError(explain(rule, "none since", "Attach an objective, call the denoiser, then ask."))
+    signals = ObjectiveSignals(model, call.given, call.output, target, read, {})
+    with call.again():
+        found = [(objective, ask_objective(objective, signals)) for objective in objectives_of(model)]
+    losses = [value for _, value in found if value is not None]
+    if not any(objective.replaces for objective, value in found if value is not None):
+        losses.append(F.mse_loss(signals.prediction, signals.target))
+    return torch.stack(losses).sum()

@@ -1,0 +1,166 @@
+"""Poolers: what is made of the tokens that leave a stream.
+
+A pooler of the site `stream` is asked where the model's own readers look: behind the norm that takes the whole sequence, else behind the last
+block. Every place gets the pooled vector, so that no head is named: one that reads the first token, the last real one, the mean, or attends
+to all of them finds it. A pooler of the site `output` is asked behind the model, and its vectors take the place of `last_hidden_state`; what
+the model itself made of its tokens has seen all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.ask import ask
+from ..engine.block import BlockSurgery
+from ..engine.handler import Handler, handles
+from ..engine.hooks import SharedHook
+from ..engine.model import ModelCall
+from ..engine.run import BlockTokens, Site
+from ..engine.stream import StreamSurgery
+from ..errors import UnsupportedError, explain
+from ..model.layouts import LAYOUTS
+from ..roles.pooler import Pooler
+from ..tokens.altered import altered
+from ..tokens.token_map import TokenMap, take
+
+
+@dataclass
+class Leaving:
+    """The tokens of a pass that have left the blocks, until those poolers have been asked that wait."""
+
+    site: Site
+    stream: list[Pooler] = field(default_factory=list)
+    output: list[Pooler] = field(default_factory=list)
+
+
+@handles("Pooler")
+class PoolerHandler(Handler):
+    """What the engine does for poolers."""
+
+    def phases(self, method: Pooler) -> tuple[str, ...]:
+        return ("leave", "last") if method.words["ask"] else ("leave",)
+
+    def hooks(self, method: Pooler) -> set[str]:
+        return {"final_norm"} if method.site == "stream" else set()
+
+    def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
+        norm = block.surgery.stream.final_norm
+        return [] if norm is None else [norm.register_forward_hook(SharedHook(block.state(FinalNorm), "leave"), with_kwargs=True)]
+
+    def insert(self, method: Pooler, site: Site) -> BlockTokens | None:
+        """Tokens that only ask, in the last block that runs."""
+        asking, x = ask(method, site, "ask"), site.hidden
+        if asking is None:
+            return None
+        if site.run.ledger.causal:
+            rule = f"Tokens of {type(method).__name__} that only ask need a stream in which each token sees all"
+            raise UnsupportedError(explain(rule, f"the causal stream {site.surgery.stream.name!r}", "Set its `sees_all`."))
+        site.block.tap.open()
+        tokens, beside = asking
+        opened = TokenMap.insert(x.shape[1], torch.zeros_like(beside), 1, len(x), x.device, beside=beside)
+        return BlockTokens(method, opened, x, opened.fill(x, tokens.to(x)), asks=True)
+
+    def remove(self, method: Pooler, site: Site, summary: Tensor) -> bool:
+        site.run.held["answers", method.key] = summary
+        return False
+
+    def leave(self, method: Pooler, site: Site, whole: Tensor, replaying: bool) -> Tensor:
+        """Behind the last block: the sequence (b n d) that the model gets; a block that is run again for its gradient lets no one wait."""
+        at_norm = site.surgery.stream.final_norm is not None
+        if method.site == "stream" and method.strength and not at_norm:
+            whole = hand_out(method, site, whole)
+        if not replaying:
+            held = site.surgery.call.held
+            if Leaving not in held or held[Leaving].site.run is not site.run:
+                held[Leaving] = Leaving(site)
+            leaving = held[Leaving]
+            leaving.stream += [method] if method.site == "stream" and method.strength and at_norm else []
+            leaving.output += [method] if method.site == "output" else []
+        return whole
+
+    def after_model(self, call: ModelCall, output: Any) -> Any:
+        """The model's output, with the vectors of the poolers that make it shorter.
+
+        Raises:
+            UnsupportedError: The model has no place for them, or a pooler was never asked.
+        """
+        for surgery in call.model.streams:
+            leaving = surgery.call.held.pop(Leaving, None)
+            if leaving is not None and leaving.stream:
+                raise unread(surgery, "a norm that was not called")
+            for method in leaving.output if leaving is not None else ():
+                output = shorten_output(method, leaving.site, output)
+        return output
+
+
+class FinalNorm:
+    """The norm behind the blocks of a stream whose last block this is."""
+
+    def __init__(self, block: BlockSurgery):
+        self.block = block
+
+    @property
+    def base(self) -> nn.Module:
+        """The model that it belongs to."""
+        return self.block.base
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """Behind the norm: what its readers get."""
+        surgery = self.block.surgery
+        leaving = surgery.call.held.get(Leaving)
+        if not self.block.active() or leaving is None or not leaving.stream:
+            return None
+        to_rows, back = LAYOUTS[surgery.stream.layout]
+        whole, ledger = to_rows(output), leaving.site.run.ledger
+        if whole.shape[:2] != (ledger.batch, ledger.n):
+            raise unread(surgery, f"a norm that took {tuple(next(iter((*args, *kwargs.values()))).shape)}")
+        for method in leaving.stream:
+            whole = hand_out(method, leaving.site, whole)
+        leaving.stream.clear()
+        return back(whole, output)
+
+
+def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:
+    """The pooled vector in every place of the sequence (b n d), filler and padding too."""
+    vector = pool(method, site, whole)
+    if vector is None:
+        return whole
+    pooled = vector[:, None].to(whole.dtype).expand_as(whole)
+    return pooled.contiguous() if method.strength == 1 else torch.lerp(whole, pooled, method.strength)  # a head may want a view of it
+
+
+def shorten_output(method: Pooler, site: Site, output: Any) -> Any:
+    """The model's output, with what a pooler makes of its tokens in the place of `last_hidden_state`."""
+    at, ledger = "last_hidden_state" if isinstance(output, dict) else 0, site.run.ledger
+    whole = output.get(at) if isinstance(output, dict) else output[at] if isinstance(output, tuple) else None
+    if not isinstance(whole, Tensor) or whole.dim() != 3 or whole.shape[:2] != (ledger.batch, ledger.n):
+        rule = f"{type(method).__name__} gives the short sequence out in the place of `last_hidden_state`"
+        came = f"the outputs {sorted(output)}" if isinstance(output, dict) else type(output).__name__
+        raise UnsupportedError(explain(rule, came, "Load the encoder alone, such as AutoModel does."))
+    vectors = pool(method, site, whole)
+    if vectors is None:
+        return output
+    if isinstance(output, dict):
+        output[at] = vectors.to(whole.dtype)
+        return output
+    return (vectors.to(whole.dtype), *output[1:])
+
+
+def pool(method: Pooler, site: Site, whole: Tensor) -> Tensor | None:
+    """What a pooler makes of the tokens that are left of a sequence (b n d); those that were inserted have no place there."""
+    ledger = site.run.ledger
+    if ledger.untouched:
+        return ask(method, altered(site, hidden=whole))
+    if ledger.fresh is not None:
+        ledger = altered(ledger, filled=ledger.flags(ledger.filled, True) & ~ledger.fresh)
+    return ask(method, altered(site, hidden=take(whole, ledger.rows), run=altered(site.run, ledger=ledger)))
+
+
+def unread(surgery: StreamSurgery, came: str) -> UnsupportedError:
+    """The error for a stream whose readers look elsewhere than where its structure says."""
+    rule = f"A Pooler needs a norm behind the blocks of the stream {surgery.stream.name!r} that takes every token, or none"
+    return UnsupportedError(explain(rule, f"{came}, in {type(surgery.model.base).__name__}", "Choose another stream or model."))

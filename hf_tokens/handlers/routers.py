@@ -1,0 +1,146 @@
+"""Routers: which tokens run a block or its MLP, how often a sample runs a block, and which of two models emits a token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hf_tokens_kernels import routed_gather, routed_scatter
+from torch import Tensor, nn
+
+from ..engine.ask import ask
+from ..engine.block import BlockSurgery
+from ..engine.handler import Handler, handles
+from ..engine.hooks import BoundForward, own_mlp
+from ..engine.model import ModelCall
+from ..engine.replay import in_backward
+from ..engine.run import Site
+from ..errors import UnsupportedError, explain
+from ..model import families
+from ..model.signatures import parameters
+from ..roles.routers import LayerRouter, ModelRouter, TokenRouter
+
+
+@handles("TokenRouter")
+class TokenRouterHandler(Handler):
+    """What the engine does for token routers."""
+
+    def phases(self, method: TokenRouter) -> tuple[str, ...]:
+        return ("gate",) if method.site == "block" else ("mlp",)
+
+    def hooks(self, method: TokenRouter) -> set[str]:
+        return {"routed_mlp"} if method.site == "mlp" else set()
+
+    def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
+        return [RoutedMlp(block, own_mlp(block))]
+
+    def gate(self, method: TokenRouter, site: Site) -> list[Tensor] | None:
+        gate = ask(method, site)
+        return None if gate is None else [gate]
+
+
+@handles("LayerRouter")
+class LayerRouterHandler(Handler):
+    """What the engine does for layer routers."""
+
+    def phases(self, method: LayerRouter) -> tuple[str, ...]:
+        return ("gate",)
+
+    def gate(self, method: LayerRouter, site: Site) -> list[Tensor] | None:
+        gate = ask(method, site)  # (b), or (b r) for several runs
+        if gate is None:
+            return None
+        return [one[:, None].expand_as(site.run.ledger.rows) for one in gate.reshape(len(gate), -1).unbind(1)]
+
+
+@handles("ModelRouter")
+class ModelRouterHandler(Handler):
+    """What the engine does for model routers: they are asked once the head has answered."""
+
+    def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
+        routers = [method for method in call.model.methods() if isinstance(method, ModelRouter)]
+        hidden, logits = None if given is None else given.detach(), output.detach() if isinstance(output, Tensor) else None
+        call.model.put_verdict(None)
+        if not routers or hidden is None or logits is None or logits.dim() != 3:
+            return output
+        supply = {
+            "hidden": lambda: hidden,
+            "logits": lambda: logits,
+            "predicted": lambda: call.model.base.get_input_embeddings()(logits.argmax(dim=-1)).detach(),
+            "targets": lambda: call.context.targets,
+        }
+        verdicts = [router.route(**{name: supply[name]() for name in router.signals}) for router in routers]
+        call.model.put_verdict(torch.stack(verdicts).any(dim=0))
+        return output
+
+
+class RoutedMlp(BoundForward):
+    """An MLP that computes the tokens that its routers choose; the others get what the routers add, or nothing."""
+
+    def __init__(self, block: BlockSurgery, module: nn.Module):
+        mixes = any(max(m.kernel_size) > 1 for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+        layout = block.surgery.stream.layout
+        if mixes or families.MIXING_MLPS.search(type(module).__name__) or layout != "b n d":
+            rule = "A router of an MLP needs one that computes each token from itself alone, and tokens that lie as 'b n d'"
+            came = f"{type(module).__name__} at {block.path}, with {layout!r}"
+            raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
+        self.block = block
+        super().__init__(module)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, as the block calls it."""
+        routers = [method for _, method in self.block.asked("mlp")]
+        if not routers:
+            return self.inner(*args, **kwargs)
+        given = {**dict(zip(parameters(type(self.module)), args, strict=False)), **kwargs}
+        x, *others = given.values()
+        local = self.block.tap.site.local
+        if any(isinstance(other, Tensor) for other in others) or x.shape[:2] != (local.batch, local.m):
+            rule = "A router of an MLP needs one that is called once a block, with all its tokens and nothing else"
+            came = f"{type(self.module).__name__} called with {[tuple(t.shape) for t in (x, *others) if isinstance(t, Tensor)]}"
+            raise UnsupportedError(explain(rule, came, "Do not chunk it (`disable_forward_chunking`), or choose another model."))
+        gate, extra = self._ask(routers, x)
+        return self._compute(x, gate, extra, local.flags(local.filled, True))
+
+    def _ask(self, routers: list[TokenRouter], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of each token (b m d) that the block runs on: the gate (b m), and what is added (b m d)."""
+        site, routes = self.block.tap.site, []
+        with site.run.memory.among(site.maps, site.tokens):
+            inside = site.inside(x)
+            for router in routers:
+                route = ask(router, inside)
+                routes += [] if route is None else [route if isinstance(route, tuple) else (route, None)]
+            self._refuse_reentrant(site.tokens, site.run.memory.tokens)
+        extras = [extra for _, extra in routes if extra is not None]
+        return math.prod((gate for gate, _ in routes), start=x.new_ones(x.shape[:2])), sum(extras) if extras else None
+
+    @staticmethod
+    def _refuse_reentrant(held: dict[str, Tensor], now: dict[str, Tensor]) -> None:
+        """What a block hears from the one before came without a graph, if its checkpoint runs it without one at first."""
+        cut = [name for name, value in held.items() if now[name].requires_grad and not value.requires_grad]
+        if cut and in_backward():
+            rule = "Routers that hear from one another in training need checkpoints that keep the graph between blocks"
+            raise UnsupportedError(explain(rule, "reentrant checkpointing", "Use non-reentrant checkpointing."))
+
+    def _compute(self, x: Tensor, gate: Tensor, extra: Tensor | None, filled: Tensor) -> Tensor:
+        """What the MLP returns for the tokens with a gate, times that, and zeros for the others; and what is added."""
+        runs = (gate != 0) & filled
+        chosen = int(runs.sum())
+        self.block.surgery.count(self.block, chosen, "mlp")
+        if chosen == runs.numel():
+            y = self._plain(self.inner(x))
+            y = gate[..., None].to(y.dtype) * y
+            return y if extra is None else y + extra.to(y.dtype)
+        if chosen == 0:
+            return torch.zeros_like(x) if extra is None else extra.to(x.dtype)
+        index = runs.view(1, -1).nonzero()[None, :, 1]  # of all rows behind each other
+        y = self._plain(self.inner(routed_gather(x.flatten(0, 1)[None], index)))
+        rest = y.new_zeros(*x.shape[:2], y.shape[2]) if extra is None else extra.to(y.dtype)
+        return routed_scatter(rest.flatten(0, 1)[None], y, index, gate.reshape(1, -1).gather(1, index), residual=True).view_as(rest)
+
+    def _plain(self, output: Any) -> Tensor:
+        if isinstance(output, Tensor):
+            return output
+        rule = "A router of an MLP needs one that returns its tokens and nothing else"
+        raise UnsupportedError(explain(rule, type(self.module).__name__, "Choose other layers or another model."))

@@ -1,0 +1,147 @@
+"""Token reducers: tokens that join or vanish, for the rest of the stream, for a span of blocks, or for one sublayer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.ask import ask
+from ..engine.block import BlockSurgery
+from ..engine.handler import Handler, handles
+from ..engine.hooks import check_rows, lacks, own_mlp
+from ..engine.run import Site, Span
+from ..errors import UnsupportedError, explain
+from ..roles.signals import OF_THE_BLOCK
+from ..roles.token_reducer import TokenReducer
+from ..tokens.altered import altered
+from ..tokens.token_map import TokenMap
+from .sublayers import Sublayer, Sublayers, run_merged
+
+# site of a reducer -> the phases of a block in which it takes part
+PHASES = {"before": ("before",), "middle": ("between", "after"), "after": ("after",), "sublayer": ("sublayer",)}
+
+
+@handles("TokenReducer")
+class TokenReducerHandler(Handler):
+    """What the engine does for token reducers."""
+
+    def phases(self, method: TokenReducer) -> tuple[str, ...]:
+        if method.site == "before" and method.spans:
+            return (*(("before",) if method.is_first_block else ()), *(("end",) if method.dims.is_last_block else ()))
+        return PHASES[method.site]
+
+    def hooks(self, method: TokenReducer) -> set[str]:
+        return {"middle": {"middle"}, "sublayer": {"merge"}}.get(method.site, set())
+
+    def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
+        if hook == "merge":
+            return block.state(Sublayers).attach("merge")
+        norm = block.surgery.stream.mlp_norm(block.index)
+        if norm is None:
+            raise lacks(block, "a norm in front of its MLP")
+        mlp = own_mlp(block)
+        check_rows(block)
+        middle = block.state(Middle)
+        return [norm.register_forward_pre_hook(middle.enter), mlp.register_forward_hook(middle.leave)]
+
+    def takes_sublayer(self, method: TokenReducer, sublayer: Sublayer) -> bool:
+        return sublayer.part in method.parts
+
+    def sublayer(self, method: TokenReducer, sublayer: Sublayer, hidden: Tensor, given: dict[str, Any]) -> Any:
+        return run_merged(method, sublayer, hidden, given)
+
+    def before(self, method: TokenReducer, site: Site) -> None:
+        reduce_tokens(method, site)
+
+    def after(self, method: TokenReducer, site: Site) -> None:
+        if method.site == "middle":
+            settle(method, site)
+        elif site.local is not None or not OF_THE_BLOCK & set(method.signals):
+            reduce_tokens(method, site)
+
+    def end(self, method: TokenReducer, site: Site) -> None:
+        """Let the tokens of its span come back.
+
+        Raises:
+            UnsupportedError: Another method's span that began later goes on.
+        """
+        run = site.run
+        if method.key not in [span.method.key for span in run.spans]:
+            return
+        span = run.spans[-1].hold(site.hidden)
+        if span.method.key != method.key:
+            rule = "Of two spans of blocks one lies in the other, or behind it"
+            came = f"that of {type(method).__name__}, which ends at block {site.block.index} inside that of {type(span.method).__name__}"
+            raise UnsupportedError(explain(rule, came, "Choose other layers, or another order of the methods."))
+        site.put(span.regain(run.memory, site.block.index, run.padding, bool(run.layers)))
+        run.end_span(span)
+
+
+def reduce_tokens(method: TokenReducer, site: Site) -> None:
+    """Let the tokens follow the reducer's map."""
+    tell_what_is_found(method, site)
+    tokens = ask(method, site)
+    if tokens is None:
+        return
+    if tokens.reads is not None and not method.spans:
+        rule = "Tokens read other slots than their own behind a span of blocks only"
+        raise UnsupportedError(explain(rule, f"`reads` from {type(method).__name__}", "Set its `spans`, or leave `reads` out."))
+    slots = tokens.apply(site.hidden, site.run.ledger.sizes)
+    site.move(tokens, slots, method.proportional, begin_span(method, tokens, site, slots) if method.spans else None)
+
+
+def tell_what_is_found(method: TokenReducer, site: Site) -> None:
+    """Tell the listeners what the reducer says when it is examined."""
+    if site.surgery.examines and type(method).examine is not TokenReducer.examine:
+        found = ask(method, site, "examine")
+        if found is not None:
+            site.surgery.tell(site.block, method, found)
+
+
+def begin_span(method: TokenReducer, tokens: TokenMap, site: Site, slots: Tensor) -> Span:
+    """Note the tokens that a map is about to put together, and what their slots hold, (b m d)."""
+    run, place = site.run, torch.arange(tokens.m, device=slots.device).expand(slots.shape[:2])
+    return Span(method, tokens, run.ledger, site.hidden, slots, slots, place, dict(run.memory.tokens), dict(run.memory.rows))
+
+
+def settle(method: TokenReducer, site: Site) -> None:
+    """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
+    held = site.within.get(id(method))
+    if held is not None:
+        site.move(held, held.apply(site.hidden, site.run.ledger.sizes), method.proportional)
+
+
+class Middle:
+    """Between the attention and the MLP of a block: the MLP runs on merged tokens."""
+
+    def __init__(self, block: BlockSurgery):
+        self.block = block
+
+    def enter(self, module: nn.Module, args: tuple) -> tuple | None:
+        """In front of the MLP's norm: the tokens that the MLP gets."""
+        for _, method in self.block.asked("between"):
+            return (self._merged(method, self.block.tap.site, args[0]), *args[1:])
+        return None
+
+    def _merged(self, method: TokenReducer, site: Site, x: Tensor) -> Tensor:
+        if id(method) not in site.within:
+            with torch.no_grad():  # a checkpoint that runs the block again must find the same graph, and does not ask again
+                site.within[id(method)] = ask(method, altered(site, hidden=x))
+        tokens = site.within[id(method)]
+        if tokens is None:
+            return x
+        front = site.local.m - tokens.n  # tokens of this block only
+        joined = tokens.apply(x[:, front:], site.run.ledger.sizes)
+        return torch.cat([x[:, :front], joined], dim=1) if front else joined
+
+    def leave(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Behind the MLP: each token gets what its slot got."""
+        site = self.block.tap.site
+        held = next((site.within.get(id(method)) for _, method in self.block.asked("between")), None)
+        front = 0 if held is None else site.local.m - held.n
+        if held is None or output.shape[1] != front + held.m:
+            return None
+        back = held.slots.unmerge(output[:, front:])
+        return torch.cat([output[:, :front], back], dim=1) if front else back

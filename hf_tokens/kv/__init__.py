@@ -1,0 +1,1 @@
+"""The cache layer, and the forms in which entries are stored."""

@@ -1,0 +1,343 @@
+"""Where a model keeps its streams of blocks, their attention and MLP, its embeddings and its head. Read from structure, before any call."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..model import families
+from .parts import CONTAINERS, OWN, all_attentions, attentions, children_of, is_attention, is_norm, mixer_of, path_of, qualified_name
+from .signatures import parameters
+from .streams import PROMPT, Anatomy, Stream
+
+
+def anatomy(model: Any) -> Anatomy:
+    """The anatomy of a Transformers or Diffusers model, of a PeftModel around one, or of a Diffusers pipeline's denoiser."""
+    model = unwrap(model)
+    found = sorted(_block_lists(model, ""), key=lambda item: _call_order(item[0]))
+    if not found:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no stream of Transformer blocks: no ModuleList, Sequential or ModuleDict in it holds "
+            "blocks with an attention of their own. Pass the part of the model that holds its Transformer layers."
+        )
+    streams = [_stream(model, path, blocks) for path, blocks in found]
+    count = Counter(stream["name"] for stream in streams)
+    seen: Counter = Counter()
+    for stream in streams:
+        name = stream["name"]
+        seen[name] += 1
+        if count[name] > 1:
+            stream["name"] = f"{name}.{seen[name]}"
+    for stream, table in zip(streams, _tables(model, streams), strict=True):
+        stream["table"] = table
+    config = _config(model)
+    return Anatomy(
+        model=model,
+        model_type=config.model_type if _is_transformers(model) else type(model).__name__,
+        streams=tuple(Stream(**stream) for stream in streams),
+        head=_head(model),
+        embeddings=_embeddings(model),
+    )
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The Transformers or Diffusers model inside a PeftModel or a Diffusers pipeline; any other module is returned as it is."""
+    peft, diffusers = sys.modules.get("peft"), sys.modules.get("diffusers")
+    if diffusers is not None and isinstance(model, diffusers.DiffusionPipeline):
+        found = denoising(model.components)
+        if found is None:
+            raise UnsupportedError(
+                f"A pipeline must hold a `transformer` or a `unet`. {type(model).__name__} holds {sorted(model.components)}. "
+                "Pass the component that denoises."
+            )
+        model = found
+    if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        model = model.get_base_model()
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        raise UnsupportedError(
+            "A model is compiled with its surgery in it. Got one that is compiled already. Attach first, then call `torch.compile`."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"A model must be a torch.nn.Module or a Diffusers pipeline. Got {type(model).__name__}.")
+    return model
+
+
+def prompt_width(model: nn.Module) -> int | None:
+    """Features of the prompt, of any length, that a denoiser is given; None for one that is given none, and for another model."""
+    if "diffusers" not in sys.modules or not isinstance(model, sys.modules["diffusers"].ModelMixin):
+        return None
+    takes = PROMPT in parameters(type(model)) and not families.FIXED_PROMPT.search(type(model).__name__)
+    return _number(_config(model), "prompt") if takes else None
+
+
+def image_tokens(model: nn.Module) -> list[int]:
+    """The ids that stand for pictures and videos in a model's text; none if it reads text alone."""
+    config = vars(_config(model) or object)
+    return [config[name] for name in families.IMAGE_TOKENS if isinstance(config.get(name), int)]
+
+
+def denoising(components: dict[str, Any]) -> Any:
+    """The denoiser among the components of a pipeline; None if there is none."""
+    return next((components[name] for name in ("transformer", "unet") if components.get(name) is not None), None)
+
+
+def _block_lists(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, nn.Module]]]:
+    for name, child in children_of(module):
+        at = f"{path}.{name}" if path else name
+        items = dict(children_of(child)) if isinstance(child, CONTAINERS) else {}
+        if items and _are_blocks(list(items.values())):
+            yield at, items
+        else:
+            yield from _block_lists(child, at)
+
+
+def _are_blocks(items: list[nn.Module]) -> bool:
+    attending = [item for item in items if _has_own_attention(item)]
+    classes = {type(item) for item in attending}
+    return bool(attending) and all(type(item) in classes or _is_layer(item) for item in items)
+
+
+def _is_layer(item: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(item, GradientCheckpointingLayer) and next(_block_lists(item, ""), None) is None
+
+
+def _has_own_attention(item: nn.Module) -> bool:
+    """Whether an item attends by itself: it is no bare attention, and not all it attends with sits in lists of blocks inside of it."""
+    if isinstance(item, CONTAINERS) or families.NOT_BLOCK.search(type(item).__name__):
+        return False
+    if is_attention(type(item)) and not _holds_norm(item):
+        return False
+    nested = [path for path, _ in _block_lists(item, "")]
+    return any(not any(path.startswith(f"{inner}.") for inner in nested) for path, _ in all_attentions(item))
+
+
+def _holds_norm(module: nn.Module) -> bool:
+    return any(families.NORM.search(type(child).__name__) for child in module.children())
+
+
+def _call_order(path: str) -> tuple:
+    first = path.split(".")[0]
+    after = families.CALLED_BEFORE.values()
+    return (first in after,)
+
+
+def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[str, Any]:
+    blocks = tuple(items.values())
+    line = _lineage(model, path)
+    owner, holder = next((at, module) for at, module in reversed(line) if not isinstance(module, CONTAINERS))
+    attending = next((found[0] for block in reversed(blocks) if (found := attentions(block))), None)  # the first may change the width
+    if attending is None:
+        attending = next(module for block in blocks for _, module in all_attentions(block))
+    config = next((_config(module) for _, module in reversed(line) if _config(module) is not None), None)
+    width = _width(attending) or _number(config, "width")
+    if families.CONCATENATES.search(type(attending).__name__):
+        width //= 2
+    heads = _number(attending, "heads") or _number(config, "heads") or 1
+    head_dim = _number(attending, "head_dim") or width // heads
+    kv_heads = _number(attending, "kv_heads") or heads // (getattr(attending, "num_key_value_groups", None) or 1)
+    kind = _kind(model, line)
+    return dict(
+        name=_name(kind, line, config, _config(model)),
+        kind=kind,
+        blocks=blocks,
+        paths=tuple(f"{path}.{name}" for name in items),
+        owner=owner,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        causal=_causal(line, blocks[0], attending, config),
+        layout="n b d" if vars(attending).get("batch_first") is False else _layout(type(blocks[0])),
+        mixers=tuple(mixer_of(block) for block in blocks),
+        config=config,
+        final_norm=_final_norm(model, line),
+    )
+
+
+def _final_norm(model: nn.Module, line: list[tuple[str, nn.Module]]) -> nn.Module | None:
+    """The norm that takes the whole sequence behind the blocks: of the nearest module around them that has one, inside the base model."""
+    base = model.base_model if _is_transformers(model) and not type(model).__name__.endswith("Model") else model
+    for (_, holder), (path, _child) in zip(reversed(line[:-1]), reversed(line), strict=False):
+        if isinstance(holder, CONTAINERS):
+            continue
+        if families.POOLED_NORM.search(type(holder).__name__):
+            return None
+        names = [name for name, _ in children_of(holder)]
+        at = names.index(path.rpartition(".")[2])
+        norms = {name: norm for name, norm in children_of(holder) if is_norm(norm) and not families.NOT_FINAL.search(name)}
+        found = [norm for name, norm in norms.items() if names.index(name) > at or name in families.FINAL_NORMS]
+        if found or holder is base:
+            return found[0] if found else None
+    return None
+
+
+def _lineage(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The modules on the way from the root to the path, with their own paths."""
+    line, at, module = [("", model)], "", model
+    for part in path.split("."):
+        at = f"{at}.{part}" if at else part
+        module = module.get_submodule(part)
+        line.append((at, module))
+    return line
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
+def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
+    if not _is_transformers(model):
+        return "denoiser" if "diffusers" in sys.modules and isinstance(model, sys.modules["diffusers"].ModelMixin) else "other"
+    for path, module in reversed(line[1:]):
+        for kind, pattern in families.KINDS:
+            if pattern.search(path.rpartition(".")[2]) or pattern.search(type(module).__name__):
+                return kind
+    nearest = next(module for _, module in reversed(line) if _is_transformers(module))
+    if _main_input(nearest) in parameters(type(nearest)):
+        return families.MAIN_INPUTS.get(_main_input(nearest), "other")
+    found = [kind for kind, pattern in families.KINDS if pattern.search(type(nearest).__name__)]
+    return found[0] if found else families.MAIN_INPUTS.get(_main_input(model), "other")
+
+
+def _main_input(model: Any) -> str:
+    name = model.main_input_name
+    return name if isinstance(name, str) else name[0]  # OneFormer lists several
+
+
+def _name(kind: str, line: list[tuple[str, nn.Module]], config: Any, root: Any) -> str:
+    if getattr(config, "is_encoder_decoder", False) or getattr(root, "is_encoder_decoder", False):
+        for path, module in line:  # the outermost wins: the layers of a BERT that decodes are called `encoder`
+            words = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
+            for name in ("decoder", "encoder"):
+                if name in words.replace("encoderdecoder", ""):
+                    return name
+    return kind
+
+
+def _causal(line: list[tuple[str, nn.Module]], block: nn.Module, attention: nn.Module, config: Any) -> bool:
+    """Which mask the module that makes the blocks' mask makes; the attention's own flag where none does."""
+    known = families.CAUSAL.get(qualified_name(type(block)))
+    if known is not None:
+        return known
+    flagged = any(getattr(attention, flag, False) is True for flag in ("is_causal", "is_decoder"))
+    for _, module in reversed(line):
+        if _config(module) is not None and _config(module) is not config:
+            break  # a larger model masks its own stream, not this one
+        names = _mask_functions(type(module))
+        causal, both_ways = names & set(families.CAUSAL_MASKS), names & set(families.OPEN_MASKS)
+        if causal or both_ways:
+            return flagged if causal and both_ways else bool(causal)
+    return flagged
+
+
+def _layout(cls: type[nn.Module]) -> str:
+    for pattern, layout in families.LAYOUTS:
+        if pattern.search(qualified_name(cls)):
+            return layout
+    return "n d" if "cu_seqlens" in parameters(cls) else "b n d"
+
+
+@cache
+def _mask_functions(cls: type[nn.Module]) -> frozenset[str]:
+    bodies = [inspect.unwrap(f) for f in vars(cls).values() if inspect.isfunction(f)]
+    return frozenset(name for body in bodies for name in body.__code__.co_names if name in families.CAUSAL_MASKS + families.OPEN_MASKS)
+
+
+def _number(source: Any, key: str) -> int | None:
+    for name in families.ATTRIBUTES[key]:
+        value = getattr(source, name, None)
+        value = value[0] if isinstance(value, (tuple, list)) and len({*value}) == 1 else value  # one for each stage of a UNet
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _width(attention: nn.Module) -> int | None:
+    """The number of features that the first projection of an attention reads."""
+    from transformers.pytorch_utils import Conv1D
+
+    widths = {
+        name: module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+        for name, module in attention.named_modules()
+        if isinstance(module, Conv1D) or isinstance(getattr(module, "in_features", None), int)
+    }
+    queries = [width for name, width in widths.items() if families.QUERY.search(name)]
+    return next(iter(queries or widths.values()), None)
+
+
+def _embeddings(model: nn.Module) -> str | None:
+    if not _is_transformers(model):
+        return None
+    try:
+        found = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return path_of(found, model) if isinstance(found, nn.Module) else None
+
+
+def _tables(model: nn.Module, streams: list[dict[str, Any]]) -> list[str | None]:
+    """For each stream the path of its embedding table. One that serves several is that of the stream nearest to it, the first of these."""
+    names = {id(module): path for path, module in model.named_modules()}
+    found = [_nearest_table(model, stream["owner"]) if stream["kind"] == "text" else (0, None) for stream in streams]
+    best: dict[int, int] = {}
+    for i, (depth, table) in enumerate(found):
+        if table is not None and depth > found[best.setdefault(id(table), i)][0]:
+            best[id(table)] = i
+    return [names[id(table)] if best.get(id(table)) == i else None for i, (_, table) in enumerate(found)]
+
+
+def _nearest_table(model: nn.Module, owner: str) -> tuple[int, nn.Module | None]:
+    """The embedding table of the nearest model around a stream, and how deep that model lies."""
+    parts = owner.split(".") if owner else []
+    for depth in range(len(parts), -1, -1):
+        holder = model.get_submodule(".".join(parts[:depth]))
+        if not _is_transformers(holder):
+            continue
+        try:
+            table = holder.get_input_embeddings()
+        except NotImplementedError:
+            continue
+        if isinstance(table, nn.Module) and not isinstance(table, CONTAINERS):
+            if any(isinstance(module, nn.Embedding) for module in table.modules()):
+                return depth, table
+    return 0, None
+
+
+def prefix_tokens(model: nn.Module, stream: Stream) -> int:
+    """How many special tokens (class, distillation, registers) an encoder of pictures puts in front of its patches."""
+    if stream.kind not in ("vision", "video"):
+        return 0
+    at, holder = stream.owner, model.get_submodule(stream.owner)
+    inside = set()
+    while True:
+        for name, value in holder.named_parameters():
+            if families.PREFIX.search(name) and not any(path in name for path in ("decoder", OWN)):
+                inside.add((id(value), value.shape[-2] if value.dim() == 3 else 1))
+        if inside or not at:
+            return sum(count for _, count in inside)
+        at = at.rpartition(".")[0]
+        holder = model.get_submodule(at)
+
+
+def _head(model: nn.Module) -> str | None:
+    found = model.get_output_embeddings() if _is_transformers(model) else None
+    if isinstance(found, nn.Module):
+        return path_of(found, model)
+    children = dict(children_of(model))
+    return next((name for name in families.HEADS if name in children), None)

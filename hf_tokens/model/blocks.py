@@ -1,0 +1,88 @@
+"""What is read off a block: what it counts by itself, which mask and cache slot are its own."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import families
+from .arguments import BETWEEN, CROSS, HIDES
+from .parts import attentions
+from .signatures import positional
+
+BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
+
+
+def once_a_block(read: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """Remember what a function reads off a block, for as long as the block lives."""
+    known: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(read)
+    def remembered(block: nn.Module) -> Any:
+        if block not in known:
+            known[block] = read(block)
+        return known[block]
+
+    return remembered
+
+
+@once_a_block
+def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
+    """Whether a block counts its tokens by itself: whatever it is told, and where it is not told their places."""
+    names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
+    return tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
+
+
+@once_a_block
+def mixes_more(block: nn.Module) -> bool:
+    """Whether a block mixes its tokens by a convolution or a second self-attention too."""
+    return len(attentions(block)) > 1 or any(isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1 for m in block.modules())
+
+
+@once_a_block
+def bias_maker(block: nn.Module) -> nn.Module | None:
+    """The block's attention, if it makes a bias of the distances: in T5 that of the first block, in UMT5 that of each."""
+    attention = next(iter(attentions(block)), None)
+    makes = attention is not None and vars(attention).get("has_relative_attention_bias") is True
+    return attention if makes and "compute_bias" in dir(type(attention)) else None
+
+
+def passed_on(output: Any, given: Tensor) -> bool:
+    """Whether a block put out an argument as it came; a reentrant checkpoint hands out another tensor over the same memory."""
+    if output is given or not isinstance(output, Tensor) or torch.compiler.is_compiling():
+        return output is given
+    return output.shape == given.shape and output.numel() > 0 and output.data_ptr() == given.data_ptr()
+
+
+@functools.cache
+def mask_name(*names: str) -> str | None:
+    """Of the names of a block's arguments, the first that is a mask of its own tokens."""
+    own = [name for name in names if "mask" in name and not CROSS.search(name) and not HIDES.search(name)]
+    return next((name for name in own if "head" not in name), None)
+
+
+def tells_no_places(block: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a block is given no mask, makes no bias of the places, and does not count its tokens by itself."""
+    if any(counts_tokens(block)) or bias_maker(block) is not None:
+        return False
+    given = dict(zip(positional(type(block)), args, strict=False)) | kwargs
+    return all(value is None for name, value in given.items() if BETWEEN.search(name))
+
+
+def borrows_keys(attention: nn.Module | None) -> bool:
+    """Whether an attention reads the keys that an earlier block of its type stored."""
+    return attention is not None and vars(attention).get("is_kv_shared_layer") is True
+
+
+def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
+    """The cache slot of a block; None if it has none, or reads the keys of another block."""
+    if borrows_keys(attention):
+        return None
+    modules = [module for module in (attention, block, *block.modules()) if module is not None]
+    found = [vars(module)[name] for name in ("layer_idx", "layer_id") for module in modules if isinstance(vars(module).get(name), int)]
+    return found[0] if found else None

@@ -1,0 +1,159 @@
+"""Rows of data for what structure alone does not tell. A row names classes of the libraries, never a method."""
+
+from __future__ import annotations
+
+import re
+
+# A module of such a class is an attention; what merely holds, feeds or pools one is left out by the second pattern.
+ATTENTION = re.compile(r"(attention|attn|mha)(v?\d+d?)?$", re.IGNORECASE)
+NOT_ATTENTION = re.compile(r"(pool|linear|lightning|delta|mamba)\w*(attention|attn)", re.IGNORECASE)
+# Child names under which an attention reads other tokens than its own stream's.
+CROSS = re.compile(r"(^|[._])(cross|enc_?dec|encoder_attn|crossattention|multihead_attn|attn_?2$|text_attn|src_attn)", re.IGNORECASE)
+CROSS_CLASS = re.compile(r"cross", re.IGNORECASE)
+# Projections of a cross-attention that read the other tokens.
+CONTEXT = re.compile(r"(^|[._])(to_k|to_v|to_kv|k|v|kv|k_proj|v_proj|kv_proj|k_lin|v_lin|key|value|key_value)$", re.IGNORECASE)
+QUERY = re.compile(r"(^|[._])(q|q_proj|q_lin|query|to_q|q_a_proj|qkv|wqkv|c_attn|attn_qkv|query_key_value|in_proj)$", re.IGNORECASE)
+NORM = re.compile(r"norm", re.IGNORECASE)
+# child name -> kind of stream, tried on every ancestor of the blocks, the nearest first
+KINDS = (
+    ("video", re.compile(r"(^|_)video|video(encoder|model)", re.IGNORECASE)),
+    ("audio", re.compile(r"audio|speech|sound|acoustic", re.IGNORECASE)),
+    ("vision", re.compile(r"vision|visual|image|pixel|(^|_)vit($|_)", re.IGNORECASE)),
+    ("text", re.compile(r"text|language|(^|_)llm?($|_)|(^|_)lm($|_)", re.IGNORECASE)),
+)
+MAIN_INPUTS = {
+    "input_ids": "text",
+    "pixel_values": "vision",
+    "pixel_values_videos": "video",
+    "input_features": "audio",
+    "input_values": "audio",
+    "audio_values": "audio",
+}
+# How a model's config calls the ids that stand for pictures and videos in its text.
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+# Names of a block's MLP and of the norm in front of it, the first that exists wins.
+MLPS = (
+    *("mlp", "feed_forward", "ffn", "ff", "moe", "block_sparse_moe", "feedforward"),
+    *("sparse_mlp", "img_mlp", "mlp_block", "MLP", "shared_mlp"),
+)
+MLP_NORMS = (
+    "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "pre_ff_layernorm",
+    "ffn_norm1",
+    "ffn_norm",
+    "ff_norm",
+    "ffn_layer_norm",
+    "norm_mlp",
+    "norm3",
+    "layer_norm2",
+    "layernorm_after",
+    "ln_2",
+    "norm2",
+    "img_norm2",
+    "norm_2",
+    "rms_norm2",
+    "pre_mlp_layer_norm",
+    "post_attention_layernorm",
+    "post_attention_norm",
+    "ln2",
+)
+# MLPs whose experts take only so many tokens: what one token gets depends on the others.
+MIXING_MLPS = re.compile(r"^(Switch|Nllb)")
+# A block with one of these children normalises after its MLP, so that a `post_attention_*` norm of it is no norm before the MLP.
+POST_NORMS = ("post_feedforward_layernorm",)
+# block class -> the norm of its MLP, where it keeps another one under a name of the list above that it never calls
+MLP_NORM_OF = {
+    "transformer_allegro.AllegroTransformerBlock": "norm2",
+    "modeling_canary.CanaryDecoderLayer": "final_layernorm",
+}
+# The norm behind the blocks: child names that are another norm, those that are it though registered in front of the blocks, and modules
+# whose norm behind the blocks takes the pooled token alone.
+NOT_FINAL = re.compile(r"embed|batch_norm", re.IGNORECASE)
+FINAL_NORMS = ("norm", "final_layer_norm", "layernorm_post")
+POOLED_NORM = re.compile(r"^((Alt|Chinese|X)?CLIP(Seg)?|MetaClip2|Kosmos2|MLCD|OwlViT|Owlv2)Vision")
+POST_NORM_BLOCKS = re.compile(r"modeling_openai\.Block|FastSpeech2|RTDetr")
+# An attention of these reads the hidden states and the embeddings side by side.
+CONCATENATES = re.compile(r"^Zamba")
+# A stage holds blocks and changes the resolution, with or without an attention of its own.
+NOT_BLOCK = re.compile(r"Stage$")
+# block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), tokens first,
+# frames (t) that are split off the batch again because attention runs over them
+LAYOUTS = (
+    (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer"), "b h w d"),
+    (re.compile(r"Sam3ViTLayer|SegGptLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
+    (re.compile(r"VitDetLayer|Kandinsky3Attention|Florence2VisionBlock"), "b d h w"),
+    (re.compile(r"PatchTST|TwoWayAttentionBlock"), "b c n d"),
+    (re.compile(r"Lfm3VlVisionLayer"), "n d"),
+    (re.compile(r"DeepseekV4Decoder|HYV4Decoder|Glm5NextTextDecoder"), "b n c d"),
+    (re.compile(r"Qwen4Exp\w*DecoderLayer"), "b n (c d)"),
+    (re.compile(r"Gemma3nTextDecoder"), "c b n d"),
+    (re.compile(r"XLNetLayer|modeling_fsmt|BridgeTowerResidualAttention|ErnieImageSharedAdaLNBlock"), "n b d"),
+    (re.compile(r"TemporalBasicTransformerBlock"), "(b t) n d"),
+)
+# Blocks that put a second sequence behind their own tokens where they join the two, and not in front of them.
+CONTEXT_BEHIND = re.compile(r"^(Hunyuan|Motif|HiDream|NucleusMoE|JoyImage|JointTransformer)")
+# Blocks of Diffusers that take a mask for bool, where others add it.
+BOOL_MASKS = re.compile(r"^Lumina2")
+# block class -> what no mask function tells
+CAUSAL = {
+    "modeling_fsmt.EncoderLayer": False,
+    "modeling_fsmt.DecoderLayer": True,
+    "modeling_openai.Block": True,
+    "modeling_imagegpt.ImageGPTBlock": True,
+    "minimax_music3_rvq_depth_decoder.MiniMaxMusic3DepthDecoderBlock": True,
+    "modeling_blip_text.BlipTextLayer": True,
+    "modeling_t5gemma2.T5Gemma2DecoderLayer": True,
+    "modeling_prophetnet.ProphetNetDecoderLayer": True,
+}
+ATTRIBUTES = {
+    "heads": ("num_heads", "num_attention_heads", "heads", "n_heads", "n_head", "num_q_heads", "attention_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "inner_kv_heads"),
+    "head_dim": ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_kv"),
+    "width": ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "inner_dim", "emb_dim"),
+    "prompt": (
+        *("joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim", "caption_feat_dim"),
+        *("encoder_hid_dim", "cross_attention_dim"),
+    ),
+}
+HEADS = ("lm_head", "classifier", "score", "cls", "qa_outputs", "head", "proj_out", "conv_out")
+# What stands in a text config of factors, a divisor and a cap that a model puts on what its head returns.
+LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+LOGIT_DIVISOR, LOGIT_CAP = "logits_scaling", "final_logit_softcapping"
+CAUSAL_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
+OPEN_MASKS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_mask")
+# Models whose head reads each token, whatever it is: those for another task than to judge a sample as a whole.
+READS_EACH = re.compile(r"For(?!(Sequence|Image|Video|Audio)Classification|MultipleChoice|NextSentencePrediction|XVector)[A-Z]|Backbone$")
+# Models whose towers are read apart from each other; in every other model of several streams an earlier one is read by a later one.
+TOWERS = re.compile(r"^((Alt|Chinese)?CLIP(Seg)?|MetaClip2|Siglip2?|VisionTextDualEncoder|OwlViT|Owlv2)Model$")
+# Where the order of registration is not the order of the calls.
+CALLED_BEFORE = {"mid_block": "up_blocks"}
+# Parameters that are special tokens in front of the patches of a picture.
+PREFIX = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")
+# Modules of a block, by name or class, that look up the places or distances of its tokens by counting them: those that are let off where
+# the block is told by one of these arguments, and those that count whatever they are told.
+TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
+PLACES = re.compile(r"position|relative")
+COUNTS = re.compile(
+    r"(^|\.)(rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$|"
+    r"^(LongT5(Local|TransientGlobal)Attention|MptAttention|SinusoidalPositionalEmbedding)$"
+)
+# Attribute of an attention that takes a whole number of windows of twice this size; they are counted over the tokens that are left.
+HALF_WINDOW = "one_sided_attn_window_size"
+# block class -> the table that it looks up at its `position_ids`, and that must stay whole for it
+INDEXED = {"ClvpEncoderLayer": "rotary_pos_emb"}
+# What stands beside the prompt of a denoiser: its masks, tables of its places, and lengths that no longer hold once tokens are added.
+PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
+PROMPT_PLACES = ("txt_ids",)
+PROMPT_LENGTHS = re.compile(r"seq_lens$")
+# Denoisers that count on the length of their prompt, or are given it a second time in other words.
+FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
+# Denoisers that read their prompt as a whole too, beside their blocks.
+POOLED_PROMPT = re.compile(r"^Mochi")
+# Arguments of a denoiser that all samples share.
+SHARED = re.compile(r"^(txt|img)_ids$|rotary|freqs")
+# Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.
+PROMPT_FIRST = re.compile(r"^LuminaNextDiT2D")
+# Denoisers whose timestep is a share of 1, where others count to 1000; and those whose timestep rises as the noise falls.
+UNIT_TIME = re.compile(r"^(Flux|Chroma|QwenImage|OvisImage|LongCatImage|AuraFlow|Lumina2|ZImage)")
+RISING_TIME = re.compile(r"^(Lumina2|ZImage)")

@@ -1,0 +1,101 @@
+"""The parts of a block: its attentions, its MLP, and the norms beside them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache
+
+from torch import nn
+
+from ..model import families
+
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+OWN = "hf_tokens"
+
+
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """The self-attentions of a block, the one that calls the attention function first."""
+    found = [(path, module) for path, module in all_attentions(block) if not is_cross(path, module)]
+    return [module for _, module in sorted(found, key=lambda item: not calls_interface(type(item[1])))]
+
+
+def cross_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The attentions of a block that read another sequence, with their paths in it."""
+    return [(path, module) for path, module in all_attentions(block) if is_cross(path, module)]
+
+
+def is_cross(path: str, module: nn.Module) -> bool:
+    known = getattr(module, "is_cross_attention", None)
+    if isinstance(known, bool):
+        return known
+    return bool(families.CROSS.search(path) or families.CROSS_CLASS.search(type(module).__name__))
+
+
+def all_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every innermost attention in a module, with its path."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in children_of(block):
+        inner = [(f"{name}.{path}", module) for path, module in all_attentions(child)]
+        if inner:
+            found += inner
+        elif is_attention(type(child)) and next(child.children(), None) is not None:
+            found.append((name, child))
+    return found
+
+
+@cache
+def is_attention(cls: type[nn.Module]) -> bool:
+    if calls_interface(cls):
+        return True
+    return bool(families.ATTENTION.search(cls.__name__)) and not families.NOT_ATTENTION.search(cls.__name__)
+
+
+@cache
+def calls_interface(cls: type[nn.Module]) -> bool:
+    """Whether a class looks the attention function up in Transformers' registry."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(cls.forward).__code__.co_names
+
+
+def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # what hf-tokens hung on a block is no part of the base model
+    return ((name, child) for name, child in module.named_children() if name != OWN)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module, or what `modules_to_save` has put a copy beside, is a norm."""
+    module = vars(module)["_modules"].get("original_module") or module
+    return bool(families.NORM.search(type(module).__name__)) and not isinstance(module, CONTAINERS)
+
+
+def mixer_of(block: nn.Module) -> str:
+    if attentions(block):
+        return "attention"
+    return "cross" if all_attentions(block) else "other"
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+def mlp_and_norm(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    children = dict(children_of(block))
+    last = list(children_of(children["layer"])) if isinstance(children.get("layer"), nn.ModuleList) else []
+    if last:  # T5 and its kin keep attention and MLP, each with its norm, in a list of sub-layers
+        children = dict(children_of(last[-1][1]))
+        mlp = next((child for name, child in children.items() if name in ("DenseReluDense", "mlp")), None)
+        return mlp, children.get("layer_norm") if mlp is not None else None
+    mlp = next((children[name] for name in families.MLPS if name in children), None)
+    if mlp is None or isinstance(mlp, CONTAINERS):
+        return None, None
+    if getattr(block, "use_parallel_residual", False) or families.POST_NORM_BLOCKS.search(qualified_name(type(block))):
+        return mlp, None
+    post = any(name in children for name in families.POST_NORMS)
+    known = families.MLP_NORM_OF.get(qualified_name(type(block)))
+    names = (known,) if known else families.MLP_NORMS
+    norms = [children[name] for name in names if name in children and not (post and name.startswith("post_attention"))]
+    return mlp, norms[0] if norms and not isinstance(norms[0], CONTAINERS) else None
+
+
+def path_of(target: nn.Module, root: nn.Module) -> str | None:
+    return next((path for path, module in root.named_modules() if module is target), None)

@@ -1,0 +1,130 @@
+"""Where the pictures lie among the tokens of a vision-language model: each one a grid, some of several sizes in one batch.
+
+The vision tower is heard, since `generate` calls it before the model and hands over only what came out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, explain
+from ..tokens.ledger import TokenLedger
+from .signatures import parameters
+from .streams import Anatomy
+
+GRID_TABLES = ("grid_thw", "image_grid_thw", "video_grid_thw")  # frames, height and width of each picture, in patches
+PIXELS = ("pixel_values", "pixel_values_videos")
+ENCODED = "mm_encoder_outputs"  # what the tower said, where it was asked before
+Grid = tuple[int, int, int]  # frames, height, width
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The pictures of one call of a vision tower: frames, height and width of each, in patches or in pixels."""
+
+    pictures: list[Grid]
+    patches: bool
+
+
+def no_grid(came: str) -> UnsupportedError:
+    """The error for visual tokens that form no grids."""
+    return UnsupportedError(
+        explain(
+            "This method needs pictures whose tokens form a grid, row by row",
+            came,
+            "Give the model pictures of one size, or choose a method that needs no grid.",
+        )
+    )
+
+
+def vision_tower(found: Anatomy) -> nn.Module | None:
+    """The outermost module that holds a vision stream and no stream of text; None if there is none."""
+    vision = next((s.paths[0] for s in found.streams if s.kind == "vision"), None)
+    text = [s.paths[0] for s in found.streams if s.kind == "text"]
+    if vision is None or not text:
+        return None
+    parts = vision.split(".")
+    above = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return next((found.model.get_submodule(at) for at in above if not any(path.startswith(f"{at}.") for path in text)), None)
+
+
+def picture_shapes(module: nn.Module, args: tuple, kwargs: dict) -> Shapes | None:
+    """The pictures that a vision tower is called with; None if its arguments do not tell."""
+    given = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}
+    tables = [given[name] for name in GRID_TABLES if isinstance(given.get(name), Tensor)]
+    if tables:
+        return Shapes([tuple(row) for row in tables[0].tolist()], patches=True)
+    pixels = [given[name] for name in PIXELS if isinstance(given.get(name), Tensor) and given[name].dim() == 4]
+    return Shapes([(1, *pixels[0].shape[-2:])] * len(pixels[0]), patches=False) if pixels else None
+
+
+def square_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """The grid of so many tokens that has exactly the shape of the picture."""
+    rows = round((tokens * height / width) ** 0.5)
+    if rows == 0 or tokens % rows or rows * width != tokens // rows * height:
+        raise no_grid(f"{tokens} tokens for a picture of {height} x {width}")
+    return rows, tokens // rows
+
+
+def find_grids(heard: list[Shapes], config: Any, given: dict[str, Any], visual: Tensor) -> list[Grid]:
+    """Frames, height and width in tokens of each picture or video, in the order in which they stand among the visual tokens.
+
+    Args:
+        heard: The calls of the vision tower that these tokens come from.
+        config: The model's.
+        given: Arguments of the model.
+        visual: Visual tokens, (b n) bool.
+
+    Raises:
+        UnsupportedError: The calls do not tell.
+    """
+    if len(heard) != 1:
+        raise no_grid(f"{len(heard)} calls of a vision tower with pictures in rows and columns")
+    pictures = heard[0].pictures
+    encoded = [output.pooler_output for output in (given.get(ENCODED) or {}).values()]
+    repeats = len(encoded[0]) // len(pictures) if encoded else 1  # beams have pictures of their own
+    if heard[0].patches:
+        merge = config.vision_config.spatial_merge_size
+        found = [(t, h // merge, w // merge) for t, h, w in pictures]
+    else:
+        tokens = int(visual.sum()) // (len(pictures) * repeats)
+        found = [(t, *square_grid(tokens, h, w)) for t, h, w in pictures]
+    out: list[Grid] = []
+    for count in visual.sum(dim=1)[::repeats].tolist():
+        row: list[Grid] = []
+        while found and sum(map(prod, row)) < count:
+            row.append(found.pop(0))
+        out += row * repeats
+    if sum(map(prod, out)) != int(visual.sum()):
+        raise no_grid(f"{int(visual.sum())} visual tokens of {len(pictures)} pictures")
+    return out
+
+
+def picture_places(visual: Tensor, found: list[Grid], ledger: TokenLedger) -> list[Tensor]:
+    """For each size of grid the tokens of its pictures, indices (p t h w) into the tokens (b m) laid end to end.
+
+    Args:
+        visual: Visual tokens of the sequence that entered, (b n) bool.
+        found: The grid of each picture, in the order in which they stand.
+        books: The tokens at hand.
+
+    Raises:
+        UnsupportedError: A picture is not whole any more, or stands in two rows.
+    """
+    flat = visual.flatten().nonzero()[:, 0]  # of all rows, one after the other
+    pieces = flat.split([prod(grid) for grid in found])
+    slot = torch.where(ledger.slot < 0, -1, ledger.slot + ledger.m * torch.arange(ledger.batch, device=ledger.slot.device)[:, None]).flatten()
+    sizes: dict[Grid, list[Tensor]] = {}
+    for grid, piece in zip(found, pieces, strict=True):
+        if int(piece[0]) // ledger.n != int(piece[-1]) // ledger.n:
+            raise no_grid("a picture that stands in two rows")
+        sizes.setdefault(grid, []).append(slot[piece].view(grid))
+    out = [torch.stack(pictures) for pictures in sizes.values()]
+    if any(bool((index < 0).any()) or index.unique().numel() < index.numel() for index in out):
+        raise no_grid("a picture of which another method has taken tokens before")
+    return out

@@ -1,0 +1,108 @@
+"""What the signature and the source of a block's forward say: its parameters, and which of them are its hidden states."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedError, explain
+
+
+@dataclass(frozen=True)
+class HiddenIndex:
+    """Where a block's hidden states enter its forward, and which element they are when it returns a tuple."""
+
+    name: str
+    position: int
+    returned: int
+
+
+@cache
+def positional(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the positional parameters of a block's forward."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(cls.forward).parameters.items() if p.kind in kinds)[1:]
+
+
+@cache
+def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of a module's forward."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def bound_arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(positional(type(model)), args, strict=False)), **kwargs}
+
+
+CACHES = ("cache", "past_key_values")  # how a model calls its cache, the newest name first
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """The name under which a model, or what prepares its inputs, takes a cache.
+
+    Raises:
+        UnsupportedError: It takes none.
+    """
+    names = inspect.signature(function).parameters
+    found = next((name for name in CACHES if name in names), None)
+    if found is None:
+        rule = f"A model that decodes token by token takes a cache as one of {CACHES}"
+        raise UnsupportedError(explain(rule, sorted(names), "Choose another model."))
+    return found
+
+
+@cache
+def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
+    names, known = parameters(cls), _registered(cls)
+    name = known.hidden_states_argument_name if known else "hidden_states"
+    name = name if name in names else names[0]
+    returned = _returned(cls, name)
+    if returned is None and known:
+        returned = known.return_hidden_states_index
+    return HiddenIndex(name, names.index(name), returned or 0)
+
+
+@cache
+def context_index(cls: type[nn.Module]) -> HiddenIndex | None:
+    names, known = parameters(cls), _registered(cls)
+    name = known.encoder_hidden_states_argument_name if known else "encoder_hidden_states"
+    returned = _returned(cls, name)
+    if returned is None and known:
+        returned = known.return_encoder_hidden_states_index
+    return HiddenIndex(name, names.index(name), returned) if returned is not None and name in names else None
+
+
+def _registered(cls: type[nn.Module]) -> Any:
+    """Diffusers' own note on a block class: which argument and which result are its hidden states."""
+    if "diffusers" not in sys.modules or not cls.__module__.startswith("diffusers."):
+        return None
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    TransformerBlockRegistry._register()
+    return TransformerBlockRegistry._registry.get(cls)
+
+
+def _returned(cls: type[nn.Module], name: str) -> int | None:
+    """The place of a variable in the tuple that a forward returns; None where it returns no such tuple.
+
+    Read from the source, which holds for every class; Diffusers' notes cover a few, and one of them (Bria's) swaps the two."""
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except OSError:  # written at a prompt; what comes first is the hidden states then, as it is nearly everywhere
+        return None
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            names = [item.id if isinstance(item, ast.Name) else None for item in node.value.elts]
+            if name in names:
+                return names.index(name)
+    return None

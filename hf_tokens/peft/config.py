@@ -1,0 +1,117 @@
+"""The one PEFT type, HF_TOKENS, and what an adapter of it is: an ordered stack of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType, get_peft_config
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+
+from ..errors import ConfigError, explain
+from ..roles.config import MethodConfig
+from ..roles.registry import method_config
+
+NAME = "HF_TOKENS"
+PEFT_METHOD = "peft"
+FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
+
+
+def extend_peft_type() -> PeftType:
+    """Add HF_TOKENS to PEFT's closed enum."""
+    if NAME in PeftType.__members__:
+        return PeftType[NAME]
+    member = str.__new__(PeftType, NAME)
+    member._name_, member._value_, member.__objclass__ = NAME, NAME, PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    type.__setattr__(PeftType, NAME, member)
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    return member
+
+
+class PlainType(str):
+    """Stands for the enum member where PEFT's enum cannot be extended: compares as the string, has what PEFT reads."""
+
+    value = property(str)
+    name = property(str)
+
+
+def peft_type() -> PeftType | PlainType:
+    """The PEFT type, as an enum member where that is possible."""
+    try:
+        return extend_peft_type()
+    except (AttributeError, TypeError):
+        return PlainType(NAME)
+
+
+HF_TOKENS = peft_type()
+
+
+@dataclass
+class HFTokensConfig(PeftConfig):
+    """An adapter: an ordered stack of methods, in their JSON form.
+
+    Args:
+        methods: Names, method configs, or dicts such as `{"method": "ftp", "sparsity": 0.3}`; a LoRA among them is
+            `{"method": "peft", "config": {"peft_type": "LORA", ...}}` or a PeftConfig.
+        modules_to_save: Modules that are trained and saved as a whole, such as a new head.
+        init_weights: Taken for PEFT's sake.
+    """
+
+    methods: list[Any] | None = field(default=None)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    init_weights: bool = field(default=True)
+    base: dict[str, list[Any]] | None = field(default=None)
+    hf_tokens_version: int = field(default=FORMAT)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = HF_TOKENS
+        if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
+            self.methods = [self.methods]
+        if self.methods is not None and not isinstance(self.methods, Iterable):
+            rule = "The methods of an adapter are a name, a config, or a list of them"
+            raise ConfigError(explain(rule, repr(self.methods), "`hf-tokens list` names them."))
+        if not self.methods:
+            raise ConfigError(
+                explain("An adapter has at least one method", self.methods, "Pass methods=['...']; `hf-tokens list` names them.")
+            )
+        self.methods = [plain_form(method) for method in self.methods]
+        if self.target_modules or self.exclude_modules:
+            came = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
+            raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", came, "Set those in its config."))
+        if self.hf_tokens_version != FORMAT:
+            rule = f"This hf-tokens reads adapters of format {FORMAT}"
+            raise ConfigError(
+                explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", "Update hf-tokens, or train the adapter again.")
+            )
+
+    def stack(self) -> list[MethodConfig]:
+        """The method configs, in order, without the PEFT configs among them."""
+        return [method_config(method) for method in self.methods if method["method"] != PEFT_METHOD]
+
+    def peft_configs(self) -> list[PeftConfig]:
+        """The PEFT configs among the methods."""
+        return [get_peft_config({**m["config"], "inference_mode": self.inference_mode}) for m in self.methods if m["method"] == PEFT_METHOD]
+
+
+def plain_form(method: Any) -> dict[str, Any]:
+    """The checked JSON form of one method."""
+    if isinstance(method, PeftConfig):
+        data = {k: sorted(v) if isinstance(v, set) else v for k, v in method.to_dict().items() if v is not None}
+        method = {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
+    if isinstance(method, dict) and method.get("method") == PEFT_METHOD:
+        if not isinstance(method.get("config"), dict) or "peft_type" not in method["config"]:
+            raise ConfigError(explain("A 'peft' method has a config with a 'peft_type'", repr(method), "Pass the PeftConfig itself."))
+        kind = method["config"]["peft_type"]
+        if kind == NAME or not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object), BaseTuner):
+            rule = "A 'peft' method is one of PEFT's that act on layers, such as LORA"
+            raise ConfigError(explain(rule, repr(kind), "Put another kind around the model, by `peft.get_peft_model`."))
+        return method
+    return method_config(method).to_dict()

@@ -1,0 +1,311 @@
+"""Where the methods of an adapter go: everything that can be wrong with it is said here, before the model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft.utils import AuxiliaryTrainingWrapper
+
+from ..errors import AdapterError, ConfigError, UnsupportedError, explain
+from ..handlers.objective import one_at_a_time
+from ..model import families
+from ..model.anatomy import image_tokens, prompt_width
+from ..model.blocks import layer_index
+from ..model.layouts import LAYOUTS, PACKED
+from ..model.parts import cross_attentions
+from ..model.signatures import parameters
+from ..model.streams import PROMPT, Anatomy, Stream
+from ..model.weights import WEIGHT_SITES, block_weights, check_weights
+from ..roles.base import Method
+from ..roles.cache_compressor import CacheCompressor
+from ..roles.config import MethodConfig
+from ..roles.feature_cache import FeatureCache
+from ..roles.objective import Objective
+from ..roles.pooler import Pooler
+from ..roles.registry import MethodInfo, method_info
+from ..roles.routers import LayerRouter, TokenRouter
+from ..roles.signals import SCORED, SPANS, TAPPED
+from ..roles.token_bank import TokenBank
+from ..roles.token_reducer import TokenReducer
+from ..roles.weight_edit import WeightEdit
+from .config import HFTokensConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One method in one stream."""
+
+    slot: int
+    config: MethodConfig
+    info: MethodInfo
+    stream: Stream
+    layers: tuple[int, ...]
+
+
+def names_of(cls: type[Method]) -> set[str]:
+    """The signals that the words of a method name."""
+    return {name for names in cls.words.values() for name in names}
+
+
+def sees(cls: type[Method]) -> bool:
+    """Whether a method looks at visual tokens among the text."""
+    return bool(SPANS & names_of(cls))
+
+
+def reads_prompt(cls: type[Method], stream: Stream, found: Anatomy) -> bool:
+    """Whether the model is given a prompt, and, for a method that gives each block its own, each block gets it by itself."""
+    by_itself = all(PROMPT in parameters(type(block)) for block in stream.blocks)
+    return prompt_width(found.model) is not None and (by_itself or not issubclass(cls, TokenBank) or not cls.deep)
+
+
+def fits(info: MethodInfo, stream: Stream, found: Anatomy) -> bool:
+    """Whether a method supports a stream."""
+    cls = info.cls
+    if sees(cls) and not image_tokens(found.model) or cls.site == "embedding" and stream.table is None:
+        return False
+    if cls.site == "prompt" and not reads_prompt(cls, stream, found):
+        return False
+    if (cls.kinds and stream.kind not in cls.kinds) or cls.causal not in (None, stream.causal):
+        return False
+    if issubclass(cls, WeightEdit):  # it never looks at the tokens
+        return any(block_weights(block, cls.site) for block in stream.blocks)
+    return stream.layout in LAYOUTS
+
+
+def demand(info: MethodInfo) -> str:
+    """What streams a method supports, in words."""
+    causal = {True: "causal ", False: "bidirectional ", None: ""}[info.cls.causal]
+    kinds = f" of kind {', '.join(info.cls.kinds)}" if info.cls.kinds else ""
+    if issubclass(info.cls, WeightEdit):
+        return f"a {causal}stream{kinds} whose blocks have {WEIGHT_SITES[info.cls.site][1]}"
+    if info.cls.site == "prompt":
+        each = " and hands it to each block" if info.cls.deep else ""
+        return f"a {causal}stream{kinds} of a denoiser that is given a prompt of any length, `{PROMPT}`{each}"
+    table = " and come from a table of embeddings" if info.cls.site == "embedding" else ""
+    return f"a {causal}stream{kinds} whose tokens stand in a row{table}{', with tokens of pictures among them' if sees(info.cls) else ''}"
+
+
+def head_outputs(found: Anatomy) -> int | None:
+    """Features that the model's head returns; None if it has no linear head."""
+    head = None if found.head is None else found.model.get_submodule(found.head)
+    head = head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head
+    return None if head is None else vars(head).get("out_features")
+
+
+def before_head(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+    """The stream among these that the model's head reads: the last that is called."""
+    chosen = [stream for stream in streams if stream is found.streams[-1]]
+    if not chosen or head_outputs(found) is None:
+        rule = f"Method {info.name!r} needs a linear head behind {demand(info)}"
+        came = f"{type(found.model).__name__} with {found.head or 'no head'} behind its stream {found.streams[-1].name}"
+        raise UnsupportedError(explain(rule, came, "Load it with a head, such as AutoModelForCausalLM or AutoModelForImageClassification."))
+    return chosen
+
+
+def read_as_a_whole(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+    """The streams among these of which nobody reads each token: no head, and no later stream."""
+    name = type(found.model).__name__
+    last = [stream for stream in streams if stream is found.streams[-1] or families.TOWERS.search(name)]
+    each = found.model.get_output_embeddings() is not None or families.READS_EACH.search(name)
+    if each or not last:
+        rule = f"Method {info.name!r} needs a stream that is read as a whole: of an encoder, an embedder or a classifier"
+        came = f"{name}, whose {'head' if each else f'stream {found.streams[-1].name!r}'} reads the tokens one by one"
+        raise UnsupportedError(explain(rule, came, "Load it with another head or none, such as AutoModel does."))
+    return last
+
+
+def all_that_read(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+    """The streams, which must be all that can see the prompt: what is there for one block must be kept from the others."""
+    ours = {id(module) for stream in streams for block in stream.blocks for module in block.modules()}
+    outside = [stream.name for stream in found.streams if stream not in streams]
+    outside += [path for path, module in cross_attentions(found.model) if id(module) not in ours]
+    outside += ["a pool of the prompt"] if families.POOLED_PROMPT.search(type(found.model).__name__) else []
+    if outside:
+        rule = f"Method {info.name!r} gives each block a prompt of its own, so it acts in all that reads the prompt"
+        came = f"{outside} of {type(found.model).__name__} beside it"
+        raise UnsupportedError(explain(rule, came, "Leave out `stream`, or choose another model."))
+    return streams
+
+
+def readable(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+    """Those of the fitting streams whose readers fit too; an objective speaks once for the whole model."""
+    if issubclass(info.cls, Pooler):
+        return read_as_a_whole(streams, info, found)
+    if info.cls.needs_head:
+        return before_head(streams, info, found)
+    if issubclass(info.cls, TokenBank) and info.cls.site == "prompt":
+        return all_that_read(streams, info, found) if info.cls.deep else streams[:1]
+    return streams[-1:] if issubclass(info.cls, Objective) else streams
+
+
+def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> list[Stream]:
+    """The streams that a method acts on."""
+    rule = f"Method {info.name!r} needs {demand(info)}"
+    grid = lambda s: "" if s.layout in LAYOUTS else f", on a grid: {s.layout}"
+    here = ", ".join(f"{s.name} ({'causal ' if s.causal else ''}{s.kind}{grid(s)})" for s in found.streams)
+    if config.stream is not None:
+        named = [s for s in found.streams if config.stream in (s.name, s.name.split(".")[0])]
+        if not named:
+            raise ConfigError(
+                explain(f"{type(config).__name__}.stream must be a stream of the model", repr(config.stream), f"It has {here}.")
+            )
+        if not all(fits(info, s, found) for s in named):
+            raise UnsupportedError(explain(rule, f"{config.stream!r}", f"The model has {here}."))
+        return readable(named, info, found)
+    fitting = [s for s in found.streams if fits(info, s, found)]
+    if not fitting:
+        raise UnsupportedError(explain(rule, f"{type(found.model).__name__} with {here}", "Choose another method or model."))
+    fitting = [s for s in fitting if s.layout != PACKED or info.cls.packed] or fitting  # what is packed only where nothing else is
+    return readable(fitting, info, found)
+
+
+def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
+    """The blocks of a stream that a method acts on."""
+    n = len(stream)
+    if config.layers == ():
+        remedy = "Leave it out for the method's own choice, or leave out the method."
+        raise ConfigError(explain(f"{type(config).__name__}.layers must name a block", "()", remedy))
+    named = info.cls.default_layers(config, n) if config.layers is None else config.layers
+    if config.layers is None and issubclass(info.cls, WeightEdit):
+        named = [i for i in named if block_weights(stream.blocks[i], info.cls.site)]
+    outside = [i for i in named if not -n <= i < n]
+    if outside:
+        rule = f"{type(config).__name__}.layers must lie in [{-n}, {n - 1}] for the {n} blocks of stream {stream.name!r}"
+        raise ConfigError(explain(rule, outside, "Name blocks that exist."))
+    return tuple(sorted({i % n for i in named}))
+
+
+def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
+    """Where every method goes; everything that can be wrong with it is said here, before the model is touched."""
+    if not config.stack():
+        rule = "An adapter has at least one method beside its LoRAs"
+        came = [method["config"]["peft_type"] for method in config.methods]
+        raise ConfigError(explain(rule, came, "Call `peft.get_peft_model` for these alone."))
+    placements = []
+    for slot, one in enumerate(config.stack()):
+        info = method_info(one.method, one.version)
+        if not info.cls.placed:
+            rule = f"A method of the role {info.role} is no adapter"
+            raise UnsupportedError(explain(rule, repr(info.name), "Its card says which function applies it."))
+        for stream in choose_streams(one, info, found):
+            layers = choose_layers(one, info, stream)
+            check_cache(info, stream, layers)
+            check_place(info, stream, layers)
+            check_first(info, stream, layers)
+            check_span(info, stream, layers)
+            if issubclass(info.cls, WeightEdit):
+                for index in layers:
+                    check_weights(found.model, stream.blocks[index], stream.paths[index], info.cls.site)
+            info.cls.check(one, stream.kind, len(stream), layers)
+            placements.append(Placement(slot, one, info, stream, layers))
+    check_poolers(placements)
+    for stream in found.streams:
+        for index in range(len(stream)):
+            check_company([p for p in placements if p.stream is stream and index in p.layers], stream.paths[index])
+    replacing = [p.info.name for p in placements if issubclass(p.info.cls, Objective) and p.info.cls.replaces]
+    if len(replacing) > 1:
+        raise one_at_a_time(replacing)
+    check_base(found, config, placements)
+    return placements
+
+
+def reduces(cls: type[Method], site: str) -> bool:
+    """Whether a method is a reducer of a site."""
+    return issubclass(cls, TokenReducer) and cls.site == site
+
+
+# what one block takes: a rule, the methods that it is about, and those that may not stand beside one of them, another of their own kind too
+COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
+    (
+        "One block takes one reducer between its attention and MLP, and no router beside it",
+        lambda cls: reduces(cls, "middle"),
+        lambda cls: issubclass(cls, (TokenRouter, LayerRouter)),
+    ),
+    (
+        "One block takes one reducer in front of its sublayers",
+        lambda cls: reduces(cls, "sublayer"),
+        lambda cls: False,
+    ),
+    (
+        "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens",
+        lambda cls: issubclass(cls, FeatureCache),
+        lambda cls: cls.moves_tokens,
+    ),
+    (
+        "A bank that shapes an attention call stands beside no method that looks at it",
+        lambda cls: bool(cls.words.get("attend")),
+        lambda cls: bool(({"queries", "scores", SCORED} if issubclass(cls, CacheCompressor) else TAPPED) & names_of(cls)),
+    ),
+)
+
+
+def check_company(here: list[Placement], path: str) -> None:
+    """The methods of one block must get on with each other."""
+    for rule, about, against in COMPANY:
+        mine = [p for p in here if about(p.info.cls)]
+        others = [p for p in here if p not in mine and against(p.info.cls)]
+        if len(mine) > 1 or mine and others:
+            names = [p.info.name for p in here if p in mine + others]
+            raise UnsupportedError(explain(rule, f"{names} in {path}", "Give them different layers."))
+
+
+def check_cache(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """A cache compressor needs a cache."""
+    without = [i for i in layers if layer_index(stream.blocks[i], stream.attention(i)) is None]
+    if issubclass(info.cls, CacheCompressor) and without:
+        rule = f"Method {info.name!r} needs blocks that store their keys in a cache"
+        raise UnsupportedError(
+            explain(rule, f"{type(stream.blocks[without[0]]).__name__} at {stream.paths[without[0]]}", "Choose another stream or model.")
+        )
+
+
+def check_place(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """A pooler stands where the tokens leave."""
+    if issubclass(info.cls, Pooler) and layers != (len(stream) - 1,):
+        rule = f"Method {info.name!r} acts behind the last block of a stream, {len(stream) - 1} of {stream.name!r}"
+        raise UnsupportedError(explain(rule, f"layers {layers}", "Leave out `layers`."))
+
+
+def check_poolers(placements: list[Placement]) -> None:
+    """The tokens of a stream leave it once."""
+    poolers = [p for p in placements if issubclass(p.info.cls, Pooler)]
+    for stream in {id(p.stream): p.stream for p in poolers}.values():
+        names = [p.info.name for p in poolers if p.stream is stream]
+        if len(names) > 1:
+            rule = f"The stream {stream.name!r} takes one Pooler"
+            raise UnsupportedError(explain(rule, names, "Give each an adapter of its own, and switch between them."))
+
+
+def check_first(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """A bank at the embeddings or the prompt sits in the first block, and in later ones if it is deep."""
+    cls = info.cls
+    if (
+        issubclass(cls, TokenBank)
+        and (cls.site == "embedding" or cls.site == "prompt" and not cls.deep)
+        and (layers[0] != 0 or len(layers) > 1 and not cls.deep)
+    ):
+        rule = f"Method {info.name!r} acts in the first block{' and later ones' if cls.deep else ' alone'}"
+        raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Leave out `layers`."))
+
+
+def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """What shortens a stream for a while does so in blocks that follow each other."""
+    if issubclass(info.cls, TokenReducer) and info.cls.spans and layers != tuple(range(layers[0], layers[-1] + 1)):
+        rule = f"Method {info.name!r} acts from one block to another, in all blocks between them"
+        raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
+
+
+def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
+    """Compare the base that an adapter was made for with this one."""
+    now = {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
+    if config.base is not None and config.base != now:
+        try:
+            text = lambda base: ", ".join(f"{name}: {n} blocks of width {width} at {path}" for name, (n, width, path) in base.items())
+            made_for = text(config.base)
+        except (AttributeError, TypeError, ValueError):
+            made_for = repr(config.base)
+        raise AdapterError(
+            explain(f"This adapter was made for a base with {made_for}", text(now), "Load the base model that its card names.")
+        )
+    config.base = now

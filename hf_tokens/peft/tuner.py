@@ -1,0 +1,328 @@
+"""What PEFT does with an adapter of ours: inject it, switch it, save it, take it out."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
+from torch import nn
+
+from ..diffusion.steps import DenoisingWorld
+from ..engine.block import BlockSurgery
+from ..engine.model import ModelSurgery
+from ..engine.stream import StreamSurgery
+from ..errors import ConfigError, UnsupportedError, explain
+from ..handlers.weight_edit import EditedWeights
+from ..model.anatomy import anatomy, prefix_tokens, prompt_width
+from ..model.pictures import vision_tower
+from ..model.streams import Stream
+from ..model.weights import block_weights
+from ..roles.base import Dims, Method
+from ..roles.weight_edit import WeightEdit
+from ..training.trainer import TrainingWorld
+from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
+from .placement import Placement, head_outputs, plan
+
+CHILD = "hf_tokens"
+
+
+def names_of_ours(configs: dict[str, PeftConfig]) -> set[str]:
+    """Names of our adapters among those of a model."""
+    return {name for name, config in configs.items() if config.peft_type == HF_TOKENS}
+
+
+def bare(module: nn.Module, ours: set[str]) -> nn.Module:
+    """What is left of a module without the layers that only a LoRA or `modules_to_save` of these adapters put around it."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, BlockSurgery):
+        if not module._get_available_adapters() <= ours:
+            break
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+    return module
+
+
+def take_off(model: nn.Module, ours: set[str]) -> None:
+    """Give modules that a LoRA or `modules_to_save` of ours wraps their own place back; leave what an adapter from outside wraps."""
+    done = None
+    for path, module in list(model.named_modules()):
+        if done is not None and path.startswith(done):
+            continue
+        inner = bare(module, ours)
+        if inner is not module:
+            model.set_submodule(path, inner)
+            done = f"{path}."
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            there = module._get_available_adapters()
+            for name in there & ours:
+                module.delete_adapter(name, new_active_adapters=sorted(there - ours)[:1])
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, BlockSurgery):
+            for name in module._get_available_adapters() & ours:
+                module.delete_adapter(name)
+
+
+def check_name(adapter_name: str, there: dict[str, PeftConfig]) -> None:
+    """Refuse a name that is taken: one adapter would take the other's place in the dict that they share."""
+    if adapter_name in there:
+        rule = "Every adapter in a model has a name of its own"
+        came = f"{adapter_name!r} for {NAME} beside {adapter_name!r} for {there[adapter_name].peft_type.value}"
+        raise ConfigError(explain(rule, came, "Pass another `adapter_name`, or unload the one that is there."))
+
+
+class HFTokensModel(BaseTuner):
+    """The tuner behind `get_peft_model`."""
+
+    prefix = "hf_tokens_"
+    tuner_layer_cls = BlockSurgery
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        there = model.peft_config if isinstance(model, PeftModel) else vars(model).get("peft_config", {})
+        check_name(adapter_name, there)
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            there.pop(adapter_name, None)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
+        self._anatomy = anatomy(self.model)
+        self._plan = plan(self._anatomy, peft_config)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self._blocks = {id(p.stream.blocks[i]): (p.stream, i) for p in self._plan for i in range(len(p.stream))}
+        peft_config.target_modules = sorted(names[block] for block in self._blocks)
+        return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: HFTokensConfig) -> None:
+        if peft_config.modules_to_save:  # nothing else of ours can be tied, and not every model says what is
+            super()._check_tied_modules(model, peft_config)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
+        if id(target) not in self._blocks:
+            return
+        stream, index = self._blocks[id(target)]
+        block = target._modules.get(CHILD)
+        if block is None:
+            block = BlockSurgery(self._stream_surgery(stream), index)
+            target.hf_tokens = block
+        methods = {}
+        for p in self._plan:
+            if p.stream is stream and index in p.layers:
+                methods[str(p.slot)] = self._build(p, index)
+        block.add(adapter_name, methods)
+
+    def _put_in_place(self, adapter_name: str) -> None:
+        """Let each method know its instance in the first block of its stream, and in the first of all."""
+        at = lambda p, index: p.stream.blocks[index].hf_tokens.hf_tokens_methods[adapter_name][str(p.slot)]
+        firsts = {p.slot: at(p, p.layers[0]) for p in reversed(self._plan)}
+        for p in self._plan:
+            for index in p.layers:
+                at(p, index).put_in_place(f"{adapter_name}.{p.slot}", at(p, p.layers[0]), firsts[p.slot])
+
+    def _build(self, p: Placement, index: int) -> Method:
+        stream, found = p.stream, {}
+        if issubclass(p.info.cls, WeightEdit):
+            held = block_weights(stream.blocks[index], p.info.cls.site)
+            found = {name: tuple(module._parameters[attribute].shape) for name, (module, attribute) in held.items()}
+        places = [(other.stream.name, i) for other in self._plan if other.slot == p.slot for i in other.layers]
+        dims = Dims(
+            width=stream.width,
+            heads=stream.heads,
+            kv_heads=stream.kv_heads,
+            head_dim=stream.head_dim,
+            layer=index,
+            layers=len(stream),
+            kind=stream.kind,
+            causal=stream.causal,
+            is_first_block=index == p.layers[0],
+            is_last_block=index == p.layers[-1],
+            place=places.index((stream.name, index)),
+            places=len(places),
+            outputs=head_outputs(self._anatomy),
+            weights=found,
+            table=None if stream.table is None else self._anatomy.model.get_submodule(stream.table),
+            prompt=prompt_width(self._anatomy.model),
+        )
+        return p.info.cls(p.config, dims)
+
+    def _stream_surgery(self, stream: Stream) -> StreamSurgery:
+        for surgery in self._model_surgery.streams:
+            if surgery.stream.blocks[0] is stream.blocks[0]:
+                return surgery
+        base, parts = self._anatomy.model, stream.paths[0].split(".")
+        holders = [base.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+        return StreamSurgery(self._model_surgery, stream, prefix_tokens(base, stream), holders)
+
+    @property
+    def _model_surgery(self) -> ModelSurgery:
+        for module in self.model.modules():
+            block = module._modules.get(CHILD)
+            if isinstance(block, BlockSurgery):
+                return block.surgery.model
+        held = vars(self).get("_new_surgery")
+        if held is None:
+            base = self._anatomy.model
+            denoising = DenoisingWorld(base) if "diffusers" in sys.modules else None
+            worlds = (TrainingWorld(),) if denoising is None else (TrainingWorld(), denoising)
+            is_denoiser = denoising is not None and denoising.hook is not None
+            held = ModelSurgery(base, self._anatomy.head, vision_tower(self._anatomy), worlds, is_denoiser)
+            vars(self)["_new_surgery"] = held
+        return held
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter; if anything fails, the model is as it was."""
+        config = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._put_in_place(adapter_name)
+            for block in self._surgeries():
+                block.know(self._ours)
+            for inner in config.peft_configs():
+                self._inject_peft(model, inner, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+            if config.peft_configs():
+                self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        except BaseException:
+            self._roll_back(adapter_name)
+            raise
+        finally:
+            config.target_modules = None
+
+    def _inject_peft(self, model: nn.Module, inner: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        ours = vars(model).pop("peft_config", None)  # or the inner tuner would write its config into our dict
+        try:
+            PEFT_TYPE_TO_TUNER_MAPPING[inner.peft_type](model, inner, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        finally:
+            vars(model).pop("peft_config", None)
+            if ours is not None:
+                model.peft_config = ours
+
+    def _roll_back(self, adapter_name: str) -> None:
+        take_off(self.model, {adapter_name})
+        for block in list(self._surgeries()):
+            if adapter_name in block.hf_tokens_methods:
+                del block.hf_tokens_methods[adapter_name]
+            block.refresh()
+        if not any(len(block.hf_tokens_methods) for block in self._surgeries()):
+            self._detach()
+
+    def _surgeries(self) -> Iterator[BlockSurgery]:
+        for module in list(self.model.modules()):
+            block = module._modules.get(CHILD)
+            if isinstance(block, BlockSurgery):
+                yield block
+
+    def _detach(self) -> None:
+        found = {id(block.surgery.model): block.surgery.model for block in self._surgeries()}
+        held = vars(self).pop("_new_surgery", None)
+        if held is not None:
+            found[id(held)] = held
+        for block in list(self._surgeries()):
+            block.detach()
+        for surgery in found.values():
+            surgery.detach()
+
+    # -- switching ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _ours(self) -> set[str]:
+        """Names of our adapters; a PeftModel inside of ours shares its dict with us."""
+        return names_of_ours(self.peft_config)
+
+    def _owned(self) -> list[BaseTunerLayer]:
+        """Our layers, and those of a PEFT method inside one of our adapters; not those of an adapter stacked from outside."""
+        inner = {name for name in self._ours if self.peft_config[name].peft_configs()}
+        return [
+            m
+            for m in self.model.modules()
+            if isinstance(m, BlockSurgery) or (isinstance(m, BaseTunerLayer) and inner & m._get_available_adapters())
+        ]
+
+    def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
+        """Modules that one of our adapters saves as a whole; not those that only an adapter stacked from outside does."""
+        found = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        return [m for m in found if m._get_available_adapters() & self._ours]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Switch to these adapters; what an adapter stacked from outside has stays as it is."""
+        for wrapper in self._wrappers():
+            _set_adapter(wrapper, adapter_name, inference_mode=inference_mode)
+        for layer in self._owned():
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for layer in [*self._owned(), *self._wrappers()]:
+            layer.enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        foreign = [layer for layer in self._owned() if not isinstance(layer, BlockSurgery)]
+        super().delete_adapter(adapter_name)
+        for layer in foreign:
+            layer.delete_adapter(adapter_name)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """There are no weights to merge into.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            explain("Token surgery is not a change of weights and cannot be merged", "a call of merge", "Use `unload()`.")
+        )
+
+    def _merge_edits(self, safe_merge: bool) -> None:
+        """Write edits of weights that act, and the LoRAs among them, into the base for good."""
+        blocks = list(self._surgeries())
+        if any(block.plan.prompt.methods for block in blocks) or not any(block.plan.always.of("weights") for block in blocks):
+            self.merge_adapter()
+        for layer in self._owned():
+            if not isinstance(layer, BlockSurgery):
+                layer.merge(safe_merge=safe_merge)
+        for block in blocks:
+            block.state(EditedWeights).bake()
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> nn.Module:
+        if merge:
+            self._merge_edits(safe_merge)
+        ours = self._ours
+        take_off(self.model, ours)
+        self._detach()
+        if isinstance(self.model, PeftModel):  # it shares its dict with us
+            for name in ours:
+                del self.peft_config[name]
+        vars(self.model).pop("peft_config", None)
+        return self.model
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.peft_configs():
+            return {key: value for key, value in found.items() if f".{adapter_name}" in key}
+        return {key: value for key, value in found.items() if f".{CHILD}.hf_tokens_" in key or key.startswith(f"{CHILD}.")}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        ours, count = re.subn(rf"\.hf_tokens_methods\.{re.escape(adapter_name)}\.", ".hf_tokens_methods.", key, count=1)
+        return ours if count else super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def register_with_peft() -> None:
+    """The one change that importing hf_tokens makes elsewhere."""
+    if HF_TOKENS in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    if isinstance(HF_TOKENS, PlainType):
+        PEFT_TYPE_TO_CONFIG_MAPPING[HF_TOKENS] = HFTokensConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[HF_TOKENS] = HFTokensModel
+        PEFT_TYPE_TO_PREFIX_MAPPING[HF_TOKENS] = HFTokensModel.prefix
+    else:
+        register_peft_method(name="hf_tokens", config_cls=HFTokensConfig, model_cls=HFTokensModel)
+
+
+register_with_peft()

@@ -1,0 +1,34 @@
+"""What the author of a method reads: the roles and their verbs, the signals, the knobs and the registry."""
+
+from .attention_edit import AttentionEdit
+from .base import Dims, Method, straight_through
+from .cache_compressor import CacheCompressor, Folded, Holding, heavy_hitters
+from .feature_cache import FeatureCache
+from .objective import Objective
+from .pooler import Pooler
+from .routers import LayerRouter, ModelRouter, TokenRouter
+from .token_bank import TokenBank
+from .token_reducer import TokenReducer
+from .vocabulary_edit import VocabularyEdit
+from .weight_edit import WeightEdit
+
+__all__ = [
+    "AttentionEdit",
+    "CacheCompressor",
+    "Dims",
+    "FeatureCache",
+    "Folded",
+    "Holding",
+    "LayerRouter",
+    "Method",
+    "ModelRouter",
+    "Objective",
+    "Pooler",
+    "TokenBank",
+    "TokenReducer",
+    "TokenRouter",
+    "VocabularyEdit",
+    "WeightEdit",
+    "heavy_hitters",
+    "straight_through",
+]

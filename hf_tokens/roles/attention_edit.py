@@ -1,0 +1,20 @@
+"""What the self-attention of a block says to each token."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+from torch import Tensor
+
+from .base import Method
+
+
+class AttentionEdit(Method):
+    """What the self-attention of a block says to each token, before it is added to the residual."""
+
+    role, verb, moves_tokens = "AttentionEdit", "edit", False
+
+    @abc.abstractmethod
+    def edit(self, *signals: Any) -> Tensor | None:
+        """The output of the attention, (b m d), for the tokens that ran the block; None leaves it as it is."""

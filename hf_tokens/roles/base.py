@@ -1,0 +1,210 @@
+"""What every method is: a config and one class with the one verb of one role; it asks for signals by argument name."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, UnsupportedError, explain
+from .config import MethodConfig
+from .signals import JUDGES, OF_A_WORD, SIGNALS
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a method may know about the block that it sits in."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer: int
+    layers: int
+    kind: str
+    causal: bool
+    is_first_block: bool = True  # whether this block is the first that the method acts on
+    is_last_block: bool = True  # whether it is the last
+    place: int = 0  # of this block among all that the method acts on, over all streams
+    places: int = 1
+    outputs: int | None = None  # features that the model's head returns
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the block's weights that a WeightEdit may change
+    table: nn.Module | None = None  # what looks up the embeddings of the stream's tokens
+    prompt: int | None = None  # features of the prompt that a denoiser is given
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """The embeddings of these token ids, as the model looks them up, (k d).
+
+        Raises:
+            ConfigError: An id is not in the vocabulary.
+        """
+        size = next(module for module in self.table.modules() if isinstance(module, nn.Embedding)).num_embeddings
+        if outside := [i for i in ids if not 0 <= i < size]:
+            raise ConfigError(explain(f"A token id lies in [0, {size - 1}]", outside, "Take it from the model's own tokenizer."))
+        weight = next(self.table.parameters())
+        return self.table.forward(torch.tensor(tuple(ids), dtype=torch.long, device=weight.device)).detach().clone()
+
+
+class Method(nn.Module, abc.ABC):
+    """Base of all roles. One instance stands in each block that the config names; its parameters and buffers are the adapter.
+
+    Class attributes:
+        kinds: Kinds of stream that the method supports; empty means every kind.
+        causal: True or False if the method needs a causal or a bidirectional stream; None if it takes both.
+        moves_tokens: The method changes the number of tokens or of cache entries.
+        caches: The method is right under cached generation; False makes the engine refuse a cache.
+        packed: The method is right where several samples are packed into one row.
+        trains_dense: A gate that wants a gradient lets the skipped tokens run too in training, unseen by the others.
+        teaches: `teach` wants the last hidden states of the model without the adapter.
+        needs_head: It adds to the output of the model's head, so it acts on the stream that the head reads.
+        proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
+        decodes: The method speaks in the pass of each generated token too, and not only in that of a prompt or a whole sequence.
+        parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
+        spans: A reducer at the site `before` is asked in front of the first of its blocks; behind the last its tokens are there again.
+        exit: Number of blocks of the stream that run; those behind are left out. None runs all.
+        chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one.
+        placed: It sits in blocks, as an adapter; False for one that a door of its own applies.
+        allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
+        ignores: Signals that its config has no use for; they come as None and are not computed.
+        of_prompts: Signals that it has no use for in the pass of a generated token; they come as None there.
+        pairs: A cache compressor speaks in the upper of two adjacent blocks that look equally far, for both.
+        strength: A pooler's share in what the model's readers get; the rest is the token that stood there.
+        replaces: An objective's loss stands in the place of the model's own, and is not added to it.
+        unit: What an objective's loss that replaces is a mean over, "token" or "sample".
+        evaluates: An objective is asked in evaluation too; the others leave that to the model's own loss.
+        weighs: `weigh` says how much each target counts in a text model's own loss.
+        sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
+    """
+
+    role: ClassVar[str]
+    verb: ClassVar[str]
+    signals: ClassVar[tuple[str, ...]] = ()
+    observes: ClassVar[tuple[str, ...]] = ()
+    placed: ClassVar[bool] = True
+    further: ClassVar[tuple[str, ...]] = ("examine",)
+    words: ClassVar[dict[str, tuple[str, ...]]] = {}
+    vocabulary: ClassVar[frozenset[str]] = frozenset(SIGNALS) - JUDGES - frozenset().union(*OF_A_WORD.values())
+    site: ClassVar[str] = "block"
+    sites: ClassVar[tuple[str, ...]] = ("block",)
+    kinds: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[bool | None] = None
+    moves_tokens: ClassVar[bool] = True
+    caches: ClassVar[bool] = True
+    packed: ClassVar[bool] = False
+    trains_dense: ClassVar[bool] = False
+    teaches: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = False
+    proportional: bool = False
+    decodes: bool = True
+    parts: tuple[str, ...] = ("attention",)
+    spans: ClassVar[bool] = False
+    exit: int | None = None
+    chunks: ClassVar[bool] = True
+    allots: bool = False
+    ignores: tuple[str, ...] = ()
+    of_prompts: ClassVar[tuple[str, ...]] = ()
+    pairs: ClassVar[bool] = False
+    strength: float = 1.0
+    weighs: ClassVar[bool] = False
+    sees_all: bool = False
+    in_block = True
+    key: str = ""
+
+    def __init__(self, config: MethodConfig, dims: Dims):
+        super().__init__()
+        self.config, self.dims = config, dims
+        self.losses: list[Tensor] = []
+        self._firsts: tuple[Method, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "losses": []}  # they belong to a forward, and no tensor of a graph can be copied
+
+    @property
+    def asks(self) -> set[str]:
+        """The signals that its words name and its config has a use for."""
+        return {name for names in self.words.values() for name in names} - {*self.ignores}
+
+    @property
+    def stream_first(self) -> Method:
+        """The same method's instance in the first block that it acts on: the place of what all blocks share."""
+        return self._firsts[0]
+
+    @property
+    def model_first(self) -> Method:
+        """The same method's instance in the first block of all its streams, whose `dims.place` is 0: the place of what they all share."""
+        return self._firsts[1]
+
+    @property
+    def is_first_block(self) -> bool:
+        """Whether this instance is that of the first block that the method acts on."""
+        return self.dims.is_first_block
+
+    def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:
+        """Tell the method the name of its place in the adapter, and its first instances."""
+        self.key, self._firsts = key, (stream_first, model_first)
+
+    def reconfigure(self, config: MethodConfig) -> None:
+        """Take another config of the same kind."""
+        self.config = config
+
+    def forget_losses(self) -> None:
+        """A new forward begins."""
+        self.losses.clear()
+
+    def observe(self) -> Tensor | None:
+        """Hear what the block did: called behind a block that ran, with the signals that it names, in a method that defines it.
+
+        What a CacheCompressor returns here goes to `allot`.
+        """
+
+    def examine(self) -> Any:
+        """What `calibrate` is told of a block, asked behind it with the signals that it names, in a method that defines it; None: nothing.
+
+        A TokenReducer is asked where its verb is, before that. Where it is not defined, `calibrate` is told what another verb says.
+        """
+
+    def weigh(self, ids: Tensor) -> Tensor:
+        """If `weighs`: how much each token counts as a target of a text model's own loss, (b n), given the ids (b n); at 0 it is none.
+
+        The loss is the sum of weight * cross-entropy over the number of targets; what the weights change in it is a loss of the method.
+        """
+        raise UnsupportedError(explain("A method that sets `weighs` says how", type(self).__name__, "Define its `weigh`."))
+
+    def teach(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
+        """Compare the stream's last hidden states with those of the model without the adapter, (b n d) each, mask (b n)."""
+
+    @classmethod
+    def check(cls, config: MethodConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
+        """Refuse a config that does not fit a stream of `layers` blocks; called before anything is changed."""
+
+    @classmethod
+    def prompt_ids(cls, config: MethodConfig) -> tuple[int, ...]:
+        """Token ids, one behind the other, that a prompt must hold for the method to act; none by default."""
+        return ()
+
+    @classmethod
+    def calibrate(cls, config: MethodConfig, records: dict[int, list]) -> MethodConfig:
+        """The config with knobs measured on data, given what the verb returned in each block (`Dims.place` -> one entry a batch).
+
+        A CacheCompressor's scores are -inf where a row has no entry. Where the method defines `examine`, it is what that returned.
+        """
+        raise UnsupportedError(explain("`calibrate` needs a method that measures knobs on data", cls.__name__, "Leave it out."))
+
+    @classmethod
+    def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
+        """Blocks that the method acts on when the config does not name them."""
+        return tuple(range(layers))
+
+    def add_loss(self, value: Tensor) -> None:
+        """Add an auxiliary loss, a scalar, to the model's own loss of this forward."""
+        self.losses.append(value)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The hard value exactly, with the gradient of the soft one."""
+    return hard + (soft - soft.detach())

@@ -1,0 +1,94 @@
+"""Which entries of the KV cache stay, and what becomes of the others."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError, explain
+from ..kv.storage import KVFormat
+from .base import Method
+
+
+class Folded(NamedTuple):
+    """What becomes of the entries that take in those that go.
+
+    Attributes:
+        index: Entries that change, (b k r); -1 stands for none.
+        keys, values: What they become, (b k r e).
+        sizes: How many tokens each entry stands for, (b k n); None leaves that.
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor
+    sizes: Tensor | None = None
+
+
+class Holding(NamedTuple):
+    """How entries are held that a cache compressor does not keep as they are.
+
+    Attributes:
+        keys, values: Forms of the entries beyond the budget.
+        scale: Factor on each channel of the keys, (b k e), before they are packed; they are divided by it when they are read. Or None.
+        kept: Forms of the keys and values that stay; None leaves them as they are.
+    """
+
+    keys: KVFormat
+    values: KVFormat
+    scale: Tensor | None = None
+    kept: tuple[KVFormat, KVFormat] | None = None
+
+
+class CacheCompressor(Method):
+    """Which entries of the KV cache stay behind a prompt, and what becomes of the others.
+
+    The others are dropped; before that, `fold` may let the ones that stay take them in. A method that defines `hold` drops none.
+    """
+
+    role, verb, causal, further, decodes = "CacheCompressor", "score", True, ("fold", "hold", "examine"), False
+
+    @abc.abstractmethod
+    def score(self, *signals: Any) -> Tensor:
+        """The importance of each cached entry, (b n), or (b k n) for each key head; the highest stay."""
+
+    @abc.abstractmethod
+    def budget(self, length: int, seen: int) -> int | list[int] | None:
+        """How many of `length` entries of a row stay in this block, once the block has got so many of it, real or inserted.
+
+        A list has a number for each key head; None leaves it to the scores: those above 0 stay.
+        """
+
+    def allot(self, scores: dict[int, Tensor], notes: dict[int, Tensor]) -> dict[int, Tensor]:
+        """If `allots`: how many entries stay in each block behind a prompt, (b) by layer; each row keeps that share while it decodes.
+
+        Integers count entries; floats are shares of the tokens that the row was given.
+
+        Args:
+            scores: What `score` returned in each block, -inf where a row has no entry; empty if it names `budget`, and is asked later.
+            notes: What `observe` returned in each block.
+        """
+        raise UnsupportedError(explain("A cache compressor that sets `allots` says how", type(self).__name__, "Define its `allot`."))
+
+    def fold(self) -> Folded | tuple[Tensor, Tensor, Tensor | None] | None:
+        """The entries that change as those that go join those that stay.
+
+        Or all keys and values (b k n e), and how many tokens each stands for, (b k n) or None.
+        """
+
+    def hold(self) -> Holding | None:
+        """How the entries beyond the budget are held."""
+
+
+def heavy_hitters(received: Tensor, newer: Tensor, budget: Tensor, recent: float) -> Tensor:
+    """Scores that keep the most recent entries, in a part of the budget, and in the rest those that got the most attention, (b k n).
+
+    Args:
+        received, newer, budget: The signals of these names.
+        recent: Part of the budget that goes to the most recent entries.
+    """
+    newer = newer if newer.dim() == 3 else newer[:, None]
+    return torch.where(newer < (recent * budget[..., None] + 1e-9).floor(), torch.inf, received)

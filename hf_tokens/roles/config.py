@@ -1,0 +1,147 @@
+"""Configs of methods. A knob is declared once: default, bound, help, error text and card row come from `option`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import ConfigError, explain
+
+
+def option(
+    default: Any,
+    *,
+    help: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple | None = None,
+    zero: Any = None,
+    size: bool = False,
+    example: Any = None,
+) -> Any:
+    """Declare one knob of a method.
+
+    Args:
+        default: The paper's default. `None` makes the knob optional; a tuple makes it a list of values.
+        help: One sentence, with the paper's symbol.
+        ge, gt, le, lt: Bounds of a number, or of each number in a list. A number needs at least one.
+        choices: The allowed values of a string.
+        zero: The value at which the method changes nothing.
+        size: Whether it only says how large the adapter is, so that a tiny model may do with less.
+        example: A value to try the method with, where the default is for the user to fill in.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "zero": zero, "size": size or None, "example": example}
+    return dataclasses.field(default=default, metadata={"help": help, **{k: v for k, v in bounds.items() if v is not None}})
+
+
+def interval(metadata: typing.Mapping) -> str:
+    """The bound of a knob in mathematical notation, e.g. `[0, 1)`."""
+    if "choices" in metadata:
+        return "{" + ", ".join(map(str, metadata["choices"])) + "}"
+    low = f"[{metadata['ge']:g}" if "ge" in metadata else f"({metadata['gt']:g}" if "gt" in metadata else "(-inf"
+    high = f"{metadata['le']:g}]" if "le" in metadata else f"{metadata['lt']:g})" if "lt" in metadata else "inf)"
+    return f"{low}, {high}"
+
+
+def inside(value: float, metadata: typing.Mapping) -> bool:
+    """Whether a number keeps the bounds of its knob."""
+    return (
+        -math.inf < value < math.inf
+        and value >= metadata.get("ge", -math.inf)
+        and value <= metadata.get("le", math.inf)
+        and ("gt" not in metadata or value > metadata["gt"])
+        and ("lt" not in metadata or value < metadata["lt"])
+    )
+
+
+def flat(value: Any) -> list[Any]:
+    """The items of a list of lists; of one value, itself."""
+    return [item for part in value for item in flat(part)] if isinstance(value, tuple) else [value]
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type; ints pass as floats, lists as tuples, bools never as numbers."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Union or type(hint).__name__ == "UnionType":
+        return any(matches(value, arg) for arg in args)
+    if hint is type(None) or hint is None:
+        return value is None
+    if origin is tuple or origin is list:
+        return isinstance(value, (tuple, list)) and all(matches(v, args[0]) for v in value)
+    if origin is dict or hint is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's config.
+
+    `register` gives each subclass its `method` name and `version`. Two knobs are common to all methods: `layers` and `stream`.
+    """
+
+    method: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    layers: tuple[int, ...] | None = option(None, ge=-1000, lt=1000, help="Blocks the method acts on; None takes the method's own choice.")
+    stream: str | None = option(None, help="Name of the stream to act on; None takes every stream of a kind that the method supports.")
+
+    def __post_init__(self):
+        for field, hint in self.knobs():
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+                object.__setattr__(self, field.name, value)
+            self._check(field, hint, value)
+
+    def _check(self, field: dataclasses.Field, hint: Any, value: Any) -> None:
+        rule, meta = f"{type(self).__name__}.{field.name}", field.metadata
+        if not matches(value, hint):
+            want = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            raise ConfigError(explain(f"{rule} must be of type {want}", repr(value), f"Meaning: {meta['help']}"))
+        for item in flat(value):
+            if "choices" in meta and item is not None and item not in meta["choices"]:
+                raise ConfigError(explain(f"{rule} must be one of {interval(meta)}", repr(value), f"Meaning: {meta['help']}"))
+            if isinstance(item, (int, float)) and not isinstance(item, bool) and not inside(item, meta):
+                raise ConfigError(explain(f"{rule} must be in {interval(meta)}", repr(value), f"Meaning: {meta['help']}"))
+
+    @classmethod
+    def knobs(cls) -> list[tuple[dataclasses.Field, Any]]:
+        """Every knob with its resolved type."""
+        hints = typing.get_type_hints(cls)
+        return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+    def at_zero(self) -> MethodConfig:
+        """This config at zero strength: each knob that declares a `zero` takes it."""
+        return dataclasses.replace(self, **{f.name: f.metadata["zero"] for f, _ in self.knobs() if "zero" in f.metadata})
+
+    @classmethod
+    def example(cls) -> MethodConfig:
+        """A config to try the method with: the defaults, and the examples of what has none of use."""
+        return cls(**{f.name: f.metadata["example"] for f, _ in cls.knobs() if "example" in f.metadata})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: method, version, and the knobs that differ from their default."""
+        changed = {f.name: getattr(self, f.name) for f, _ in self.knobs() if getattr(self, f.name) != f.default}
+        return {"method": self.method, "version": self.version, **changed}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MethodConfig:
+        """The config of a JSON form; keys of a newer release are dropped with a warning."""
+        names = {f.name for f, _ in cls.knobs()}
+        unknown = sorted(set(data) - names - {"method", "version"})
+        if unknown:
+            warnings.warn(f"hf-tokens: {cls.__name__} does not know {unknown}; these keys are ignored.", stacklevel=2)
+        return cls(**{k: v for k, v in data.items() if k in names})

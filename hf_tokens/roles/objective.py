@@ -1,0 +1,35 @@
+"""What the model is to learn beside its own loss, or in the place of it."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Method
+from .config import MethodConfig
+from .signals import JUDGES, SHARED
+
+
+class Objective(Method):
+    """What the model is to learn: a loss of what it says, beside its own loss or in the place of it.
+
+    It stands in one block, so that it is saved and switched like any method, but touches no token: the model's outputs stay as they are. A
+    text model's objective is asked behind each forward that has labels; a denoiser's by `hf_tokens.objective_loss`. An objective says no
+    word of accumulation: the engine lets each batch count by its share of the optimizer step.
+    """
+
+    role, verb, moves_tokens, packed, in_block = "Objective", "loss", False, True, False
+    vocabulary = JUDGES | SHARED
+    replaces: ClassVar[bool] = False
+    unit: ClassVar[str] = "token"
+    evaluates: ClassVar[bool] = False
+
+    @classmethod
+    def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
+        return (layers - 1,)
+
+    @abc.abstractmethod
+    def loss(self, *signals: Any) -> Tensor | None:
+        """The loss of this batch, a scalar; None leaves the model's own alone."""

@@ -1,0 +1,143 @@
+"""The registry of methods: a decorator, a walk over the entry points, and what a card says."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from ..errors import ConfigError, explain
+from .base import Method
+from .config import MethodConfig
+from .signals import AT_SITE, OF_A_CALL, OF_A_WORD
+
+ENTRY_POINTS = "hf_tokens.methods"
+HEADINGS = ("Paper", "Maths", "Differs")
+METHODS: dict[str, dict[int, MethodInfo]] = {}
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One registered method: its name, role and card."""
+
+    name: str
+    version: int
+    role: str
+    cls: type[Method]
+    config: type[MethodConfig]
+    claim: str
+    paper: str
+    maths: str
+    differs: str
+    doc: str
+
+    @property
+    def arxiv(self) -> str | None:
+        """The arXiv number of the paper."""
+        found = re.search(r"arXiv:(\d{4}\.\d{4,5})", self.paper)
+        return found and found.group(1)
+
+
+def read_card(doc: str) -> dict[str, str]:
+    """Claim and headings of a method's module docstring."""
+    text = doc.split(">>>")[0]
+    parts = re.split(rf"^({'|'.join(HEADINGS)}):", text, flags=re.MULTILINE)
+    found = {key.lower(): inspect.cleandoc(body).strip() for key, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {"claim": parts[0].strip(), **{key.lower(): found.get(key.lower(), "") for key in HEADINGS}}
+
+
+def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: register a method under a name.
+
+    Raises:
+        ConfigError: The name and version are taken, the verb asks for an unknown signal, or the card lacks its paper.
+    """
+
+    def add(cls: type[Method]) -> type[Method]:
+        known = METHODS.get(name, {})
+        if version in known and known[version].cls.__qualname__ != cls.__qualname__:
+            raise ConfigError(explain("A method is registered once per version", f"{name!r} v{version} again", "Choose another name."))
+        asked = {word: inspect.signature(getattr(cls, word)).parameters for word in (cls.verb, "observe", *cls.further)}
+        words = {word: tuple(p for p in parameters if p != "self") for word, parameters in asked.items()}
+        where, signals = AT_SITE.get(cls.site, ("", cls.vocabulary)) if cls.role == "TokenBank" else ("", cls.vocabulary)
+        for word, names in words.items():
+            known_signals = OF_A_CALL.get(word, signals) | OF_A_WORD.get(word, frozenset())
+            if unknown := sorted(set(names) - known_signals):
+                asking = f"{cls.__name__}.{word}{where and f' {where}'}"
+                raise ConfigError(explain(f"{asking} may ask for {sorted(known_signals)}", unknown, "Rename the arguments."))
+        doc = inspect.getdoc(inspect.getmodule(cls)) or ""
+        card = read_card(doc)
+        cls.words, cls.signals, cls.observes, config.method, config.version = words, words[cls.verb], words["observe"], name, version
+        METHODS.setdefault(name, {})[version] = MethodInfo(
+            name=name, version=version, role=cls.role, cls=cls, config=config, doc=doc, **card
+        )
+        return cls
+
+    return add
+
+
+def walk(package: ModuleType) -> None:
+    """Import every module below a package, so that its decorators run."""
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(found.name)
+
+
+@functools.cache
+def discover() -> None:
+    """Load the built-in methods and those of installed third parties, all through one entry point group."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            loaded = entry.load()
+            if isinstance(loaded, ModuleType) and "__path__" in vars(loaded):
+                walk(loaded)
+        except Exception as error:
+            rule = f"What an entry point of {ENTRY_POINTS!r} names must import"
+            came = f"{entry.name!r} of {entry.dist.name}, {entry.value}, which says: {error!r}"
+            raise ConfigError(explain(rule, came, "Repair or uninstall that package.")) from error
+
+
+def list_methods(role: str | None = None) -> list[MethodInfo]:
+    """Every registered method in its newest version, sorted by name; of one role if given."""
+    discover()
+    roles = sorted({versions[max(versions)].role for versions in METHODS.values()})
+    if role not in (None, *roles):
+        raise ConfigError(explain(f"A role with methods is one of {roles}", repr(role), "Leave it out to list all."))
+    newest = [versions[max(versions)] for _, versions in sorted(METHODS.items())]
+    return [info for info in newest if role in (None, info.role)]
+
+
+def method_info(name: str, version: int | None = None) -> MethodInfo:
+    """The registered method of a name.
+
+    Raises:
+        ConfigError: No method, or no such version of it, is registered.
+    """
+    if name not in METHODS:
+        discover()
+    if name not in METHODS:
+        raise ConfigError(
+            explain(f"A method must be one of {sorted(METHODS)}", repr(name), "Install the package that has it, or fix the name.")
+        )
+    versions = METHODS[name]
+    version = max(versions) if version is None else version
+    if version not in versions:
+        raise ConfigError(
+            explain(f"Method {name!r} has versions {sorted(versions)}", version, "Update hf-tokens, or train the adapter again.")
+        )
+    return versions[version]
+
+
+def method_config(spec: str | dict | MethodConfig) -> MethodConfig:
+    """A config from a method's name, its JSON form, or itself."""
+    if isinstance(spec, MethodConfig):
+        return spec
+    if isinstance(spec, str):
+        return method_info(spec).config()
+    if isinstance(spec, dict) and isinstance(spec.get("method"), str):
+        return method_info(spec["method"], spec.get("version")).config.from_dict(spec)
+    raise ConfigError(explain("A method is a name, a MethodConfig, or a dict with the key 'method'", repr(spec), "See `hf-tokens list`."))

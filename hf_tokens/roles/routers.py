@@ -1,0 +1,54 @@
+"""Which tokens run a block, how often a sample does, and which of two models emits a token."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+from torch import Tensor
+
+from .base import Method
+from .config import MethodConfig
+
+
+class TokenRouter(Method):
+    """Which tokens run a `block`, or its `mlp`; the rest skip it."""
+
+    role, verb, site, sites = "TokenRouter", "route", "block", ("block", "mlp")
+
+    @abc.abstractmethod
+    def route(self, *signals: Any) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The gate of each token, (b m): a token at 0 skips the block, otherwise its update is multiplied by the gate.
+
+        At the MLP the tokens are those that the block runs on, `hidden` is what it would compute from, and its output is the update; a
+        second tensor (b m d) says what else is added.
+        """
+
+
+class LayerRouter(Method):
+    """How often a sample runs a block."""
+
+    role, verb = "LayerRouter", "route"
+
+    @abc.abstractmethod
+    def route(self, *signals: Any) -> Tensor | None:
+        """The gate of each sample, (b): a sample at 0 skips the block, otherwise its update is multiplied by the gate.
+
+        (b r) gives one for each of r runs of the block, each on what the run before gave; a later run has a KV cache of its own. In a
+        batch a run is spared where no sample wants it.
+        """
+
+
+class ModelRouter(Method):
+    """Which of two models emits the next token: it sits in the small one, and `route_to` brings the large one."""
+
+    role, verb, causal, kinds, moves_tokens, needs_head, packed = "ModelRouter", "route", True, ("text",), False, True, True
+
+    @abc.abstractmethod
+    def route(self, *signals: Any) -> Tensor:
+        """Tokens behind which the large model speaks, (b m) bool. It is asked once the model's head has spoken."""
+
+    @classmethod
+    def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
+        """The last block."""
+        return (layers - 1,)

@@ -1,0 +1,75 @@
+"""Tokens put into the stream."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..attention.call import Attending
+from ..errors import UnsupportedError, explain
+from .base import Method
+from .config import MethodConfig
+from .signals import AT_SITE
+
+
+class TokenBank(Method):
+    """Tokens put into the stream.
+
+    The site says how long they stay: `input` inserts them once and keeps them until the stream ends, and calls the verb again at each
+    later block it sits in to rewrite them; `block` gives them to one block and takes them out behind it; `query` lets them only ask:
+    no token sees them, and what they gathered goes to `read`; `embedding` inserts none, they take the place of embeddings that the
+    model looks up, before it adds positions, where `find` says: what stands in the prompt is the caller's. There, a bank sits in the
+    first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens. `prompt` puts them
+    behind the prompt that a denoiser is given, before the model reads it, in the samples that `takes` says; there, the signals `hidden`
+    and `mask` are of the prompt. If it is `deep`, each block reads the tokens of its own instance only, as the model made them of what
+    the verb said.
+
+    At the site `input` a method may define three more words: `follow` says behind which tokens they go, `attend` how the attention of
+    each block that it sits in reads them and all others, `conclude` what has become of them.
+    """
+
+    role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding", "prompt")
+    further = ("follow", "attend", "conclude", "examine", "takes")
+    packed = True
+    deep: ClassVar[bool] = False
+
+    @classmethod
+    def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
+        """Blocks that the bank acts in when the config does not name them: at embeddings and prompt the first, unless it is deep."""
+        once = cls.site == "embedding" or cls.site == "prompt" and not cls.deep
+        return (0,) if once else super().default_layers(config, layers)
+
+    @property
+    def in_block(self) -> bool:
+        """Whether it does anything around a block."""
+        return self.site not in AT_SITE or self.site == "embedding" and self.deep
+
+    @abc.abstractmethod
+    def tokens(self, *signals: Any) -> Tensor | None:
+        """The tokens for this block, (k d) or (b k d); None leaves the stream alone."""
+
+    def place(self, start: Tensor, end: Tensor) -> Tensor:
+        """Index of the token in front of which they go, (b), given each row's first real token and the end of its real tokens."""
+        return start
+
+    def follow(self) -> Tensor | None:
+        """The tokens of this pass that each have the bank's tokens behind them, (b m) bool; asked in every pass, in the first block."""
+
+    def attend(self) -> Attending | None:
+        """How the attention of a block reads its keys; None leaves it alone."""
+
+    def conclude(self) -> Tensor | None:
+        """What the bank's tokens say in the end, (b ...), for `conclusions`; asked in the first block's instance, behind the last block."""
+
+    def find(self, ids: Tensor) -> Tensor:
+        """If the site is `embedding`: which of the tokens takes the place of each embedding, -1 where none does, for token ids (b n)."""
+        raise UnsupportedError(explain("A bank at the embeddings says where its tokens go", type(self).__name__, "Define its `find`."))
+
+    def takes(self) -> Tensor | None:
+        """If the site is `prompt`: which samples take the tokens, (b) bool; None is all but those of the negative prompt."""
+
+    def read(self, summary: Tensor) -> Tensor | None:
+        """What the head's output gains from what the query tokens gathered in this block, summary (b k d) to (b o)."""
+        return None

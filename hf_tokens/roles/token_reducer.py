@@ -1,0 +1,36 @@
+"""Which tokens stay, join or vanish."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+from torch import Tensor
+
+from ..tokens.token_map import TokenMap
+from .base import Method
+
+
+class TokenReducer(Method):
+    """Which tokens stay, join or vanish: `before` the block, in the `middle` (between attention and MLP), or `after` it.
+
+    At the site `sublayer` it is for the time of the block's `parts` only: each token keeps its own residual, and gets what its slot got.
+    There and in the middle the verb is asked without gradients: the map is a decision, and what it joins has the gradient.
+    One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` says what comes back.
+    """
+
+    role, verb, site, sites = "TokenReducer", "assign", "after", ("before", "middle", "after", "sublayer")
+
+    @abc.abstractmethod
+    def assign(self, *signals: Any) -> TokenMap | None:
+        """The map of the tokens at this site; None changes nothing."""
+
+    def regain(self, before: Tensor, given: Tensor, got: Tensor) -> Tensor:
+        """If it `spans`: the tokens behind the blocks, (b n d); by default each is what its slot is.
+
+        Args:
+            before: The tokens in front of the blocks, (b n d).
+            given: What stood there in the slot that each token reads; the token itself where it reads none.
+            got: What stands in that slot behind the blocks.
+        """
+        return got

@@ -1,0 +1,24 @@
+"""Rows of the embeddings and of the head for another tokenizer."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+from torch import Tensor
+
+from .base import Dims, Method
+from .config import MethodConfig
+
+
+class VocabularyEdit(Method):
+    """Rows of the embeddings and of the head for another tokenizer; `hf_tokens.transplant` asks for them, there is no adapter."""
+
+    role, verb, moves_tokens, placed = "VocabularyEdit", "rows", False, False
+
+    def __init__(self, config: MethodConfig, dims: Dims | None = None):
+        super().__init__(config, dims)
+
+    @abc.abstractmethod
+    def rows(self, *signals: Any) -> Tensor:
+        """The model's rows of the tokens that only the donor has, (u d)."""

@@ -1,0 +1,78 @@
+"""A closed-form change of weights."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Dims, Method
+from .config import MethodConfig
+
+
+class WeightEdit(Method):
+    """A closed-form change of weights, found once on data by `hf_tokens.edit`.
+
+    While the adapter acts, each call of the block sees W + delta in the place of W, which stays as it is; nothing of it is trained. The
+    site says which weights: `block`, all of it; `context`, the projections of its cross-attention that read the context.
+
+    Class attributes:
+        groups: Names of the groups of data that the verb needs.
+        maybe: Names of those that it can do without.
+    """
+
+    role, verb, moves_tokens, packed, in_block = "WeightEdit", "edit", False, True, False
+    site, sites = "block", ("block", "context")
+    groups: ClassVar[tuple[str, ...]] = ()
+    maybe: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: MethodConfig, dims: Dims):
+        super().__init__(config, dims)
+        self._warned = self._made = False
+        self.register_buffer("made", torch.zeros((), dtype=torch.bool))
+        for name, shape in dims.weights.items():
+            self.register_buffer(self.slot(name), torch.zeros(shape))
+
+    @staticmethod
+    def slot(name: str) -> str:
+        """Name of the buffer that holds the change of a weight."""
+        return name.replace(".", "/")
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the edit has been found, here or before the adapter was saved."""
+        self._made = self._made or bool(self.made)  # the buffer is asked no more once it says yes: that would wait for the device
+        return self._made
+
+    def warns(self) -> bool:
+        """Whether it is to be said that the edit is not made: once."""
+        warned, self._warned = self._warned, True
+        return not warned
+
+    def note(self, changes: dict[str, Tensor]) -> None:
+        """Hold what the edit changes in this block, name -> (o i); empty means that it is not made."""
+        for name in self.dims.weights:
+            buffer = getattr(self, self.slot(name))
+            buffer.copy_(changes[name]) if name in changes else buffer.zero_()
+        self._made = bool(self.made.fill_(bool(changes)))
+
+    @abc.abstractmethod
+    def edit(self, *signals: Any) -> dict[str, Tensor]:
+        """The new weights, name -> (o i), of all blocks at once; those left out stay."""
+
+
+def closest_map(now: Tensor, start: Tensor, moment: Tensor, cross: Tensor, stay: float) -> Tensor:
+    """The linear map nearest to one that sends inputs x to where another sends y: argmin_W sum |W x - start y|^2 + stay |W - now|^2.
+
+    Args:
+        now: The map (o i) to stay near.
+        start: The map (o i) that says where y goes.
+        moment: Sum of x x^T over the pairs, (i i); a pair may be weighted here and in `cross`.
+        cross: Sum of y x^T over the pairs, (i i).
+        stay: Weight of the distance to `now`, above 0.
+    """
+    ridge = moment.clone()
+    ridge.diagonal().add_(stay)
+    return now + torch.linalg.solve(ridge, (start @ cross - now @ moment).mT).mT

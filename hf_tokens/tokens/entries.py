@@ -1,0 +1,90 @@
+"""The books of cached entries: where each stands in the sequence, which are there, and how to pick some of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Arrival:
+    """The tokens that the next `update` of a layer will bring.
+
+    Attributes:
+        origins: Place of each token in the sequence that the model was given, (b m).
+        filled: Tokens that are there at all, (b m) bool; None if all are.
+        fresh: Tokens that a surgery inserted, (b m) bool; None if none is.
+        total: Length of the given sequence once this chunk is in.
+        sizes: How many tokens each stands for, (b m), where a key counts by its size; None for one each.
+    """
+
+    origins: Tensor
+    filled: Tensor | None
+    fresh: Tensor | None
+    total: int
+    sizes: Tensor | None = None
+
+
+class Stored:
+    """The books of the entries that a layer held at one time, in the order in which those lay, which is looked for when it is asked for.
+
+    Attributes:
+        length: How many there were, filler included.
+    """
+
+    def __init__(
+        self, origins: Tensor, filled: Tensor | None = None, entries: dict[str, Tensor] | None = None, slots: Tensor | None = None
+    ):
+        self.length = origins.shape[-1]
+        self._origins, self._filled, self._entries, self._slots = origins, filled, entries or {}, slots
+
+    @functools.cached_property
+    def origins(self) -> Tensor:
+        """Place of each in the sequence that the model was given, (b n) or (b k n)."""
+        return self._as_it_lay(self._origins)
+
+    @functools.cached_property
+    def filled(self) -> Tensor | None:
+        """Which of them are there at all, (b n) or (b k n); None if all are."""
+        return self._as_it_lay(self._filled)
+
+    @functools.cached_property
+    def sizes(self) -> Tensor | None:
+        """How many tokens each stands for, (b n) or (b k n); None if one each."""
+        return self.entries("sizes")
+
+    def entries(self, name: str) -> Tensor | None:
+        """What was remembered of each of them, (b n) or (b k n); None if nothing."""
+        return self._as_it_lay(self._entries.get(name))
+
+    def _as_it_lay(self, x: Tensor | None) -> Tensor | None:
+        if x is None or self._slots is None:
+            return x
+        slots, x = alike(self._slots, x)
+        return torch.empty_like(x).scatter_(-1, slots, x)
+
+
+def stretch(old: Tensor, new: Tensor) -> Tensor:
+    """Something of each entry, (b n) or (b k n), and of the tokens behind them (b m), (b 1|k n+m)."""
+    old = old[:, None] if old.dim() == 2 else old
+    return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1)], dim=-1)
+
+
+def cells_of(x: Tensor, heads: int) -> Tensor:
+    """Something of each entry, (b n) or (b k n), as (b k n)."""
+    return x if x.dim() == 3 else x[:, None].expand(-1, heads, -1)
+
+
+def alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two things of each entry, (b n) or (b k n), both as (b n) or both as (b k n)."""
+    heads = max(x.shape[1] if x.dim() == 3 else 0, y.shape[1] if y.dim() == 3 else 0)
+    return (cells_of(x, heads), cells_of(y, heads)) if heads else (x, y)
+
+
+def pick_entries(x: Tensor, index: Tensor) -> Tensor:
+    """Of something of each entry, (b n) or (b k n), that of some entries, (b r) or (b k r)."""
+    x, index = alike(x, index)
+    return x.gather(-1, index)

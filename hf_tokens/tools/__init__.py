@@ -1,0 +1,1 @@
+"""Doors above all: measure, calibrate, edit, transplant, load and save."""

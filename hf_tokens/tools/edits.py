@@ -1,0 +1,252 @@
+"""The door `edit`: run a model on groups of data, hand each closed-form edit what it asks for, and hold what it changes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..engine.block import BlockSurgery
+from ..engine.model import ModelSurgery
+from ..errors import UnsupportedError, explain
+from ..handlers.weight_edit import EditedWeights
+from ..model.arguments import CROSS
+from ..model.signatures import positional
+from ..roles.weight_edit import WeightEdit
+from .surgeries import blocks_in, denoiser, surgery_of
+
+Loss = Callable[[Any, dict[str, Any]], Tensor]
+Groups = Mapping[str, Iterable[dict[str, Any]]]
+HIDDEN = -1000.0  # an additive mask hides below: Diffusers adds -10000, Transformers the least number there is
+
+
+@dataclass(frozen=True)
+class EditedWeight:
+    """A weight that an edit may change."""
+
+    block: BlockSurgery
+    method: WeightEdit
+    name: str  # in its block
+
+    @property
+    def path(self) -> str:
+        return f"{self.block.path}.{self.name}"
+
+    @property
+    def module(self) -> nn.Module:
+        return self.block.state(EditedWeights).places[self.name][0]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        module, attribute = self.block.state(EditedWeights).places[self.name]
+        return module._parameters[attribute]
+
+
+def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | None = None) -> dict[str, dict[str, float]]:
+    """Find the closed-form edits of an adapter on data, in the order of its stack; those that were found before are found anew.
+
+    Args:
+        model: A PeftModel or pipeline with a surgery. It runs as it is, without the edits that are to be found.
+        data: Batches by the name of their group, such as `{"forget": [...], "retain": [...]}`; a batch is keyword arguments of the
+            model's forward (of the denoiser's, for a pipeline).
+        adapter_name: The adapter to edit.
+        loss: What the gradients are of, given the model's output and the batch; None takes the loss that the model returns.
+
+    Returns:
+        How far each weight moved, |W' - W| / |W|, by the key of the method and the weight's name.
+
+    Raises:
+        UnsupportedError: The adapter has no edit or is not active, or a group of data is missing, empty or unknown.
+    """
+    surgery = surgery_of(model)
+    found = edited_weights(model, adapter_name)
+    if not found:
+        remedy = "Put a method of the role WeightEdit into it."
+        raise UnsupportedError(explain("`edit` needs an adapter with a method that edits weights", f"{adapter_name!r} without one", remedy))
+    active = found[0].block.active_adapters
+    if adapter_name not in active:
+        rule = f"`edit` needs an adapter that acts, one of {active}"
+        raise UnsupportedError(explain(rule, repr(adapter_name), "Switch to it with `set_adapter`."))
+    stack = list(dict.fromkeys(site.method.key for site in found))
+    check_groups([next(s.method for s in found if s.method.key == key) for key in stack], data)
+    batches = {name: list(group) if iter(group) is group else group for name, group in data.items()}
+    run, moved = denoiser(model) or model, {}
+    with evaluated(run):
+        for place, key in enumerate(stack):
+            mine = [site for site in found if site.method.key == key]
+            with silent(surgery, set(stack[place:])):
+                changes = find_changes(run, mine, batches, loss)
+                moved[key] = {site.path: relative_change(change, site.block.state(EditedWeights).effective(site.name)) for site, change in changes.items()}
+            for method, block in {id(s.method): (s.method, s.block) for s in mine}.values():
+                method.note({site.name: change for site, change in changes.items() if site.block is block})
+    return moved
+
+
+def edited_weights(model: Any, adapter_name: str) -> list[EditedWeight]:
+    """Every weight that an edit of an adapter may change, in the order of its stack."""
+    found = []
+    for block in blocks_in(model):
+        methods = block.hf_tokens_methods[adapter_name].values() if adapter_name in block.hf_tokens_methods else ()
+        found += [EditedWeight(block, m, name) for m in methods if isinstance(m, WeightEdit) for name in m.dims.weights]
+    return sorted(found, key=lambda site: int(site.method.key.rpartition(".")[2]))
+
+
+def check_groups(methods: list[WeightEdit], data: Groups) -> None:
+    """Refuse data that lacks a group that an edit needs, or has one that none knows."""
+    needed = {name for method in methods for name in method.groups}
+    known = needed | {name for method in methods for name in method.maybe}
+    if not needed <= data.keys() <= known:
+        maybe = f" and maybe {sorted(known - needed)}" if known - needed else ""
+        raise UnsupportedError(explain(f"These edits need data for {sorted(needed)}{maybe}", sorted(data), "Name the groups so."))
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode for a moment."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def silent(surgery: ModelSurgery, keys: set[str]) -> Iterator[None]:
+    """The model without these edits for a moment."""
+    held = [(block, block.active()) for block in surgery.blocks()]
+    surgery.act((block, [method for method in acting if method.key not in keys]) for block, acting in held)
+    try:
+        yield
+    finally:
+        surgery.act(held)
+
+
+def find_changes(model: nn.Module, mine: list[EditedWeight], data: Groups, loss: Loss | None) -> dict[EditedWeight, Tensor]:
+    """What one edit changes, by weight."""
+    method, given = mine[0].method, {}
+    groups = {name: data[name] for name in (*method.groups, *method.maybe) if name in data}
+    if "weights" in method.signals:
+        given["weights"] = {site.path: in_float32(site.block.state(EditedWeights).effective(site.name).detach()) for site in mine}
+    for name, record in RECORDERS.items():
+        if name in method.signals:
+            given[name] = {group: record(model, mine, batches_of(group, batches), loss) for group, batches in groups.items()}
+    with torch.no_grad():
+        new = method.edit(**given)
+        changes = {site: new[site.path] - in_float32(site.block.state(EditedWeights).effective(site.name)) for site in mine if site.path in new}
+    if bad := sorted(site.path for site, change in changes.items() if not change.isfinite().all()):
+        rule = f"What {type(method).__name__} makes of a weight is finite"
+        raise UnsupportedError(explain(rule, f"infinities or NaN in {bad[0]}", "Give it more data, or a stronger regularisation."))
+    return changes
+
+
+def relative_change(change: Tensor, weight: Tensor) -> float:
+    """How large a change is beside its weight."""
+    return float(change.norm() / in_float32(weight).norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def in_float32(weight: Tensor) -> Tensor:
+    """A weight in float32 at least."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def batches_of(group: str, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches of a group, with a bar where they take long.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    count = 0
+    for batch in logging.tqdm(batches, desc=group, delay=5):
+        count += 1
+        yield batch
+    if not count:
+        raise UnsupportedError(explain("Each group of data has a batch", f"none in {group!r}", "Pass the inputs of the model."))
+
+
+# -- what an edit may ask for ------------------------------------------------------------------------------------------
+@torch.no_grad()
+def read_context(model: nn.Module, mine: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
+    """What each weight read, name -> (t i): the tokens that the block's mask for the context shows, of all batches."""
+    masks: dict[int, Tensor | None] = {}
+    rows: dict[str, list[Tensor]] = {site.path: [] for site in mine}
+    seen: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # one copy of what several weights read
+
+    def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = {**dict(zip(positional(type(module)), args, strict=False)), **kwargs}
+        masks[id(module)] = next((v for k, v in given.items() if "mask" in k and CROSS.search(k) and isinstance(v, Tensor)), None)
+
+    def note(site: EditedWeight, module: nn.Module, args: tuple) -> None:
+        read, mask = args[0], masks[id(site.block.module)]
+        if (id(read), id(mask)) not in seen:
+            seen[id(read), id(mask)] = (read, *(() if mask is None else (mask,)), real_rows(read, mask))
+        rows[site.path].append(seen[id(read), id(mask)][-1])
+
+    blocks = {id(site.block): site.block.module for site in mine}.values()
+    handles = [block.register_forward_pre_hook(note_mask, with_kwargs=True) for block in blocks]
+    handles += [site.module.register_forward_pre_hook(partial(note, site)) for site in mine]
+    try:
+        for batch in batches:
+            seen.clear()
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    joined = {tuple(map(id, found)): found for found in rows.values()}
+    joined = {ids: torch.cat(found) for ids, found in joined.items()}
+    return {path: joined[tuple(map(id, found))] for path, found in rows.items()}
+
+
+def real_rows(read: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens (b n i) that a mask shows, (t i)."""
+    read = in_float32(read.detach()).clone()
+    if mask is None or mask.shape[-1] != read.shape[-2]:
+        return read.flatten(0, -2)
+    shown = mask > HIDDEN if mask.is_floating_point() else mask != 0
+    shown = shown.reshape(len(mask), -1, mask.shape[-1]).any(dim=1)
+    return read[shown.expand(len(read), -1)]
+
+
+def fisher_diagonal(model: nn.Module, mine: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
+    """The diagonal of the empirical Fisher information, name -> (o i): mean over the batches of the squared gradient of their loss."""
+    weights = [site.weight for site in mine]
+    trainable = [weight.requires_grad for weight in weights]
+    total, count = [torch.zeros_like(in_float32(weight.detach())) for weight in weights], 0
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for batch in batches:
+            with torch.enable_grad():
+                output = model(**batch)
+                value = own_loss(output) if loss is None else loss(output, batch)
+            for sum_, grad in zip(total, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
+                if grad is not None:
+                    sum_ += in_float32(grad) ** 2
+            count += 1
+    finally:
+        for weight, flag in zip(weights, trainable, strict=True):
+            weight.requires_grad_(flag)
+    return {site.path: sum_ / count for site, sum_ in zip(mine, total, strict=True)}
+
+
+def own_loss(output: Any) -> Tensor:
+    """The loss that a model returned.
+
+    Raises:
+        UnsupportedError: It returned none.
+    """
+    value = output.get("loss") if isinstance(output, dict) else None
+    if value is None:
+        rule = "An edit that looks at gradients needs a loss"
+        raise UnsupportedError(explain(rule, f"{type(output).__name__} without one", "Put labels into the batches, or pass `loss`."))
+    return value
+
+
+RECORDERS = {"context": read_context, "fisher": fisher_diagonal}

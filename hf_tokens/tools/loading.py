@@ -1,0 +1,190 @@
+"""An adapter from a folder or the Hub, and back."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..errors import AdapterError, UnsupportedError, explain
+from ..peft.config import NAME, PEFT_METHOD, HFTokensConfig
+from ..peft.tuner import check_name
+from .surgeries import blocks_in, denoiser, instances, surgery_of
+
+TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
+PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
+
+
+def beside_its_like(model: Any, config: HFTokensConfig) -> bool:
+    """Whether a model is a PeftModel of adapters like ours, which takes one more; around another one goes a PeftModel of our own."""
+    return isinstance(model, PeftModel) and all(c.peft_type == config.peft_type for c in model.peft_config.values())
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+def load(
+    repo: str | Path,
+    model: Any | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load an adapter from a folder or the Hub, and its base model unless one is given.
+
+    Args:
+        repo: Folder or Hub id of the adapter.
+        model: The base model or pipeline; None loads the one that the adapter names.
+        revision: Branch, tag or commit of the adapter.
+        token: Hub token.
+        adapter_name: Name of the adapter in the model.
+        is_trainable: Whether its parameters will be trained.
+        kwargs: Arguments of the base model's `from_pretrained`.
+
+    Raises:
+        AdapterError: A file is missing, damaged, or made for another base. A model that was passed is as it was.
+    """
+    folder = Path(repo)
+    if not folder.is_dir():
+        patterns = ["adapter_config.json", "adapter_model.safetensors"]
+        try:
+            folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
+        except HFValidationError:
+            rule = "An adapter is a folder or a Hub id like owner/name"
+            raise AdapterError(explain(rule, repr(str(repo)), "There is no such folder: check the path.")) from None
+    check_files(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if model is None:
+        model = base_model(config, token=token, **kwargs)
+    inner = denoiser(model)
+    beside = inner is None and beside_its_like(model, config)
+    if beside:
+        check_name(adapter_name, model.peft_config)
+    if beside or not blocks_in(model):
+        check_tensors(model if inner is None else inner, config, folder)
+    if inner is not None:
+        return load_into(model, inner, folder, config, adapter_name)
+    if beside:
+        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        model.set_adapter(adapter_name)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse an adapter whose files are missing or damaged, before anything is changed."""
+    weights = folder / "adapter_model.safetensors"
+    for path in (folder / "adapter_config.json", weights):
+        if not path.is_file():
+            raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
+    try:
+        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        rule = "adapter_config.json must be a whole JSON file"
+        raise AdapterError(explain(rule, f"one that says: {error}", "Download or save it again.")) from error
+    kind = data.get("peft_type") if isinstance(data, dict) else None
+    if kind != NAME:
+        raise AdapterError(explain(f"hf_tokens.load needs an adapter of type {NAME}", repr(kind), "Use peft for other adapters."))
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                file.get_slice(key).get_shape()
+    except SafetensorError as error:
+        raise AdapterError(
+            explain(f"{weights.name} must be a whole safetensors file", f"one that says: {error}", "Download or save it again.")
+        ) from error
+
+
+def check_tensors(model: nn.Module, config: HFTokensConfig, folder: Path) -> None:
+    """Refuse an adapter whose file lacks tensors that its methods need, or holds others: a trial tells, and the model is as it was."""
+    tried = copy.deepcopy(config)
+    for method in tried.methods:  # nothing begins here, and some beginnings of a LoRA change the base
+        if method["method"] == PEFT_METHOD:
+            method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
+    beside = beside_its_like(model, config)
+    trial = model if beside else get_peft_model(model, tried, adapter_name=TRIAL)
+    if beside:
+        model.add_adapter(TRIAL, tried)
+    state = get_peft_model_state_dict(trial, adapter_name=TRIAL, save_embedding_layers=False)
+    needed = {key: list(value.shape) for key, value in state.items()}
+    if beside:
+        model.delete_adapter(TRIAL)
+    else:
+        trial.unload()
+    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
+        there = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
+    wrong = [f"{key} {there.get(key, 'missing')}" for key, shape in needed.items() if there.get(key) != shape]
+    if wrong:
+        rule = f"adapter_model.safetensors holds the {len(needed)} tensors of the methods in adapter_config.json"
+        raise AdapterError(explain(rule, f"{len(wrong)} missing or of another shape, the first {wrong[0]}", "Save the adapter again."))
+
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def base_model(config: HFTokensConfig, **kwargs: Any) -> nn.Module:
+    """The base model that an adapter names."""
+    mapping = config.auto_mapping or {}
+    if config.base_model_name_or_path is None or "base_model_class" not in mapping and config.task_type is None:
+        raise AdapterError(explain("An adapter names its base model and class", config.base_model_name_or_path, "Pass `model=`."))
+    if "base_model_class" not in mapping:
+        cls = AUTO_CLASSES[getattr(config.task_type, "value", config.task_type)]
+        mapping = {"parent_library": "transformers", "base_model_class": cls}
+    library = importlib.import_module(mapping["parent_library"])
+    return getattr(library, mapping["base_model_class"]).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+
+
+def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensConfig, adapter_name: str) -> Any:
+    """Inject a saved adapter into a pipeline's denoiser."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = {key.removeprefix(PREFIX): value for key, value in load_peft_weights(str(folder)).items()}
+    inject_adapter_in_model(config, inner, adapter_name)
+    set_peft_model_state_dict(inner, weights, adapter_name)
+    return pipeline
+
+
+def recall(model: nn.Module, adapter_name: str) -> None:
+    """Give a model the config of an adapter in it again: when diffusers unloads its LoRAs, it throws away the configs of all adapters."""
+    configs = vars(model).setdefault("peft_config", {})
+    if adapter_name in configs:
+        return
+    stack = {int(method.key.rpartition(".")[2]): method.config for method in instances(model, adapter_name)}
+    if not stack:
+        known = sorted({name for block in blocks_in(model) for name in block.hf_tokens_methods})
+        raise UnsupportedError(explain(f"The adapter must be one of {known}", repr(adapter_name), "Pass `adapter_name`."))
+    configs[adapter_name] = HFTokensConfig(methods=[stack[slot] for slot in sorted(stack)])
+
+
+def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
+    """Save the adapter of a PeftModel or of a pipeline's denoiser."""
+    surgery_of(model)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+        return
+    from safetensors.torch import save_file
+
+    inner = denoiser(model) or model
+    recall(inner, adapter_name)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
+    save_file({PREFIX + key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
+    inner.peft_config[adapter_name].save_pretrained(str(folder))

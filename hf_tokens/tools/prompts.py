@@ -1,0 +1,90 @@
+"""Prompts made short by one model for another: the tokens that are left, as ids, and vectors in the place of embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.listen import Listener
+from ..engine.run import StreamRun
+from ..engine.stream import StreamSurgery
+from ..errors import UnsupportedError, explain
+from ..model.signatures import parameters
+from ..roles.token_reducer import TokenReducer
+from ..tokens.token_map import take
+from .surgeries import surgery_of
+
+
+def reducing_blocks(surgery: StreamSurgery) -> list[int]:
+    """The blocks of a stream in which a reducer acts for the rest of the stream."""
+    acts = lambda method: isinstance(method, TokenReducer) and method.site != "sublayer"
+    return [index for index, block in surgery.blocks.items() if any(acts(method) for method in block.active())]
+
+
+class Passes(Listener):
+    """The passes through a stream that have ended."""
+
+    def __init__(self, surgery: StreamSurgery):
+        self.surgery, self.runs = surgery, []
+
+    def closed(self, surgery: StreamSurgery, run: StreamRun) -> None:
+        """Keep it."""
+        if surgery is self.surgery:
+            self.runs.append(run)
+
+
+@torch.no_grad()
+def compress_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+    """The tokens of each prompt that the reducers of a model leave: a short prompt for any model with this tokenizer, or as text for all.
+
+    Args:
+        model: A decoder-only language model with a method that drops tokens of the text.
+        input_ids: Prompts, (b n).
+        attention_mask: Real tokens, (b n).
+
+    Returns:
+        The ids that are left of each row, (k), in their order and without padding.
+
+    Raises:
+        UnsupportedError: No reducer acts on the text, or tokens joined, so that no id stands for them.
+    """
+    surgery, rule = surgery_of(model), "`compress_prompt` needs a decoder-only language model in which a TokenReducer acts on the text"
+    found = [one for one in surgery.streams if one.stream.kind == "text" and reducing_blocks(one)]
+    if len(found) != 1 or surgery.base.config.is_encoder_decoder:
+        came = f"{type(surgery.base).__name__} with {len(found)} of such streams"
+        raise UnsupportedError(explain(rule, came, "Add a method such as one that prunes tokens, or switch its adapter on."))
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    more = {"logits_to_keep": 1} if "logits_to_keep" in parameters(type(surgery.base)) else {}
+    training = [module for module in surgery.base.modules() if module.training]
+    surgery.base.eval()
+    try:
+        passes = Passes(found[0])
+        with surgery.listening(passes), found[0].stopping_after(max(reducing_blocks(found[0]))):
+            surgery.base(input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
+    finally:
+        for module in training:
+            module.training = True
+    if not passes.runs:  # no method was asked
+        return [row[real] for row, real in zip(input_ids, mask.bool(), strict=True)]
+    ledger = passes.runs[-1].ledger
+    there = ledger.flags(ledger.filled, True) & ~ledger.flags(ledger.fresh, False) & mask.bool().gather(1, ledger.rows)
+    if bool((ledger.all_sizes() > 1)[there].any()):
+        raise UnsupportedError(explain(rule, "tokens that joined, for which no id stands", "Choose a method that drops tokens."))
+    return [row[place[kept]] for row, place, kept in zip(input_ids, ledger.rows, there, strict=True)]
+
+
+def embed_prompt(model: Any, *parts: Tensor) -> dict[str, Tensor]:
+    """A prompt of tokens and vectors for a decoder, which stays as it is: `inputs_embeds` and its mask, with padding in front.
+
+    Args:
+        model: The decoder.
+        parts: One behind the other: ids (b n), which the model looks up, and vectors (b p d) in the place of embeddings, such as an encoder
+            puts out; an id of -1 and a vector of zeros are padding.
+    """
+    table = model.get_input_embeddings()
+    real = torch.cat([part != -1 if part.dim() == 2 else part.any(dim=-1) for part in parts], dim=1)
+    hidden = torch.cat([table(part.clamp(min=0)) if part.dim() == 2 else part.to(table.weight) for part in parts], dim=1)
+    order = real.long().argsort(dim=1, stable=True)
+    return {"inputs_embeds": take(hidden, order), "attention_mask": real.long().gather(1, order)}

@@ -1,0 +1,54 @@
+"""The surgery in a model or a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..engine.block import BlockSurgery
+from ..engine.model import ModelSurgery
+from ..errors import UnsupportedError, explain
+from ..model.anatomy import denoising
+from ..roles.base import Method
+
+
+def denoiser(pipeline: Any) -> nn.Module | None:
+    """The denoiser of a diffusers pipeline; None for a plain model."""
+    if isinstance(pipeline, nn.Module):
+        return None
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, dict):
+        raise UnsupportedError(
+            explain(
+                "A surgery needs a torch module or a diffusers pipeline", type(pipeline).__name__, "Pass the model that holds the blocks."
+            )
+        )
+    found = denoising(components)
+    if found is None:
+        raise UnsupportedError(explain("A pipeline needs a `transformer` or a `unet`", sorted(components), "Pass the denoiser itself."))
+    return found
+
+
+def blocks_in(model: Any) -> list[BlockSurgery]:
+    """The surgery of every block in a model or pipeline."""
+    module = denoiser(model) or model
+    return [m for m in module.modules() if isinstance(m, BlockSurgery)]
+
+
+def surgery_of(model: Any) -> ModelSurgery:
+    """The surgery of a model.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    found = blocks_in(model)
+    if not found:
+        raise UnsupportedError(explain("This needs a model with a surgery", type(model).__name__, "Call get_token_model first."))
+    return found[0].surgery.model
+
+
+def instances(model: Any, adapter_name: str) -> list[Method]:
+    """Every method of an adapter, in every block."""
+    held = [block.hf_tokens_methods for block in blocks_in(model)]
+    return [method for methods in held if adapter_name in methods for method in methods[adapter_name].values()]

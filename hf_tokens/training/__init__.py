@@ -1,0 +1,1 @@
+"""The world of trainers: schedules and losses."""

@@ -1,0 +1,183 @@
+"""Schedules and losses that follow the steps of a Trainer, by a callback that attaches itself."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.block import BlockSurgery
+from ..engine.loss import share_of_step
+from ..engine.model import ModelSurgery
+from ..errors import UnsupportedError, explain
+from ..handlers.objective import asked_now
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+DEPTH = 64  # frames between Trainer.training_step and the block whose mode it sets
+
+
+def calling_trainer() -> Trainer | None:
+    """The Trainer whose code is setting the model to training mode, if one is."""
+    module = sys.modules.get("transformers.trainer")
+    if module is None:
+        return None
+    frame = sys._getframe(1)
+    for _ in range(DEPTH):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        if frame.f_code.co_filename == module.__file__ and isinstance(frame.f_locals.get("self"), module.Trainer):
+            return frame.f_locals["self"]
+    return None
+
+
+def reaches(node: Any, wanted: Any) -> bool:
+    """Whether one node of an autograd graph is below another."""
+    seen, todo = set(), [node]
+    while todo:
+        here = todo.pop()
+        if here is wanted:
+            return True
+        if here is not None and here not in seen:
+            seen.add(here)
+            todo += [below for below, _ in here.next_functions]
+    return False
+
+
+class TrainingWorld:
+    """The trainer's part in the calls of a model."""
+
+    def __init__(self):
+        self.lent: Any = None  # the loss function that a trainer has from us
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"lent": None}
+
+    def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """A trainer says nothing of a single call."""
+        return {}
+
+    def after_model(self, output: Any) -> None:
+        """See `before_model`."""
+
+    def block_added(self, block: BlockSurgery) -> None:
+        """See `before_model`."""
+
+    def detach(self) -> None:
+        """The trainer's callback takes itself off at the end of the training."""
+
+    def training_begins(self, model: ModelSurgery) -> None:
+        """Attach the callback to the Trainer that is starting to train the model, once."""
+        trainer = calling_trainer()
+        if trainer is None or trainer is model.losses.trainer:
+            return
+        model.losses.follow(trainer)
+        warn_of_dropped_targets(trainer, model)
+        trainer.add_callback(progress_callback(trainer, self, model))
+        self.lend_losses(trainer, model)
+        model.set_progress(trainer.state.global_step / max(1, trainer.state.max_steps))
+
+    def lend_losses(self, trainer: Trainer, surgery: ModelSurgery) -> None:
+        """Let a trainer that computes its loss without reading the model's own, as TRL's do, have the methods' losses too."""
+        if self.lent is not None and vars(trainer).get("compute_loss") is self.lent:
+            return
+        inner, reads, agreed = trainer.compute_loss, [], []
+        surgery.losses.distrust()
+
+        @functools.wraps(inner)
+        def compute_loss(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+            given = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+            surgery.losses.begin(inputs.get("labels"))
+            try:
+                output = inner(model, inputs, *args, **kwargs)
+            finally:
+                forwards = surgery.losses.end()
+            check_judged(trainer, surgery)
+            if not forwards:
+                return output
+            loss = output[0] if isinstance(output, tuple) else output
+            if not reads:
+                reads.append(any(one.node is not None and reaches(loss.grad_fn, one.node) for one in forwards))
+            if reads[0]:
+                return output
+            for one in forwards:
+                if one.replacement is not None:
+                    part = part_of_step(trainer, surgery.base, given, "sample")
+                    loss = one.replacement.put(loss, divisor_of(trainer, given), part, check=not agreed)
+                    agreed.append(True)
+            extras = [one.extra for one in forwards if one.extra is not None]
+            if extras:
+                loss = loss + torch.stack(extras).sum().to(loss.dtype) * part_of_step(trainer, surgery.base, given)
+            return (loss, *output[1:]) if isinstance(output, tuple) else loss
+
+        trainer.compute_loss = self.lent = compute_loss
+
+    def take_back(self, trainer: Trainer) -> None:
+        """Give the trainer its own loss function back."""
+        if vars(trainer).get("compute_loss") is self.lent:
+            del trainer.compute_loss
+
+
+def check_judged(trainer: Trainer, model: ModelSurgery) -> None:
+    """Refuse a trainer whose loss an objective should replace and cannot."""
+    names = [type(objective).__name__ for objective in asked_now(model) if objective.replaces]
+    if names and not (model.losses.judged and trainer.label_smoother is None):
+        rule = f"{', '.join(names)} replaces a loss of the model's next tokens, so the trainer must give it `labels` and not smooth them"
+        remedy = "Use transformers.Trainer or TRL's SFTTrainer, or leave the objective to the trainer."
+        raise UnsupportedError(explain(rule, f"{type(trainer).__name__} that does not", remedy))
+
+
+def part_of_step(trainer: Trainer, model: nn.Module, given: dict, unit: str = "token") -> float | Tensor:
+    """What part of an optimizer step a batch is, where the trainer divides its loss no more; 1 where it still does."""
+    items = given["num_items_in_batch"]
+    if not scales(trainer, items):
+        return 1.0
+    if items is None or unit == "sample":
+        return 1 / trainer.current_gradient_accumulation_steps
+    return share_of_step(model, given) * (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
+
+
+def scales(trainer: Trainer, items: Tensor | int | None) -> bool:
+    """Whether a trainer's loss is divided by all of the optimizer step already."""
+    said = trainer.loss_is_scaled_for_ga
+    return (trainer.model_accepts_loss_kwargs and items is not None or trainer.compute_loss_func is not None) if said is None else said
+
+
+def divisor_of(trainer: Trainer, given: dict) -> float | Tensor | None:
+    """What a trainer divides the sum over the targets by; None for those of the batch."""
+    items = given["num_items_in_batch"]
+    if items is None or not scales(trainer, items):
+        return None
+    return items / (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
+
+
+def progress_callback(trainer: Trainer, world: TrainingWorld, model: ModelSurgery) -> TrainerCallback:
+    """The callback that tells the methods how much of the training is done."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            world.lend_losses(trainer, model)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model.set_progress(state.global_step / max(1, state.max_steps))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model.set_progress(1.0)
+            world.take_back(trainer)
+
+    return Progress()
+
+
+def warn_of_dropped_targets(trainer: Trainer, model: ModelSurgery) -> None:
+    """A Trainer drops the columns that are no arguments of the model, and with them the one that is for the methods."""
+    names = sorted({type(method).__name__ for method in model.methods() if "targets" in method.asks})
+    if names and trainer.args.remove_unused_columns:
+        column = f"hf-tokens: {', '.join(names)} can learn from a column hf_tokens_targets, and this trainer drops it."
+        warnings.warn(f"{column} If your data has one, pass `remove_unused_columns=False` to the TrainingArguments.", stacklevel=2)

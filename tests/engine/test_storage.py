@@ -1,0 +1,296 @@
+"""What is held in another form is read as that form says, whatever happens to the cache; an entry of several tokens counts as several."""
+
+import copy
+
+import pytest
+import torch
+from hf_tokens_kernels import picks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import close
+from transformers import DynamicCache
+
+from hf_tokens import (
+    CacheCompressor,
+    ConfigError,
+    MethodConfig,
+    MiKVConfig,
+    Polar,
+    Quantized,
+    RazorAttentionConfig,
+    UnsupportedError,
+    get_token_model,
+    measure,
+    option,
+    register,
+)
+from hf_tokens.engine.tap import AttentionTap
+from hf_tokens.kv.layer import TokenCacheLayer
+from hf_tokens.kv.storage import Plain
+from hf_tokens.model.arguments import realign
+from hf_tokens.roles.registry import METHODS
+from hf_tokens.testing import CACHE, zoo
+from hf_tokens.tokens.entries import Arrival, Stored
+from hf_tokens.tokens.ledger import TokenLedger
+
+B, K, E = 2, 3, 6
+FORM = Quantized(bits=3, width=E, group=4)
+
+
+def states(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, K, n, E, generator=g), torch.randn(B, K, n, E, generator=g)
+
+
+def arrive(layer, n, seed):
+    k, v = states(n, seed)
+    rows = len(layer.origins) if layer.origins is not None else B
+    origins = torch.arange(layer.seen, layer.seen + n).expand(rows, n)
+    layer.expect(Arrival(origins, None, None, layer.seen + n))
+    return layer.update(k[:1].expand(rows, -1, -1, -1), v[:1].expand(rows, -1, -1, -1))
+
+
+def through(form, x):
+    return form.unpack(*form.pack(x.reshape(-1, E))).view_as(x)
+
+
+class Twin:
+    """A layer with packed parts beside one that holds the same in full: what was packed is rounded there."""
+
+    def __init__(self):
+        self.packed, self.full = TokenCacheLayer(), TokenCacheLayer()
+        self.done = None  # cells that are rounded already
+
+    def both(self, change):
+        for layer in (self.packed, self.full):
+            change(layer)
+
+    def hold(self, seed):
+        where = torch.rand(self.full.keys.shape[:3], generator=torch.Generator().manual_seed(seed)) < 0.5
+        self.packed.hold(where, FORM, FORM)
+        keys, values = self.full.keys, self.full.values
+        done = self.full.record.entries.get("done", torch.zeros_like(where))
+        new = (where & ~done.bool())[..., None]
+        self.full.rewrite(torch.where(new, through(FORM, keys), keys), torch.where(new, through(FORM, values), values), None)
+        for layer in (self.packed, self.full):
+            layer.record.entries["done"] = done.bool() | where
+
+    def check(self):
+        a, b = self.packed, self.full
+        there = torch.ones(a.keys.shape[:3], dtype=torch.bool)
+        if a.filled is not None:
+            assert torch.equal(a.filled, b.filled)
+            there &= a.filled if a.filled.dim() == 3 else a.filled[:, None]
+        assert torch.equal(a.origins, b.origins) and a.length == b.length == a.keys.shape[2]
+        close(a.keys[there], b.keys[there], "keys")
+        close(a.values[there], b.values[there], "values")
+        for name, value in a.record.entries.items():
+            assert torch.equal(value, b.record.entries[name])
+
+
+def keep(layer, seed, per_head):
+    g, n, rows = torch.Generator().manual_seed(seed), layer.length, len(layer.origins)
+    lead = (rows, K) if per_head or layer.origins.dim() == 3 else (rows,)
+    index = torch.rand(*lead, n, generator=g).argsort(dim=-1)[..., : max(1, n - 2)].sort(dim=-1).values
+    filled = torch.rand(*lead, index.shape[-1], generator=g) < 0.8
+    layer.keep(index, filled | (torch.arange(index.shape[-1]) == 0))
+
+
+STEPS = {
+    "arrive": lambda twin, seed: twin.both(lambda layer: arrive(layer, 1 + seed % 3, seed)),
+    "hold": lambda twin, seed: twin.hold(seed),
+    "keep": lambda twin, seed: twin.both(lambda layer: keep(layer, seed, False)),
+    "keep per head": lambda twin, seed: twin.both(lambda layer: keep(layer, seed, True)),
+    "crop": lambda twin, seed: twin.both(lambda layer: layer.crop(-(seed % 2))),
+    "reorder": lambda twin, seed: twin.both(lambda layer: layer.reorder_cache(torch.arange(len(layer.origins)).flip(0))),
+    "repeat": lambda twin, seed: twin.both(lambda layer: len(layer.origins) < 5 and layer.batch_repeat_interleave(2)),
+    "select": lambda twin, seed: twin.both(lambda layer: layer.batch_select_indices(torch.tensor([0, len(layer.origins) - 1]))),
+    "offload": lambda twin, seed: twin.both(lambda layer: (layer.offload(), layer.prefetch())),
+    "copy": lambda twin, seed: setattr(twin, "packed", copy.deepcopy(twin.packed)),
+}
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9)), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_a_packed_layer_is_the_layer_of_what_it_packed(steps):
+    twin = Twin()
+    STEPS["arrive"](twin, 5)
+    STEPS["hold"](twin, 1)
+    for name, seed in steps:
+        if twin.full.length:
+            STEPS[name](twin, seed)
+            twin.packed.release()
+        twin.check()
+
+
+def test_a_scale_is_taken_out_again_and_follows_the_rows():
+    layer = TokenCacheLayer()
+    arrive(layer, 5, 0)
+    keys, scale = layer.keys.clone(), 1 + torch.rand(B, K, 1, E)
+    layer.hold(torch.ones(B, K, 5, dtype=torch.bool), Quantized(8, E, E), Plain(), scale)
+    close(layer.keys, through(Quantized(8, E, E), keys * scale) / scale)
+    before = layer.keys
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.keys, before.flip(0))
+    arrive(layer, 2, 1)
+    layer.release()
+    new = layer.keys[:, :, 5:].clone()
+    layer.hold(torch.ones(B, K, 7, dtype=torch.bool), Quantized(8, E, E), Plain(), torch.ones_like(scale))
+    close(layer.keys[:, :, 5:], through(Quantized(8, E, E), new * scale.flip(0)) / scale.flip(0))
+    assert torch.equal(layer.keys[:, :, :5], before.flip(0))
+
+
+def test_a_row_of_one_value_is_exact():
+    rows = torch.full((2, E), 0.7)
+    assert torch.equal(through(FORM, rows), rows)
+
+
+def test_directions_meet_where_they_lie_alike_or_opposite():
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1e-4, 1.0]])
+    b = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    (low, up), form = Polar(0.6).pack_pair(a, b), Polar(0.6)
+    read = [form.unpack(packed[0].tensor, packed[1]) for packed in (low, up)]
+    close(read[0][0], a[0])
+    close(read[1][0], b[0])
+    assert all(x.isfinite().all() for x in read) and torch.equal(read[0][2], a[2])
+
+
+def test_cells_come_and_go_without_a_copy_of_the_others():
+    layer = TokenCacheLayer()
+    arrive(layer, 40, 0)
+    layer.hold(torch.arange(40).expand(B, K, 40) < 20, FORM, FORM)
+    rooms = []
+    for i in range(30):
+        arrive(layer, 1, i)
+        layer.release()
+        layer.hold(torch.arange(layer.length).expand(B, K, layer.length) == 20 + i, FORM, FORM)
+        rooms.append(tuple(part.packed[0][0].data_ptr() for part in layer.held))
+    assert len(set(rooms)) <= 6
+    assert sorted(part.count for part in layer.held) == [20 * B * K, 50 * B * K]
+
+
+def read_by(model, ids, mask, monkeypatch, itself):
+    """Logits of a generation, and the operations that ran."""
+    if not itself:
+        monkeypatch.setattr(AttentionTap, "reads_itself", lambda self, *args: False)
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad(), picks() as picked:
+        out = model.generate(ids, attention_mask=mask, **given)
+    monkeypatch.undo()
+    return torch.stack(out.logits), {choice.operation for choice in picked}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("config", "operations"),
+    [
+        (MiKVConfig(importance=0.3, bits=4), {"packed_attention", "ragged_attention"}),
+        (MiKVConfig(importance=0.3, high_bits=8), {"packed_attention", "ragged_attention"}),
+        (RazorAttentionConfig(sinks=1, compression=4.0, heads=(0, 3)), {"ragged_attention"}),
+    ],
+    ids=["few bits", "few and more bits", "heads of different lengths"],
+)
+def test_decoding_reads_a_cache_where_it_lies(family, config, operations, monkeypatch):
+    specimen = zoo.build(family)
+    specimen.model.set_attn_implementation("sdpa")
+    model, ids = get_token_model(specimen.model, config).eval(), specimen.inputs["input_ids"]
+    for padded in (0, 3):
+        mask = torch.ones_like(ids)
+        mask[0, :padded] = 0
+        ours, ran = read_by(model, ids, mask, monkeypatch, True)
+        want, unpacked = read_by(model, ids, mask, monkeypatch, False)
+        close(ours, want)
+        assert not operations & unpacked and (padded or operations <= ran)
+
+
+def test_an_attention_that_gets_other_keys_is_refused(monkeypatch):
+    base = zoo.build("llama")
+    model = get_token_model(base.model, MiKVConfig(importance=0.3)).eval()
+    monkeypatch.setattr(AttentionTap, "answer", lambda self, call: None)
+    with pytest.raises(UnsupportedError, match="must get the keys as the cache returns them in each pass, .* got other ones"):
+        model.generate(base.inputs["input_ids"], max_new_tokens=4, min_new_tokens=4)
+
+
+# -- entries that stand for several tokens ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thrice(monkeypatch):
+    """A method that lets the first entry of each row count as three."""
+    monkeypatch.setitem(METHODS, "thrice", {})
+
+    class ThriceConfig(MethodConfig):
+        sharp: float = option(1.0, ge=0, zero=0.0, help="Nothing.")
+
+    @register("thrice", ThriceConfig)
+    class Thrice(CacheCompressor):
+        def score(self, newer):
+            return newer.double()
+
+        def budget(self, length, seen):
+            return [length - 1] * self.dims.kv_heads
+
+        def fold(self, keys, values, stays):
+            first = stays & (stays.long().cumsum(dim=-1) == 1)
+            return keys, values, 1.0 + 2 * first
+
+    return ThriceConfig
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("gpt2", "eager"), ("mixtral", "sdpa"), ("gemma2", "eager")],
+)
+def test_an_entry_of_size_three_is_three_entries(thrice, family, backend):
+    specimen = zoo.build(family)
+    base = specimen.model
+    base.set_attn_implementation(backend)
+    ids, n = specimen.inputs["input_ids"][:, :5], 5
+    cache = base(ids, use_cache=True).past_key_values
+    thrice_held = DynamicCache()
+    for i, layer in enumerate(cache.layers):  # the newest goes, the first comes three times
+        keys, values = (torch.cat([t[:, :, :1], t[:, :, :1], t[:, :, :-1]], dim=2) for t in (layer.keys, layer.values))
+        thrice_held.update(keys, values, i)
+    where = {"position_ids": torch.full((2, 1), n), "attention_mask": torch.ones(2, n + 2)}
+    want = base(ids[:, :1], **{CACHE: thrice_held}, **where).logits
+    model = get_token_model(base, thrice()).eval()
+    ours = model(ids, use_cache=True).past_key_values
+    assert [layer.length for layer in ours.layers] == [n - 1] * len(ours.layers)
+    assert ours.layers[0].sizes[0, 0].tolist() == [3.0] + [1.0] * (n - 2)
+    close(model(ids[:, :1], **{CACHE: ours}, position_ids=where["position_ids"]).logits, want)
+
+
+def test_sizes_of_heads_reach_their_queries():
+    ledger = TokenLedger.open(torch.zeros(1, 1, E), 2, True, heads=4)
+    sizes = torch.tensor([[[2.0, 1.0], [1.0, 5.0]]])
+    stored = Stored(torch.tensor([[0, 1]]), entries={"sizes": sizes})
+    wanted = torch.nn.functional.pad(sizes.repeat_interleave(2, dim=1).log(), (0, 1))
+    mask = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    for out in (realign(ledger, "attention_mask", mask, stored), ledger.implied_mask(torch.zeros(1, 1, E), stored)):
+        close(out[:, :, 0], wanted)
+    mask[..., 0] = False
+    out = realign(ledger, "attention_mask", mask, stored)
+    assert bool((out[..., 0] < -1e30).all()) and float(out[0, 2, 0, 1]) == pytest.approx(float(wanted[0, 2, 1]))
+
+
+def test_a_word_asks_for_known_signals(monkeypatch):
+    monkeypatch.setitem(METHODS, "curious", {})
+    with pytest.raises(ConfigError, match=r"Curious.fold may ask for .*got \['colour'\]"):
+
+        @register("curious", type("CuriousConfig", (MethodConfig,), {}))
+        class Curious(CacheCompressor):
+            def score(self, newer):
+                return newer
+
+            def budget(self, length, seen):
+                return length
+
+            def fold(self, colour):
+                return None
+
+
+def test_what_is_freed_by_a_head_is_counted(thrice):
+    base = zoo.build("llama")
+    model = get_token_model(base.model, thrice())
+    assert measure(model, **base.inputs, use_cache=True).kv_bytes == 4 * 2 * 2 * 15 * 16 * 4
