@@ -66,7 +66,7 @@ class AttentionCall:
 
     def affinity(self, index: Tensor | None = None) -> Tensor:
         """The scores before the softmax, -inf where a query does not look, of all keys (b h m n) or those of index (b g r), (b h m r)."""
-        keys = self.k if index is None else pick(self.k, index)
+        keys = self.k if index is None else pick_keys(self.k, index)
         keys = keys.repeat_interleave(self.q.shape[1] // keys.shape[1], dim=1)
         scores = (self.q @ keys.mT).to(torch.promote_types(self.q.dtype, torch.float32)) * self.scaling
         scores = scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
@@ -75,7 +75,7 @@ class AttentionCall:
 
     def attending(self, told: Attending) -> AttentionCall:
         """The call that reads its keys so."""
-        k, v = (t if told.index is None else pick(t, told.index.expand(-1, t.shape[1], -1)) for t in (self.k, self.v))
+        k, v = (t if told.index is None else pick_keys(t, told.index.expand(-1, t.shape[1], -1)) for t in (self.k, self.v))
         mask = self._added(told.index)
         if told.bias is not None:
             mask = told.bias if mask is None else added(mask, told.bias)
@@ -114,7 +114,7 @@ class AttentionCall:
         return dict(scaling=self.scaling, mask=mask, causal=causal, softcap=self.softcap, sinks=self.sinks)
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:
+def pick_keys(x: Tensor, index: Tensor) -> Tensor:
     """The keys of an index (b g r) of x (b g n e), (b g r e)."""
     return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
 

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import UnsupportedError, explain
 from .call import AttentionCall
 
-PREFIX = "hf_tokens_"
+TAPPED_PREFIX = "hf_tokens_"
 BACKENDS = ("sdpa", "eager")
 TAP = "_hf_tokens_tap"
 STRANGE = ("sinks", "indices", "block_indices")  # arguments of attention functions that change the probabilities
@@ -90,7 +90,7 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
     """
     config = vars(attention).get("config")
     backend = None if config is None else config._attn_implementation
-    if backend is None or backend.removeprefix(PREFIX) not in BACKENDS:
+    if backend is None or backend.removeprefix(TAPPED_PREFIX) not in BACKENDS:
         raise UnsupportedError(
             explain(
                 f"Queries, keys and scores need one of the attention backends {list(BACKENDS)}",
@@ -98,7 +98,7 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
                 "Call `model.set_attn_implementation('sdpa')`, or choose a method that does not look at attention.",
             )
         )
-    backend = backend.removeprefix(PREFIX)
+    backend = backend.removeprefix(TAPPED_PREFIX)
     vars(attention)[TAP] = (tap,)
     config._attn_implementation_internal = tapped_name(backend)
     return backend
@@ -106,7 +106,7 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
 
 def tapped_name(backend: str) -> str:
     """Name of a backend's tapped function, registered with its mask function."""
-    name = PREFIX + backend
+    name = TAPPED_PREFIX + backend
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, tapped(backend))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
@@ -115,12 +115,12 @@ def tapped_name(backend: str) -> str:
 
 def tapped_now(attention: nn.Module) -> bool:
     """Whether the model's backend is still a tapped one."""
-    return attention.config._attn_implementation.startswith(PREFIX)
+    return attention.config._attn_implementation.startswith(TAPPED_PREFIX)
 
 
 def close_tap(attention: nn.Module) -> None:
     """Give a self-attention module its own backend back."""
     vars(attention).pop(TAP, None)
     backend = attention.config._attn_implementation
-    if backend is not None and backend.startswith(PREFIX):
-        attention.config._attn_implementation_internal = backend.removeprefix(PREFIX)
+    if backend is not None and backend.startswith(TAPPED_PREFIX):
+        attention.config._attn_implementation_internal = backend.removeprefix(TAPPED_PREFIX)

@@ -13,7 +13,7 @@ from ..roles.registry import MethodInfo, list_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUNDS = ("ge", "gt", "le", "lt", "choices")
-START, END = "<!-- methods -->", "<!-- /methods -->"
+TABLE_START, TABLE_END = "<!-- methods -->", "<!-- /methods -->"
 NOT_MEASURED = "Not measured on a real model yet."
 
 
@@ -82,8 +82,8 @@ def pages() -> dict[Path, str]:
     out = {cards / f"{info.name}.md": method_card(info, template) for info in methods}
     out[cards / "INDEX.md"] = f"# Methods\n\n{overview(methods, '')}\n"
     readme = ROOT / "README.md"
-    head, _, rest = readme.read_text().partition(START)
-    out[readme] = f"{head}{START}\n{overview(methods, 'model_cards/')}\n{END}{rest.partition(END)[2]}"
+    head, _, rest = readme.read_text().partition(TABLE_START)
+    out[readme] = f"{head}{TABLE_START}\n{overview(methods, 'model_cards/')}\n{TABLE_END}{rest.partition(TABLE_END)[2]}"
     return out
 
 

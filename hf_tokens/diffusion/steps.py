@@ -21,11 +21,11 @@ from ..roles.signals import TOLD
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
-END = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
+RUN_OVER = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
 GUIDED = ("cond", "uncond")  # names that pipelines give the two calls of guidance
 BATCHED = "do_classifier_free_guidance"  # how pipelines call what decides on guidance within one batch
-DEPTH = 64  # frames between a pipeline's call and its denoiser's
-PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
+FRAMES_TO_PIPELINE = 64  # frames between a pipeline's call and its denoiser's
+GUIDANCE_PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
 Context = tuple[str, int]
 
 
@@ -48,7 +48,7 @@ def guides() -> bool | None:
     """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or it does not say."""
     module = sys.modules.get("diffusers.pipelines.pipeline_utils")
     frame = None if module is None else sys._getframe(1)
-    for _ in range(DEPTH):
+    for _ in range(FRAMES_TO_PIPELINE):
         if frame is None:
             return None
         pipeline, code = frame.f_locals.get("self"), frame.f_code
@@ -85,8 +85,8 @@ class DenoisingWorld:
         self.now: dict[Context, tuple[Tensor, StepOutput]] = {}
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
             self.hook = context_hook(self.forget)
-            if END not in dir(type(model)):  # a model without caches of diffusers' own is not told of the end otherwise
-                vars(model)[END] = self.forget
+            if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not told of the end otherwise
+                vars(model)[RUN_OVER] = self.forget
 
     def stand_in(self, module: nn.Module) -> None:
         """Let `cache_context` find the hook in a module of ours: on the model it would rewrite a forward, which no deepcopy survives."""
@@ -116,7 +116,7 @@ class DenoisingWorld:
     def detach(self) -> None:
         """Leave nothing on the model."""
         self.look_again()
-        vars(self.model).pop(END, None)
+        vars(self.model).pop(RUN_OVER, None)
 
     def forget(self) -> None:
         """Let the next call begin a run."""
@@ -176,7 +176,7 @@ class DenoisingWorld:
             return None
         if self.context[0].startswith(GUIDED[1]):
             return torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
-        for parts in PARTS if sample is not None and len(sample) == len(prompt) and guides() is not False else ():
+        for parts in GUIDANCE_PARTS if sample is not None and len(sample) == len(prompt) and guides() is not False else ():
             latents, prompts = sample.chunk(parts), prompt.chunk(parts)
             if len(prompt) % parts == 0 and all(same_values(latents[0], other) for other in latents[1:]):
                 base = prompts[-1 if families.PROMPT_FIRST.search(type(self.model).__name__) else 0]

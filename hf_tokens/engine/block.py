@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..attention.tap import PREFIX
+from ..attention.tap import TAPPED_PREFIX
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.blocks import borrows_keys, layer_index
 from ..roles.base import Method
+from .context import State
 from .handler import handler_of
 from .hooks import BoundForward, SignalHooks
 from .plan import BlockPlan, Speakers
@@ -25,7 +26,6 @@ from .tap import AttentionTap, taps
 if TYPE_CHECKING:
     from .stream import StreamSurgery
 
-State = TypeVar("State")
 
 
 class BlockForward(BoundForward):
@@ -225,7 +225,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             return False
         config = self.surgery.stream.config
         backend = config._attn_implementation if "_attn_implementation_internal" in vars(config or object) else None
-        return (backend or "").removeprefix(PREFIX) not in ("sdpa", "flex_attention")
+        return (backend or "").removeprefix(TAPPED_PREFIX) not in ("sdpa", "flex_attention")
 
     @property
     def drops_cache(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..attention.tap import BACKENDS, PREFIX
+from ..attention.tap import BACKENDS, TAPPED_PREFIX
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model import families
@@ -177,7 +177,7 @@ class BlockCall:
         config = self.stream.config
         backend = config._attn_implementation if "_attn_implementation_internal" in vars(config or object) else "eager"
         square = mask is None or isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (ledger.n, ledger.n)
-        if name is None or not square or not self.attends or (backend or "eager").removeprefix(PREFIX) not in BACKENDS:
+        if name is None or not square or not self.attends or (backend or "eager").removeprefix(TAPPED_PREFIX) not in BACKENDS:
             rule = f"Blocks without their causal mask need an argument for a mask from token to token, and one of the backends {BACKENDS}"
             came = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]} with {backend!r}"
             raise UnsupportedError(explain(rule, came, "Call `model.set_attn_implementation('sdpa')`, or choose another model."))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 DenoisingContext = tuple[str, int]
+State = TypeVar("State")  # what a handler keeps of a block, a stream or a model
 
 
 class DenoiserSteps(Protocol):

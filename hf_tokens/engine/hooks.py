@@ -93,7 +93,7 @@ def own_mlp(block: BlockSurgery) -> nn.Module:
     return mlp
 
 
-def check_rows(block: BlockSurgery) -> None:
+def check_in_rows(block: BlockSurgery) -> None:
     """Refuse tokens that do not stand in rows."""
     if block.surgery.stream.layout != "b n d":
         raise lacks(block, f"tokens that lie as 'b n d', and not as {block.surgery.stream.layout!r},")

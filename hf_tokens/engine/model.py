@@ -7,7 +7,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,14 +20,13 @@ from ..model.pictures import PIXELS, Grid, Shapes, find_grids, picture_shapes
 from ..model.signatures import bound_arguments
 from ..roles.base import Method
 from .block import BlockSurgery
-from .context import ForwardContext
+from .context import ForwardContext, State
 from .handler import Handler, all_handlers
 from .hooks import BoundForward, SharedHook
 from .listen import Listener
 from .loss import LossReplacement, StepLosses, share_of_step
 from .stream import StreamSurgery
 
-State = TypeVar("State")
 TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and no argument of the model
 
 

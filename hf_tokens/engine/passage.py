@@ -27,7 +27,7 @@ from .supply import own_tokens
 
 
 def run_block(speakers: Speakers, call: BlockCall, site: Site) -> Any:
-    """Run the block, as often as its routers say: each run on what the one before gave. Returns the block's output, the tokens are the site's."""
+    """Run the block, as often as its routers say: each run on what the one before gave. The tokens are the site's; returns the output."""
     gates, dense = find_gates(speakers, site)
     output, hidden = run_once(speakers, call, site, gates[0] if gates else None, dense)
     for number, gate in enumerate(gates[1:], start=1):

@@ -23,7 +23,7 @@ def in_backward() -> bool:
 
 
 class Replays(Generic[Held]):
-    """For each block and tensor that it was given, what the block needs to be run again. What a graph no longer holds will not come again."""
+    """For each block and tensor that it was given, what it needs to be run again. What a graph no longer holds will not come again."""
 
     def __init__(self):
         self._held: dict[int, list[tuple[weakref.ref, Held]]] = {}

@@ -1,8 +1,8 @@
-"""One pass through a stream: the methods are asked around each block, which runs on the tokens that are left; the model gets back all of them.
+"""One pass through a stream: methods are asked around each block, which runs on the tokens that are left; the model gets back all of them.
 
 Outside of a block nothing changes: whoever reads a block's output (the next norm, a skip connection, `output_hidden_states`) sees the whole
-sequence. The tokens that are left travel from block to block beside it. The life of a block, each phase asked of the methods in the order of
-their stacks (`handler.py` says what a phase is for):
+sequence. The tokens that are left travel from block to block beside it. The life of a block, each phase asked of the methods in the order
+of their stacks (`handler.py` says what a phase is for):
 
     run a block:
         arrive                                  in the first block of the stream
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from ..roles.base import Method
 from ..tokens.altered import altered
 from .ask import ask
 from .call import BlockCall
-from .context import ForwardContext
+from .context import ForwardContext, State
 from .handler import handler_of
 from .opening import expect, lend, open_pass
 from .passage import run_block
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from .block import BlockSurgery
     from .model import ModelSurgery
 
-State = TypeVar("State")
 
 
 class StreamSurgery:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall, Scores
-from ..attention.tap import BACKENDS, PREFIX, close_tap, open_tap, tapped_name, tapped_now
+from ..attention.tap import BACKENDS, TAPPED_PREFIX, close_tap, open_tap, tapped_name, tapped_now
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model.arguments import shown_by, token_masks
@@ -124,7 +124,7 @@ class AttentionTap:
             return False
         attention = self.block.attention
         config = None if attention is None else vars(attention).get("config")
-        return config is not None and (config._attn_implementation or "").removeprefix(PREFIX) in BACKENDS
+        return config is not None and (config._attn_implementation or "").removeprefix(TAPPED_PREFIX) in BACKENDS
 
     def check_read(self, layer: TokenCacheLayer | None) -> None:
         """Refuse an attention that was to read a cache as it lies, and did not.
@@ -144,7 +144,7 @@ class AttentionTap:
         if block.surgery.examines:
             return False
         alone = ledger.m == 1 and ledger.untouched and layer.readable and not block.surgery.plan.shares_keys
-        backend = block.attention.config._attn_implementation.removeprefix(PREFIX)
+        backend = block.attention.config._attn_implementation.removeprefix(TAPPED_PREFIX)
         if not alone or backend != "sdpa" or call.biased or any(handler_of(m).needs_scores(m) for m in block.active()):
             return False
         return all(hides_none(mask, layer) for mask in token_masks(call.arguments))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
-from ..engine.hooks import check_rows, own_attention
+from ..engine.hooks import check_in_rows, own_attention
 from ..engine.run import Site
 from ..errors import UnsupportedError, explain
 from ..roles.attention_edit import AttentionEdit
@@ -28,7 +28,7 @@ class AttentionEditHandler(Handler):
 
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
         attention = own_attention(block)
-        check_rows(block)
+        check_in_rows(block)
         return [attention.register_forward_hook(block.state(EditedAttention).edit, with_kwargs=True)]
 
 

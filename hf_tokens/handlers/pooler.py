@@ -1,9 +1,9 @@
 """Poolers: what is made of the tokens that leave a stream.
 
-A pooler of the site `stream` is asked where the model's own readers look: behind the norm that takes the whole sequence, else behind the last
-block. Every place gets the pooled vector, so that no head is named: one that reads the first token, the last real one, the mean, or attends
-to all of them finds it. A pooler of the site `output` is asked behind the model, and its vectors take the place of `last_hidden_state`; what
-the model itself made of its tokens has seen all of them.
+A pooler of the site `stream` is asked where the model's own readers look: behind the norm that takes the whole sequence, else behind the
+last block. Every place gets the pooled vector, so that no head is named: one that reads the first token, the last real one, the mean, or
+attends to all of them finds it. A pooler of the site `output` is asked behind the model, and its vectors take the place of
+`last_hidden_state`; what the model itself made of its tokens has seen all of them.
 """
 
 from __future__ import annotations

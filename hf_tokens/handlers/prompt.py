@@ -44,7 +44,7 @@ class PromptLayout:
     own: dict[tuple[str, int], range]
 
 
-PARTS = "samples that ran apart"
+APART = "samples that ran apart"
 
 
 class PromptReplays(Replays[PromptLayout | None]):
@@ -75,7 +75,7 @@ def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dic
         lay_out(call, context, layout)
         return (), extended
     refuse_parts(call)
-    parts = call.held[PARTS] = []
+    parts = call.held[APART] = []
     for rows in several:
         own, taken = part_of_call(given, inserts, rows)
         extended, layout = extend_prompt(own, taken) if taken else (own, None)
@@ -93,7 +93,7 @@ def lay_out(call: ModelCall, context: ForwardContext, layout: PromptLayout | Non
 
 def join_parts(call: ModelCall, output: Any) -> Any:
     """The output for all samples."""
-    parts = call.held.get(PARTS)
+    parts = call.held.get(APART)
     return output if parts is None else join_outputs([*parts[:-1], (parts[-1][0], output)])
 
 
@@ -185,7 +185,8 @@ def extend_prompt(call: Arguments, inserts: list[PromptInsert]) -> tuple[Argumen
     if not single:
         return call, None
     at = length = call[PROMPT].shape[1]
-    call = widen_prompt(call, torch.cat([insert.tokens for insert in single], dim=1), torch.full_like(inserts[0].rows, length, dtype=torch.long))
+    behind = torch.full_like(inserts[0].rows, length, dtype=torch.long)
+    call = widen_prompt(call, torch.cat([insert.tokens for insert in single], dim=1), behind)
     own = {}
     for insert in single:
         own[insert.key, insert.place] = range(at, at := at + insert.tokens.shape[1])
@@ -230,7 +231,7 @@ def of_samples(name: str, value: Any, rows: Tensor, batch: int) -> Any:
         return {key: of_samples(key, item, rows, batch) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(of_samples(name, item, rows, batch) for item in value)
-    split = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch and not families.SHARED.search(name)
+    split = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch and not families.SHARED_TABLES.search(name)
     return value[rows.to(value.device)] if split else value
 
 
@@ -320,7 +321,7 @@ def narrow_argument(name: str, value: Any, context: Tensor, keep: Tensor, n: int
     total = context.shape[1]
     if families.PROMPT_MASKS.match(name) and value.shape[-1] == total:
         return value.index_select(-1, keep)
-    if families.SHARED.search(name) and value.dim() == 2 and len(value) in (total, total + n):
+    if families.SHARED_TABLES.search(name) and value.dim() == 2 and len(value) in (total, total + n):
         picture = torch.arange(n, device=keep.device)
         behind = families.CONTEXT_BEHIND.search(type(block.module).__name__)
         return value[keep if len(value) == total else torch.cat([picture, keep + n] if behind else [keep, picture + total])]

@@ -28,7 +28,7 @@ from .embedding import Embeddings, check_look_up, rewrite_rows
 
 SCORES_AT_A_TIME = 1 << 24  # of an attention call that a method shapes
 # site of a bank -> the phases of a block in which it takes part
-PHASES = {"input": ("before",), "block": ("insert",), "query": ("insert",), "embedding": ("before", "arrive"), "prompt": ()}
+BANK_PHASES = {"input": ("before",), "block": ("insert",), "query": ("insert",), "embedding": ("before", "arrive"), "prompt": ()}
 READS = "query tokens have read"
 
 
@@ -38,7 +38,7 @@ class TokenBankHandler(Handler):
 
     def phases(self, method: TokenBank) -> tuple[str, ...]:
         closes = method.is_first_block and bool(method.words["conclude"])
-        return (*PHASES[method.site], *(("close",) if closes else ()))
+        return (*BANK_PHASES[method.site], *(("close",) if closes else ()))
 
     def hooks(self, method: TokenBank) -> set[str]:
         table = {"table"} if method.site == "embedding" and method.is_first_block else set()

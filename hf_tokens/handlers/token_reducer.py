@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
-from ..engine.hooks import check_rows, lacks, own_mlp
+from ..engine.hooks import check_in_rows, lacks, own_mlp
 from ..engine.run import Site, Span
 from ..errors import UnsupportedError, explain
 from ..roles.signals import OF_THE_BLOCK
@@ -20,7 +20,7 @@ from ..tokens.token_map import TokenMap
 from .sublayers import Sublayer, Sublayers, run_merged
 
 # site of a reducer -> the phases of a block in which it takes part
-PHASES = {"before": ("before",), "middle": ("between", "after"), "after": ("after",), "sublayer": ("sublayer",)}
+REDUCER_PHASES = {"before": ("before",), "middle": ("between", "after"), "after": ("after",), "sublayer": ("sublayer",)}
 
 
 @handles("TokenReducer")
@@ -30,7 +30,7 @@ class TokenReducerHandler(Handler):
     def phases(self, method: TokenReducer) -> tuple[str, ...]:
         if method.site == "before" and method.spans:
             return (*(("before",) if method.is_first_block else ()), *(("end",) if method.dims.is_last_block else ()))
-        return PHASES[method.site]
+        return REDUCER_PHASES[method.site]
 
     def hooks(self, method: TokenReducer) -> set[str]:
         return {"middle": {"middle"}, "sublayer": {"merge"}}.get(method.site, set())
@@ -42,7 +42,7 @@ class TokenReducerHandler(Handler):
         if norm is None:
             raise lacks(block, "a norm in front of its MLP")
         mlp = own_mlp(block)
-        check_rows(block)
+        check_in_rows(block)
         middle = block.state(Middle)
         return [norm.register_forward_pre_hook(middle.enter), mlp.register_forward_hook(middle.leave)]
 

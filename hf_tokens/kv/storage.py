@@ -23,7 +23,7 @@ class Shared:
         self.tensor = tensor
         self._last: tuple[Tensor | torch.device, Shared | None, Shared] | None = None  # what was done, with what, and what came of it
 
-    def pick(self, index: Tensor, more: Shared | None = None) -> Shared:
+    def pick_rows(self, index: Tensor, more: Shared | None = None) -> Shared:
         """The rows of an index, in this one with `more` behind it."""
         if self._last is not None and self._last[1] is more and isinstance(self._last[0], Tensor) and torch.equal(self._last[0], index):
             return self._last[2]
@@ -42,10 +42,10 @@ class Shared:
 Packed = tuple[Tensor | Shared, ...]
 
 
-def pick(x: Tensor | Shared, index: Tensor, more: Tensor | Shared | None = None) -> Tensor | Shared:
+def pick_rows(x: Tensor | Shared, index: Tensor, more: Tensor | Shared | None = None) -> Tensor | Shared:
     """Rows of something packed, with `more` rows behind it."""
     if isinstance(x, Shared):
-        return x.pick(index, more)
+        return x.pick_rows(index, more)
     return x[index] if more is None else torch.cat([x, more])[index]
 
 
@@ -215,7 +215,7 @@ class Part:
                 self.count = int(self.lengths.sum())
                 return self
         index = cells[here]
-        return Part.tight(here, self.forms, tuple(tuple(pick(x, index) for x in one) for one in self.packed), self.scale)
+        return Part.tight(here, self.forms, tuple(tuple(pick_rows(x, index) for x in one) for one in self.packed), self.scale)
 
     def _fill_up(self, cells: Tensor, gone: Tensor, most: int) -> None:
         """Let the last cells of each row and key head move to where those lie that leave; the others stay where they are."""
@@ -274,7 +274,7 @@ class Part:
         here = cells >= 0
         index = cells[here]
         scale = None if self.scale is None else change(self.scale)
-        return Part.tight(here, self.forms, tuple(tuple(pick(x, index) for x in one) for one in self.packed), scale)
+        return Part.tight(here, self.forms, tuple(tuple(pick_rows(x, index) for x in one) for one in self.packed), scale)
 
     def join(self, other: Part) -> Part:
         """Both parts, which are held in the same forms, as one."""
@@ -284,7 +284,7 @@ class Part:
             here = cells >= 0
             index = cells[here]
             both = zip(self.packed, other.packed, strict=True)
-            packed = tuple(tuple(pick(x, index, more) for x, more in zip(*one, strict=True)) for one in both)
+            packed = tuple(tuple(pick_rows(x, index, more) for x, more in zip(*one, strict=True)) for one in both)
             return Part.tight(here, self.forms, packed, self.scale)
         if bool((self.lengths + other.lengths > self.ends - self.starts).any()):
             self._make_room(self.lengths + other.lengths)

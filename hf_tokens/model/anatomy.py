@@ -247,7 +247,7 @@ def _causal(line: list[tuple[str, nn.Module]], block: nn.Module, attention: nn.M
 
 
 def _layout(cls: type[nn.Module]) -> str:
-    for pattern, layout in families.LAYOUTS:
+    for pattern, layout in families.BLOCK_LAYOUTS:
         if pattern.search(qualified_name(cls)):
             return layout
     return "n d" if "cu_seqlens" in parameters(cls) else "b n d"
@@ -327,7 +327,7 @@ def prefix_tokens(model: nn.Module, stream: Stream) -> int:
     inside = set()
     while True:
         for name, value in holder.named_parameters():
-            if families.PREFIX.search(name) and not any(path in name for path in ("decoder", OWN)):
+            if families.PREFIX_TOKENS.search(name) and not any(path in name for path in ("decoder", OWN)):
                 inside.add((id(value), value.shape[-2] if value.dim() == 3 else 1))
         if inside or not at:
             return sum(count for _, count in inside)

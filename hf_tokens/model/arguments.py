@@ -1,4 +1,4 @@
-"""The arguments of a block that lie over its tokens: which they are, by name and shape, and how each is cut for the tokens that are left."""
+"""The arguments of a block that lie over its tokens: which these are, by name and shape, and how each is cut for those that are left."""
 
 from __future__ import annotations
 

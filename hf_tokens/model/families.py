@@ -8,7 +8,7 @@ import re
 ATTENTION = re.compile(r"(attention|attn|mha)(v?\d+d?)?$", re.IGNORECASE)
 NOT_ATTENTION = re.compile(r"(pool|linear|lightning|delta|mamba)\w*(attention|attn)", re.IGNORECASE)
 # Child names under which an attention reads other tokens than its own stream's.
-CROSS = re.compile(r"(^|[._])(cross|enc_?dec|encoder_attn|crossattention|multihead_attn|attn_?2$|text_attn|src_attn)", re.IGNORECASE)
+CROSS_PATH = re.compile(r"(^|[._])(cross|enc_?dec|encoder_attn|crossattention|multihead_attn|attn_?2$|text_attn|src_attn)", re.IGNORECASE)
 CROSS_CLASS = re.compile(r"cross", re.IGNORECASE)
 # Projections of a cross-attention that read the other tokens.
 CONTEXT = re.compile(r"(^|[._])(to_k|to_v|to_kv|k|v|kv|k_proj|v_proj|kv_proj|k_lin|v_lin|key|value|key_value)$", re.IGNORECASE)
@@ -79,7 +79,7 @@ CONCATENATES = re.compile(r"^Zamba")
 NOT_BLOCK = re.compile(r"Stage$")
 # block class -> how its hidden states lie, where it is not "b n d": windows on a grid, parallel residual streams (c), tokens first,
 # frames (t) that are split off the batch again because attention runs over them
-LAYOUTS = (
+BLOCK_LAYOUTS = (
     (re.compile(r"(Sam|SamHQ|GotOcr2|PPFormulaNet|SLANeXt|PPChart2Table)VisionLayer"), "b h w d"),
     (re.compile(r"Sam3ViTLayer|SegGptLayer|(Sam2|EdgeTam)\w*Block"), "b h w d"),
     (re.compile(r"VitDetLayer|Kandinsky3Attention|Florence2VisionBlock"), "b d h w"),
@@ -129,7 +129,7 @@ TOWERS = re.compile(r"^((Alt|Chinese)?CLIP(Seg)?|MetaClip2|Siglip2?|VisionTextDu
 # Where the order of registration is not the order of the calls.
 CALLED_BEFORE = {"mid_block": "up_blocks"}
 # Parameters that are special tokens in front of the patches of a picture.
-PREFIX = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")
+PREFIX_TOKENS = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")
 # Modules of a block, by name or class, that look up the places or distances of its tokens by counting them: those that are let off where
 # the block is told by one of these arguments, and those that count whatever they are told.
 TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
@@ -151,7 +151,7 @@ FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 # Denoisers that read their prompt as a whole too, beside their blocks.
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
-SHARED = re.compile(r"^(txt|img)_ids$|rotary|freqs")
+SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
 # Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.
 PROMPT_FIRST = re.compile(r"^LuminaNextDiT2D")
 # Denoisers whose timestep is a share of 1, where others count to 1000; and those whose timestep rises as the noise falls.

@@ -29,7 +29,7 @@ def is_cross(path: str, module: nn.Module) -> bool:
     known = getattr(module, "is_cross_attention", None)
     if isinstance(known, bool):
         return known
-    return bool(families.CROSS.search(path) or families.CROSS_CLASS.search(type(module).__name__))
+    return bool(families.CROSS_PATH.search(path) or families.CROSS_CLASS.search(type(module).__name__))
 
 
 def all_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -118,7 +118,8 @@ def picture_places(visual: Tensor, found: list[Grid], ledger: TokenLedger) -> li
     """
     flat = visual.flatten().nonzero()[:, 0]  # of all rows, one after the other
     pieces = flat.split([prod(grid) for grid in found])
-    slot = torch.where(ledger.slot < 0, -1, ledger.slot + ledger.m * torch.arange(ledger.batch, device=ledger.slot.device)[:, None]).flatten()
+    rows = torch.arange(ledger.batch, device=ledger.slot.device)[:, None]
+    slot = torch.where(ledger.slot < 0, -1, ledger.slot + ledger.m * rows).flatten()
     sizes: dict[Grid, list[Tensor]] = {}
     for grid, piece in zip(found, pieces, strict=True):
         if int(piece[0]) // ledger.n != int(piece[-1]) // ledger.n:

@@ -64,7 +64,8 @@ def check_weights(model: nn.Module, block: nn.Module, path: str, site: str) -> N
     found = block_weights(block, site)
     if not found:
         came = f"{type(block).__name__} at {path}"
-        raise UnsupportedError(explain(f"This method needs {WEIGHT_SITES[site][1]} in the block", came, "Choose other layers or another model."))
+        rule = f"This method needs {WEIGHT_SITES[site][1]} in the block"
+        raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Method
 from .config import MethodConfig
-from .signals import JUDGES, SHARED
+from .signals import JUDGES, OF_ALL_OBJECTIVES
 
 
 class Objective(Method):
@@ -21,7 +21,7 @@ class Objective(Method):
     """
 
     role, verb, moves_tokens, packed, in_block = "Objective", "loss", False, True, False
-    vocabulary = JUDGES | SHARED
+    vocabulary = JUDGES | OF_ALL_OBJECTIVES
     replaces: ClassVar[bool] = False
     unit: ClassVar[str] = "token"
     evaluates: ClassVar[bool] = False

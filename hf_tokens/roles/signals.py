@@ -80,7 +80,7 @@ SIGNALS: dict[str, str] = {
 }
 # What an Objective may ask for; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
 JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
-SHARED = frozenset({"hidden", "positions", "progress"})
+OF_ALL_OBJECTIVES = frozenset({"hidden", "positions", "progress"})
 # What one word alone may ask for.
 OF_A_WORD = {
     "attend": frozenset({"affinity", "key_positions", "own_keys"}),

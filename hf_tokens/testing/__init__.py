@@ -2,7 +2,6 @@
 
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import probe_config
-
-CACHE = zoo.CACHE
+from hf_tokens.testing.zoo import CACHE
 
 __all__ = ["CACHE", "probe_config", "zoo"]

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from hf_tokens.model.signatures import CACHES, cache_argument
 from hf_tokens.testing.zoo_rows import (
+    BATCH,
     DIFFUSERS,
     INPUTS,
     LAYER_LISTS,
@@ -30,12 +31,13 @@ from hf_tokens.testing.zoo_rows import (
     NUMBERS,
     PREFERRED,
     ROWS,
+    TOKENS,
     UNBUILDABLE,
+    VOCAB,
     Row,
     diffusers_inputs,
 )
 
-BATCH, TOKENS, VOCAB = 2, 16, 99
 CACHE = cache_argument(GenericForSequenceClassification.forward)  # how the models of the installed Transformers call their cache
 
 

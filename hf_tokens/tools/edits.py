@@ -43,6 +43,11 @@ class EditedWeight:
         return self.block.state(EditedWeights).places[self.name][0]
 
     @property
+    def effective(self) -> Tensor:
+        """The weight with the changes of the edits that act."""
+        return self.block.state(EditedWeights).effective(self.name)
+
+    @property
     def weight(self) -> nn.Parameter:
         module, attribute = self.block.state(EditedWeights).places[self.name]
         return module._parameters[attribute]
@@ -82,7 +87,7 @@ def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | N
             mine = [site for site in found if site.method.key == key]
             with silent(surgery, set(stack[place:])):
                 changes = find_changes(run, mine, batches, loss)
-                moved[key] = {site.path: relative_change(change, site.block.state(EditedWeights).effective(site.name)) for site, change in changes.items()}
+                moved[key] = {site.path: relative_change(change, site.effective) for site, change in changes.items()}
             for method, block in {id(s.method): (s.method, s.block) for s in mine}.values():
                 method.note({site.name: change for site, change in changes.items() if site.block is block})
     return moved
@@ -134,13 +139,13 @@ def find_changes(model: nn.Module, mine: list[EditedWeight], data: Groups, loss:
     method, given = mine[0].method, {}
     groups = {name: data[name] for name in (*method.groups, *method.maybe) if name in data}
     if "weights" in method.signals:
-        given["weights"] = {site.path: in_float32(site.block.state(EditedWeights).effective(site.name).detach()) for site in mine}
+        given["weights"] = {site.path: in_float32(site.effective.detach()) for site in mine}
     for name, record in RECORDERS.items():
         if name in method.signals:
             given[name] = {group: record(model, mine, batches_of(group, batches), loss) for group, batches in groups.items()}
     with torch.no_grad():
         new = method.edit(**given)
-        changes = {site: new[site.path] - in_float32(site.block.state(EditedWeights).effective(site.name)) for site in mine if site.path in new}
+        changes = {site: new[site.path] - in_float32(site.effective) for site in mine if site.path in new}
     if bad := sorted(site.path for site, change in changes.items() if not change.isfinite().all()):
         rule = f"What {type(method).__name__} makes of a weight is finite"
         raise UnsupportedError(explain(rule, f"infinities or NaN in {bad[0]}", "Give it more data, or a stronger regularisation."))

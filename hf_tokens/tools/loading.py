@@ -20,7 +20,7 @@ from ..peft.tuner import check_name
 from .surgeries import blocks_in, denoiser, instances, surgery_of
 
 TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
-PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
+PEFT_PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
 
 
 def beside_its_like(model: Any, config: HFTokensConfig) -> bool:
@@ -155,7 +155,7 @@ def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensCon
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    weights = {key.removeprefix(PREFIX): value for key, value in load_peft_weights(str(folder)).items()}
+    weights = {key.removeprefix(PEFT_PREFIX): value for key, value in load_peft_weights(str(folder)).items()}
     inject_adapter_in_model(config, inner, adapter_name)
     set_peft_model_state_dict(inner, weights, adapter_name)
     return pipeline
@@ -186,5 +186,5 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
-    save_file({PREFIX + key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
+    save_file({PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
     inner.peft_config[adapter_name].save_pretrained(str(folder))

@@ -19,7 +19,7 @@ from ..handlers.objective import asked_now
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-DEPTH = 64  # frames between Trainer.training_step and the block whose mode it sets
+FRAMES_TO_TRAINER = 64  # frames between Trainer.training_step and the block whose mode it sets
 
 
 def calling_trainer() -> Trainer | None:
@@ -28,7 +28,7 @@ def calling_trainer() -> Trainer | None:
     if module is None:
         return None
     frame = sys._getframe(1)
-    for _ in range(DEPTH):
+    for _ in range(FRAMES_TO_TRAINER):
         frame = frame.f_back
         if frame is None:
             return None

@@ -125,7 +125,8 @@ def test_their_places_are_those_of_the_token_in_front():
 
 def test_those_of_single_blocks_stand_behind_the_end():
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    gifts = [gift(2), PromptInsert("b", 0, -2 * torch.ones(2, 1, 1), gift(1).rows), PromptInsert("b", 1, -3 * torch.ones(2, 2, 1), gift(1).rows)]
+    single = [PromptInsert("b", place, -(place + 2) * torch.ones(2, place + 1, 1), gift(1).rows) for place in (0, 1)]
+    gifts = [gift(2), *single]
     call, layout = extend_prompt({"encoder_hidden_states": prompt(), "encoder_attention_mask": mask}, gifts)
     assert call["encoder_hidden_states"][1, :, 0].tolist() == [1, -1, -1, 2, 3, 4, -2, -3, -3]
     assert (layout.length, layout.total) == (6, 9) and layout.own == {("b", 0): range(6, 7), ("b", 1): range(7, 9)}
@@ -351,5 +352,6 @@ def test_signals_that_are_not_known_at_the_prompt():
 
 def test_join_puts_the_samples_in_order():
     one, other = torch.tensor([0, 3]), torch.tensor([1, 2])
-    out = join_outputs([(one, {"sample": torch.tensor([0.0, 3.0]), "more": [None]}), (other, {"sample": torch.tensor([1.0, 2.0]), "more": [None]})])
+    values = {"sample": torch.tensor([0.0, 3.0]), "more": [None]}, {"sample": torch.tensor([1.0, 2.0]), "more": [None]}
+    out = join_outputs([*zip((one, other), values, strict=True)])
     assert out["sample"].tolist() == [0, 1, 2, 3] and out["more"] == [None]

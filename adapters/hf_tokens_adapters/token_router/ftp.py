@@ -99,7 +99,8 @@ class FTP(TokenRouter):
     def logit(self, place: Tensor, score: Tensor, ahead: Tensor, count: Tensor, asked: float) -> Tensor:
         """The router's say on each token, (b m)."""
         factors = torch.stack([place.to(score) / count, score, ahead.to(score) / count, torch.full_like(score, asked)], dim=-1)  # b m 4
-        w1, b1, w2, b2 = (p.to(score.dtype) for p in (self.stream_first.w1, self.stream_first.b1, self.stream_first.w2, self.stream_first.b2))
+        first = self.stream_first
+        w1, b1, w2, b2 = (p.to(score.dtype) for p in (first.w1, first.b1, first.w2, first.b2))
         return linear(linear(factors, w1, b1).relu(), w2, b2)[..., 0]
 
     def blame(self, logit: Tensor, gate: Tensor, static: Tensor, mask: Tensor, progress: float, asked: float) -> None:
