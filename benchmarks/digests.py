@@ -291,7 +291,8 @@ def compare(path: Path, pairs: list[Pair]) -> int:
     print("not in this tree:", *sorted(gone), "\nnot in the record:", *sorted(new))
     pairs, start = [pair for pair in pairs if name_of(pair) in rows], time.time()
     cells: dict[tuple[str, str], Counter] = defaultdict(Counter)
-    bits, words = [], []
+    bits: list[str] = []
+    words: dict[str, list[str]] = defaultdict(list)  # texts before and now -> where
     for done, pair in enumerate(pairs, 1):
         old = rows[name_of(pair)]
         new, wrong = examine(pair, old), 0
@@ -302,14 +303,16 @@ def compare(path: Path, pairs: list[Pair]) -> int:
             cell["all"] += sum(leaf is not None for leaf in leaves(old.get(look)).values())
             cell["other"] += len(other)
             bits += [f"{old['pair']}: {look} {place}" for place in other]
-            words += [f"{old['pair']}: {look} {place}\n  was  {at(old, look, place)}\n  is   {at(new, look, place)}" for place in reworded]
+            for place in reworded:
+                words[f"was  {text(old, look, place)}\n  is   {text(new, look, place)}"].append(f"{old['pair']}: {look} {place}".strip())
             wrong += len(other)
         progress(done, pairs, start, old, f"{wrong} differ" if wrong else "equal")
-    print(f"\nOther bits: {len(bits)}", *bits, f"\nOther words: {len(words)}", *words, "", table(cells), sep="\n")
+    texts = [f"  {texts}\n  in {len(places)} places, the first {places[0]}" for texts, places in words.items()]
+    print(f"\nOther bits: {len(bits)}", *bits, f"\nOther words: {len(words)}", *texts, "", table(cells), sep="\n")
     return bool(bits)
 
 
-def at(row: Row, look: str, place: str) -> str:
+def text(row: Row, look: str, place: str) -> str:
     return leaves(row[look])[place]["text"]
 
 
