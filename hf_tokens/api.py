@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapter import NAME, PEFT_METHOD, HFTokensConfig
 from .anatomy import denoising
 from .config import MethodConfig
-from .errors import AdapterError, ConfigError, UnsupportedError, explain
+from .errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, explain
 from .layer import BlockSurgery
 from .objectives import first_tensor, judge_prediction
 from .registry import method_config
@@ -30,14 +30,16 @@ from .tuner import check_name, names_of_ours, take_off
 
 TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
 PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
-Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
+Methods = str | dict[str, Any] | MethodConfig | PeftConfig | Iterable[Any]
 
 
 def adapter_config(methods: Methods, **kwargs: Any) -> HFTokensConfig:
     """The PEFT config of one method or a stack of them."""
-    if unknown := sorted(kwargs.keys() - {field.name for field in dataclasses.fields(HFTokensConfig)}):
+    arguments = [field.name for field in dataclasses.fields(HFTokensConfig)]
+    if unknown := sorted(kwargs.keys() - set(arguments)):
         rule = "`get_token_model` takes methods and arguments of HFTokensConfig"
-        raise ConfigError(explain(rule, unknown, "Give a knob to its method: a config, or a dict with the key 'method'."))
+        remedy = f"{did_you_mean(unknown, arguments)}Give a knob to its method: a config, or a dict with the key 'method'."
+        raise ConfigError(explain(rule, unknown, remedy))
     if not isinstance(methods, HFTokensConfig):
         return HFTokensConfig(methods=methods, **kwargs)
     if kwargs:
