@@ -40,7 +40,7 @@ growth: $(VENV)/benchmarks.stamp ## How time and memory of the kernels grow with
 quality: $(VENV)/benchmarks.stamp ## The experiments on real weights and data, one file each: benchmarks/results/quality/
 	for one in $(or $(m),$(QUALITY)); do $(BIN)/python benchmarks/quality/$$one.py || exit 1; done
 
-cards: $(VENV)/dev.stamp ## Write the generated files again: model cards, the index that `hf-tokens list` reads, the stub, the README's table
+cards: $(VENV)/dev.stamp ## Write the generated files again: cards, README's table, the index of the command line, the stub of editors
 	$(BIN)/python -m hf_tokens.commands.cards $(ARGS)
 
 new: $(VENV)/dev.stamp ## Start a method: make new m=<name> role=<role>
