@@ -8,6 +8,7 @@ import tomllib
 
 import hf_tokens
 from hf_tokens.commands.cards import ROOT, index_entry, pages
+from hf_tokens.registry import ENTRY_POINTS
 from hf_tokens_cli import app
 
 BUILT_IN = [info for info in hf_tokens.list_methods() if info.cls.__module__.startswith("hf_tokens_adapters.")]
@@ -35,7 +36,7 @@ def test_the_stub_names_every_public_name_and_every_method_where_it_is():
 
 def test_the_index_holds_every_method():
     assert app.built_in_cards() == [index_entry(info) for info in BUILT_IN]
-    assert app.ENTRY_POINTS == hf_tokens.registry.ENTRY_POINTS
+    assert app.ENTRY_POINTS == ENTRY_POINTS
 
 
 def test_every_package_is_typed_and_what_is_generated_is_shipped():
