@@ -40,14 +40,15 @@ growth: $(VENV)/benchmarks.stamp ## How time and memory of the kernels grow with
 quality: $(VENV)/benchmarks.stamp ## The experiments on real weights and data, one file each: benchmarks/results/quality/
 	for one in $(or $(m),$(QUALITY)); do $(BIN)/python benchmarks/quality/$$one.py || exit 1; done
 
-cards: $(VENV)/dev.stamp ## Write the generated pages again: model cards and the README's table
+cards: $(VENV)/dev.stamp ## Write the generated files again: cards, README's table, the index of the command line, the stub of editors
 	$(BIN)/python -m hf_tokens.commands.cards $(ARGS)
 
 new: $(VENV)/dev.stamp ## Start a method: make new m=<name> role=<role>
 	$(BIN)/python -m hf_tokens.commands.scaffold "$(m)" "$(role)"
 
-check: $(VENV)/dev.stamp ## Lint
+check: $(VENV)/dev.stamp ## Lint, and read a user's script as an editor does
 	$(BIN)/ruff check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python tests/typed_use.py
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) quickstart-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

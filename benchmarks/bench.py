@@ -22,7 +22,7 @@ from rich.table import Table
 from speed.paired import Row
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("engine", "vlm", "vit", "dit", "kv")
+PARTS = ("door", "engine", "vlm", "vit", "dit", "kv")
 
 
 def show(rows: list[Row]) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor
 
-from .errors import ConfigError, explain
+from .errors import ConfigError, did_you_mean, explain
 from .handlers.objective import first_tensor, judge_prediction
 from .peft.config import HFTokensConfig
 from .peft.tuner import names_of_ours, take_off
@@ -18,14 +18,16 @@ from .roles.config import MethodConfig
 from .tools.loading import beside_its_like
 from .tools.surgeries import blocks_in, denoiser, surgery_of
 
-Methods = str | dict | MethodConfig | PeftConfig | Iterable[Any]
+Methods = str | dict[str, Any] | MethodConfig | PeftConfig | Iterable[Any]
 
 
 def adapter_config(methods: Methods, **kwargs: Any) -> HFTokensConfig:
     """The PEFT config of one method or a stack of them."""
-    if unknown := sorted(kwargs.keys() - {field.name for field in dataclasses.fields(HFTokensConfig)}):
+    arguments = [field.name for field in dataclasses.fields(HFTokensConfig)]
+    if unknown := sorted(kwargs.keys() - set(arguments)):
         rule = "`get_token_model` takes methods and arguments of HFTokensConfig"
-        raise ConfigError(explain(rule, unknown, "Give a knob to its method: a config, or a dict with the key 'method'."))
+        remedy = f"{did_you_mean(unknown, arguments)}Give a knob to its method: a config, or a dict with the key 'method'."
+        raise ConfigError(explain(rule, unknown, remedy))
     if not isinstance(methods, HFTokensConfig):
         return HFTokensConfig(methods=methods, **kwargs)
     if kwargs:

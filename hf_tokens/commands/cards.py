@@ -1,4 +1,4 @@
-"""The generated pages: a card for each method, their index, and the table in the README. `python -m hf_tokens.commands.cards [--check]`."""
+"""The generated files: cards, their indexes, the table in the README, the stub. `python -m hf_tokens.commands.cards [--check]`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,24 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+from .. import PUBLIC
 from ..roles.config import interval
 from ..roles.registry import MethodInfo, list_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUNDS = ("ge", "gt", "le", "lt", "choices")
 TABLE_START, TABLE_END = "<!-- methods -->", "<!-- /methods -->"
+STUB = '''"""Written by `make cards`: the public names, the configs and classes of the methods among them, for type checkers and editors."""
+
+{imports}
+
+__version__: str
+__all__ = [
+{names}
+]
+'''
 NOT_MEASURED = "Not measured on a real model yet."
 
 
@@ -74,13 +85,31 @@ def overview(methods: list[MethodInfo], folder: str) -> str:
     return "\n".join([table_row(["method", "role", "what it does", "paper"]), table_row(["---"] * 4), *map(table_row, rows)])
 
 
+def index_entry(info: MethodInfo) -> dict[str, Any]:
+    """What `hf-tokens list` and `hf-tokens show` print of a method."""
+    texts = {key: getattr(info, key) for key in ("name", "version", "role", "claim", "paper", "maths", "differs")}
+    return {**texts, "config": info.config.__name__, "knobs": knob_rows(info)}
+
+
+def stub(methods: list[MethodInfo]) -> str:
+    """`hf_tokens/__init__.pyi`: every public name, imported from where it lives."""
+    ours = {f".{module}": names for module, names in PUBLIC.items()}
+    theirs = {info.cls.__module__: (info.config.__name__, info.cls.__name__) for info in methods}
+    statement = lambda module, names: f"from {module} import (\n" + "".join(f"    {name},\n" for name in sorted(names)) + ")"
+    imports = ["\n".join(statement(*each) for each in sorted(homes.items())) for homes in (theirs, ours)]
+    public = sorted(name for homes in (theirs, ours) for names in homes.values() for name in names)
+    return STUB.format(imports="\n\n".join(imports), names="\n".join(f'    "{name}",' for name in public))
+
+
 def pages() -> dict[Path, str]:
-    """Every generated page with its text."""
+    """Every generated file with its text."""
     methods = [info for info in list_methods() if info.cls.__module__.startswith("hf_tokens_adapters.")]
     cards = ROOT / "model_cards"
     template = (cards / "template.md").read_text()
     out = {cards / f"{info.name}.md": method_card(info, template) for info in methods}
     out[cards / "INDEX.md"] = f"# Methods\n\n{overview(methods, '')}\n"
+    out[ROOT / "adapters" / "hf_tokens_adapters" / "index.json"] = json.dumps([index_entry(info) for info in methods], indent=1) + "\n"
+    out[ROOT / "hf_tokens" / "__init__.pyi"] = stub(methods)
     readme = ROOT / "README.md"
     head, _, rest = readme.read_text().partition(TABLE_START)
     out[readme] = f"{head}{TABLE_START}\n{overview(methods, 'model_cards/')}\n{TABLE_END}{rest.partition(TABLE_END)[2]}"
@@ -88,15 +117,15 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write the pages, or with --check say which are not up to date."""
+    """Write the files, or with --check say which are not up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
     check = parser.parse_args().check
-    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text() != text]
-    for path in stale:
+    stale = {path: text for path, text in pages().items() if not path.is_file() or path.read_text() != text}
+    for path, text in stale.items():
         print(path.relative_to(ROOT))
         if not check:
-            path.write_text(pages()[path])
+            path.write_text(text)
     sys.exit(bool(check and stale))
 
 

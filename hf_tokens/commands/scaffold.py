@@ -7,9 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from hf_tokens import roles
-
-from ..errors import ConfigError, HFTokensError, explain
+from .. import roles
+from ..errors import ConfigError, HFTokensError, did_you_mean, explain
 
 METHOD = '''"""{title}: <the claim in one line>.
 
@@ -86,7 +85,8 @@ def write(name: str, role: str, root: Path) -> list[Path]:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ConfigError(explain("A method's name is a snake_case word", repr(name), "Use `make new m=<name> role=<role>`."))
     if snake(role) not in found:
-        raise ConfigError(explain(f"A role must be one of {sorted(found)}", repr(role), "Use `make new m=<name> role=<role>`."))
+        remedy = f"{did_you_mean([snake(role)], found)}Use `make new m=<name> role=<role>`."
+        raise ConfigError(explain(f"A role must be one of {sorted(found)}", repr(role), remedy))
     cls = found[snake(role)]
     title = "".join(part.capitalize() for part in name.split("_"))
     verbs = "\n\n".join(stub(cls, verb) for verb in sorted(cls.__abstractmethods__, key=lambda verb: verb != cls.verb))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peft.utils import AuxiliaryTrainingWrapper
 
-from ..errors import AdapterError, ConfigError, UnsupportedError, explain
+from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, explain
 from ..handlers.objective import one_at_a_time
 from ..model import families
 from ..model.anatomy import image_tokens, prompt_width
@@ -147,9 +147,8 @@ def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> li
     if config.stream is not None:
         named = [s for s in found.streams if config.stream in (s.name, s.name.split(".")[0])]
         if not named:
-            raise ConfigError(
-                explain(f"{type(config).__name__}.stream must be a stream of the model", repr(config.stream), f"It has {here}.")
-            )
+            remedy = f"{did_you_mean([config.stream], [s.name for s in found.streams])}It has {here}."
+            raise ConfigError(explain(f"{type(config).__name__}.stream must be a stream of the model", repr(config.stream), remedy))
         if not all(fits(info, s, found) for s in named):
             raise UnsupportedError(explain(rule, f"{config.stream!r}", f"The model has {here}."))
         return readable(named, info, found)

@@ -323,6 +323,3 @@ def register_with_peft() -> None:
         PEFT_TYPE_TO_PREFIX_MAPPING[HF_TOKENS] = HFTokensModel.prefix
     else:
         register_peft_method(name="hf_tokens", config_cls=HFTokensConfig, model_cls=HFTokensModel)
-
-
-register_with_peft()

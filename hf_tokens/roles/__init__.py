@@ -7,12 +7,14 @@ from .feature_cache import FeatureCache
 from .objective import Objective
 from .pooler import Pooler
 from .routers import LayerRouter, ModelRouter, TokenRouter
+from .signals import SIGNALS
 from .token_bank import TokenBank
 from .token_reducer import TokenReducer
 from .vocabulary_edit import VocabularyEdit
 from .weight_edit import WeightEdit
 
 __all__ = [
+    "SIGNALS",
     "AttentionEdit",
     "CacheCompressor",
     "Dims",

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import ConfigError, explain
+from ..errors import ConfigError, did_you_mean, explain
 
 
 def option(
@@ -98,6 +98,16 @@ class MethodConfig:
     layers: tuple[int, ...] | None = option(None, ge=-1000, lt=1000, help="Blocks the method acts on; None takes the method's own choice.")
     stream: str | None = option(None, help="Name of the stream to act on; None takes every stream of a kind that the method supports.")
 
+    if not typing.TYPE_CHECKING:  # the constructor's signature is the dataclass's own
+
+        def __new__(cls, *args: Any, **knobs: Any):
+            known = [field.name for field in dataclasses.fields(cls)]
+            if unknown := [name for name in knobs if name not in known]:
+                came = ", ".join(map(repr, unknown))
+                remedy = f"{did_you_mean(unknown, known)}`help({cls.__name__})` names them."
+                raise ConfigError(explain(f"{cls.__name__} takes the knobs that it declares", came, remedy))
+            return super().__new__(cls)
+
     def __post_init__(self):
         for field, hint in self.knobs():
             value = getattr(self, field.name)
@@ -113,7 +123,8 @@ class MethodConfig:
             raise ConfigError(explain(f"{rule} must be of type {want}", repr(value), f"Meaning: {meta['help']}"))
         for item in flat(value):
             if "choices" in meta and item is not None and item not in meta["choices"]:
-                raise ConfigError(explain(f"{rule} must be one of {interval(meta)}", repr(value), f"Meaning: {meta['help']}"))
+                remedy = f"{did_you_mean([item], meta['choices'])}Meaning: {meta['help']}"
+                raise ConfigError(explain(f"{rule} must be one of {interval(meta)}", repr(value), remedy))
             if isinstance(item, (int, float)) and not isinstance(item, bool) and not inside(item, meta):
                 raise ConfigError(explain(f"{rule} must be in {interval(meta)}", repr(value), f"Meaning: {meta['help']}"))
 
@@ -143,5 +154,6 @@ class MethodConfig:
         names = {f.name for f, _ in cls.knobs()}
         unknown = sorted(set(data) - names - {"method", "version"})
         if unknown:
-            warnings.warn(f"hf-tokens: {cls.__name__} does not know {unknown}; these keys are ignored.", stacklevel=2)
+            words = f"hf-tokens: {cls.__name__} does not know {unknown}; these keys are ignored. {did_you_mean(unknown, names)}"
+            warnings.warn(words.rstrip(), stacklevel=2)
         return cls(**{k: v for k, v in data.items() if k in names})

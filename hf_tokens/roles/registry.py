@@ -10,15 +10,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
-from ..errors import ConfigError, explain
+from ..errors import ConfigError, did_you_mean, explain
 from .base import Method
 from .config import MethodConfig
 from .signals import AT_SITE, OF_A_CALL, OF_A_WORD
 
 ENTRY_POINTS = "hf_tokens.methods"
 HEADINGS = ("Paper", "Maths", "Differs")
+FEW = 20  # names that an error may list
 METHODS: dict[str, dict[int, MethodInfo]] = {}
+AMethod = TypeVar("AMethod", bound=type[Method])
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ def read_card(doc: str) -> dict[str, str]:
     return {"claim": parts[0].strip(), **{key.lower(): found.get(key.lower(), "") for key in HEADINGS}}
 
 
-def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Callable[[type[Method]], type[Method]]:
+def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Callable[[AMethod], AMethod]:
     """Class decorator: register a method under a name.
 
     Raises:
         ConfigError: The name and version are taken, the verb asks for an unknown signal, or the card lacks its paper.
     """
 
-    def add(cls: type[Method]) -> type[Method]:
+    def add(cls: AMethod) -> AMethod:
         known = METHODS.get(name, {})
         if version in known and known[version].cls.__qualname__ != cls.__qualname__:
             raise ConfigError(explain("A method is registered once per version", f"{name!r} v{version} again", "Choose another name."))
@@ -69,7 +72,9 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
             known_signals = OF_A_CALL.get(word, signals) | OF_A_WORD.get(word, frozenset())
             if unknown := sorted(set(names) - known_signals):
                 asking = f"{cls.__name__}.{word}{where and f' {where}'}"
-                raise ConfigError(explain(f"{asking} may ask for {sorted(known_signals)}", unknown, "Rename the arguments."))
+                offer = sorted(known_signals) if len(known_signals) <= FEW else "signals of its role, as `hf_tokens.roles.SIGNALS` says"
+                remedy = f"{did_you_mean(unknown, known_signals)}Rename the arguments."
+                raise ConfigError(explain(f"{asking} may ask for {offer}", unknown, remedy))
         doc = inspect.getdoc(inspect.getmodule(cls)) or ""
         card = read_card(doc)
         cls.words, cls.signals, cls.observes, config.method, config.version = words, words[cls.verb], words["observe"], name, version
@@ -106,7 +111,8 @@ def list_methods(role: str | None = None) -> list[MethodInfo]:
     discover()
     roles = sorted({versions[max(versions)].role for versions in METHODS.values()})
     if role not in (None, *roles):
-        raise ConfigError(explain(f"A role with methods is one of {roles}", repr(role), "Leave it out to list all."))
+        remedy = f"{did_you_mean([role], roles)}Leave it out to list all."
+        raise ConfigError(explain(f"A role with methods is one of {roles}", repr(role), remedy))
     newest = [versions[max(versions)] for _, versions in sorted(METHODS.items())]
     return [info for info in newest if role in (None, info.role)]
 
@@ -120,9 +126,8 @@ def method_info(name: str, version: int | None = None) -> MethodInfo:
     if name not in METHODS:
         discover()
     if name not in METHODS:
-        raise ConfigError(
-            explain(f"A method must be one of {sorted(METHODS)}", repr(name), "Install the package that has it, or fix the name.")
-        )
+        remedy = f"{did_you_mean([name], METHODS)}Install the package that has it, or fix the name."
+        raise ConfigError(explain("A method must be one of those that `hf-tokens list` names", repr(name), remedy))
     versions = METHODS[name]
     version = max(versions) if version is None else version
     if version not in versions:

@@ -1,14 +1,18 @@
-"""The command line: what it shows, and that a user's mistake is one clear line and exit code 2."""
+"""The command line: what it shows, what it loads, and that a user's mistake is one clear line and exit code 2."""
 
+import os
+import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 from transformers import LlamaConfig
 
 import hf_tokens
+import hf_tokens_cli
 from hf_tokens.commands.blueprint import blueprints
-from hf_tokens.commands.cli import main
-from hf_tokens.testing import zoo
+from hf_tokens.testing import probe, zoo
+from hf_tokens_cli import app
 
 
 @pytest.fixture
@@ -16,7 +20,7 @@ def cli(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["hf-tokens", *arguments])
         with pytest.raises(SystemExit) as end:
-            main()
+            hf_tokens_cli.main()
         return end.value.code or 0, *capsys.readouterr()
 
     monkeypatch.setenv("COLUMNS", "200")
@@ -58,10 +62,48 @@ def test_a_part_of_a_pipeline_without_streams_does_not_end_it(cli, tmp_path):
 def test_every_method_is_listed_and_shows_its_knobs(cli):
     code, out, _ = cli("list")
     assert code == 0
+    lines = out.splitlines()
     for info in hf_tokens.list_methods():
-        assert info.name in out
+        if info.cls.__module__ == probe.__name__:
+            continue
+        assert any(line.startswith(f"{info.name} ") and info.role in line and info.arxiv in line for line in lines)
         code, card, _ = cli("show", info.name)
         assert code == 0 and all(field.name in card for field, _ in info.config.knobs())
+
+
+def test_a_role_s_methods_are_listed_alone(cli):
+    code, out, _ = cli("list", "--role", "Pooler")
+    pooling = [info.name for info in hf_tokens.list_methods("Pooler")]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:-1]] == pooling and out.endswith(f"{len(pooling)} methods\n")
+
+
+def test_methods_of_third_parties_are_listed_and_shown(cli, monkeypatch):
+    entries = [EntryPoint(name, value, "hf_tokens.methods") for name, value in (("builtin", app.BUILT_IN), ("probes", probe.__name__))]
+    assert "probe-drop" not in cli("list")[1]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry for entry in entries if entry.group == group])
+    code, out, _ = cli("list")
+    assert code == 0 and "probe-drop" in out and "ftp" in out
+    code, card, _ = cli("show", "probe-drop")
+    assert code == 0 and "knobs of ProbeDropConfig" in card
+
+
+def test_the_version_is_shown(cli):
+    assert cli("--version") == (0, f"hf-tokens {hf_tokens.__version__}\n", "")
+
+
+LOADED = """
+import atexit, sys
+atexit.register(lambda: print(*{"torch", "transformers", "peft", "diffusers", "hf_tokens"} & set(sys.modules), file=sys.stderr))
+import hf_tokens_cli
+hf_tokens_cli.main()
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["list", "--role", "TokenBank"], ["show", "ftp"]], ids=" ".join)
+def test_what_only_reads_loads_no_engine(arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0 and done.stdout and done.stderr.strip() == ""
 
 
 @pytest.mark.parametrize(
@@ -88,8 +130,13 @@ def test_diffusers_is_named_where_it_is_missing(cli, tmp_path, monkeypatch):
 
 def test_a_narrow_terminal_cuts_nothing(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     code, out, _ = cli("list")
-    assert code == 0 and "\N{HORIZONTAL ELLIPSIS}" not in out
+    told = "".join(out.split())
+    assert code == 0 and all("".join((i.name + i.role + i.paper).split()) in told for i in hf_tokens.list_methods("Pooler"))
+    assert max(map(len, out.splitlines())) < 80  # the names, the roles, and 20 letters of the papers
+    code, card, _ = cli("show", "ftp")
+    assert code == 0 and "\N{HORIZONTAL ELLIPSIS}" not in card
 
 
 @pytest.mark.parametrize(
@@ -98,7 +145,9 @@ def test_a_narrow_terminal_cuts_nothing(cli, monkeypatch):
         (("inspect", "/no/such/folder"), "folder or a Hub id"),
         (("inspect", "."), "config.json"),
         (("show", "nothing"), "must be one of"),
-        (("list", "--role", "nothing"), "role must be one of"),
+        (("show", "ftpp"), "got 'ftpp'. Did you mean 'ftp'? "),
+        (("list", "--role", "nothing"), "role with methods is one of"),
+        (("list", "--role", "tokenbank"), "got 'tokenbank'. Did you mean 'TokenBank'? "),
         (("quickstart", "--model", "/no/such/folder"), "folder or a Hub id"),
         (("quickstart", "--steps", "0"), "greater than or equal to 1"),
         (("nonsense",), "nonsense"),

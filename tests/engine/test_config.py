@@ -1,8 +1,11 @@
 """Configs: one declaration gives the check, the words, JSON and the zero; and the registry says what a method must bring."""
 
+import copy
 import dataclasses
+import inspect
 import json
 import math
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -38,6 +41,7 @@ WORDS = [
     ({"share": math.inf}, "Toy.share must be in (0, 1), got inf. Meaning: Which part."),
     ({"share": "half"}, "Toy.share must be of type float, got 'half'. Meaning: Which part."),
     ({"mode": "sum"}, "Toy.mode must be one of {mean, max}, got 'sum'. Meaning: How."),
+    ({"mode": "meen"}, "Toy.mode must be one of {mean, max}, got 'meen'. Did you mean 'mean'? Meaning: How."),
     ({"stages": (0.1, 2)}, "Toy.stages must be in [0, 1], got (0.1, 2). Meaning: Where."),
     ({"stages": ("a",)}, "Toy.stages must be of type tuple[float, ...], got ('a',). Meaning: Where."),
     ({"limit": -1}, "Toy.limit must be in [0, inf), got -1. Meaning: At most."),
@@ -79,8 +83,26 @@ def test_frozen():
 
 
 def test_unknown_keys_are_named_and_dropped():
-    with pytest.warns(UserWarning, match=r"hf-tokens: Toy does not know \['b', 'c'\]; these keys are ignored"):
+    with pytest.warns(UserWarning, match=r"hf-tokens: Toy does not know \['b', 'c'\]; these keys are ignored\.$"):
         assert Toy.from_dict({"method": "toy", "c": 1, "b": 2, "count": 1}) == Toy(count=1)
+    with pytest.warns(UserWarning, match=r"\['cuont', 'shares'\]; these keys are ignored\. Did you mean 'count' and 'share'\?$"):
+        assert Toy.from_dict({"method": "toy", "cuont": 1, "shares": 0.1}) == Toy()
+
+
+@pytest.mark.parametrize("make", [Toy, lambda **knobs: dataclasses.replace(Toy(), **knobs)], ids=["new", "replaced"])
+def test_an_unknown_knob_is_named_with_the_nearest(make):
+    with pytest.raises(ConfigError) as caught:
+        make(cuont=1, count=2)
+    assert str(caught.value) == "Toy takes the knobs that it declares, got 'cuont'. Did you mean 'count'? `help(Toy)` names them."
+    with pytest.raises(ConfigError, match=r"got 'nonesuch'\. `help\(Toy\)` names them\.$"):
+        make(nonesuch=1)
+    assert set(inspect.signature(Toy).parameters) == {field.name for field in dataclasses.fields(Toy)}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_config_is_copied_and_pickled(protocol):
+    config = ProbeDropConfig(share=0.25)
+    assert pickle.loads(pickle.dumps(config, protocol)) == copy.copy(config) == copy.deepcopy(config) == config
 
 
 @pytest.mark.parametrize(
@@ -116,11 +138,12 @@ def registry(monkeypatch):
 
 
 def test_unknown_signals_are_refused_at_import(registry):
-    with pytest.raises(ConfigError, match=r"Other.assign may ask for \['age', .*\], got \['colour'\]. Rename the arguments."):
+    words = r"Other.assign may ask for signals of its role, .*, got \['colour', 'query'\]. Did you mean 'queries'\? Rename the arguments."
+    with pytest.raises(ConfigError, match=words):
 
         @register("other", Toy)
         class Other(TokenReducer):
-            def assign(self, hidden: Tensor, colour: Tensor):
+            def assign(self, hidden: Tensor, colour: Tensor, query: Tensor):
                 return None
 
 
@@ -134,8 +157,10 @@ def test_a_name_is_taken_once(registry):
 
 
 def test_unknown_names_and_versions():
-    with pytest.raises(ConfigError, match=r"A method must be one of \[.*'probe-drop'.*\], got 'nonesuch'"):
+    with pytest.raises(ConfigError, match=r"A method must be one of those that `hf-tokens list` names, got 'nonesuch'\. Install the"):
         method_info("nonesuch")
+    with pytest.raises(ConfigError, match=r"got 'Probe_Drop'\. Did you mean 'probe-drop'\? Install the package that has it"):
+        method_info("Probe_Drop")
     with pytest.raises(ConfigError, match=r"Method 'probe-drop' has versions \[1\], got 7. Update hf-tokens"):
         method_info("probe-drop", 7)
 

@@ -15,7 +15,7 @@ from tolerances import all_equal
 
 import hf_tokens
 from hf_tokens import AdapterError, ConfigError, HFTokensConfig, HFTokensError, UnsupportedError, get_token_model
-from hf_tokens.errors import explain
+from hf_tokens.errors import did_you_mean, explain
 from hf_tokens.roles import registry
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
@@ -33,11 +33,29 @@ def test_the_wording():
         assert issubclass(error, HFTokensError) and issubclass(error, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("names", "known", "said"),
+    [
+        (["ftpp"], ["atp", "ftp", "d2o"], "Did you mean 'ftp'? "),
+        (["FTP"], ["ftp", "ppt"], "Did you mean 'ftp'? "),
+        (["anatom"], ["Anatomy", "anatomy"], "Did you mean 'anatomy'? "),
+        (["sparsty", "colour", "hiden"], ["sparsity", "hidden"], "Did you mean 'sparsity' and 'hidden'? "),
+        (["nonesuch"], ["ftp"], ""),
+        ([""], ["ftp"], ""),
+        ([3], ["ftp"], ""),
+        (["ftp"], [], ""),
+    ],
+)
+def test_the_nearest_name_is_asked_for(names, known, said):
+    assert did_you_mean(names, known) == said
+
+
 DROP = {"method": "probe-drop"}
 PIXART = "diffusers/PixArtTransformer2DModel"
-NONE = r"A method must be one of \[.*'probe-drop'.*\], got 'nonesuch'. Install the package that has it, or fix the name."
+NONE = "A method must be one of those that `hf-tokens list` names, got 'nonesuch'. Install the package that has it, or fix the name."
 MISTAKES = {
     "an unknown method": ("llama", "nonesuch", ConfigError, NONE),
+    "a misspelt method": ("llama", "ftpp", ConfigError, r"got 'ftpp'\. Did you mean 'ftp'\? Install the package"),
     "a knob out of its bounds": ("llama", {**DROP, "share": 1}, ConfigError, r"Config.share must be in \[0, 1\), got 1\. Meaning: "),
     "a knob of the wrong type": ("llama", {**DROP, "share": "a"}, ConfigError, "ProbeDropConfig.share must be of type float, got 'a'"),
     "a version to come": ("llama", {**DROP, "version": 9}, ConfigError, r"'probe-drop' has versions \[1\], got 9. Update hf-tokens"),
@@ -62,7 +80,8 @@ MISTAKES = {
     "a layer out of range": ("llama", ProbeDropConfig(layers=(4,)), ConfigError, r"layers must lie in \[-4, 3\] for the 4 blocks"),
     "a layer below the range": ("llama", ProbeDropConfig(layers=(0, -5)), ConfigError, r"got \[-5\]\. Name blocks that exist"),
     "no layer": ("llama", ProbeDropConfig(layers=[]), ConfigError, r"layers must name a block, got \(\)\. Leave it out"),
-    "an unknown stream": ("llama", ProbeDropConfig(stream="vision"), ConfigError, "must be a stream of the model, got 'vision'"),
+    "an unknown stream": ("llama", ProbeDropConfig(stream="vision"), ConfigError, "must be a stream of the model, got 'vision'. It has"),
+    "a misspelt stream": ("llama", ProbeDropConfig(stream="test"), ConfigError, r"got 'test'\. Did you mean 'text'\? It has text"),
     "the wrong kind of model": ("vit", "prefixkv", UnsupportedError, r"Method 'prefixkv' needs a causal stream.*got ViT.* with vision"),
     "an unknown PEFT method": ("llama", {"method": "peft", "config": {"peft_type": "X"}}, ConfigError, "such as LORA, got 'X'"),
     "ratios of other blocks": ("llama", {"method": "prefixkv", "ratios": [0.5]}, ConfigError, "for each of 4 blocks, got 1. Give one a"),
@@ -98,6 +117,8 @@ def test_an_argument_that_would_be_lost_is_refused():
 def test_a_knob_given_to_the_door_is_not_ignored():
     model = base()
     before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"got \['module_to_save'\]\. Did you mean 'modules_to_save'\? Give a knob to its method"):
+        get_token_model(model, "probe-drop", module_to_save=["lm_head"])
     words = r"takes methods and arguments of HFTokensConfig, got \['share'\]. Give a knob to its method"
     with pytest.raises(ConfigError, match=words):
         get_token_model(model, "probe-drop", share=0.5)
@@ -353,12 +374,17 @@ def test_an_adapter_of_another_part(tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: hf_tokens.list_methods("nonesuch"), ConfigError, r"A role with methods is one of \[.*'TokenBank'.*\], got 'nonesuch'"),
+        (
+            lambda: hf_tokens.list_methods("nonesuch"),
+            ConfigError,
+            r"A role with methods is one of \[.*'TokenBank'.*\], got 'nonesuch'\. Leave it",
+        ),
+        (lambda: hf_tokens.list_methods("Tokenbank"), ConfigError, r"got 'Tokenbank'\. Did you mean 'TokenBank'\? Leave it out"),
         (lambda: hf_tokens.save_adapter(base(), "nowhere"), UnsupportedError, "needs a model with a surgery, got LlamaForCausalLM"),
         (lambda: hf_tokens.set_method(base(), "probe-drop"), UnsupportedError, "needs a model with a surgery, got LlamaForCausalLM"),
         (lambda: get_token_model(torch.compile(base()), "probe-drop"), UnsupportedError, "Got one that is compiled already. Attach first"),
     ],
-    ids=["an unknown role", "nothing to save", "nothing to change", "compiled"],
+    ids=["an unknown role", "a misspelt role", "nothing to save", "nothing to change", "compiled"],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_cannot_be_asked(call, error, words, tmp_path, monkeypatch):

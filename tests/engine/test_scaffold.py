@@ -25,7 +25,13 @@ def test_nothing_is_written_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "role", "words"), [("X", "token_bank", "snake_case"), ("x", "bank", "role must be one of"), ("", "", "snake_case")]
+    ("name", "role", "words"),
+    [
+        ("X", "token_bank", "snake_case"),
+        ("x", "bank", "role must be one of"),
+        ("x", "TokenBnk", r"got 'TokenBnk'\. Did you mean 'token_bank'\? Use `make new"),
+        ("", "", "snake_case"),
+    ],
 )
 def test_mistakes_are_named(name, role, words, tmp_path):
     with pytest.raises(ConfigError, match=words):

@@ -1,0 +1,47 @@
+"""What `make cards` writes: it is up to date, and it names every method where it is."""
+
+import ast
+import importlib
+
+import pytest
+import tomllib
+from hf_tokens.roles.registry import ENTRY_POINTS
+
+import hf_tokens
+from hf_tokens.commands.cards import ROOT, index_entry, pages
+from hf_tokens_cli import app
+
+BUILT_IN = [info for info in hf_tokens.list_methods() if info.cls.__module__.startswith("hf_tokens_adapters.")]
+
+
+@pytest.mark.parametrize(("path", "text"), [pytest.param(path, text, id=path.name) for path, text in pages().items()])
+def test_what_is_generated_is_up_to_date(path, text):
+    assert path.read_text() == text, "run `make cards`"
+
+
+def test_the_stub_names_every_public_name_and_every_method_where_it_is():
+    tree = ast.parse((ROOT / "hf_tokens" / "__init__.pyi").read_text())
+    imported = {
+        alias.name: importlib.import_module("." * node.level + node.module, "hf_tokens")
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    (listed,) = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    methods = {cls.__name__ for info in BUILT_IN for cls in (info.config, info.cls)}
+    assert set(listed) == imported.keys() == hf_tokens.MODULES.keys() | methods
+    for name, module in imported.items():
+        assert getattr(module, name) is getattr(hf_tokens, name)
+
+
+def test_the_index_holds_every_method():
+    assert app.built_in_cards() == [index_entry(info) for info in BUILT_IN]
+    assert app.ENTRY_POINTS == ENTRY_POINTS
+
+
+def test_every_package_is_typed_and_what_is_generated_is_shipped():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for source in settings["tool"]["setuptools"]["packages"]["find"]["where"]:
+        for package in (ROOT / source).glob("hf_tokens*/__init__.py"):
+            assert (package.parent / "py.typed").is_file(), package.parent
+    assert {"py.typed", "*.pyi", "**/*.json"} <= set(settings["tool"]["setuptools"]["package-data"]["*"])
