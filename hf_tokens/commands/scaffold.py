@@ -67,7 +67,7 @@ def known_roles() -> dict[str, type[roles.Method]]:
     return {snake(cls.role): cls for cls in found}
 
 
-def stub(cls: type[roles.Method], verb: str) -> str:
+def verb_header(cls: type[roles.Method], verb: str) -> str:
     """The header of a verb that the role leaves open."""
     signature = inspect.signature(getattr(cls, verb))
     given = "hidden: Tensor" if verb == cls.verb else ", ".join(str(p) for name, p in signature.parameters.items() if name != "self")
@@ -89,7 +89,7 @@ def write(name: str, role: str, root: Path) -> list[Path]:
         raise ConfigError(explain(f"A role must be one of {sorted(found)}", repr(role), remedy))
     cls = found[snake(role)]
     title = "".join(part.capitalize() for part in name.split("_"))
-    verbs = "\n\n".join(stub(cls, verb) for verb in sorted(cls.__abstractmethods__, key=lambda verb: verb != cls.verb))
+    verbs = "\n\n".join(verb_header(cls, verb) for verb in sorted(cls.__abstractmethods__, key=lambda verb: verb != cls.verb))
     words = re.findall(r"\bTokenMap\b", verbs)[:1] + ["MethodConfig", cls.role, "register"]
     fill = {"name": name.replace("_", "-"), "title": title, "role": cls.role, "verbs": verbs, "imports": ", ".join(sorted(words))}
     texts = {
@@ -107,7 +107,7 @@ def write(name: str, role: str, root: Path) -> list[Path]:
     return list(texts)
 
 
-def main() -> None:
+def start() -> None:
     name, role = (sys.argv[1:] + ["", ""])[:2]
     try:
         print(*write(name, role, Path.cwd()), sep="\n")
@@ -117,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start()

@@ -76,7 +76,6 @@ class DenoisingWorld:
         self.index = 0
         self.calls: Counter[str] = Counter()
         self.standing = False
-        self.under_way = False  # whether a call has begun and not come to its end
         self.origin = 0.0  # the timestep at which the run began
         self.listens = False  # whether a method asks for what the model put out
         self.sample: Tensor | None = None
@@ -106,6 +105,11 @@ class DenoisingWorld:
         if registry is not None:
             registry.invalidate_child_registries_cache()
 
+    def abandon(self) -> None:
+        """The call has raised: what comes behind it begins a run."""
+        self.sample, self.last, self.now = None, {}, {}
+        self.forget()
+
     def block_added(self, block: BlockSurgery) -> None:
         """Let a block of ours be found by diffusers' `cache_context`."""
         self.stand_in(block)
@@ -127,9 +131,6 @@ class DenoisingWorld:
         self.listens = any(TOLD & method.asks for method in model.methods())
         if self.hook is None:
             return {"steps_of_denoiser": self}
-        if self.under_way:
-            self.forget()
-        self.under_way = True
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         context, timestep, sample = self.hook.manager._context, given.get("timestep"), given.get(self.names[0])
         name = "default" if context is None else context.name
@@ -189,7 +190,6 @@ class DenoisingWorld:
 
     def after_model(self, output: Any) -> None:
         """A call has come to its end; keep what it put out, if a method asks for it."""
-        self.under_way = False
         out, sample = output if isinstance(output, Tensor) else output[0], self.sample
         self.sample = None
         if not self.listens or self.hook is None or not isinstance(out, Tensor) or sample is None or out.dim() != sample.dim():

@@ -140,6 +140,11 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         finally:
             self.tap.restore(held)
 
+    def forget(self) -> None:
+        """The block is done: nothing of its call stays."""
+        self.signals.clear()
+        self.tap.forget()
+
     def learn_blank(self, blank: tuple) -> None:
         """Note what the block returned beside its hidden states; `Module.__setattr__` is slow for each pass of each block."""
         vars(self)["blank"] = blank

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from ..attention.call import AttentionCall
     from ..kv.layer import TokenCacheLayer
     from .block import BlockSurgery
-    from .model import ModelCall, ModelSurgery
+    from .model import ModelSurgery
+    from .results import ModelCall
     from .run import BlockTokens, Site
 
 Gates = list[Tensor]

@@ -7,7 +7,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,54 +25,10 @@ from .handler import Handler, all_handlers
 from .hooks import BoundForward, SharedHook
 from .listen import Listener
 from .loss import LossReplacement, StepLosses, share_of_step
+from .results import ModelCall, World
 from .stream import StreamSurgery
 
 TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and no argument of the model
-
-
-class World(Protocol):
-    """Another library's part in the calls of a model: its denoising steps, its trainer."""
-
-    def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
-        """Fields of the call's `ForwardContext`."""
-
-    def after_model(self, output: Any) -> None: ...
-
-    def block_added(self, block: BlockSurgery) -> None: ...
-
-    def training_begins(self, model: ModelSurgery) -> None: ...
-
-    def detach(self) -> None: ...
-
-
-class ModelCall:
-    """One call of the model, gone when it is over.
-
-    Attributes:
-        context: What it brings.
-        read: What the head read, or the model below the head returned, where an objective asks for it.
-        replacement: A loss that takes the place of the model's own.
-        held: What a handler keeps of the call, by a key of its own.
-    """
-
-    def __init__(self, model: ModelSurgery, context: ForwardContext):
-        self.model, self.context = model, context
-        self.read: dict[str, Tensor] = {}
-        self.replacement: LossReplacement | None = None
-        self.held: dict[Any, Any] = {}
-
-    def note_read(self, where: str, hidden: Tensor) -> None:
-        """Note the last hidden states."""
-        self.read[where] = hidden
-
-    def replace_loss(self, replacement: LossReplacement | None) -> None:
-        """Let a loss take the place of the model's own."""
-        self.replacement = replacement
-
-    def put_context(self, context: ForwardContext) -> None:
-        """Let the streams be called with another context, for some of the samples."""
-        for surgery in self.model.streams:
-            surgery.begin(context, surgery.call.keeps_final)
 
 
 class ModelForward(BoundForward):
@@ -219,27 +175,33 @@ class ModelSurgery:
         kwargs = {name: value for name, value in kwargs.items() if name != TARGETS}
         if self.teaching:
             return args, kwargs
+        if self.call is not None:
+            self.abandon()  # the last one never came to its end
         for method in self.methods():
             method.forget_losses()
         if any(kwargs.get(name) is not None for name in PIXELS):
             self.seen.clear()  # this call will run the tower itself
         try:
-            fields: dict[str, Any] = {}
-            for world in self.worlds:
-                fields |= world.before_model(self, args, kwargs)
-            arguments = bound_arguments(module, args, kwargs)
-            context = ForwardContext(arguments=arguments, visual=self._visual(args, kwargs), targets=targets, **fields)
-            self.call, self.waiting = ModelCall(self, context), None
-            pupils = [s for s in self.streams if module.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
-            for surgery in self.streams:
-                surgery.begin(context, keeps_final=surgery in pupils)
-            if pupils and find_cache((*args, *kwargs.values())) is None:
-                self.call.held["taught"] = self.without(args, kwargs, pupils)[1]
-            for handler in all_handlers():
-                args, kwargs = handler.before_model(self.call, args, kwargs)
+            return self._begin(module, args, kwargs, targets)
         except BaseException:
             self.abandon()
             raise
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict, targets: Any) -> tuple[tuple, dict]:
+        """Begin a call of the model; returns the arguments that it gets."""
+        fields: dict[str, Any] = {}
+        for world in self.worlds:
+            fields |= world.before_model(self, args, kwargs)
+        arguments = bound_arguments(module, args, kwargs)
+        context = ForwardContext(arguments=arguments, visual=self._visual(args, kwargs), targets=targets, **fields)
+        self.call, self.waiting = ModelCall(self, context), None
+        pupils = [s for s in self.streams if module.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
+        for surgery in self.streams:
+            surgery.begin(context, keeps_final=surgery in pupils)
+        if pupils and find_cache((*args, *kwargs.values())) is None:
+            self.call.held["taught"] = self.without(args, kwargs, pupils)[1]
+        for handler in all_handlers():
+            args, kwargs = handler.before_model(self.call, args, kwargs)
         return args, kwargs
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -360,6 +322,10 @@ class ModelSurgery:
             return  # the call around it is abandoned
         self.end()
         self.verdict = self.waiting = None
+        for block in self.blocks():
+            block.forget()
+        for world in self.worlds:
+            world.abandon()
         for method in self.methods():
             method.forget_losses()
 

@@ -1,9 +1,9 @@
-"""What one call of the model makes of a stream, and what a block needs to be run again behind it."""
+"""What one call of the model is, for the model and for a stream, and what a block needs to be run again behind it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -12,7 +12,60 @@ from ..tokens.altered import altered
 from ..tokens.ledger import TokenLedger
 from .call import BlockCall
 from .context import ForwardContext
+from .loss import LossReplacement
 from .run import Memory, Span, StreamRun
+
+if TYPE_CHECKING:
+    from .block import BlockSurgery
+    from .model import ModelSurgery
+
+
+class World(Protocol):
+    """Another library's part in the calls of a model: its denoising steps, its trainer."""
+
+    def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Fields of the call's `ForwardContext`."""
+
+    def after_model(self, output: Any) -> None: ...
+
+    def abandon(self) -> None:
+        """The call has raised."""
+
+    def block_added(self, block: BlockSurgery) -> None: ...
+
+    def training_begins(self, model: ModelSurgery) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+class ModelCall:
+    """One call of the model, gone when it is over.
+
+    Attributes:
+        context: What it brings.
+        read: What the head read, or the model below the head returned, where an objective asks for it.
+        replacement: A loss that takes the place of the model's own.
+        held: What a handler keeps of the call, by a key of its own.
+    """
+
+    def __init__(self, model: ModelSurgery, context: ForwardContext):
+        self.model, self.context = model, context
+        self.read: dict[str, Tensor] = {}
+        self.replacement: LossReplacement | None = None
+        self.held: dict[Any, Any] = {}
+
+    def note_read(self, where: str, hidden: Tensor) -> None:
+        """Note the last hidden states."""
+        self.read[where] = hidden
+
+    def replace_loss(self, replacement: LossReplacement | None) -> None:
+        """Let a loss take the place of the model's own."""
+        self.replacement = replacement
+
+    def put_context(self, context: ForwardContext) -> None:
+        """Let the streams be called with another context, for some of the samples."""
+        for surgery in self.model.streams:
+            surgery.begin(context, surgery.call.keeps_final)
 
 
 class StreamCall:

@@ -158,8 +158,15 @@ class StreamSurgery:
                 return self._step(block, args, kwargs)
             return self._walk(block, BlockCall(self.stream, block.index, args, kwargs))
         except BaseException:
-            self.call.swap_run(None)
+            self._abandon(block)
             raise
+
+    def _abandon(self, block: BlockSurgery) -> None:
+        """A block has raised: nothing of the pass stays."""
+        run = self.call.swap_run(None)
+        block.forget()
+        for layer in () if run is None else run.layers:
+            layer.release()
 
     def _changes(self, block: BlockSurgery, speakers: Speakers, args: tuple, kwargs: dict) -> bool:
         """Whether anything is to be done around a block, or its arguments are to be cut."""
@@ -238,8 +245,7 @@ class StreamSurgery:
         left = whole
         for handler, method in speakers.of("leave"):
             left = handler.leave(method, site, left, replaying)
-        block.signals.clear()
-        block.tap.forget()
+        block.forget()
         if layer is not None:
             layer.release()
         given = call.pack(left)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
-from ..engine.model import ModelCall
+from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
 from ..model.grids import grid
 from ..roles.feature_cache import FeatureCache

@@ -14,7 +14,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..engine.handler import Handler, handles
 from ..engine.loss import LossReplacement
-from ..engine.model import ModelCall, ModelSurgery
+from ..engine.model import ModelSurgery
+from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..roles.base import Method

@@ -18,7 +18,7 @@ from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import SharedHook
-from ..engine.model import ModelCall
+from ..engine.results import ModelCall
 from ..engine.run import BlockTokens, Site
 from ..engine.stream import StreamSurgery
 from ..errors import UnsupportedError, explain

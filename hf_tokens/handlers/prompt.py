@@ -12,8 +12,9 @@ from torch import Tensor
 from ..engine.block import BlockSurgery
 from ..engine.context import ForwardContext
 from ..engine.handler import handler_of
-from ..engine.model import ModelCall, ModelSurgery
+from ..engine.model import ModelSurgery
 from ..engine.replay import Replays, in_backward
+from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.signatures import positional

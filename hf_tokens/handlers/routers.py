@@ -13,8 +13,8 @@ from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import BoundForward, own_mlp
-from ..engine.model import ModelCall
 from ..engine.replay import in_backward
+from ..engine.results import ModelCall
 from ..engine.run import Site
 from ..errors import UnsupportedError, explain
 from ..model import families

@@ -14,7 +14,8 @@ from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import SharedHook
-from ..engine.model import ModelCall, ModelSurgery
+from ..engine.model import ModelSurgery
+from ..engine.results import ModelCall
 from ..engine.run import BlockTokens, Site, StreamRun
 from ..engine.supply import real_tokens, token_mask
 from ..errors import UnsupportedError, explain

@@ -12,6 +12,7 @@ from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import check_in_rows, lacks, own_mlp
 from ..engine.run import Site, Span
+from ..engine.stream import StreamSurgery
 from ..errors import UnsupportedError, explain
 from ..roles.signals import OF_THE_BLOCK
 from ..roles.token_reducer import TokenReducer
@@ -77,6 +78,12 @@ class TokenReducerHandler(Handler):
             raise UnsupportedError(explain(rule, came, "Choose other layers, or another order of the methods."))
         site.put(span.regain(run.memory, site.block.index, run.padding, bool(run.layers)))
         run.end_span(span)
+
+
+def reducing_blocks(surgery: StreamSurgery) -> list[int]:
+    """The blocks of a stream in which a reducer acts for the rest of the stream."""
+    acts = lambda method: isinstance(method, TokenReducer) and method.site != "sublayer"
+    return [index for index, block in surgery.blocks.items() if any(acts(method) for method in block.active())]
 
 
 def reduce_tokens(method: TokenReducer, site: Site) -> None:

@@ -15,6 +15,7 @@ from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..errors import UnsupportedError, explain
 from ..model.weights import Place, block_weights
+from ..roles.base import Method
 from ..roles.weight_edit import WeightEdit
 
 
@@ -36,6 +37,18 @@ class WeightEditHandler(Handler):
         edited = block.state(EditedWeights)
         edited.warn_if_unmade()
         return edited.standing_in()
+
+
+def edited_shapes(cls: type[Method], block: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of a block that a method may change; none if it edits no weights."""
+    held = block_weights(block, cls.site) if issubclass(cls, WeightEdit) else {}
+    return {name: tuple(module._parameters[attribute].shape) for name, (module, attribute) in held.items()}
+
+
+def weight_edits(block: BlockSurgery, adapter_name: str) -> list[WeightEdit]:
+    """The weight edits that an adapter has in a block, whether they act or not."""
+    methods = block.hf_tokens_methods[adapter_name].values() if adapter_name in block.hf_tokens_methods else ()
+    return [method for method in methods if isinstance(method, WeightEdit)]
 
 
 class EditedWeights:

@@ -83,7 +83,8 @@ def adopt(cache: Cache, last: int) -> bool:
                 explain("A cache can be taken over before its window is full", f"{layer.get_seq_length()} tokens", "Start a new cache.")
             )
         ours = TokenCacheLayer(window)
-        ours.record_past = window is not None and layer.record_past
+        if window is not None and layer.record_past:
+            ours.activate_past_recording()
         if layer.get_seq_length():
             ours.update(layer.keys, layer.values)
         cache.layers[index] = ours

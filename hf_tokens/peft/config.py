@@ -92,6 +92,14 @@ class HFTokensConfig(PeftConfig):
                 explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", "Update hf-tokens, or train the adapter again.")
             )
 
+    def aim(self, modules: list[str] | None) -> None:
+        """Tell PEFT which modules are the blocks, for as long as it injects the adapter."""
+        self.target_modules = modules
+
+    def note_base(self, base: dict[str, list[Any]]) -> None:
+        """Note the base that the adapter is made for."""
+        self.base = base
+
     def stack(self) -> list[MethodConfig]:
         """The method configs, in order, without the PEFT configs among them."""
         return [method_config(method) for method in self.methods if method["method"] != PEFT_METHOD]

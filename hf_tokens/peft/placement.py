@@ -307,4 +307,4 @@ def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placemen
         raise AdapterError(
             explain(f"This adapter was made for a base with {made_for}", text(now), "Load the base model that its card names.")
         )
-    config.base = now
+    config.note_base(now)

@@ -18,13 +18,11 @@ from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..engine.stream import StreamSurgery
 from ..errors import ConfigError, UnsupportedError, explain
-from ..handlers.weight_edit import EditedWeights
+from ..handlers.weight_edit import EditedWeights, edited_shapes
 from ..model.anatomy import anatomy, prefix_tokens, prompt_width
 from ..model.pictures import vision_tower
 from ..model.streams import Stream
-from ..model.weights import block_weights
 from ..roles.base import Dims, Method
-from ..roles.weight_edit import WeightEdit
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
 from .placement import Placement, head_outputs, plan
@@ -94,7 +92,7 @@ class HFTokensModel(BaseTuner):
         self._plan = plan(self._anatomy, peft_config)
         names = {id(module): name for name, module in self.model.named_modules()}
         self._blocks = {id(p.stream.blocks[i]): (p.stream, i) for p in self._plan for i in range(len(p.stream))}
-        peft_config.target_modules = sorted(names[block] for block in self._blocks)
+        peft_config.aim(sorted(names[block] for block in self._blocks))
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: HFTokensConfig) -> None:
@@ -124,10 +122,7 @@ class HFTokensModel(BaseTuner):
                 at(p, index).put_in_place(f"{adapter_name}.{p.slot}", at(p, p.layers[0]), firsts[p.slot])
 
     def _build(self, p: Placement, index: int) -> Method:
-        stream, found = p.stream, {}
-        if issubclass(p.info.cls, WeightEdit):
-            held = block_weights(stream.blocks[index], p.info.cls.site)
-            found = {name: tuple(module._parameters[attribute].shape) for name, (module, attribute) in held.items()}
+        stream = p.stream
         places = [(other.stream.name, i) for other in self._plan if other.slot == p.slot for i in other.layers]
         dims = Dims(
             width=stream.width,
@@ -143,7 +138,7 @@ class HFTokensModel(BaseTuner):
             place=places.index((stream.name, index)),
             places=len(places),
             outputs=head_outputs(self._anatomy),
-            weights=found,
+            weights=edited_shapes(p.info.cls, stream.blocks[index]),
             table=None if stream.table is None else self._anatomy.model.get_submodule(stream.table),
             prompt=prompt_width(self._anatomy.model),
         )
@@ -189,7 +184,7 @@ class HFTokensModel(BaseTuner):
             self._roll_back(adapter_name)
             raise
         finally:
-            config.target_modules = None
+            config.aim(None)
 
     def _inject_peft(self, model: nn.Module, inner: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         ours = vars(model).pop("peft_config", None)  # or the inner tuner would write its config into our dict

@@ -124,6 +124,11 @@ class Method(nn.Module, abc.ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "losses": []}  # they belong to a forward, and no tensor of a graph can be copied
 
+    @classmethod
+    def take_words(cls, words: dict[str, tuple[str, ...]]) -> None:
+        """Note the signals that each word names; `register` calls it."""
+        cls.words, cls.signals, cls.observes = words, words[cls.verb], words["observe"]
+
     @property
     def asks(self) -> set[str]:
         """The signals that its words name and its config has a use for."""

@@ -129,6 +129,11 @@ class MethodConfig:
                 raise ConfigError(explain(f"{rule} must be in {interval(meta)}", repr(value), f"Meaning: {meta['help']}"))
 
     @classmethod
+    def take_name(cls, method: str, version: int) -> None:
+        """Note the name and version of the method; `register` calls it."""
+        cls.method, cls.version = method, version
+
+    @classmethod
     def knobs(cls) -> list[tuple[dataclasses.Field, Any]]:
         """Every knob with its resolved type."""
         hints = typing.get_type_hints(cls)

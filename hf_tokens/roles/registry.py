@@ -19,7 +19,7 @@ from .signals import AT_SITE, OF_A_CALL, OF_A_WORD
 
 ENTRY_POINTS = "hf_tokens.methods"
 HEADINGS = ("Paper", "Maths", "Differs")
-FEW = 20  # names that an error may list
+FEW_NAMES = 20  # names that an error may list
 METHODS: dict[str, dict[int, MethodInfo]] = {}
 AMethod = TypeVar("AMethod", bound=type[Method])
 
@@ -72,12 +72,14 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
             known_signals = OF_A_CALL.get(word, signals) | OF_A_WORD.get(word, frozenset())
             if unknown := sorted(set(names) - known_signals):
                 asking = f"{cls.__name__}.{word}{where and f' {where}'}"
-                offer = sorted(known_signals) if len(known_signals) <= FEW else "signals of its role, as `hf_tokens.roles.SIGNALS` says"
+                several = "signals of its role, as `hf_tokens.roles.SIGNALS` says"
+                offer = sorted(known_signals) if len(known_signals) <= FEW_NAMES else several
                 remedy = f"{did_you_mean(unknown, known_signals)}Rename the arguments."
                 raise ConfigError(explain(f"{asking} may ask for {offer}", unknown, remedy))
         doc = inspect.getdoc(inspect.getmodule(cls)) or ""
         card = read_card(doc)
-        cls.words, cls.signals, cls.observes, config.method, config.version = words, words[cls.verb], words["observe"], name, version
+        cls.take_words(words)
+        config.take_name(name, version)
         METHODS.setdefault(name, {})[version] = MethodInfo(
             name=name, version=version, role=cls.role, cls=cls, config=config, doc=doc, **card
         )

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
-from ..handlers.weight_edit import EditedWeights
+from ..handlers.weight_edit import EditedWeights, weight_edits
 from ..model.arguments import CROSS
 from ..model.signatures import positional
 from ..roles.weight_edit import WeightEdit
@@ -97,8 +97,7 @@ def edited_weights(model: Any, adapter_name: str) -> list[EditedWeight]:
     """Every weight that an edit of an adapter may change, in the order of its stack."""
     found = []
     for block in blocks_in(model):
-        methods = block.hf_tokens_methods[adapter_name].values() if adapter_name in block.hf_tokens_methods else ()
-        found += [EditedWeight(block, m, name) for m in methods if isinstance(m, WeightEdit) for name in m.dims.weights]
+        found += [EditedWeight(block, edit, name) for edit in weight_edits(block, adapter_name) for name in edit.dims.weights]
     return sorted(found, key=lambda site: int(site.method.key.rpartition(".")[2]))
 
 

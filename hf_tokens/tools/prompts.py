@@ -11,16 +11,10 @@ from ..engine.listen import Listener
 from ..engine.run import StreamRun
 from ..engine.stream import StreamSurgery
 from ..errors import UnsupportedError, explain
+from ..handlers.token_reducer import reducing_blocks
 from ..model.signatures import parameters
-from ..roles.token_reducer import TokenReducer
 from ..tokens.token_map import take
 from .surgeries import surgery_of
-
-
-def reducing_blocks(surgery: StreamSurgery) -> list[int]:
-    """The blocks of a stream in which a reducer acts for the rest of the stream."""
-    acts = lambda method: isinstance(method, TokenReducer) and method.site != "sublayer"
-    return [index for index, block in surgery.blocks.items() if any(acts(method) for method in block.active())]
 
 
 class Passes(Listener):

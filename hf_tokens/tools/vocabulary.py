@@ -82,7 +82,7 @@ def transplant(
     """
     config = method_config(method)
     info = method_info(config.method, config.version)
-    if not issubclass(info.cls, VocabularyEdit):
+    if info.role != VocabularyEdit.role:
         raise UnsupportedError(explain("`transplant` needs a method of the role VocabularyEdit", repr(info.name), "See `hf-tokens list`."))
     tables = find_tables(model, donor_head)
     base_ids, donor_ids, roles = shared(tokenizer, donor_tokenizer)

@@ -66,6 +66,9 @@ class TrainingWorld:
     def after_model(self, output: Any) -> None:
         """See `before_model`."""
 
+    def abandon(self) -> None:
+        """See `before_model`."""
+
     def block_added(self, block: BlockSurgery) -> None:
         """See `before_model`."""
 

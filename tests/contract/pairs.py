@@ -295,6 +295,12 @@ def refused(pair: Pair) -> str | None:
     return None
 
 
+def one_of_each_role() -> list[Pair]:
+    """A method of each role on an architecture that takes it, of few streams: for what is too slow to do with each pair."""
+    small = sorted((pair for pair in PAIRS if planned(pair) is None), key=lambda pair: len(pair.row.streams))
+    return [*{pair.info.role: pair for pair in reversed(small)}.values()]
+
+
 @cache
 def mildest(pair: Pair) -> tuple[MethodConfig, float]:
     """The first config, and stir of the parameters, with which the method does something."""

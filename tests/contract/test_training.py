@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from contract.architectures import ARCHITECTURES, built
-from contract.pairs import METHODS, PAIRS, Pair, adapter_parameters, base_parameters, found, lora, planned
+from contract.pairs import Pair, adapter_parameters, base_parameters, found, lora, one_of_each_role
 from peft import PeftModel
 from tolerances import all_close, close
 
@@ -127,15 +127,8 @@ def shapes(states):
     return [tuple(t.shape) for t in states] if isinstance(states, (tuple, list)) else tuple(states.shape)
 
 
-def one_of_each_role():
-    """A method of each role on an architecture of one stream that takes it: to compile each pair would take too long."""
-    small = sorted((pair for pair in PAIRS if planned(pair) is None), key=lambda pair: len(pair.row.streams))
-    firsts = {METHODS[pair.method].role: pair for pair in reversed(small)}
-    return [pytest.param(pair, id=f"{role}-{pair.method}-{pair.architecture}") for role, pair in firsts.items()]
-
-
 @pytest.mark.filterwarnings("ignore")  # torch.compile tells of its graph breaks by warnings
-@pytest.mark.parametrize("one", one_of_each_role())
+@pytest.mark.parametrize("one", one_of_each_role(), ids=lambda one: f"{one.info.role}-{one.method}-{one.architecture}")
 def test_compiled_is_eager_or_refused(one):
     model = one.attach()
     call = one.row.calls(one.inputs)[0]

@@ -5,10 +5,10 @@ import importlib
 
 import pytest
 import tomllib
-from hf_tokens.roles.registry import ENTRY_POINTS
 
 import hf_tokens
 from hf_tokens.commands.cards import ROOT, index_entry, pages
+from hf_tokens.roles.registry import ENTRY_POINTS
 from hf_tokens_cli import app
 
 BUILT_IN = [info for info in hf_tokens.list_methods() if info.cls.__module__.startswith("hf_tokens_adapters.")]
