@@ -56,8 +56,10 @@ class Replays(Generic[Held]):
             raise other_tensors(block)
         return found[-1]
 
-    def __len__(self) -> int:
-        return sum(map(len, self._held.values()))
+    @property
+    def counts(self) -> dict[int, int]:
+        """How much is held for each block, by its index."""
+        return {index: len(held) for index, held in self._held.items()}
 
 
 def other_tensors(block: BlockSurgery) -> UnsupportedError:

@@ -35,7 +35,7 @@ def naive(tokens, inner, codes, outer, temperature):
 def lively(config):
     torch.manual_seed(0)
     pooler = FDT(config, Dims(8, 2, 2, 4, 3, 4, "vision", False)).double().requires_grad_(False)
-    pooler._leader = (pooler, pooler)
+    pooler.put_in_place("default.0", pooler, pooler)
     for parameter in pooler.parameters():
         parameter.normal_()
     return pooler

@@ -257,13 +257,14 @@ def test_pipeline():
     fast = get_token_model(pipe, ImportanceTokenMergeConfig(pool=0.5))
     heard = []
     surgery = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].hf_tokens.surgery
-    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(surgery.call.context.steps_of_denoiser.guidance(64)))
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: heard.append(surgery.call.context.steps_of_denoiser.guidance(64)))
     guided = draw(fast, 3.0)
     assert not torch.equal(guided, base) and torch.equal(draw(fast, 3.0), guided)
     assert [one is not None for one in heard[1:4]] == [True] * 3
     heard.clear()
     draw(fast, 1.0)
     assert heard[-1] is None
+    handle.remove()
     assert torch.equal(draw(unload(fast), 3.0), base)
 
 

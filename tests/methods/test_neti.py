@@ -55,7 +55,8 @@ def pair(config, layer, places=3):
     """The instance in the first block, which holds the mapper, and the one in a later block."""
     torch.manual_seed(0)
     first, own = (NeTI(config, Dims(D, 2, 2, 3, i, places, "denoiser", False, place=i, places=places, prompt=D)) for i in (0, layer))
-    first._leader = own._leader = (first, first)
+    for one in (first, own):
+        one.put_in_place("default.0", first, first)
     return first.double().eval(), own.double().eval()
 
 
