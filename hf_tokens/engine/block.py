@@ -21,10 +21,11 @@ from .handler import handler_of
 from .hooks import BoundForward, SignalHooks
 from .plan import BlockPlan, Speakers
 from .run import Site, StreamRun
+from .stream import run_in_stream
 from .tap import AttentionTap, taps
 
 if TYPE_CHECKING:
-    from .stream import StreamSurgery
+    from .surgery import StreamSurgery
 
 
 
@@ -37,7 +38,7 @@ class BlockForward(BoundForward):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward, as the model calls it."""
-        return self.block.surgery.run(self.block, args, kwargs)
+        return run_in_stream(self.block, args, kwargs)
 
 
 class BlockSurgery(nn.Module, BaseTunerLayer):

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ..roles.base import Method
     from .block import BlockSurgery
     from .run import StreamRun
-    from .stream import StreamSurgery
+    from .surgery import StreamSurgery
 
 
 class Listener:

@@ -26,7 +26,7 @@ from .hooks import BoundForward, SharedHook
 from .listen import Listener
 from .loss import LossReplacement, StepLosses, share_of_step
 from .results import ModelCall, World
-from .stream import StreamSurgery
+from .surgery import StreamSurgery
 
 TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and no argument of the model
 

@@ -22,7 +22,7 @@ from .supply import remember_pictures
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
-    from .stream import StreamSurgery
+    from .surgery import StreamSurgery
 
 
 def seen_before(block: BlockSurgery, cache: Cache | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hf_tokens_kernels import routed_gather, routed_scatter
@@ -13,17 +13,22 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import place
 from ..kv.layer import TokenCacheLayer
+from ..roles.base import Method
 from ..roles.signals import OF_THE_BLOCK
 from ..tokens.altered import altered
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, take
+from .ask import ask
 from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
 from .plan import Speakers
 from .run import BlockTokens, Site
 from .supply import own_tokens
+
+if TYPE_CHECKING:
+    from .block import BlockSurgery
 
 
 def run_block(speakers: Speakers, call: BlockCall, site: Site) -> Any:
@@ -167,3 +172,27 @@ def remove_tokens(call: BlockCall, site: Site, inserted: list[BlockTokens], y: T
         if alone and not tokens.before.requires_grad and not (torch.is_grad_enabled() and site.block.learns(call.arguments.values())):
             y = y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
     return y
+
+
+def ask_behind(speakers: Speakers, site: Site) -> None:
+    """What the methods are asked behind a block."""
+    for handler, method in speakers.of("listen")[:1]:
+        handler.listen(method, site)
+    for method in speakers.methods:
+        if method.observes and ran_for(method, site):
+            note = ask(method, site, "observe")
+            if note is not None:
+                site.run.notes.setdefault(method.key, {})[site.block.index] = note
+    for handler, method in speakers.of("after"):
+        handler.after(method, site)
+
+
+def ran_for(method: Method, site: Site) -> bool:
+    """Whether a block ran, and for a method that needs it with a cache, so that there is something to observe."""
+    return site.local is not None and (site.layer is not None or not handler_of(method).needs_cache)
+
+
+def cache_layer(block: BlockSurgery, cache: Any) -> TokenCacheLayer | None:
+    """Our layer of a block in a cache."""
+    layer = cache.layers[block.layer_idx] if cache is not None and block.layer_idx in range(len(cache.layers)) else None
+    return layer if isinstance(layer, TokenCacheLayer) else None

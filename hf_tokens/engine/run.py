@@ -23,7 +23,7 @@ from .context import ForwardContext
 if TYPE_CHECKING:
     from ..attention.call import AttentionCall
     from .block import BlockSurgery
-    from .stream import StreamSurgery
+    from .surgery import StreamSurgery
 
 
 class Memory(dict):

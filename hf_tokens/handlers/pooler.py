@@ -20,7 +20,7 @@ from ..engine.handler import Handler, handles
 from ..engine.hooks import SharedHook
 from ..engine.results import ModelCall
 from ..engine.run import BlockTokens, Site
-from ..engine.stream import StreamSurgery
+from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
 from ..model.layouts import LAYOUTS
 from ..roles.pooler import Pooler

@@ -12,7 +12,7 @@ from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import check_in_rows, lacks, own_mlp
 from ..engine.run import Site, Span
-from ..engine.stream import StreamSurgery
+from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
 from ..roles.signals import OF_THE_BLOCK
 from ..roles.token_reducer import TokenReducer

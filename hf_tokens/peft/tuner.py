@@ -16,7 +16,7 @@ from torch import nn
 from ..diffusion.steps import DenoisingWorld
 from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
-from ..engine.stream import StreamSurgery
+from ..engine.surgery import StreamSurgery
 from ..errors import ConfigError, UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, edited_shapes
 from ..model.anatomy import anatomy, prefix_tokens, prompt_width

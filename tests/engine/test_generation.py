@@ -20,7 +20,7 @@ from hf_tokens import (
     register,
     set_method,
 )
-from hf_tokens.engine.stream import StreamSurgery
+from hf_tokens.engine import stream
 from hf_tokens.handlers import cache_compressor
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import CACHE, zoo
@@ -55,9 +55,9 @@ def test_a_quiet_block_says_what_one_that_keeps_all_books_says(stack, family):
     specimen = zoo.build(family)
     ids = specimen.inputs["input_ids"]
     model = get_token_model(specimen.model, STACKS[stack]).eval()
-    with patch.object(StreamSurgery, "_step", autospec=True, side_effect=StreamSurgery._step) as quiet:
+    with patch.object(stream, "run_quietly", side_effect=stream.run_quietly) as quiet:
         said, kept = decoded(model, ids)
-    with patch.object(StreamSurgery, "_quiet", return_value=False):
+    with patch.object(stream, "is_quiet", return_value=False):
         slow, held = decoded(model, ids)
     assert all(torch.equal(a, b) for a, b in zip(said, slow, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept, held, strict=True))
@@ -69,7 +69,7 @@ def test_a_padded_batch_is_never_quiet():
     mask = torch.ones_like(specimen.inputs["input_ids"])
     mask[0, :3] = 0
     model = get_token_model(specimen.model, STACKS["all of them"]).eval()
-    with patch.object(StreamSurgery, "_step", autospec=True, side_effect=StreamSurgery._step) as quiet:
+    with patch.object(stream, "run_quietly", side_effect=stream.run_quietly) as quiet:
         decoded(model, specimen.inputs["input_ids"], attention_mask=mask)
     assert quiet.call_count == 0
 

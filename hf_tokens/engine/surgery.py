@@ -1,0 +1,99 @@
+"""The surgery of one stream: its blocks, what the methods in them mean for it, and the call that is under way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..model.streams import Stream
+from ..roles.base import Method
+from ..tokens.altered import altered
+from .context import ForwardContext, State
+from .plan import StreamPlan
+from .replay import Replays
+from .results import StreamCall
+
+if TYPE_CHECKING:
+    from .block import BlockSurgery
+    from .model import ModelSurgery
+
+
+class StreamSurgery:
+    """The surgery of one stream: its blocks, and the pass that is under way."""
+
+    def __init__(self, model: ModelSurgery, stream: Stream, prefix: int, holders: list[nn.Module]):
+        self.model, self.stream, self.prefix = model, stream, prefix
+        self.holders = holders  # the modules around the blocks, the model first
+        self.blocks: dict[int, BlockSurgery] = {}
+        self.plan = StreamPlan(exit=len(stream))
+        self.call = StreamCall(ForwardContext())
+        self.replays: Replays = Replays()
+        self._states: dict[type, Any] = {}
+        model.add(self)
+
+    def state(self, kind: type[State]) -> State:
+        """What a handler keeps of this stream, made when it is first asked for."""
+        if kind not in self._states:
+            self._states[kind] = kind()
+        return self._states[kind]
+
+    def methods(self) -> Iterator[Method]:
+        """Every active method of the stream."""
+        for block in self.blocks.values():
+            yield from block.active()
+
+    def add(self, block: BlockSurgery) -> None:
+        """Take in a block."""
+        self.blocks[block.index] = block
+        self.model.block_added(block)
+
+    def refresh(self) -> None:
+        """Note what the methods that act mean for the stream."""
+        shares = any(block.shares_keys for block in self.blocks.values())
+        self.plan = StreamPlan.of(list(self.methods()), self.stream.causal, len(self.stream), shares)
+        self.model.refresh()
+
+    # -- a call of the model -----------------------------------------------------------------------------------------
+
+    def begin(self, context: ForwardContext, keeps_final: bool = False) -> None:
+        """The model is called."""
+        self.call = StreamCall(context, keeps_final)
+
+    def resume(self, call: StreamCall) -> None:
+        """Go on with a call in which another one was made."""
+        self.call = call
+
+    def end(self) -> None:
+        """The call is over, whether it returned or raised: nothing of it stays."""
+        self.call = StreamCall(ForwardContext())
+
+    @contextlib.contextmanager
+    def stopping_after(self, index: int) -> Iterator[None]:
+        """The blocks behind this one do not run for a while."""
+        self.plan = altered(self.plan, exit=min(self.plan.exit, index + 1))
+        try:
+            yield
+        finally:
+            self.refresh()
+
+    def see_picture(self, picture: tuple[int, int] | None) -> None:
+        """The stream is about to be given pictures of this height and width."""
+        self.call.see_picture(picture)
+
+    @property
+    def examines(self) -> bool:
+        """Whether someone listens to what the methods find, and nothing is to be changed by it."""
+        return any(listener.examines for listener in self.model.listeners)
+
+    def tell(self, block: BlockSurgery, method: Method, found: Any) -> None:
+        """Tell those who listen what a method found."""
+        for listener in self.model.listeners:
+            listener.examined(block, method, found)
+
+    def count(self, block: BlockSurgery, tokens: int, part: str | None = None) -> None:
+        """So many tokens were computed by a block, or by a part of it."""
+        for listener in self.model.listeners:
+            listener.computed(block, part, tokens)
