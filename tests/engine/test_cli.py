@@ -64,8 +64,8 @@ def test_every_method_is_listed_and_shows_its_knobs(cli):
     assert code == 0
     lines = out.splitlines()
     for info in hf_tokens.list_methods():
-        if info.cls.__module__ == probe.__name__:
-            continue
+        if not info.cls.__module__.startswith(f"{app.BUILT_IN}."):
+            continue  # the probes, and what another test has registered
         assert any(line.startswith(f"{info.name} ") and info.role in line and info.arxiv in line for line in lines)
         code, card, _ = cli("show", info.name)
         assert code == 0 and all(field.name in card for field, _ in info.config.knobs())
