@@ -31,7 +31,6 @@ COUNTING = {
     "mpt": None,
     "longt5": "encoder",
     "inkling_text": None,
-    "inkling2_text": None,
     "granite_speech": "audio",
     "wav2vec2-bert": None,
     "diffusers/UNetMotionModel": "denoiser.3",
