@@ -100,7 +100,7 @@ def test_a_narrow_terminal_cuts_nothing(cli, monkeypatch):
         (("show", "nothing"), "must be one of"),
         (("list", "--role", "nothing"), "role must be one of"),
         (("quickstart", "--model", "/no/such/folder"), "folder or a Hub id"),
-        (("quickstart", "--steps", "0"), "greater than or equal to 1"),
+        (("quickstart", "--steps", "0"), "Invalid value for '--steps'"),
         (("nonsense",), "nonsense"),
     ],
 )
