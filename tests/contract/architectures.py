@@ -245,7 +245,7 @@ ROWS = (
     Architecture("clip", ("text*", "vision"), ("right",), tensors=("text_embeds", "image_embeds")),
     Architecture("siglip", ("text", "vision"), tensors=("text_embeds", "image_embeds"), make=siglip),
     Architecture("llava", ("vision", "text*"), BOTH, generates=True, tensors=("logits",)),
-    Architecture("qwen2_vl", ("vision", "text*"), BOTH, generates=True),
+    Architecture("qwen2_vl", ("vision", "text*"), BOTH, generates=True, tensors=("logits",)),
     Architecture("idefics3", ("vision", "text*"), BOTH, generates=True, tensors=("logits",), make=idefics3),
     Architecture("diffusers/UNet2DConditionModel", ("denoiser",) * 4, timesteps=INTEGERS, make=small_unet),
     Architecture("diffusers/DiTTransformer2DModel", ("denoiser",), timesteps=INTEGERS),

@@ -149,7 +149,7 @@ def test_a_narrow_terminal_cuts_nothing(cli, monkeypatch):
         (("list", "--role", "nothing"), "role with methods is one of"),
         (("list", "--role", "tokenbank"), "got 'tokenbank'. Did you mean 'TokenBank'? "),
         (("quickstart", "--model", "/no/such/folder"), "folder or a Hub id"),
-        (("quickstart", "--steps", "0"), "greater than or equal to 1"),
+        (("quickstart", "--steps", "0"), "Invalid value for '--steps'"),
         (("nonsense",), "nonsense"),
     ],
 )

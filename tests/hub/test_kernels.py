@@ -9,10 +9,9 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
+import gates
 import hf_tokens_kernels
 import pytest
-
-pytest.importorskip("tomllib", reason="un-skip on Python 3.11 or later, which reads TOML")
 
 ROOT = Path(__file__).parents[2] / "kernels"
 USE = """
@@ -61,6 +60,7 @@ def test_a_variant_runs_without_the_project(folders):
     assert rest.strip() == "[1.5, 0.5] True"
 
 
+@gates.kernel_uploads
 def test_pushed_and_pulled(hub, builder, folders, tmp_path):
     from huggingface_hub import snapshot_download
 

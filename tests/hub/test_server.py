@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gates
 import pytest
 import torch
 from huggingface_hub import CommitOperationDelete, HfApi, ModelCard, constants, hf_hub_download, snapshot_download
@@ -153,6 +154,7 @@ def test_the_client_tries_again_after_503(hub, repo):
     assert [status for method, path, status in hub.log if method == "HEAD"][:2] == [503, 200]
 
 
+@gates.card_checks
 def test_card_tags_are_found(hub, repo):
     ModelCard("---\ntags:\n- hf-tokens\nlibrary_name: peft\n---\n# x\n").push_to_hub(repo)
     assert [m.id for m in HfApi().list_models(filter="hf-tokens")] == [repo]

@@ -1,17 +1,16 @@
-"""PEFT's ground: the private things that the tuner leans on, and the doors of transformers, diffusers and accelerate that lead there."""
+"""PEFT's ground: its type, and the doors of transformers, diffusers and accelerate that lead there."""
 
+import contextlib
 import copy
-import inspect
 import subprocess
 import sys
 
+import gates
 import pytest
 import torch
 from contract.architectures import ARCHITECTURES
 from contract.pairs import difference, snapshot, stir
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, mapping
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
 from tolerances import all_equal
 
 import hf_tokens
@@ -20,41 +19,6 @@ from hf_tokens.engine.block import BlockSurgery
 from hf_tokens.peft.config import PlainType
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
-
-# what the tuner overrides or calls -> its parameters, without self
-SIGNATURES = {
-    BaseTuner._prepare_adapter_config: ("peft_config", "model_config"),
-    BaseTuner._create_and_replace: ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name"),
-    BaseTuner._unload_and_optionally_merge: ("merge", "progressbar", "safe_merge", "adapter_names"),
-    BaseTuner._enable_adapter_layers: ("enabled",),
-    BaseTuner._get_adapter_state_dict: ("model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
-    BaseTuner._remove_adapter_name_from_key: ("key", "adapter_name"),
-    BaseTuner.inject_adapter: ("model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"),
-    BaseTuner.set_adapter: ("adapter_name", "inference_mode"),
-    BaseTuner.delete_adapter: ("adapter_name",),
-    _set_adapter: ("model", "adapter_name", "inference_mode"),
-    BaseTunerLayer.set_adapter: ("adapter_names", "inference_mode"),
-    BaseTunerLayer.enable_adapters: ("enabled",),
-    BaseTunerLayer.delete_adapter: ("adapter_name",),
-    BaseTunerLayer._move_adapter_to_device_of_base_layer: ("adapter_name", "device"),
-    BaseTunerLayer._get_available_adapters: (),
-    AuxiliaryTrainingWrapper._get_available_adapters: (),
-    AuxiliaryTrainingWrapper.delete_adapter: ("adapter_name", "new_active_adapters"),
-    register_peft_method: ("name", "config_cls", "model_cls", "prefix", "is_mixed_compatible"),
-}
-
-
-@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
-def test_what_the_tuner_leans_on_is_as_it_was(function):
-    names = tuple(name for name in inspect.signature(function).parameters if name not in ("self", "cls"))
-    assert names == SIGNATURES[function]
-
-
-def test_what_the_tuner_reads_is_there():
-    assert {"prefix", "tuner_layer_cls", "target_module_mapping"} <= set(BaseTuner.__annotations__)
-    assert isinstance(BaseTunerLayer.adapter_layer_names, tuple) and isinstance(BaseTunerLayer.other_param_names, tuple)
-    assert {"_disable_adapters", "_active_adapter", "merged_adapters"} <= {*BaseTunerLayer.__annotations__, *vars(BaseTunerLayer)}
-    assert all(isinstance(getattr(mapping, f"PEFT_TYPE_TO_{what}_MAPPING"), dict) for what in ("CONFIG", "TUNER", "PREFIX"))
 
 
 def test_the_type_is_a_member_like_any_other():
@@ -73,7 +37,15 @@ def test_a_plain_string_would_do_as_the_type():
 # -- transformers' own door ------------------------------------------------------------------------------------------
 
 
-def test_transformers_add_save_and_load(tmp_path):
+def test_the_gate_is_where_the_skips_say():
+    model, lora = zoo.build("llama").model, LoraConfig(r=2, target_modules=["q_proj"])
+    (closed,) = gates.add_adapter.args
+    with pytest.raises(ValueError, match=gates.MIN_PEFT_VERSION) if closed else contextlib.nullcontext():
+        model.add_adapter(lora)
+
+
+@gates.add_adapter
+def test_transformers_adds_switches_and_saves(tmp_path):
     specimen = zoo.build("llama")
     model = specimen.model.eval()
     model.save_pretrained(tmp_path / "base")  # it writes into the config
@@ -99,6 +71,20 @@ def test_transformers_add_save_and_load(tmp_path):
     all_equal(fresh.run(), off, "deleted")
 
 
+def test_transformers_loads(tmp_path):
+    specimen = zoo.build("llama")
+    off, before = specimen.run(), snapshot(specimen.model)
+    surgery = stir(get_token_model(copy.deepcopy(specimen.model), [ProbeInsertConfig(), ProbeDropConfig()])).eval()
+    surgery.save_pretrained(tmp_path)
+    specimen.model.load_adapter(str(tmp_path), adapter_name="surgery")
+    with torch.no_grad():
+        all_equal(specimen.run(), [surgery(**specimen.inputs).logits], "loaded")
+    hf_tokens.unload(specimen.model)
+    assert set(difference(before, snapshot(specimen.model))) <= {":_weight_conversions"}  # transformers' own note of what it loads
+    all_equal(specimen.run(), off, "unloaded")
+
+
+@gates.add_adapter
 def test_transformers_door_leaves_no_lora_of_the_stack_behind():
     specimen = zoo.build("llama")
     model, trained = specimen.model, [p.requires_grad for p in specimen.model.parameters()]
@@ -111,6 +97,7 @@ def test_transformers_door_leaves_no_lora_of_the_stack_behind():
     all_equal(specimen.run(), off, "unloaded")
 
 
+@gates.add_adapter
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_transformers_door_keeps_a_lora_beside_the_surgery():
     specimen = zoo.build("llama")

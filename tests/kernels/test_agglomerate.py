@@ -107,7 +107,8 @@ def test_few_rounds(monkeypatch):
 
 @pytest.mark.parametrize("clusters", [1, 3, 20, 59])
 def test_ward_is_that_of_scipy(clusters):
-    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
+    from scipy.cluster import hierarchy
+
     points = torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theirs = torch.tensor(hierarchy.fcluster(hierarchy.linkage(points.numpy(), "ward"), clusters, "maxclust"))
     ours = agglomerate((torch.cdist(points, points) ** 2)[None], clusters, "ward")[0]
