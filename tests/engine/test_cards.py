@@ -2,9 +2,9 @@
 
 import ast
 import importlib
+import tomllib
 
 import pytest
-import tomllib
 
 import hf_tokens
 from hf_tokens.commands.cards import ROOT, index_entry, pages
