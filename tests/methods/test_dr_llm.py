@@ -195,7 +195,7 @@ def test_generation_keeps_the_path_of_the_prompt():
             assert got[row].tolist() == expected
             torch.testing.assert_close(logits[row], want, **CLOSE)
             for layer, times in zip(cache.layers, runs, strict=True):
-                entries = [stored(one, row, len(ids[row]) - len(real)) for one in (layer, *layer.echoes)]
+                entries = [stored(one, row, len(ids[row]) - len(real)) for one in (layer, *layer.reruns)]
                 assert entries + [0] * (2 - len(entries)) == [(len(real) + 5) * (times > run) for run in range(2)]
             alone = model.generate(input_ids=real[None], max_new_tokens=6, do_sample=False, num_beams=3)
             assert beams[row, ids.shape[1] :].tolist() == alone[0, len(real) :].tolist()

@@ -64,7 +64,7 @@ def through(base, ids, first, last, null, decide, upsample="sum"):
 def pooled(seed=0, **knobs):
     """A tiny GPT-2 whose predictor is random, and calls about half of its tokens the end of a segment."""
     model = get_token_model(gpt2(), DynamicTokenPoolingConfig(hidden=6, **knobs)).double().eval()
-    leader = next(m for m in model.modules() if isinstance(m, DynamicTokenPooling) and m.leads)
+    leader = next(m for m in model.modules() if isinstance(m, DynamicTokenPooling) and m.is_first_block)
     draw = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in leader.parameters():
@@ -134,7 +134,7 @@ def test_fixed_segments(k, n):
 def test_a_segment_has_the_place_of_its_last_token():
     base = zoo.build("llama").model.double().eval()
     model = get_token_model(base, DynamicTokenPoolingConfig(boundaries="fixed", prior=0.25, layers=(1, 2))).eval()
-    leader = next(m for m in model.modules() if isinstance(m, DynamicTokenPooling) and m.leads)
+    leader = next(m for m in model.modules() if isinstance(m, DynamicTokenPooling) and m.is_first_block)
     ids = torch.randint(5, 80, (1, 14), generator=torch.Generator().manual_seed(0))
     out = model(ids).logits[0]
     inner, place = base.model, torch.arange(14)

@@ -93,7 +93,7 @@ def by_paper(base, ids, mark, c, training=False):
 
 def surgery(c, base=None):
     model = get_token_model(gpt2(2) if base is None else base, c)
-    (mark,) = [module.mark for module in model.modules() if isinstance(module, LandmarkAttention) and module.leads]
+    (mark,) = [module.mark for module in model.modules() if isinstance(module, LandmarkAttention) and module.is_first_block]
     torch.nn.init.normal_(mark, std=0.5, generator=torch.Generator().manual_seed(1))
     return model.eval(), mark.detach()[0]
 
