@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
-from ..tokens.entries import Arrival, Stored, alike, cells_of, pick_entries, stretch
+from ..tokens.entries import Arrival, Stored, alike, append, cells_of, pick_entries
 from .states import KVStates
 from .storage import Change, KVFormat, Part
 
@@ -23,10 +23,7 @@ def join(old: Tensor | None, new: Tensor | None, old_like: Tensor, new_like: Ten
     if old is None and new is None:
         return None
     old = torch.full_like(old_like, default, dtype=torch.bool) if old is None else old
-    new = torch.full_like(new_like, default, dtype=torch.bool) if new is None else new
-    if old.dim() == 3:
-        new = new[:, None].expand(-1, old.shape[1], -1)
-    return torch.cat([old, new], dim=-1)
+    return append(old, torch.full_like(new_like, default, dtype=torch.bool) if new is None else new)
 
 
 class Record(dict):
@@ -197,12 +194,10 @@ class TokenCacheLayer(CacheLayerMixin):
         self.record.entries = {name: pad(t, (0, m), value=BLANK.get(name, 0)) for name, t in self.record.entries.items()}
         if arrival.sizes is not None:
             old = torch.ones_like(self.origins, dtype=torch.float32) if self.sizes is None else self.sizes[..., :-m]
-            new = arrival.sizes if old.dim() == 2 else arrival.sizes[:, None].expand(-1, old.shape[1], -1)
-            self.record.entries["sizes"] = torch.cat([old, new], dim=-1)
+            self.record.entries["sizes"] = append(old, arrival.sizes)
         self.filled = join(self.filled, arrival.filled, self.origins, arrival.origins, True)
         self.fresh = join(self.fresh, arrival.fresh, self.origins, arrival.origins, False)
-        new = arrival.origins if self.origins.dim() == 2 else arrival.origins[:, None].expand(-1, self.origins.shape[1], -1)
-        self.origins = torch.cat([self.origins, new], dim=-1)
+        self.origins = append(self.origins, arrival.origins)
         self.seen = arrival.total
         self.kv.append(key_states, value_states, self.filled)
         self.given, self.handed = self.kv.hand_out(blank=self.asked), self.length
@@ -277,8 +272,7 @@ class TokenCacheLayer(CacheLayerMixin):
         """Mark some of the last tokens that were stored, (b m) bool, under a name."""
         entries, n = self.record.entries, min(flags.shape[1], self.length)
         old = entries.get(name, torch.zeros_like(self.origins, dtype=torch.bool))
-        new = stretch(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
-        entries[name] = new if old.dim() == 3 else new[:, 0]
+        entries[name] = append(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
 
     def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
