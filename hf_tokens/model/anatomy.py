@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..model import families
+from . import families
 from .parts import CONTAINERS, OWN, all_attentions, attentions, children_of, is_attention, is_norm, mixer_of, path_of, qualified_name
 from .signatures import parameters
 from .streams import PROMPT, Anatomy, Stream
@@ -21,26 +21,22 @@ from .streams import PROMPT, Anatomy, Stream
 def anatomy(model: Any) -> Anatomy:
     """The anatomy of a Transformers or Diffusers model, of a PeftModel around one, or of a Diffusers pipeline's denoiser."""
     model = unwrap(model)
-    found = sorted(_block_lists(model, ""), key=lambda item: _call_order(item[0]))
-    if not found:
+    called_late = families.CALLED_BEFORE.values()
+    lists = sorted(_block_lists(model, ""), key=lambda item: item[0].split(".")[0] in called_late)
+    if not lists:
         raise UnsupportedError(
             f"{type(model).__name__} has no stream of Transformer blocks: no ModuleList, Sequential or ModuleDict in it holds "
             "blocks with an attention of their own. Pass the part of the model that holds its Transformer layers."
         )
-    streams = [_stream(model, path, blocks) for path, blocks in found]
-    count = Counter(stream["name"] for stream in streams)
-    seen: Counter = Counter()
-    for stream in streams:
-        name = stream["name"]
-        seen[name] += 1
-        if count[name] > 1:
-            stream["name"] = f"{name}.{seen[name]}"
+    streams = [_stream(model, path, blocks) for path, blocks in lists]
+    repeats, numbers = Counter(stream["name"] for stream in streams), Counter()
     for stream, table in zip(streams, _tables(model, streams), strict=True):
-        stream["table"] = table
-    config = _config(model)
+        name = stream["name"]
+        numbers[name] += 1
+        stream |= {"table": table, "name": f"{name}.{numbers[name]}" if repeats[name] > 1 else name}
     return Anatomy(
         model=model,
-        model_type=config.model_type if _is_transformers(model) else type(model).__name__,
+        model_type=model.config.model_type if _is_transformers(model) else type(model).__name__,
         streams=tuple(Stream(**stream) for stream in streams),
         head=_head(model),
         embeddings=_embeddings(model),
@@ -51,13 +47,13 @@ def unwrap(model: Any) -> nn.Module:
     """The Transformers or Diffusers model inside a PeftModel or a Diffusers pipeline; any other module is returned as it is."""
     peft, diffusers = sys.modules.get("peft"), sys.modules.get("diffusers")
     if diffusers is not None and isinstance(model, diffusers.DiffusionPipeline):
-        found = denoising(model.components)
-        if found is None:
+        denoiser = denoising(model.components)
+        if denoiser is None:
             raise UnsupportedError(
                 f"A pipeline must hold a `transformer` or a `unet`. {type(model).__name__} holds {sorted(model.components)}. "
                 "Pass the component that denoises."
             )
-        model = found
+        model = denoiser
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         model = model.get_base_model()
     dynamo = sys.modules.get("torch._dynamo")
@@ -115,27 +111,17 @@ def _has_own_attention(item: nn.Module) -> bool:
     """Whether an item attends by itself: it is no bare attention, and not all it attends with sits in lists of blocks inside of it."""
     if isinstance(item, CONTAINERS) or families.NOT_BLOCK.search(type(item).__name__):
         return False
-    if is_attention(type(item)) and not _holds_norm(item):
+    if is_attention(type(item)) and not any(families.NORM.search(type(child).__name__) for child in item.children()):
         return False
     nested = [path for path, _ in _block_lists(item, "")]
     return any(not any(path.startswith(f"{inner}.") for inner in nested) for path, _ in all_attentions(item))
 
 
-def _holds_norm(module: nn.Module) -> bool:
-    return any(families.NORM.search(type(child).__name__) for child in module.children())
-
-
-def _call_order(path: str) -> tuple:
-    first = path.split(".")[0]
-    after = families.CALLED_BEFORE.values()
-    return (first in after,)
-
-
 def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[str, Any]:
     blocks = tuple(items.values())
     line = _lineage(model, path)
-    owner, holder = next((at, module) for at, module in reversed(line) if not isinstance(module, CONTAINERS))
-    attending = next((found[0] for block in reversed(blocks) if (found := attentions(block))), None)  # the first may change the width
+    owner = next(at for at, module in reversed(line) if not isinstance(module, CONTAINERS))
+    attending = next((own[0] for block in reversed(blocks) if (own := attentions(block))), None)  # the first may change the width
     if attending is None:
         attending = next(module for block in blocks for _, module in all_attentions(block))
     config = next((_config(module) for _, module in reversed(line) if _config(module) is not None), None)
@@ -167,17 +153,17 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
 def _final_norm(model: nn.Module, line: list[tuple[str, nn.Module]]) -> nn.Module | None:
     """The norm that takes the whole sequence behind the blocks: of the nearest module around them that has one, inside the base model."""
     base = model.base_model if _is_transformers(model) and not type(model).__name__.endswith("Model") else model
-    for (_, holder), (path, _child) in zip(reversed(line[:-1]), reversed(line), strict=False):
-        if isinstance(holder, CONTAINERS):
+    for (_, parent), (path, _child) in zip(reversed(line[:-1]), reversed(line), strict=False):
+        if isinstance(parent, CONTAINERS):
             continue
-        if families.POOLED_NORM.search(type(holder).__name__):
+        if families.POOLED_NORM.search(type(parent).__name__):
             return None
-        names = [name for name, _ in children_of(holder)]
+        names = [name for name, _ in children_of(parent)]
         at = names.index(path.rpartition(".")[2])
-        norms = {name: norm for name, norm in children_of(holder) if is_norm(norm) and not families.NOT_FINAL.search(name)}
-        found = [norm for name, norm in norms.items() if names.index(name) > at or name in families.FINAL_NORMS]
-        if found or holder is base:
-            return found[0] if found else None
+        norms = {name: norm for name, norm in children_of(parent) if is_norm(norm) and not families.NOT_FINAL.search(name)}
+        norms = [norm for name, norm in norms.items() if names.index(name) > at or name in families.FINAL_NORMS]
+        if norms or parent is base:
+            return next(iter(norms), None)
     return None
 
 
@@ -211,8 +197,8 @@ def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
     nearest = next(module for _, module in reversed(line) if _is_transformers(module))
     if _main_input(nearest) in parameters(type(nearest)):
         return families.MAIN_INPUTS.get(_main_input(nearest), "other")
-    found = [kind for kind, pattern in families.KINDS if pattern.search(type(nearest).__name__)]
-    return found[0] if found else families.MAIN_INPUTS.get(_main_input(model), "other")
+    kinds = (kind for kind, pattern in families.KINDS if pattern.search(type(nearest).__name__))
+    return next(kinds, families.MAIN_INPUTS.get(_main_input(model), "other"))
 
 
 def _main_input(model: Any) -> str:
@@ -247,10 +233,8 @@ def _causal(line: list[tuple[str, nn.Module]], block: nn.Module, attention: nn.M
 
 
 def _layout(cls: type[nn.Module]) -> str:
-    for pattern, layout in families.BLOCK_LAYOUTS:
-        if pattern.search(qualified_name(cls)):
-            return layout
-    return "n d" if "cu_seqlens" in parameters(cls) else "b n d"
+    layouts = (layout for pattern, layout in families.BLOCK_LAYOUTS if pattern.search(qualified_name(cls)))
+    return next(layouts, "n d" if "cu_seqlens" in parameters(cls) else "b n d")
 
 
 @cache
@@ -282,37 +266,34 @@ def _width(attention: nn.Module) -> int | None:
 
 
 def _embeddings(model: nn.Module) -> str | None:
-    if not _is_transformers(model):
-        return None
+    table = _input_embeddings(model)
+    return path_of(table, model) if isinstance(table, nn.Module) else None
+
+
+def _input_embeddings(model: nn.Module) -> Any:
+    """What a model of Transformers calls its input embeddings; None where it has none, or another library made it."""
     try:
-        found = model.get_input_embeddings()
+        return model.get_input_embeddings() if _is_transformers(model) else None
     except NotImplementedError:
         return None
-    return path_of(found, model) if isinstance(found, nn.Module) else None
 
 
 def _tables(model: nn.Module, streams: list[dict[str, Any]]) -> list[str | None]:
     """For each stream the path of its embedding table. One that serves several is that of the stream nearest to it, the first of these."""
     names = {id(module): path for path, module in model.named_modules()}
-    found = [_nearest_table(model, stream["owner"]) if stream["kind"] == "text" else (0, None) for stream in streams]
+    nearest = [_nearest_table(model, stream["owner"]) if stream["kind"] == "text" else (0, None) for stream in streams]
     best: dict[int, int] = {}
-    for i, (depth, table) in enumerate(found):
-        if table is not None and depth > found[best.setdefault(id(table), i)][0]:
+    for i, (depth, table) in enumerate(nearest):
+        if table is not None and depth > nearest[best.setdefault(id(table), i)][0]:
             best[id(table)] = i
-    return [names[id(table)] if best.get(id(table)) == i else None for i, (_, table) in enumerate(found)]
+    return [names[id(table)] if best.get(id(table)) == i else None for i, (_, table) in enumerate(nearest)]
 
 
 def _nearest_table(model: nn.Module, owner: str) -> tuple[int, nn.Module | None]:
     """The embedding table of the nearest model around a stream, and how deep that model lies."""
     parts = owner.split(".") if owner else []
     for depth in range(len(parts), -1, -1):
-        holder = model.get_submodule(".".join(parts[:depth]))
-        if not _is_transformers(holder):
-            continue
-        try:
-            table = holder.get_input_embeddings()
-        except NotImplementedError:
-            continue
+        table = _input_embeddings(model.get_submodule(".".join(parts[:depth])))
         if isinstance(table, nn.Module) and not isinstance(table, CONTAINERS):
             if any(isinstance(module, nn.Embedding) for module in table.modules()):
                 return depth, table
@@ -323,21 +304,21 @@ def prefix_tokens(model: nn.Module, stream: Stream) -> int:
     """How many special tokens (class, distillation, registers) an encoder of pictures puts in front of its patches."""
     if stream.kind not in ("vision", "video"):
         return 0
-    at, holder = stream.owner, model.get_submodule(stream.owner)
-    inside = set()
+    at = stream.owner
     while True:
-        for name, value in holder.named_parameters():
-            if families.PREFIX_TOKENS.search(name) and not any(path in name for path in ("decoder", OWN)):
-                inside.add((id(value), value.shape[-2] if value.dim() == 3 else 1))
-        if inside or not at:
-            return sum(count for _, count in inside)
+        special = {
+            value: value.shape[-2] if value.dim() == 3 else 1
+            for name, value in model.get_submodule(at).named_parameters()
+            if families.PREFIX_TOKENS.search(name) and not any(path in name for path in ("decoder", OWN))
+        }
+        if special or not at:
+            return sum(special.values())
         at = at.rpartition(".")[0]
-        holder = model.get_submodule(at)
 
 
 def _head(model: nn.Module) -> str | None:
-    found = model.get_output_embeddings() if _is_transformers(model) else None
-    if isinstance(found, nn.Module):
-        return path_of(found, model)
+    head = model.get_output_embeddings() if _is_transformers(model) else None
+    if isinstance(head, nn.Module):
+        return path_of(head, model)
     children = dict(children_of(model))
     return next((name for name in families.HEADS if name in children), None)

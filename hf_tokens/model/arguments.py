@@ -56,6 +56,7 @@ def count_in_front(ledger: TokenLedger, name: str, value: int) -> int:
 
 
 def cut_tensor(ledger: TokenLedger, name: str, value: Tensor, stored: Stored | None) -> Tensor:
+    """A block's tensor, cut for the tokens that are left."""
     if ledger.untouched and not BETWEEN.search(name):
         return value
     if SEGMENTS.match(name):
@@ -67,7 +68,7 @@ def cut_tensor(ledger: TokenLedger, name: str, value: Tensor, stored: Stored | N
         return ~cut_mask(ledger, name, ~value, stored) if hides else cut_mask(ledger, name, value, stored)
     pair = [d for d in range(value.dim()) if value.shape[d] == ledger.n]
     if len(pair) > 1 and PAIRS.search(name) and ledger.n != ledger.batch and not CROSS.search(name):
-        if value.shape[0] == 1 and ledger.uniform():  # without a batch it came, and can stay
+        if value.shape[0] == 1 and ledger.uniform():  # it has no batch, and need get none
             return value.index_select(pair[1], ledger.rows[0]).index_select(pair[0], ledger.rows[0])
         return take_axis(ledger, name, take_axis(ledger, name, value, pair[1]), pair[0])
     axis = token_axis(ledger, name, value)
@@ -75,6 +76,7 @@ def cut_tensor(ledger: TokenLedger, name: str, value: Tensor, stored: Stored | N
 
 
 def is_mask(ledger: TokenLedger, name: str, value: Tensor) -> bool:
+    """Whether a tensor is a table from token to token of this stream."""
     if not BETWEEN.search(name):
         return False
     seen = (ledger.n, ledger.start + ledger.n, ledger.n + ledger.context)
@@ -86,14 +88,11 @@ def token_axis(ledger: TokenLedger, name: str, value: Tensor) -> int | None:
     sizes = {ledger.n, ledger.n + ledger.context, ledger.n - ledger.prefix}
     last = value.dim() > 2 and value.is_floating_point() and "position_ids" not in name  # features, maybe as many as tokens
     dims = [d for d in range(value.dim() - last) if value.shape[d] in sizes]
-    if (
-        value.dim() > 1
-        and 0 in dims
-        and value.shape[0] == ledger.batch
-        and (len(dims) > 1 or EMBEDDING.search(name) or CROSS.search(name))
-    ):
+    if CROSS.search(name):
+        return None
+    if value.dim() > 1 and 0 in dims and value.shape[0] == ledger.batch and (len(dims) > 1 or EMBEDDING.search(name)):
         dims.remove(0)
-    if not dims or (EMBEDDING.search(name) and value.dim() < 3) or CROSS.search(name):
+    if not dims or EMBEDDING.search(name) and value.dim() < 3:
         return None
     if value.dim() == 2 and len(dims) == 2:
         return 1 if value.shape[0] in (1, ledger.batch) and ledger.n != ledger.batch else 0
@@ -101,6 +100,7 @@ def token_axis(ledger: TokenLedger, name: str, value: Tensor) -> int | None:
 
 
 def take_axis(ledger: TokenLedger, name: str, value: Tensor, axis: int) -> Tensor:
+    """A tensor whose axis runs over the tokens of the stream, cut there."""
     index = ledger.rows
     if value.shape[axis] == ledger.n + ledger.context and ledger.context:
         index = ledger.joint()
@@ -127,13 +127,8 @@ def rows_behind_prefix(ledger: TokenLedger, name: str) -> Tensor:
 
 def unlike_samples(ledger: TokenLedger, name: str) -> UnsupportedError:
     """The error for a table that cannot be cut for each sample apart."""
-    return UnsupportedError(
-        explain(
-            f"A table that all samples share ({name}) needs the same tokens in each sample",
-            f"a batch of {ledger.batch} that keeps different ones",
-            "Run one sample at a time.",
-        )
-    )
+    rule = f"A table that all samples share ({name}) needs the same tokens in each sample"
+    return UnsupportedError(explain(rule, f"a batch of {ledger.batch} that keeps different ones", "Run one sample at a time."))
 
 
 def cut_mask(ledger: TokenLedger, name: str, value: Tensor, stored: Stored | None) -> Tensor:
@@ -198,8 +193,8 @@ def token_masks(arguments: dict[str, Any]) -> Iterator[Tensor]:
     """The masks of a block's own tokens among its arguments."""
     for name, value in arguments.items():
         if "mask" in name and not CROSS.search(name):
-            found = [mask for mask in (value.values() if isinstance(value, dict) else [value]) if isinstance(mask, Tensor)]
-            yield from (~mask if HIDES.search(name) and mask.dtype == torch.bool else mask for mask in found)
+            masks = [mask for mask in (value.values() if isinstance(value, dict) else [value]) if isinstance(mask, Tensor)]
+            yield from (~mask if HIDES.search(name) and mask.dtype == torch.bool else mask for mask in masks)
 
 
 def find_padding(arguments: dict[str, Any], ledger: TokenLedger) -> tuple[Tensor | None, Tensor | None]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import families
+from . import families
 from .arguments import BETWEEN, CROSS, HIDES
 from .parts import attentions
-from .signatures import positional
+from .signatures import bound_arguments
 
 BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
 
@@ -33,7 +33,7 @@ def once_a_block(read: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
 
 @once_a_block
 def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
-    """Whether a block counts its tokens by itself: whatever it is told, and where it is not told their places."""
+    """Whether a block counts its tokens by itself: whatever it is given, and where it is not given their places."""
     names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
     return tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
 
@@ -52,11 +52,11 @@ def bias_maker(block: nn.Module) -> nn.Module | None:
     return attention if makes and "compute_bias" in dir(type(attention)) else None
 
 
-def passed_on(output: Any, given: Tensor) -> bool:
-    """Whether a block put out an argument as it came; a reentrant checkpoint hands out another tensor over the same memory."""
-    if output is given or not isinstance(output, Tensor) or torch.compiler.is_compiling():
-        return output is given
-    return output.shape == given.shape and output.numel() > 0 and output.data_ptr() == given.data_ptr()
+def passed_on(output: Any, argument: Tensor) -> bool:
+    """Whether a block returned an argument unchanged; a reentrant checkpoint returns another tensor over the same memory."""
+    if output is argument or not isinstance(output, Tensor) or torch.compiler.is_compiling():
+        return output is argument
+    return output.shape == argument.shape and output.numel() > 0 and output.data_ptr() == argument.data_ptr()
 
 
 @functools.cache
@@ -70,8 +70,7 @@ def tells_no_places(block: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether a block is given no mask, makes no bias of the places, and does not count its tokens by itself."""
     if any(counts_tokens(block)) or bias_maker(block) is not None:
         return False
-    given = dict(zip(positional(type(block)), args, strict=False)) | kwargs
-    return all(value is None for name, value in given.items() if BETWEEN.search(name))
+    return all(value is None for name, value in bound_arguments(block, args, kwargs).items() if BETWEEN.search(name))
 
 
 def borrows_keys(attention: nn.Module | None) -> bool:
@@ -84,5 +83,5 @@ def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
     if borrows_keys(attention):
         return None
     modules = [module for module in (attention, block, *block.modules()) if module is not None]
-    found = [vars(module)[name] for name in ("layer_idx", "layer_id") for module in modules if isinstance(vars(module).get(name), int)]
-    return found[0] if found else None
+    slots = (vars(module).get(name) for name in ("layer_idx", "layer_id") for module in modules)
+    return next((slot for slot in slots if isinstance(slot, int)), None)

@@ -37,26 +37,9 @@ MLPS = (
     *("sparse_mlp", "img_mlp", "mlp_block", "MLP", "shared_mlp"),
 )
 MLP_NORMS = (
-    "pre_feedforward_layernorm",
-    "pre_mlp_layernorm",
-    "pre_ff_layernorm",
-    "ffn_norm1",
-    "ffn_norm",
-    "ff_norm",
-    "ffn_layer_norm",
-    "norm_mlp",
-    "norm3",
-    "layer_norm2",
-    "layernorm_after",
-    "ln_2",
-    "norm2",
-    "img_norm2",
-    "norm_2",
-    "rms_norm2",
-    "pre_mlp_layer_norm",
-    "post_attention_layernorm",
-    "post_attention_norm",
-    "ln2",
+    *("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm1", "ffn_norm", "ff_norm", "ffn_layer_norm"),
+    *("norm_mlp", "norm3", "layer_norm2", "layernorm_after", "ln_2", "norm2", "img_norm2", "norm_2", "rms_norm2"),
+    *("pre_mlp_layer_norm", "post_attention_layernorm", "post_attention_norm", "ln2"),
 )
 # MLPs whose experts take only so many tokens: what one token gets depends on the others.
 MIXING_MLPS = re.compile(r"^(Switch|Nllb)")
@@ -95,7 +78,7 @@ BLOCK_LAYOUTS = (
 CONTEXT_BEHIND = re.compile(r"^(Hunyuan|Motif|HiDream|NucleusMoE|JoyImage|JointTransformer)")
 # Blocks of Diffusers that take a mask for bool, where others add it.
 BOOL_MASKS = re.compile(r"^Lumina2")
-# block class -> what no mask function tells
+# block class -> what no mask function shows
 CAUSAL = {
     "modeling_fsmt.EncoderLayer": False,
     "modeling_fsmt.DecoderLayer": True,
@@ -130,8 +113,8 @@ TOWERS = re.compile(r"^((Alt|Chinese)?CLIP(Seg)?|MetaClip2|Siglip2?|VisionTextDu
 CALLED_BEFORE = {"mid_block": "up_blocks"}
 # Parameters that are special tokens in front of the patches of a picture.
 PREFIX_TOKENS = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")
-# Modules of a block, by name or class, that look up the places or distances of its tokens by counting them: those that are let off where
-# the block is told by one of these arguments, and those that count whatever they are told.
+# Modules of a block, by name or class, that look up the places or distances of its tokens by counting them: those that are unused where
+# the block is given one of these arguments, and those that count whatever they are given.
 TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
 PLACES = re.compile(r"position|relative")
 COUNTS = re.compile(

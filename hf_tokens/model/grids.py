@@ -1,4 +1,4 @@
-"""Tokens that lie on a picture: the grid that they form, and what lies over it told for each of them."""
+"""Tokens that lie on a picture: the grid that they form, and what lies over it for each of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def over_tokens(x: Tensor, n: int) -> Tensor | None:
-    """What lies over a picture or a video, told for each of n tokens, (b n f): its patch of it. None where they lie otherwise.
+    """What lies over a picture or a video, for each of n tokens, (b n f): its patch of it. None where they lie otherwise.
 
     Where patches would be cut, it is the mean of what lies around a token.
     """

@@ -8,7 +8,7 @@ from functools import cache
 
 from torch import nn
 
-from ..model import families
+from . import families
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"
@@ -16,8 +16,8 @@ OWN = "hf_tokens"
 
 def attentions(block: nn.Module) -> list[nn.Module]:
     """The self-attentions of a block, the one that calls the attention function first."""
-    found = [(path, module) for path, module in all_attentions(block) if not is_cross(path, module)]
-    return [module for _, module in sorted(found, key=lambda item: not calls_interface(type(item[1])))]
+    own = [module for path, module in all_attentions(block) if not is_cross(path, module)]
+    return sorted(own, key=lambda module: not calls_interface(type(module)))
 
 
 def cross_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -26,6 +26,7 @@ def cross_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_cross(path: str, module: nn.Module) -> bool:
+    """Whether an attention reads another sequence."""
     known = getattr(module, "is_cross_attention", None)
     if isinstance(known, bool):
         return known
@@ -34,21 +35,21 @@ def is_cross(path: str, module: nn.Module) -> bool:
 
 def all_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every innermost attention in a module, with its path."""
-    found: list[tuple[str, nn.Module]] = []
+    out: list[tuple[str, nn.Module]] = []
     for name, child in children_of(block):
         inner = [(f"{name}.{path}", module) for path, module in all_attentions(child)]
         if inner:
-            found += inner
+            out += inner
         elif is_attention(type(child)) and next(child.children(), None) is not None:
-            found.append((name, child))
-    return found
+            out.append((name, child))
+    return out
 
 
 @cache
 def is_attention(cls: type[nn.Module]) -> bool:
-    if calls_interface(cls):
-        return True
-    return bool(families.ATTENTION.search(cls.__name__)) and not families.NOT_ATTENTION.search(cls.__name__)
+    """Whether a class is an attention, by its source or its name."""
+    named = families.ATTENTION.search(cls.__name__) and not families.NOT_ATTENTION.search(cls.__name__)
+    return calls_interface(cls) or bool(named)
 
 
 @cache
@@ -79,6 +80,7 @@ def qualified_name(cls: type) -> str:
 
 
 def mlp_and_norm(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The MLP of a block and the norm in front of it; None for what it has not."""
     children = dict(children_of(block))
     last = list(children_of(children["layer"])) if isinstance(children.get("layer"), nn.ModuleList) else []
     if last:  # T5 and its kin keep attention and MLP, each with its norm, in a list of sub-layers

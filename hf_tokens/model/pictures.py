@@ -1,6 +1,6 @@
 """Where the pictures lie among the tokens of a vision-language model: each one a grid, some of several sizes in one batch.
 
-The vision tower is heard, since `generate` calls it before the model and hands over only what came out.
+The calls of the vision tower are noted, since `generate` calls it before the model and passes on only what it returned.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
 from ..tokens.ledger import TokenLedger
-from .signatures import parameters
+from .signatures import bound_arguments
 from .streams import Anatomy
 
 GRID_TABLES = ("grid_thw", "image_grid_thw", "video_grid_thw")  # frames, height and width of each picture, in patches
 PIXELS = ("pixel_values", "pixel_values_videos")
-ENCODED = "mm_encoder_outputs"  # what the tower said, where it was asked before
+ENCODED = "mm_encoder_outputs"  # what the tower returned, where it was called before
 Grid = tuple[int, int, int]  # frames, height, width
 
 
@@ -31,35 +31,31 @@ class Shapes:
     patches: bool
 
 
-def no_grid(came: str) -> UnsupportedError:
+def no_grid(got: str) -> UnsupportedError:
     """The error for visual tokens that form no grids."""
-    return UnsupportedError(
-        explain(
-            "This method needs pictures whose tokens form a grid, row by row",
-            came,
-            "Give the model pictures of one size, or choose a method that needs no grid.",
-        )
-    )
+    remedy = "Give the model pictures of one size, or choose a method that needs no grid."
+    return UnsupportedError(explain("This method needs pictures whose tokens form a grid, row by row", got, remedy))
 
 
-def vision_tower(found: Anatomy) -> nn.Module | None:
+def vision_tower(model_anatomy: Anatomy) -> nn.Module | None:
     """The outermost module that holds a vision stream and no stream of text; None if there is none."""
-    vision = next((s.paths[0] for s in found.streams if s.kind == "vision"), None)
-    text = [s.paths[0] for s in found.streams if s.kind == "text"]
+    vision = next((s.paths[0] for s in model_anatomy.streams if s.kind == "vision"), None)
+    text = [s.paths[0] for s in model_anatomy.streams if s.kind == "text"]
     if vision is None or not text:
         return None
     parts = vision.split(".")
     above = [".".join(parts[:i]) for i in range(1, len(parts))]
-    return next((found.model.get_submodule(at) for at in above if not any(path.startswith(f"{at}.") for path in text)), None)
+    at = next((at for at in above if not any(path.startswith(f"{at}.") for path in text)), None)
+    return None if at is None else model_anatomy.model.get_submodule(at)
 
 
 def picture_shapes(module: nn.Module, args: tuple, kwargs: dict) -> Shapes | None:
     """The pictures that a vision tower is called with; None if its arguments do not tell."""
-    given = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}
-    tables = [given[name] for name in GRID_TABLES if isinstance(given.get(name), Tensor)]
+    arguments = bound_arguments(module, args, kwargs)
+    tables = [arguments[name] for name in GRID_TABLES if isinstance(arguments.get(name), Tensor)]
     if tables:
         return Shapes([tuple(row) for row in tables[0].tolist()], patches=True)
-    pixels = [given[name] for name in PIXELS if isinstance(given.get(name), Tensor) and given[name].dim() == 4]
+    pixels = [arguments[name] for name in PIXELS if isinstance(arguments.get(name), Tensor) and arguments[name].dim() == 4]
     return Shapes([(1, *pixels[0].shape[-2:])] * len(pixels[0]), patches=False) if pixels else None
 
 
@@ -71,57 +67,57 @@ def square_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-def find_grids(heard: list[Shapes], config: Any, given: dict[str, Any], visual: Tensor) -> list[Grid]:
+def find_grids(calls: list[Shapes], config: Any, arguments: dict[str, Any], visual: Tensor) -> list[Grid]:
     """Frames, height and width in tokens of each picture or video, in the order in which they stand among the visual tokens.
 
     Args:
-        heard: The calls of the vision tower that these tokens come from.
+        calls: The calls of the vision tower that these tokens come from.
         config: The model's.
-        given: Arguments of the model.
+        arguments: The model's.
         visual: Visual tokens, (b n) bool.
 
     Raises:
         UnsupportedError: The calls do not tell.
     """
-    if len(heard) != 1:
-        raise no_grid(f"{len(heard)} calls of a vision tower with pictures in rows and columns")
-    pictures = heard[0].pictures
-    encoded = [output.pooler_output for output in (given.get(ENCODED) or {}).values()]
+    if len(calls) != 1:
+        raise no_grid(f"{len(calls)} calls of a vision tower with pictures in rows and columns")
+    pictures = calls[0].pictures
+    encoded = [output.pooler_output for output in (arguments.get(ENCODED) or {}).values()]
     repeats = len(encoded[0]) // len(pictures) if encoded else 1  # beams have pictures of their own
-    if heard[0].patches:
+    if calls[0].patches:
         merge = config.vision_config.spatial_merge_size
-        found = [(t, h // merge, w // merge) for t, h, w in pictures]
+        grids = [(t, h // merge, w // merge) for t, h, w in pictures]
     else:
         tokens = int(visual.sum()) // (len(pictures) * repeats)
-        found = [(t, *square_grid(tokens, h, w)) for t, h, w in pictures]
+        grids = [(t, *square_grid(tokens, h, w)) for t, h, w in pictures]
     out: list[Grid] = []
     for count in visual.sum(dim=1)[::repeats].tolist():
         row: list[Grid] = []
-        while found and sum(map(prod, row)) < count:
-            row.append(found.pop(0))
+        while grids and sum(map(prod, row)) < count:
+            row.append(grids.pop(0))
         out += row * repeats
     if sum(map(prod, out)) != int(visual.sum()):
         raise no_grid(f"{int(visual.sum())} visual tokens of {len(pictures)} pictures")
     return out
 
 
-def picture_places(visual: Tensor, found: list[Grid], ledger: TokenLedger) -> list[Tensor]:
+def picture_places(visual: Tensor, grids: list[Grid], ledger: TokenLedger) -> list[Tensor]:
     """For each size of grid the tokens of its pictures, indices (p t h w) into the tokens (b m) laid end to end.
 
     Args:
         visual: Visual tokens of the sequence that entered, (b n) bool.
-        found: The grid of each picture, in the order in which they stand.
-        books: The tokens at hand.
+        grids: The grid of each picture, in the order in which they stand.
+        ledger: The tokens at hand.
 
     Raises:
         UnsupportedError: A picture is not whole any more, or stands in two rows.
     """
     flat = visual.flatten().nonzero()[:, 0]  # of all rows, one after the other
-    pieces = flat.split([prod(grid) for grid in found])
+    pieces = flat.split([prod(grid) for grid in grids])
     rows = torch.arange(ledger.batch, device=ledger.slot.device)[:, None]
     slot = torch.where(ledger.slot < 0, -1, ledger.slot + ledger.m * rows).flatten()
     sizes: dict[Grid, list[Tensor]] = {}
-    for grid, piece in zip(found, pieces, strict=True):
+    for grid, piece in zip(grids, pieces, strict=True):
         if int(piece[0]) // ledger.n != int(piece[-1]) // ledger.n:
             raise no_grid("a picture that stands in two rows")
         sizes.setdefault(grid, []).append(slot[piece].view(grid))

@@ -1,4 +1,4 @@
-"""What the signature and the source of a block's forward say: its parameters, and which of them are its hidden states."""
+"""What the signature and the source of a block's forward tell: its parameters, and which of them are its hidden states."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class HiddenIndex:
     name: str
     position: int
     returned: int
+
+    def pick(self, args: tuple, kwargs: dict) -> Any:
+        """Them, among the arguments of a call."""
+        return kwargs[self.name] if self.name in kwargs else args[self.position]
 
 
 @cache
@@ -53,15 +57,16 @@ def cache_argument(function: Callable[..., Any]) -> str:
         UnsupportedError: It takes none.
     """
     names = inspect.signature(function).parameters
-    found = next((name for name in CACHES if name in names), None)
-    if found is None:
-        rule = f"A model that decodes token by token takes a cache as one of {CACHES}"
-        raise UnsupportedError(explain(rule, sorted(names), "Choose another model."))
-    return found
+    for name in CACHES:
+        if name in names:
+            return name
+    rule = f"A model that decodes token by token takes a cache as one of {CACHES}"
+    raise UnsupportedError(explain(rule, sorted(names), "Choose another model."))
 
 
 @cache
 def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
+    """Where the hidden states of a block are."""
     names, known = parameters(cls), _registered(cls)
     name = known.hidden_states_argument_name if known else "hidden_states"
     name = name if name in names else names[0]
@@ -73,6 +78,7 @@ def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
 
 @cache
 def context_index(cls: type[nn.Module]) -> HiddenIndex | None:
+    """The same of the second sequence that a joint block carries along; None where there is none."""
     names, known = parameters(cls), _registered(cls)
     name = known.encoder_hidden_states_argument_name if known else "encoder_hidden_states"
     returned = _returned(cls, name)

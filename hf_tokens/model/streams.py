@@ -46,8 +46,7 @@ class Stream:
 
     def attention(self, i: int) -> nn.Module | None:
         """The self-attention of block i: the module that calls the attention function."""
-        found = attentions(self.blocks[i])
-        return found[0] if found else None
+        return next(iter(attentions(self.blocks[i])), None)
 
     def mlp(self, i: int) -> nn.Module | None:
         return mlp_and_norm(self.blocks[i])[0]
@@ -65,15 +64,12 @@ class Stream:
 
     def bind(self, i: int, args: tuple, kwargs: dict) -> torch.Tensor:
         """The hidden states among the arguments of a call of block i."""
-        index = self.hidden_index(i)
-        return kwargs[index.name] if index.name in kwargs else args[index.position]
+        return self.hidden_index(i).pick(args, kwargs)
 
     def bind_context(self, i: int, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """The second sequence among the arguments of a call of block i; None where it carries none along."""
         index = self.context_index(i)
-        if index is None:
-            return None
-        return kwargs[index.name] if index.name in kwargs else args[index.position]
+        return None if index is None else index.pick(args, kwargs)
 
     def read(self, i: int, output: Any) -> torch.Tensor:
         """The hidden states in what block i returned."""

@@ -9,7 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import UnsupportedError, explain
-from ..model import families
+from . import families
 from .parts import OWN, cross_attentions
 
 Place = tuple[nn.Module, str]  # the module that holds a weight, and the weight's name in it
@@ -28,23 +28,15 @@ def base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]
 
 def weights_of_block(block: nn.Module) -> dict[str, Place]:
     """Every parameter."""
-    modules = base_modules(block, "")
-    return {
-        f"{path}.{name}" if path else name: (module, name)
-        for path, module in modules
-        for name, weight in module._parameters.items()
-        if weight is not None
-    }
+    weights = ((path, module, name, weight) for path, module in base_modules(block, "") for name, weight in module._parameters.items())
+    return {f"{path}.{name}" if path else name: (module, name) for path, module, name, weight in weights if weight is not None}
 
 
 def weights_of_context(block: nn.Module) -> dict[str, Place]:
     """The projections of its cross-attention that read the context."""
-    modules = (found for path, attention in cross_attentions(block) for found in base_modules(attention, path))
-    return {f"{path}.weight": (module, "weight") for path, module in modules if reads_context(path, module)}
-
-
-def reads_context(path: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and families.CONTEXT.search(path) is not None
+    modules = (inner for path, attention in cross_attentions(block) for inner in base_modules(attention, path))
+    linear = ((path, module) for path, module in modules if isinstance(module, nn.Linear))
+    return {f"{path}.weight": (module, "weight") for path, module in linear if families.CONTEXT.search(path)}
 
 
 # site of a WeightEdit -> its weights in a block, by their names in it, and what a block must have
@@ -61,19 +53,18 @@ def block_weights(block: nn.Module, site: str) -> dict[str, Place]:
 
 def check_weights(model: nn.Module, block: nn.Module, path: str, site: str) -> None:
     """Refuse a block without such weights, and weights that no other may stand in for."""
-    found = block_weights(block, site)
-    if not found:
-        came = f"{type(block).__name__} at {path}"
+    weights = block_weights(block, site)
+    if not weights:
         rule = f"This method needs {WEIGHT_SITES[site][1]} in the block"
-        raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
+        raise UnsupportedError(explain(rule, f"{type(block).__name__} at {path}", "Choose other layers or another model."))
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
-    for name, (module, attribute) in found.items():
+    for name, (module, attribute) in weights.items():
         weight = module._parameters[attribute]
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            rule, came = "A weight that is edited is a plain floating-point parameter", f"{type(weight).__name__} of {weight.dtype}"
-            raise UnsupportedError(explain(rule, f"{came} at {path}.{name}", "Load the model without quantisation."))
+            rule, got = "A weight that is edited is a plain floating-point parameter", f"{type(weight).__name__} of {weight.dtype}"
+            raise UnsupportedError(explain(rule, f"{got} at {path}.{name}", "Load the model without quantisation."))
         if len(names.get(id(weight), ())) > 1:
             rule = "A weight that is edited belongs to one place of the model"
             raise UnsupportedError(explain(rule, f"one tied as {names[id(weight)]}", "Choose other layers or another model."))

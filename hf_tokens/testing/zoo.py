@@ -20,24 +20,13 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from hf_tokens.model.signatures import CACHES, cache_argument
-from hf_tokens.testing.zoo_rows import (
-    BATCH,
-    DIFFUSERS,
-    INPUTS,
-    LAYER_LISTS,
-    LISTS,
-    NO_CLASS,
-    NUMBERS,
-    PREFERRED,
-    ROWS,
-    TOKENS,
-    UNBUILDABLE,
-    VOCAB,
-    Row,
-    diffusers_inputs,
-)
+from ..model.signatures import CACHES, cache_argument
+from .zoo_diffusers import DIFFUSERS_ROWS
+from .zoo_inputs import INPUTS, diffusers_inputs
+from .zoo_rules import BATCH, DIFFUSERS, LAYER_LISTS, LISTS, NO_CLASS, NUMBERS, PREFERRED, TOKENS, VOCAB, Row
+from .zoo_transformers import TRANSFORMERS_ROWS, UNBUILDABLE
 
+ROWS = TRANSFORMERS_ROWS | DIFFUSERS_ROWS
 CACHE = cache_argument(GenericForSequenceClassification.forward)  # how the models of the installed Transformers call their cache
 
 
@@ -337,7 +326,7 @@ def _tiny_diffusers(name: str, value: Any) -> Any:
 
 
 def _diffusers_inputs(model: nn.Module, row: Row) -> dict[str, Any]:
-    inputs = diffusers_inputs(model, tuple(inspect.signature(model.forward).parameters))
+    inputs = diffusers_inputs(model)
     for name, value in row.inputs.items():
         inputs[name] = value(model, inputs) if callable(value) else value
     return inputs

@@ -29,7 +29,7 @@ class Arrival:
 
 
 class Stored:
-    """The books of the entries that a layer held at one time, in the order in which those lay, which is looked for when it is asked for.
+    """The books of the entries that a layer held at one time, in the order in which they lay, which is computed when it is read.
 
     Attributes:
         length: How many there were, filler included.
@@ -67,10 +67,14 @@ class Stored:
         return torch.empty_like(x).scatter_(-1, slots, x)
 
 
+def append(old: Tensor, new: Tensor) -> Tensor:
+    """Something of each entry, (b n) or (b k n), and behind it that of new tokens, (b m)."""
+    return torch.cat([old, cells_of(new, old.shape[1]) if old.dim() == 3 else new], dim=-1)
+
+
 def stretch(old: Tensor, new: Tensor) -> Tensor:
     """Something of each entry, (b n) or (b k n), and of the tokens behind them (b m), (b 1|k n+m)."""
-    old = old[:, None] if old.dim() == 2 else old
-    return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1)], dim=-1)
+    return append(old[:, None] if old.dim() == 2 else old, new)
 
 
 def cells_of(x: Tensor, heads: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .altered import altered
-from .entries import Stored
+from .entries import Stored, append
 from .token_map import TokenMap, put_back, take
 
 
@@ -87,7 +87,7 @@ class TokenLedger:
         return altered(self, **moved, untouched=False, memo={})
 
     def cut(self, whole: Tensor, inside: Tensor) -> Tensor:
-        """The tokens that are left of a sequence (b n d) that someone outside changed; inserted ones stay as they are `inside` (b m d)."""
+        """The tokens that are left of a sequence (b n d) that was changed outside; inserted ones stay as they are `inside` (b m d)."""
         out = take(whole, self.rows)
         return out if self.fresh is None else torch.where(self.fresh[..., None], inside.to(out), out)
 
@@ -107,18 +107,14 @@ class TokenLedger:
         """Whether every sample of the batch keeps the same places."""
         return self.batch == 1 or bool((self.rows == self.rows[:1]).all())
 
-    # -- masks -------------------------------------------------------------------------------------------------------
-
     def sizes_with(self, stored: Stored | None) -> Tensor | None:
         """How many tokens each key counts for, (b s) or (b k s); None if for one each."""
-        own = self.all_sizes() if self.proportional else None
-        if stored is None:
-            return own
-        if own is None and stored.sizes is None:
+        if not self.proportional and (stored is None or stored.sizes is None):
             return None
-        old = torch.ones_like(stored.origins, dtype=torch.float32) if stored.sizes is None else stored.sizes
-        own = torch.ones_like(self.rows, dtype=torch.float32) if own is None else own
-        return torch.cat([old, own[:, None].expand(-1, old.shape[1], -1) if old.dim() == 3 else own], dim=-1)
+        new = self.all_sizes() if self.proportional else torch.ones_like(self.rows, dtype=torch.float32)
+        if stored is None:
+            return new
+        return append(torch.ones_like(stored.origins, dtype=torch.float32) if stored.sizes is None else stored.sizes, new)
 
     def weigh(self, mask: Tensor | None, sizes: Tensor | None) -> Tensor | None:
         """Add log(size) of each key to a mask (proportional attention), sizes (b s) or (b k s)."""
@@ -135,13 +131,13 @@ class TokenLedger:
         return mask + bias.to(mask.dtype)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """What is said of each key head (b k ...), for each query head."""
+        """Something of each key head (b k ...), for each query head."""
         return x.repeat_interleave(max(1, self.heads // x.shape[1]), dim=1)
 
     def take_heads(self, value: Tensor, columns: Tensor) -> Tensor:
-        b, k, s = columns.shape
+        """The columns of a mask (b 1|h m n) at the keys of each key head, (b k s)."""
         columns = self.to_heads(columns)
-        wide = value.expand(b, columns.shape[1], *value.shape[2:])
+        wide = value.expand(len(columns), columns.shape[1], *value.shape[2:])
         return wide.gather(3, columns[:, :, None].expand(-1, -1, wide.shape[2], -1))
 
     def joint(self) -> Tensor:
@@ -158,13 +154,10 @@ class TokenLedger:
         full = self.start + self.n
         if width > full and (stored is not None or not self.start):
             own = self.rows if stored is None else self.columns(full, stored)
-            return torch.cat([own, torch.arange(full, width, device=own.device).expand(*own.shape[:-1], -1)], dim=-1)
+            return append(own, torch.arange(full, width, device=own.device).expand(len(own), -1))
         if stored is None:
             return self.rows + (width - self.n if self.start and width != self.n else 0)
-        rows = self.rows + self.start
-        if stored.origins.dim() == 3:
-            rows = rows[:, None].expand(-1, stored.origins.shape[1], -1)
-        return torch.cat([stored.origins, rows], dim=-1)
+        return append(stored.origins, self.rows + self.start)
 
     def filled_with(self, stored: Stored | None) -> Tensor | None:
         """Keys that are there at all, (b s) or (b k s); None if all are."""
@@ -173,8 +166,7 @@ class TokenLedger:
         if stored.filled is None and self.filled is None:
             return None
         old = torch.ones_like(stored.origins, dtype=torch.bool) if stored.filled is None else stored.filled
-        new = self.flags(self.filled, True)
-        return torch.cat([old, new[:, None].expand(-1, old.shape[1], -1) if old.dim() == 3 else new], dim=-1)
+        return append(old, self.flags(self.filled, True))
 
     def visible(self, stored: Stored | None) -> Tensor | None:
         """What the mask of the full sequence cannot know: filler, and the order of inserted tokens; (b 1|k 1|m s) bool, or None."""

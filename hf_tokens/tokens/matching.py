@@ -27,6 +27,6 @@ def match_sequence(ids: Tensor, sequence: Sequence[int]) -> Tensor:
     starts = (windows == torch.tensor(sequence, device=ids.device)).all(dim=-1)
     count = F.pad(starts.long().cumsum(dim=1), (k, 0))
     starts = starts & (count[:, k - 1 : -1] == count[:, :-k])  # none among the k - 1 tokens before
-    here = torch.arange(ids.shape[1], device=ids.device)
-    place = here - torch.where(starts, here, -k).cummax(dim=1).values
+    index = torch.arange(ids.shape[1], device=ids.device)
+    place = index - torch.where(starts, index, -k).cummax(dim=1).values
     return torch.where(place < k, place, -1)

@@ -133,10 +133,9 @@ class TokenMap:
         first = torch.full((group.shape[0], n + 1), n, dtype=torch.long, device=group.device)
         first = first.scatter_reduce(1, label, index, reduce="amin").gather(1, label)  # b n
         leader = torch.where(group.gather(1, group.clamp(min=0)) == group, group, first)
-        leads = (leader == index) & ~dead
-        heads = cls.select(leads)
-        slot = torch.where(dead, -1, heads.slot.gather(1, leader.clamp(0, n - 1)))
-        return cls(slot, heads.source, filled=heads.filled, joins=True, loses=bool(dead.any()))
+        leaders = cls.select((leader == index) & ~dead)
+        slot = torch.where(dead, -1, leaders.slot.gather(1, leader.clamp(0, n - 1)))
+        return cls(slot, leaders.source, filled=leaders.filled, joins=True, loses=bool(dead.any()))
 
     @classmethod
     def segments(cls, ends: Tensor, lead: Tensor | None = None, at: Tensor | None = None) -> TokenMap:

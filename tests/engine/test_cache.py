@@ -215,7 +215,7 @@ def test_what_leaves_is_filled_up_as_if_the_others_closed_up(steps):
             there[..., 0] = True
             filled = there if lead == (B,) and seed % 2 else None
             ours.keep(index, filled)
-            plain._room = None
+            plain.kv._buffers = None
             plain.keep(index, filled)
         for layer in (ours, plain):
             layer.expect(Arrival(torch.full((B, 1), made), None, None, made + 1))
@@ -224,18 +224,18 @@ def test_what_leaves_is_filled_up_as_if_the_others_closed_up(steps):
         there = ours.there[..., None]
         assert torch.equal(ours.keys * there, plain.keys * there) and torch.equal(ours.values * there, plain.values * there)
         assert torch.equal(ours.origins, plain.origins) and torch.equal(ours.there, plain.there)
-        if ours.held is None:
-            assert torch.equal(Stored(ours.keys[..., 0], slots=ours._slots).origins, ours._states[0][..., 0])
+        if ours.kv.parts is None:
+            assert torch.equal(Stored(ours.keys[..., 0], slots=ours.kv.slots).origins, ours.kv.unpack()[0][..., 0])
 
 
 def test_a_cache_that_keeps_its_length_is_not_copied():
     ours, _ = filled((8, 1))
-    room = ours._room[0].data_ptr()
+    room = ours.kv._buffers[0].data_ptr()
     for i in range(40):
         ours.keep(torch.tensor([[j for j in range(9) if j != i % 8]] * B))
         ours.expect(Arrival(torch.full((B, 1), 9 + i), None, None, 10 + i))
         ours.update(*states(1, i))
-        assert ours._room[0].data_ptr() == room
+        assert ours.kv._buffers[0].data_ptr() == room
 
 
 @pytest.mark.parametrize("remove", [-1, -2, -5])

@@ -164,9 +164,9 @@ def test_cells_come_and_go_without_a_copy_of_the_others():
         arrive(layer, 1, i)
         layer.release()
         layer.hold(torch.arange(layer.length).expand(B, K, layer.length) == 20 + i, FORM, FORM)
-        rooms.append(tuple(part.packed[0][0].data_ptr() for part in layer.held))
+        rooms.append(tuple(part.packed[0][0].data_ptr() for part in layer.kv.parts))
     assert len(set(rooms)) <= 6
-    assert sorted(part.count for part in layer.held) == [20 * B * K, 50 * B * K]
+    assert sorted(part.count for part in layer.kv.parts) == [20 * B * K, 50 * B * K]
 
 
 def read_by(model, ids, mask, monkeypatch, itself):

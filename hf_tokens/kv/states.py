@@ -1,0 +1,283 @@
+"""Where the keys and values of a cache layer lie: in buffers that grow in place, or in parts of several formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import UnsupportedError, explain
+from ..tokens.entries import cells_of, pick_entries
+from ..tokens.token_map import indices
+from .storage import BOTH, FEW, Change, KVFormats, Part, Plain, attend, dense, put, read
+
+FIRST_CAPACITY = 64
+Pair = tuple[Tensor, Tensor]
+
+
+class KVStates:
+    """Keys and values of the entries of one layer, (b k n e). What the entries are is known to the layer alone.
+
+    They lie in one tensor each, until some are stored in another format or by some heads only: from then on all lie in parts.
+
+    Attributes:
+        parts: Where all entries lie, or None.
+        slots: Where in the one tensor each entry lies, (b n) or (b k n); None if in order.
+    """
+
+    def __init__(self):
+        self.parts: list[Part] | None = None
+        self.slots: Tensor | None = None
+        self._pair: Pair | None = None  # all keys and values; none, of their shape, where there are parts
+        self._buffers: Pair | None = None  # what the pair is a view of, with room behind it
+        self._begin = 0  # where in the buffers the pair begins
+        self._unpacked: Pair | None = None  # the entries of the parts, while a block runs
+
+    @property
+    def heads(self) -> int:
+        """Key heads."""
+        return self._pair[0].shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Key heads, and the width of a key and of a value."""
+        return self.heads, *(t.shape[3] for t in self._pair)
+
+    @property
+    def length(self) -> int:
+        """Entries, filler included."""
+        return self._pair[0].shape[2] if self.parts is None else self.parts[0].cells.shape[-1]
+
+    @property
+    def readable(self) -> bool:
+        """Whether an attention can read the entries as they lie, filler apart."""
+        return not self._pair[0].requires_grad if self.parts is None else all(part.readable for part in self.parts)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is stored."""
+        return [*(t for part in self.parts or () for t in part.tensors()), *(self._pair or ())]
+
+    def unpack(self) -> Pair:
+        """All keys and values as they lie, unpacked."""
+        if self.parts is None or self._unpacked is not None:
+            return self._unpacked or self._pair
+        return tuple(dense(self.parts, which, self._pair[which].shape[3]) for which in BOTH)
+
+    def ordered(self) -> Pair:
+        """All keys and values in the order of the entries, unpacked."""
+        if self.slots is None:
+            return self.unpack()
+        return self._gather(torch.arange(self.slots.shape[-1], device=self.slots.device).expand_as(self.slots))
+
+    def pick(self, index: Tensor) -> Pair:
+        """Keys and values of the entries of an index (b k r), unpacked."""
+        if self.parts is not None and self._unpacked is None:
+            return tuple(read(self.parts, which, index) for which in BOTH)
+        return self._gather(index)
+
+    def in_order(self, x: Tensor, dim: int) -> Tensor:
+        """Something of each entry as it lies, (b k|h ...), in the order of the entries."""
+        if self.slots is None:
+            return x
+        slots = self.slots[:, None] if self.slots.dim() == 2 else self.slots.repeat_interleave(x.shape[1] // self.slots.shape[1], dim=1)
+        slots = slots.view(*slots.shape[:2], *[1] * (dim - 2), -1, *[1] * (x.dim() - dim - 1))
+        return x.gather(dim, slots.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+
+    def hand_out(self, blank: bool) -> Pair:
+        """All keys and values for the block that runs; a blank in their place if it reads the entries as they lie."""
+        if blank:
+            return tuple(t.new_full((), torch.nan).expand(*t.shape[:2], self.length, t.shape[3]) for t in self._pair)
+        pair = self.unpack()
+        self._unpacked = None if self.parts is None else pair
+        return pair
+
+    def release(self) -> None:
+        """Forget the unpacked entries: the block that read them is done."""
+        self._unpacked = None
+
+    def attend(self, q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any) -> tuple[Tensor, Tensor | None]:
+        """What queries (b h 1 e) read of the entries as they lie, and if asked the probability of each, the mean of its head, (b k n)."""
+        return attend(self.parts or [self._as_part()], q, sizes, sinks, weighs, **shape)
+
+    def _as_part(self) -> Part:
+        b, k, n, _ = self._pair[0].shape
+        buffers, begin = self._where()
+        room, device = buffers[0].shape[2], buffers[0].device
+        starts = begin + room * torch.arange(b * k, device=device).view(b, k)
+        slots = torch.arange(n, device=device).expand(b, n) if self.slots is None else self.slots
+        packed = tuple((t.flatten(0, 2),) for t in buffers)
+        cells, lengths = starts[..., None] + cells_of(slots, k), torch.full_like(starts, n)
+        return Part(cells, (Plain(), Plain()), packed, starts, lengths, starts + room, b * k * n)
+
+    def _gather(self, index: Tensor) -> Pair:
+        """Keys and values of entries (b r) or (b k r) that lie in one tensor, or are unpacked."""
+        places = cells_of(index if self.slots is None else pick_entries(self.slots, index), self.heads)
+        b, k, r = places.shape
+        buffers, begin = self._where()
+        if self._unpacked is not None or not all(t.is_contiguous() for t in buffers):
+            return tuple(t.gather(2, places[..., None].expand(-1, -1, -1, t.shape[3])) for t in self._unpacked or self._pair)
+        starts = begin + buffers[0].shape[2] * torch.arange(b * k, device=places.device).view(b, k, 1)
+        rows = (starts + places).flatten()
+        return tuple(t.flatten(0, 2).index_select(0, rows).view(b, k, r, -1) for t in buffers)
+
+    def _where(self) -> tuple[Pair, int]:
+        """The tensors in which the pair lies, and the place of its first entry."""
+        return (self._pair, 0) if self._buffers is None else (self._buffers, self._begin)
+
+    def append(self, k: Tensor, v: Tensor, filled: Tensor | None) -> None:
+        """Store new entries (b k m e); `filled` marks those that count among all entries, theirs behind the old ones."""
+        self._unpacked, m = None, k.shape[2]
+        if self.parts is not None:
+            new = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+            new = new if filled is None else new & cells_of(filled[..., -m:], self.heads)
+            new_part = Part.of((k[new], v[new]), pad(new, (self.length, 0)), (Plain(), Plain()))
+            for part in self.parts:
+                part.grow(m)
+            self.parts = put(self.parts, new_part)
+        elif self._pair is None:
+            self._pair = k, v
+        elif torch.is_grad_enabled() and (k.requires_grad or self._pair[0].requires_grad):
+            self._pair = tuple(torch.cat(pair, dim=2) for pair in zip(self.ordered(), (k, v), strict=True))
+            self._buffers = self.slots = None
+        else:
+            self._grow(k, v)
+
+    def _grow(self, k: Tensor, v: Tensor) -> None:
+        old, m = self._pair[0].shape[2], k.shape[2]
+        new = old + m
+        if self.slots is not None:
+            own = torch.arange(old, new, device=self.slots.device)
+            self.slots = torch.cat([self.slots, own.expand(*self.slots.shape[:-1], -1)], dim=-1)
+        if self._buffers is None or self._buffers[0].shape[2] < self._begin + new:
+            capacity = max(FIRST_CAPACITY, new + new // 2)
+            buffers = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
+            for buffer, states in zip(buffers, self._pair, strict=True):
+                buffer[:, :, :old] = states
+            self._buffers, self._begin = buffers, 0
+        for buffer, states in zip(self._buffers, (k, v), strict=True):
+            buffer.narrow(2, self._begin + old, m).copy_(states)
+        self._pair = tuple(buffer.narrow(2, self._begin, new) for buffer in self._buffers)
+
+    def keep_slice(self, place: slice) -> None:
+        """Keep a slice of the entries."""
+        self._unpacked = None
+        if self.parts is not None:
+            self.parts = [part.settle(part.cells[..., place]) for part in self.parts]
+        else:
+            self._pair, self._buffers, self.slots = tuple(t[:, :, place].clone() for t in self.ordered()), None, None
+
+    def drop_first(self, count: int) -> None:
+        """Drop the first entries; where there are buffers, nothing is copied."""
+        if self._buffers is None or self.slots is not None:
+            self.keep_slice(slice(count, None))
+        else:
+            self._pair, self._begin = tuple(t[:, :, count:] for t in self._pair), self._begin + count
+
+    def keep(self, index: Tensor, filled: Tensor | None, gone: Tensor | None, in_place: bool) -> None:
+        """Keep the entries of an index, (b r) or (b k r); `filled` marks those that count among them.
+
+        Args:
+            index: The entries.
+            filled: Flags like the index, or None.
+            gone: The entries that are not in the index, where they are known.
+            in_place: Whether those that stay may go on lying where they are, if few leave.
+        """
+        self._unpacked = None
+        if self.parts is not None:
+            cells = [pick_entries(part.cells, index) for part in self.parts]
+            if filled is not None:
+                filler = ~filled if filled.dim() == 3 else ~filled[:, None]
+                cells = [one.masked_fill(filler, -1) for one in cells]
+            self.parts = [part.settle(one) for part, one in zip(self.parts, cells, strict=True)]
+        elif in_place and self._buffers is not None and self.length - index.shape[-1] <= FEW:
+            self._fill_up(index, others(index, self.length) if gone is None else gone)
+        else:
+            self._pair, self._buffers, self.slots = self._gather(index), None, None
+
+    def _fill_up(self, index: Tensor, gone: Tensor) -> None:
+        """Let the last states move to where those lie that leave: the others stay where they are."""
+        n, kept = self.length, index.shape[-1]
+        slots = torch.arange(n, device=index.device).expand(len(index), n) if self.slots is None else self.slots
+        slots, holes = pick_entries(slots, index), pick_entries(slots, gone)
+        for i, last in enumerate(range(n - 1, kept - 1, -1)):
+            hole = holes[..., i : i + 1]
+            place = cells_of(hole, self.heads)[..., None]
+            for states in self._pair:
+                states.scatter_(2, place.expand(-1, -1, -1, states.shape[3]), states[:, :, last : last + 1].clone())
+            slots = torch.where(slots == last, hole, slots)
+            holes = torch.where(holes == last, hole, holes) if i + 1 < n - kept else holes
+        self.slots, self._pair = slots, tuple(t[:, :, :kept] for t in self._pair)
+
+    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
+        self._unpacked = None
+        chosen, index = index >= 0, index.clamp(min=0)
+        rows = keys[chosen], values[chosen]
+        if self.parts is not None:
+            plain = next(part for part in self.parts if part.forms == (Plain(), Plain()))
+            cells = plain.cells.gather(-1, index)[chosen]
+            if bool((cells < 0).any()):
+                raise UnsupportedError(explain("Entries are rewritten while they are held as they came", "others", "Fold before you hold."))
+            plain.write(cells, rows)
+            return
+        places = index if self.slots is None else pick_entries(self.slots, index)
+        where = (*chosen.nonzero(as_tuple=True)[:2], places[chosen])
+        if self._buffers is None or any(t.requires_grad for t in (keys, values)):
+            self._pair, self._buffers = tuple(t.index_put(where, x) for t, x in zip(self._pair, rows, strict=True)), None
+            return
+        for states, x in zip(self._pair, rows, strict=True):
+            states.index_put_(where, x)
+
+    def rewrite(self, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values (b k n e) in the places of all."""
+        self._unpacked = self._buffers = self.slots = self.parts = None
+        self._pair = keys, values
+
+    def split(self, filled: Tensor | None) -> None:
+        """Store the entries in parts from now on; `filled` marks those that count."""
+        if self.parts is not None:
+            return
+        where = torch.ones(*self._pair[0].shape[:3], dtype=torch.bool, device=self._pair[0].device)
+        where = where if filled is None else where & cells_of(filled, self.heads)
+        keys, values = self.ordered()
+        self.parts = [Part.of((keys[where], values[where]), where, (Plain(), Plain()))]
+        self._pair, self._buffers, self.slots = tuple(t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in self._pair), None, None
+
+    def add_part(self, part: Part, filled: Tensor | None) -> None:
+        """Store some entries as a part says; `filled` marks those that count among all."""
+        self._unpacked = None
+        self.split(filled)
+        self.parts = put(self.parts, part)
+
+    def convert(self, where: Tensor, formats: KVFormats, scale: Tensor | None, filled: Tensor | None) -> None:
+        """Store the entries of `where` (b k n) in other formats, their keys times a scale (b k 1 e); the first scale of a format stays."""
+        known = next((part for part in self.parts or () if part.forms == formats), None)
+        if known is not None:
+            where, scale = where & ~known.where, known.scale
+        index = indices(where)
+        chosen = where.gather(-1, index)
+        self.add_part(Part.of(tuple(t[chosen] for t in self.pick(index)), where, formats, scale), filled)
+
+    def map_rows(self, change: Change) -> None:
+        """Change the batch by a function of any tensor (b ...)."""
+        self._unpacked = None
+        self._pair, self._buffers = tuple(change(t) for t in self._pair), None
+        self.slots = None if self.slots is None else change(self.slots)
+        self.parts = None if self.parts is None else [part.change_rows(change) for part in self.parts]
+
+    def move(self, device: torch.device) -> None:
+        """Lie on a device."""
+        if self._pair is None or self._pair[0].device == device:
+            return
+        self._pair = tuple(t.to(device, non_blocking=True) for t in self._pair)
+        self.slots = None if self.slots is None else self.slots.to(device)
+        self.parts = None if self.parts is None else [part.to(device) for part in self.parts]
+        self._buffers = self._unpacked = None
+
+
+def others(index: Tensor, n: int) -> Tensor:
+    """The entries of n that are not in an index, (b r) or (b k r)."""
+    leaves = torch.ones(*index.shape[:-1], n, dtype=torch.bool, device=index.device).scatter_(-1, index, False)
+    return leaves.nonzero()[:, -1].view(*index.shape[:-1], n - index.shape[-1])
