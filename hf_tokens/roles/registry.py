@@ -88,7 +88,7 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
     return add
 
 
-def walk(package: ModuleType) -> None:
+def import_modules(package: ModuleType) -> None:
     """Import every module below a package, so that its decorators run."""
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(found.name)
@@ -101,7 +101,7 @@ def discover() -> None:
         try:
             loaded = entry.load()
             if isinstance(loaded, ModuleType) and "__path__" in vars(loaded):
-                walk(loaded)
+                import_modules(loaded)
         except Exception as error:
             rule = f"What an entry point of {ENTRY_POINTS!r} names must import"
             came = f"{entry.name!r} of {entry.dist.name}, {entry.value}, which says: {error!r}"
