@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 DenoisingContext = tuple[str, int]
-State = TypeVar("State")  # what a handler keeps of a block, a stream or a model
+State = TypeVar("State")  # what a handler keeps of a block or a stream
 
 
 class DenoiserSteps(Protocol):

@@ -135,8 +135,6 @@ class Handler:
     def after_model(self, call: ModelCall, output: Any) -> Any:
         return output
 
-    def detach(self, model: ModelSurgery) -> None: ...
-
 
 HANDLERS: dict[str, Handler] = {}
 

@@ -20,7 +20,7 @@ from ..model.pictures import PIXELS, Grid, Shapes, find_grids, picture_shapes
 from ..model.signatures import bound_arguments
 from ..roles.base import Method
 from .block import BlockSurgery
-from .context import ForwardContext, State
+from .context import ForwardContext
 from .handler import Handler, all_handlers
 from .hooks import BoundForward, SharedHook
 from .listen import Listener
@@ -77,7 +77,6 @@ class ModelSurgery:
         self.waiting: Any = None  # a denoiser's call, until its objective has been asked
         self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
-        self._states: dict[type, Any] = {}
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
         self._handles = [
             base.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -93,12 +92,6 @@ class ModelSurgery:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "call": None, "verdict": None, "waiting": None, "seen": [], "_callers": set(), "conclusions": {}}
-
-    def state(self, kind: type[State]) -> State:
-        """What a handler keeps of this model, made from it when it is first asked for."""
-        if kind not in self._states:
-            self._states[kind] = kind(self)
-        return self._states[kind]
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""
