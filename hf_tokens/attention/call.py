@@ -1,4 +1,4 @@
-"""One call of an attention function: what it got, and the probabilities it stands for, computed when asked, never as a matrix."""
+"""One call of an attention function: its arguments, and the probabilities it stands for, computed on demand, never as a matrix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Attending(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What an attention function got.
+    """The arguments of an attention function.
 
     Attributes:
         q, k, v: Queries (b h m e), keys and values (b g n e); the last m keys belong to the queries.
@@ -39,7 +39,7 @@ class AttentionCall:
         softcap: The scores become softcap * tanh(score / softcap); None leaves them.
         sinks: The score of a key without a value, (h), or None.
         strange: What else shapes the keys or the probabilities.
-        known: Sums over all real queries that some method has asked for already.
+        known: Sums over all real queries that some method has read already.
     """
 
     q: Tensor
@@ -73,12 +73,13 @@ class AttentionCall:
         mask = self._added(index)
         return scores if mask is None else added(mask, scores)
 
-    def attending(self, told: Attending) -> AttentionCall:
+    def attending(self, reading: Attending) -> AttentionCall:
         """The call that reads its keys so."""
-        k, v = (t if told.index is None else pick_keys(t, told.index.expand(-1, t.shape[1], -1)) for t in (self.k, self.v))
-        mask = self._added(told.index)
-        if told.bias is not None:
-            mask = told.bias if mask is None else added(mask, told.bias)
+        index, bias = reading
+        k, v = (t if index is None else pick_keys(t, index.expand(-1, t.shape[1], -1)) for t in (self.k, self.v))
+        mask = self._added(index)
+        if bias is not None:
+            mask = bias if mask is None else added(mask, bias)
             mask = mask.clamp(min=torch.finfo(self.q.dtype).min).to(self.q.dtype)
         return altered(self, k=k, v=v, mask=mask, bias=None)
 
@@ -93,22 +94,23 @@ class AttentionCall:
 
     def _added(self, index: Tensor | None) -> Tensor | None:
         """What is added to the products, or bool where they are only hidden: of all keys, or for each query head of those of an index."""
-        m, n = self.q.shape[2], self.k.shape[2]
         mask = self.shape()["mask"]
-        if mask is None and self.causal and m > 1:
-            mask = torch.ones(m, n, dtype=torch.bool, device=self.q.device).tril(n - m)[None, None]
+        mask = self._causal_mask() if mask is None else mask
         if mask is None or index is None:
             return mask
         wide = index.repeat_interleave(self.q.shape[1] // index.shape[1], dim=1)[:, :, None]
-        return mask.expand(*self.q.shape[:3], n).gather(3, wide.expand(-1, -1, m, -1))
+        return mask.expand(*self.q.shape[:3], self.k.shape[2]).gather(3, wide.expand(-1, -1, self.q.shape[2], -1))
+
+    def _causal_mask(self) -> Tensor | None:
+        """The mask (1 1 m n) that the call goes by where it is given none; None if every query sees all."""
+        m, n = self.q.shape[2], self.k.shape[2]
+        return torch.ones(m, n, dtype=torch.bool, device=self.q.device).tril(n - m)[None, None] if self.causal and m > 1 else None
 
     def shape(self) -> dict[str, Any]:
         """What the kernels must know to compute the same probabilities."""
         mask, causal = self.mask, self.causal and self.q.shape[2] > 1
         if self.bias is not None:
-            m, n = self.q.shape[2], self.k.shape[2]
-            if mask is None and causal:
-                mask = torch.ones(m, n, dtype=torch.bool, device=self.q.device).tril(n - m)
+            mask = self._causal_mask() if mask is None else mask
             hides = mask is not None and mask.dtype == torch.bool
             mask = self.bias if mask is None else self.bias.masked_fill(~mask, -torch.inf) if hides else self.bias + mask
         return dict(scaling=self.scaling, mask=mask, causal=causal, softcap=self.softcap, sinks=self.sinks)
@@ -128,7 +130,7 @@ def added(mask: Tensor, scores: Tensor) -> Tensor:
 
 @dataclass
 class Scores:
-    """Attention probabilities of one call, computed in chunks when asked, never as a matrix.
+    """Attention probabilities of one call, computed in chunks on demand, never as a matrix.
 
     Attributes:
         call: The attention call.
@@ -150,8 +152,8 @@ class Scores:
         out = self.call.known.get(key) if weights is None else None
         if out is None:
             real = None if self.real is None else self.real.to(self.call.q.dtype)
-            heed = real if weights is None else weights if real is None else weights * real
-            out = attention_columns(self.call.q, self.call.k, weights=heed, reduce=reduce, heads=heads, **self.call.shape())
+            counted = real if weights is None else weights if real is None else weights * real
+            out = attention_columns(self.call.q, self.call.k, weights=counted, reduce=reduce, heads=heads, **self.call.shape())
             if weights is None:
                 self.call.known[key] = out
         return out if self.back is None else self.back(out, out.dim() - 1)

@@ -1,4 +1,4 @@
-"""The registered attention functions: they hand queries, keys and scores to whoever asks, and compute what the base model computes."""
+"""The registered attention functions: they pass queries, keys and scores to a block's tap, and compute what the base model computes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STRANGE = ("sinks", "indices", "block_indices")  # arguments of attention functi
 
 
 class Tap(Protocol):
-    """What a block's surgery does with its attention call: it says which take its place, each for some of the queries, in their order."""
+    """What a block's surgery does with its attention call: it returns those in its place, each for some of the queries, in their order."""
 
     def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
 
@@ -34,11 +34,11 @@ def base_function(backend: str, module: nn.Module) -> Callable:
     if backend != "eager":
         return ALL_ATTENTION_FUNCTIONS[backend]
     forward = inspect.unwrap(type(module).forward)
-    own = [name for name in forward.__code__.co_names if "eager" in name and inspect.isfunction(forward.__globals__.get(name))]
-    if not own:
-        rule = "Eager attention scores need an attention that names its own eager function"
-        raise UnsupportedError(explain(rule, type(module).__name__, "Load the model with sdpa."))
-    return forward.__globals__[own[0]]
+    for name in forward.__code__.co_names:
+        if "eager" in name and inspect.isfunction(forward.__globals__.get(name)):
+            return forward.__globals__[name]
+    rule = "Eager attention scores need an attention that names its own eager function"
+    raise UnsupportedError(explain(rule, type(module).__name__, "Load the model with sdpa."))
 
 
 def tapped(backend: str) -> Callable:
@@ -46,8 +46,8 @@ def tapped(backend: str) -> Callable:
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
         base = base_function(backend, module)
-        held = vars(module).get(TAP)
-        if held is None or not held[0].listening:
+        tap = vars(module).get(TAP, (None,))[0]
+        if tap is None or not tap.listening:
             return base(module, query, key, value, attention_mask, **kwargs)
         scaling, causal = kwargs.get("scaling"), False if backend == "eager" else kwargs.get("is_causal")  # eager goes by the mask alone
         call = AttentionCall(
@@ -63,19 +63,19 @@ def tapped(backend: str) -> Callable:
             strange=tuple(name for name in STRANGE if kwargs.get(name) is not None),
         )
 
-        def run(ask: Callable[[], AttentionCall]) -> tuple[Tensor, Tensor | None]:
-            told = ask()
-            biased = {} if told.bias is None else {"position_bias": told.bias}
-            return base(module, told.q, told.k, told.v, told.mask, **biased, **kwargs)
+        def run(make: Callable[[], AttentionCall]) -> tuple[Tensor, Tensor | None]:
+            part = make()
+            biased = {} if part.bias is None else {"position_bias": part.bias}
+            return base(module, part.q, part.k, part.v, part.mask, **biased, **kwargs)
 
-        calls = held[0].hear_call(call)
-        read = held[0].answer(call)
-        if read is not None:
-            return read, None
+        calls = tap.hear_call(call)
+        out = tap.answer(call)
+        if out is not None:
+            return out, None
         if len(calls) == 1:
             return run(calls[0])
-        again = torch.is_grad_enabled()  # the backward pass asks again, so that no more than one part is held
-        parts = [checkpoint(run, ask, use_reentrant=False) if again else run(ask) for ask in calls]
+        again = torch.is_grad_enabled()  # the backward pass makes each again, so that no more than one part is held
+        parts = [checkpoint(run, make, use_reentrant=False) if again else run(make) for make in calls]
         out, weights = zip(*parts, strict=True)
         return torch.cat(out, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
 
@@ -91,13 +91,9 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
     config = vars(attention).get("config")
     backend = None if config is None else config._attn_implementation
     if backend is None or backend.removeprefix(TAPPED_PREFIX) not in BACKENDS:
-        raise UnsupportedError(
-            explain(
-                f"Queries, keys and scores need one of the attention backends {list(BACKENDS)}",
-                f"{type(attention).__name__} with {backend!r}",
-                "Call `model.set_attn_implementation('sdpa')`, or choose a method that does not look at attention.",
-            )
-        )
+        rule = f"Queries, keys and scores need one of the attention backends {list(BACKENDS)}"
+        remedy = "Call `model.set_attn_implementation('sdpa')`, or choose a method that does not look at attention."
+        raise UnsupportedError(explain(rule, f"{type(attention).__name__} with {backend!r}", remedy))
     backend = backend.removeprefix(TAPPED_PREFIX)
     vars(attention)[TAP] = (tap,)
     config._attn_implementation_internal = tapped_name(backend)

@@ -27,12 +27,12 @@ def place(cache: Cache | None, slot: int | None, layer: TokenCacheLayer | None) 
     if layer is None:
         yield
         return
-    held = cache.layers[slot]
+    own = cache.layers[slot]
     cache.layers[slot] = layer
     try:
         yield
     finally:
-        cache.layers[slot] = held
+        cache.layers[slot] = own
 
 
 def self_attention_cache(cache: object) -> Cache | None:
@@ -44,13 +44,9 @@ def self_attention_cache(cache: object) -> Cache | None:
 
 def refuse(cls: type) -> UnsupportedError:
     """The error for a class of cache, or of its layers, whose tokens we cannot keep books of."""
-    return UnsupportedError(
-        explain(
-            "A surgery that changes the number of tokens needs a dynamic cache",
-            f"a cache of {cls.__name__}",
-            "Leave out `cache_implementation`, or pass a `DynamicCache(config=model.config)`.",
-        )
-    )
+    rule = "A surgery that changes the number of tokens needs a dynamic cache"
+    remedy = "Leave out `cache_implementation`, or pass a `DynamicCache(config=model.config)`."
+    return UnsupportedError(explain(rule, f"a cache of {cls.__name__}", remedy))
 
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -66,8 +62,8 @@ def adopt(cache: Cache, last: int) -> bool:
     Raises:
         UnsupportedError: The cache is static, or it holds states of layers that we cannot take over.
     """
-    strange = [layer for layer in cache.layers if not isinstance(layer, (TokenCacheLayer, *STATELESS)) and type(layer) not in PLAIN_LAYERS]
-    attending = [layer for layer in strange if isinstance(layer, CacheLayerMixin)]
+    others = [layer for layer in cache.layers if not isinstance(layer, (TokenCacheLayer, *STATELESS)) and type(layer) not in PLAIN_LAYERS]
+    attending = [layer for layer in others if isinstance(layer, CacheLayerMixin)]
     if any(isinstance(layer, StaticLayer) or layer.get_seq_length() for layer in attending):
         raise refuse(type(attending[0]))
     if type(cache) is not DynamicCache and cache.get_seq_length():
@@ -82,12 +78,12 @@ def adopt(cache: Cache, last: int) -> bool:
             raise UnsupportedError(
                 explain("A cache can be taken over before its window is full", f"{layer.get_seq_length()} tokens", "Start a new cache.")
             )
-        ours = TokenCacheLayer(window)
+        taken_over = TokenCacheLayer(window)
         if window is not None and layer.record_past:
-            ours.activate_past_recording()
+            taken_over.activate_past_recording()
         if layer.get_seq_length():
-            ours.update(layer.keys, layer.values)
-        cache.layers[index] = ours
+            taken_over.update(layer.keys, layer.values)
+        cache.layers[index] = taken_over
     while len(cache.layers) <= last:
         cache.layers.append(TokenCacheLayer())
     return True

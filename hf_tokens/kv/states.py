@@ -148,8 +148,8 @@ class KVStates:
         old, m = self._pair[0].shape[2], k.shape[2]
         new = old + m
         if self.slots is not None:
-            own = torch.arange(old, new, device=self.slots.device)
-            self.slots = torch.cat([self.slots, own.expand(*self.slots.shape[:-1], -1)], dim=-1)
+            new_slots = torch.arange(old, new, device=self.slots.device)
+            self.slots = torch.cat([self.slots, new_slots.expand(*self.slots.shape[:-1], -1)], dim=-1)
         if self._buffers is None or self._buffers[0].shape[2] < self._begin + new:
             capacity = max(FIRST_CAPACITY, new + new // 2)
             buffers = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
@@ -186,11 +186,10 @@ class KVStates:
         """
         self._unpacked = None
         if self.parts is not None:
-            cells = [pick_entries(part.cells, index) for part in self.parts]
-            if filled is not None:
-                filler = ~filled if filled.dim() == 3 else ~filled[:, None]
-                cells = [one.masked_fill(filler, -1) for one in cells]
-            self.parts = [part.settle(one) for part, one in zip(self.parts, cells, strict=True)]
+            filler = None if filled is None else ~filled if filled.dim() == 3 else ~filled[:, None]
+            picked = [pick_entries(part.cells, index) for part in self.parts]
+            picked = picked if filler is None else [cells.masked_fill(filler, -1) for cells in picked]
+            self.parts = [part.settle(cells) for part, cells in zip(self.parts, picked, strict=True)]
         elif in_place and self._buffers is not None and self.length - index.shape[-1] <= FEW:
             self._fill_up(index, others(index, self.length) if gone is None else gone)
         else:

@@ -1,4 +1,4 @@
-"""How entries of a cache are held: forms that pack rows of keys or values, and the parts of a layer that are in such a form."""
+"""How entries of a cache are stored: formats that pack rows of keys or values, and the parts of a layer that are in such a format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shared:
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
-        self._last: tuple[Tensor | torch.device, Shared | None, Shared] | None = None  # what was done, with what, and what came of it
+        self._last: tuple[Tensor | torch.device, Shared | None, Shared] | None = None  # the last index or device, `more`, and the result
 
     def pick_rows(self, index: Tensor, more: Shared | None = None) -> Shared:
         """The rows of an index, in this one with `more` behind it."""
@@ -33,8 +33,7 @@ class Shared:
 
     def to(self, device: torch.device) -> Shared:
         """The same on a device."""
-        known = None if self._last is None else self._last[0]
-        if not isinstance(known, torch.device) or known != device:
+        if self._last is None or not isinstance(self._last[0], torch.device) or self._last[0] != device:
             self._last = device, None, Shared(self.tensor.to(device))
         return self._last[2]
 
@@ -128,14 +127,14 @@ BOTH = 0, 1  # keys and values
 
 @dataclass
 class Part:
-    """Entries of a layer whose keys are held in one form, and whose values in one.
+    """Entries of a layer whose keys are stored in one format, and whose values in one.
 
-    The cells of a row and key head lie one behind the other, in any order, with room behind them, so that one that comes needs no copy
+    The cells of a row and key head lie one behind the other, in any order, with room behind them, so that a new one needs no copy
     of the others. What layers share, or a gradient goes through, is never changed in place.
 
     Attributes:
-        cells: Where each entry lies in what is packed, (b k n); -1 where it is not here.
-        forms: How keys and values are held.
+        cells: Where each entry lies in what is packed, (b k n); -1 where it is in another part.
+        forms: The formats of keys and values.
         packed: What is stored of keys and of values, each tensor with a row for each cell.
         starts, lengths, ends: Where the cells of a row and key head begin, how many there are, and where its room ends, (b k).
         count: How many cells there are in all.
@@ -172,22 +171,22 @@ class Part:
 
     @property
     def where(self) -> Tensor:
-        """The entries that are here, (b k n) bool."""
+        """The entries of this part, (b k n) bool."""
         return self.cells >= 0
 
     @property
     def fixed(self) -> bool:
         """Whether it must not be changed in place."""
-        return any(isinstance(x, Shared) or x.requires_grad for one in self.packed for x in one)
+        return any(isinstance(x, Shared) or x.requires_grad for states in self.packed for x in states)
 
     def rows(self, which: int, cells: Tensor) -> Tensor:
         """Keys (0) or values (1) of cells (b k r) that are not -1, as they are read, (r e)."""
-        here = cells >= 0
-        index = cells[here]
+        where = cells >= 0
+        index = cells[where]
         rows = self.forms[which].unpack(*(raw(x)[index] for x in self.packed[which]))
         if which or self.scale is None:
             return rows
-        b, k, _ = here.nonzero(as_tuple=True)
+        b, k, _ = where.nonzero(as_tuple=True)
         return rows / self.scale[b, k, 0]
 
     def write(self, cells: Tensor, rows: tuple[Tensor, Tensor]) -> None:
@@ -195,43 +194,46 @@ class Part:
         packed = (form.pack(row) for form, row in zip(self.forms, rows, strict=True))
         copy = torch.Tensor.index_copy if self.fixed or any(row.requires_grad for row in rows) else torch.Tensor.index_copy_
         both = zip(self.packed, packed, strict=True)
-        self.packed = tuple(tuple(copy(x, 0, cells, new) for x, new in zip(*one, strict=True)) for one in both)
+        self.packed = tuple(tuple(copy(x, 0, cells, new) for x, new in zip(*pair, strict=True)) for pair in both)
 
     def grow(self, m: int) -> None:
-        """Know of m entries more, which are not here."""
+        """Count m entries more, which are in other parts."""
         self.cells = pad(self.cells, (0, m), value=-1)
 
     def settle(self, cells: Tensor) -> Part:
-        """The part of other entries, each with one of its cells or -1, (b k n); what no entry has leaves."""
-        here = cells >= 0
-        lengths = here.sum(dim=-1)
+        """The part of other entries, each with one of its cells or -1, (b k n); cells that no entry has are freed."""
+        lengths = (cells >= 0).sum(dim=-1)
         most = int((self.lengths - lengths).max()) if lengths.shape == self.lengths.shape and not self.fixed else FEW + 1
         if most <= FEW:
-            alive = torch.zeros(len(self.packed[0][0]) + 1, dtype=torch.bool, device=cells.device)
-            alive[cells.flatten()] = True  # the last one stands for -1
-            gone = self.where & ~alive[self.cells]
+            used = torch.zeros(len(self.packed[0][0]) + 1, dtype=torch.bool, device=cells.device)
+            used[cells.flatten()] = True  # the last one stands for -1
+            gone = self.where & ~used[self.cells]
             if torch.equal(self.lengths - gone.sum(dim=-1), lengths):
-                self._fill_up(cells, torch.where(gone, self.cells, alive.numel()), most)
+                self._fill_up(cells, torch.where(gone, self.cells, used.numel()), most)
                 self.count = int(self.lengths.sum())
                 return self
-        index = cells[here]
-        return Part.tight(here, self.forms, tuple(tuple(pick_rows(x, index) for x in one) for one in self.packed), self.scale)
+        return self._picked(cells, self.scale)
+
+    def _picked(self, cells: Tensor, scale: Tensor | None) -> Part:
+        """A part without room of those of its cells that are not -1, (b k n)."""
+        where = cells >= 0
+        index = cells[where]
+        return Part.tight(where, self.forms, tuple(tuple(pick_rows(x, index) for x in states) for states in self.packed), scale)
 
     def _fill_up(self, cells: Tensor, gone: Tensor, most: int) -> None:
         """Let the last cells of each row and key head move to where those lie that leave; the others stay where they are."""
         many = gone.shape[-1]
         holes = gone.topk(min(most, many), dim=-1, largest=False).values if most else gone[..., :0]
         for hole in range(holes.shape[-1]):
-            there = holes[..., hole] < len(self.packed[0][0]) + 1
+            moves = holes[..., hole] < len(self.packed[0][0]) + 1
             last = (self.starts + self.lengths - 1).clamp(min=0)
-            into = torch.where(there, holes[..., hole], last)
-            for one in self.packed:
-                for x in one:
-                    x.index_copy_(0, into[there], x.index_select(0, last[there]))
-            moved, last, into = there[..., None], last[..., None], into[..., None]
-            cells = torch.where(moved & (cells == last), into, cells)
-            holes = torch.where(moved & (holes == last), into, holes)
-            self.lengths = self.lengths - there.long()
+            into = torch.where(moves, holes[..., hole], last)
+            for x in (x for states in self.packed for x in states):
+                x.index_copy_(0, into[moves], x.index_select(0, last[moves]))
+            self.lengths = self.lengths - moves.long()
+            moves, last, into = moves[..., None], last[..., None], into[..., None]
+            cells = torch.where(moves & (cells == last), into, cells)
+            holes = torch.where(moves & (holes == last), into, holes)
         self.cells = cells
 
     @property
@@ -240,12 +242,12 @@ class Part:
         return not self.fixed and all(isinstance(form, type(self.forms[0])) and not isinstance(form, Polar) for form in self.forms)
 
     def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, ...]:
-        """What queries (b h 1 e) read here, the log of their sums of exponentials, and if asked the scores of the cells (h/k c).
+        """What queries (b h 1 e) read in this part, the log of their sums of exponentials, and if asked the scores of the cells (h/k c).
 
         Args:
             q: The queries.
             sizes: How many tokens each entry stands for, (b k n), or None.
-            **shape: What else `ragged_attention` is told.
+            **shape: Other arguments of `ragged_attention`.
         """
         where = dict(starts=self.starts, lengths=self.lengths, **shape)
         cells = None if sizes is None else self._by_cell(sizes)
@@ -259,40 +261,35 @@ class Part:
     def _by_cell(self, x: Tensor) -> Tensor:
         """Something of each entry (b k n) for each cell, (c)."""
         many = len(self.packed[0][0])
-        spots = torch.where(self.cells < 0, many, self.cells)  # one more for what is not here
+        spots = torch.where(self.cells < 0, many, self.cells)  # one more for the entries of other parts
         return x.new_ones(many + 1).scatter_(0, spots.flatten(), x.flatten())[:many]
 
     def weights(self, scores: Tensor, log: Tensor) -> Tensor:
         """The probability of each entry, the mean of the queries of its head (b k n), by the scores of the cells and the log (b h 1)."""
-        here = self.where
         by_query = scores[:, self.cells.clamp(min=0)].movedim(0, 2) - log.unflatten(1, (self.cells.shape[1], -1))  # b k g n
-        return by_query.exp().mean(dim=2).masked_fill(~here, 0)
+        return by_query.exp().mean(dim=2).masked_fill(~self.where, 0)
 
     def change_rows(self, change: Change) -> Part:
         """The part behind a change of the batch."""
-        cells = change(self.cells)
-        here = cells >= 0
-        index = cells[here]
-        scale = None if self.scale is None else change(self.scale)
-        return Part.tight(here, self.forms, tuple(tuple(pick_rows(x, index) for x in one) for one in self.packed), scale)
+        return self._picked(change(self.cells), None if self.scale is None else change(self.scale))
 
     def join(self, other: Part) -> Part:
-        """Both parts, which are held in the same forms, as one."""
+        """Both parts, which are stored in the same formats, as one."""
         new = other.where
         if self.fixed or other.fixed:
             cells = torch.where(new, other.cells + len(raw(self.packed[0][0])), self.cells)
-            here = cells >= 0
-            index = cells[here]
+            where = cells >= 0
+            index = cells[where]
             both = zip(self.packed, other.packed, strict=True)
-            packed = tuple(tuple(pick_rows(x, index, more) for x, more in zip(*one, strict=True)) for one in both)
-            return Part.tight(here, self.forms, packed, self.scale)
+            packed = tuple(tuple(pick_rows(x, index, more) for x, more in zip(*pair, strict=True)) for pair in both)
+            return Part.tight(where, self.forms, packed, self.scale)
         if bool((self.lengths + other.lengths > self.ends - self.starts).any()):
             self._make_room(self.lengths + other.lengths)
         spots = (self.starts + self.lengths)[..., None] + new.cumsum(dim=-1) - 1
-        index, its = spots[new], other.cells[new]
-        for one, more in zip(self.packed, other.packed, strict=True):
-            for x, y in zip(one, more, strict=True):
-                x.index_copy_(0, index, y.index_select(0, its))
+        into, taken_from = spots[new], other.cells[new]
+        for pair in zip(self.packed, other.packed, strict=True):
+            for x, more in zip(*pair, strict=True):
+                x.index_copy_(0, into, more.index_select(0, taken_from))
         self.cells, self.lengths = torch.where(new, spots, self.cells), self.lengths + other.lengths
         self.count += other.count
         return self
@@ -300,25 +297,25 @@ class Part:
     def _make_room(self, needed: Tensor) -> None:
         room = needed + (needed // 8).clamp(min=ROOM)
         ends = room.flatten().cumsum(0).view_as(room)
-        starts, here = ends - room, self.where
-        cells = torch.where(here, self.cells + (starts - self.starts)[..., None], -1)
-        old, new, total = self.cells[here], cells[here], int(ends.flatten()[-1])
+        starts, where = ends - room, self.where
+        cells = torch.where(where, self.cells + (starts - self.starts)[..., None], -1)
+        old, new, total = self.cells[where], cells[where], int(ends.flatten()[-1])
 
         def move(x: Tensor) -> Tensor:
             return x.new_empty(total, *x.shape[1:]).index_copy_(0, new, x.index_select(0, old))
 
-        self.packed = tuple(tuple(move(x) for x in one) for one in self.packed)
+        self.packed = tuple(tuple(move(x) for x in states) for states in self.packed)
         self.cells, self.starts, self.ends = cells, starts, ends
 
     def to(self, device: torch.device) -> Part:
         """The part on a device."""
-        packed = tuple(tuple(x.to(device) for x in one) for one in self.packed)
+        packed = tuple(tuple(x.to(device) for x in states) for states in self.packed)
         where = (x.to(device) for x in (self.starts, self.lengths, self.ends))
         return Part(self.cells.to(device), self.forms, packed, *where, self.count, None if self.scale is None else self.scale.to(device))
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is stored, without the room."""
-        yield from (x.tensor if isinstance(x, Shared) else x[: self.count] for one in self.packed for x in one)
+        yield from (x.tensor if isinstance(x, Shared) else x[: self.count] for states in self.packed for x in states)
         yield from () if self.scale is None else (self.scale,)
 
 
@@ -362,12 +359,12 @@ def read(parts: list[Part], which: int, index: Tensor) -> Tensor:
 
 def put(parts: list[Part], part: Part) -> list[Part]:
     """Parts with the entries of one more, which leave the others."""
-    out, known = [], None
+    out, same_format = [], None
     for old in parts:
         if old.forms == part.forms:
-            known = old
+            same_format = old
         elif bool((old.where & part.where).any()):
             out.append(old.settle(old.cells.masked_fill(part.where, -1)))
         else:
             out.append(old)
-    return [*out, part if known is None else known.join(part)]
+    return [*out, part if same_format is None else same_format.join(part)]
