@@ -1,4 +1,4 @@
-"""What the self-attention of a block says to each token."""
+"""What the self-attention of a block returns for each token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Method
 
 
 class AttentionEdit(Method):
-    """What the self-attention of a block says to each token, before it is added to the residual."""
+    """What the self-attention of a block returns for each token, before it is added to the residual."""
 
     role, verb, moves_tokens = "AttentionEdit", "edit", False
 

@@ -1,4 +1,4 @@
-"""What every method is: a config and one class with the one verb of one role; it asks for signals by argument name."""
+"""What every method is: a config and one class with the one verb of one role, whose arguments name the signals that it gets."""
 
 from __future__ import annotations
 
@@ -60,24 +60,24 @@ class Method(nn.Module, abc.ABC):
         caches: The method is right under cached generation; False makes the engine refuse a cache.
         packed: The method is right where several samples are packed into one row.
         trains_dense: A gate that wants a gradient lets the skipped tokens run too in training, unseen by the others.
-        teaches: `teach` wants the last hidden states of the model without the adapter.
+        teaches: `teach` gets the last hidden states of the model without the adapter.
         needs_head: It adds to the output of the model's head, so it acts on the stream that the head reads.
         proportional: A reducer's tokens attend by size: log(size) is added to the scores of each key.
-        decodes: The method speaks in the pass of each generated token too, and not only in that of a prompt or a whole sequence.
+        decodes: The method is called in the pass of each generated token too, and not only in that of a prompt or a whole sequence.
         parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
-        spans: A reducer at the site `before` is asked in front of the first of its blocks; behind the last its tokens are there again.
+        spans: A reducer at the site `before` is called in front of the first of its blocks; behind the last its tokens are there again.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
-        chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one.
-        placed: It sits in blocks, as an adapter; False for one that a door of its own applies.
+        chunks: The method is right for a prompt that is given in several passes; False makes the engine refuse one.
+        placed: It sits in blocks, as an adapter; False for one that a function of its own applies.
         allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
-        ignores: Signals that its config has no use for; they come as None and are not computed.
-        of_prompts: Signals that it has no use for in the pass of a generated token; they come as None there.
-        pairs: A cache compressor speaks in the upper of two adjacent blocks that look equally far, for both.
+        ignores: Signals that its config has no use for; they are None and not computed.
+        of_prompts: Signals that it has no use for in the pass of a generated token; they are None there.
+        pairs: A cache compressor is called in the upper of two adjacent blocks that look equally far, for both.
         strength: A pooler's share in what the model's readers get; the rest is the token that stood there.
         replaces: An objective's loss stands in the place of the model's own, and is not added to it.
         unit: What an objective's loss that replaces is a mean over, "token" or "sample".
-        evaluates: An objective is asked in evaluation too; the others leave that to the model's own loss.
-        weighs: `weigh` says how much each target counts in a text model's own loss.
+        evaluates: An objective is called in evaluation too; the others leave that to the model's own loss.
+        weighs: `weigh` returns how much each target counts in a text model's own loss.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
 
@@ -150,7 +150,7 @@ class Method(nn.Module, abc.ABC):
         return self.dims.is_first_block
 
     def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:
-        """Tell the method the name of its place in the adapter, and its first instances."""
+        """Note the name of the method's place in the adapter, and its first instances."""
         self.key, self._firsts = key, (stream_first, model_first)
 
     def reconfigure(self, config: MethodConfig) -> None:
@@ -162,15 +162,15 @@ class Method(nn.Module, abc.ABC):
         self.losses.clear()
 
     def observe(self) -> Tensor | None:
-        """Hear what the block did: called behind a block that ran, with the signals that it names, in a method that defines it.
+        """Note what the block did: called behind a block that ran, with the signals that it names, in a method that defines it.
 
         What a CacheCompressor returns here goes to `allot`.
         """
 
     def examine(self) -> Any:
-        """What `calibrate` is told of a block, asked behind it with the signals that it names, in a method that defines it; None: nothing.
+        """What `calibrate` gets of a block: called behind it with the signals that it names, in a method that defines it; None: nothing.
 
-        A TokenReducer is asked where its verb is, before that. Where it is not defined, `calibrate` is told what another verb says.
+        A TokenReducer's is called where its verb is, before that. Where it is not defined, `calibrate` gets what another verb returned.
         """
 
     def weigh(self, ids: Tensor) -> Tensor:

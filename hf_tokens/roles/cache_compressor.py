@@ -29,12 +29,12 @@ class Folded(NamedTuple):
 
 
 class Holding(NamedTuple):
-    """How entries are held that a cache compressor does not keep as they are.
+    """How entries are stored that a cache compressor does not keep as they are.
 
     Attributes:
-        keys, values: Forms of the entries beyond the budget.
+        keys, values: Formats of the entries beyond the budget.
         scale: Factor on each channel of the keys, (b k e), before they are packed; they are divided by it when they are read. Or None.
-        kept: Forms of the keys and values that stay; None leaves them as they are.
+        kept: Formats of the keys and values that stay; None leaves them as they are.
     """
 
     keys: KVFormat
@@ -57,7 +57,7 @@ class CacheCompressor(Method):
 
     @abc.abstractmethod
     def budget(self, length: int, seen: int) -> int | list[int] | None:
-        """How many of `length` entries of a row stay in this block, once the block has got so many of it, real or inserted.
+        """How many of `length` entries of a row stay in this block, once the block has seen so many of it, real or inserted.
 
         A list has a number for each key head; None leaves it to the scores: those above 0 stay.
         """
@@ -68,7 +68,7 @@ class CacheCompressor(Method):
         Integers count entries; floats are shares of the tokens that the row was given.
 
         Args:
-            scores: What `score` returned in each block, -inf where a row has no entry; empty if it names `budget`, and is asked later.
+            scores: What `score` returned in each block, -inf where a row has no entry; empty if it names `budget`, and is called later.
             notes: What `observe` returned in each block.
         """
         raise UnsupportedError(explain("A cache compressor that sets `allots` says how", type(self).__name__, "Define its `allot`."))
@@ -80,7 +80,7 @@ class CacheCompressor(Method):
         """
 
     def hold(self) -> Holding | None:
-        """How the entries beyond the budget are held."""
+        """How the entries beyond the budget are stored."""
 
 
 def heavy_hitters(received: Tensor, newer: Tensor, budget: Tensor, recent: float) -> Tensor:

@@ -51,13 +51,8 @@ def interval(metadata: typing.Mapping) -> str:
 
 def inside(value: float, metadata: typing.Mapping) -> bool:
     """Whether a number keeps the bounds of its knob."""
-    return (
-        -math.inf < value < math.inf
-        and value >= metadata.get("ge", -math.inf)
-        and value <= metadata.get("le", math.inf)
-        and ("gt" not in metadata or value > metadata["gt"])
-        and ("lt" not in metadata or value < metadata["lt"])
-    )
+    strictly = metadata.get("gt", -math.inf) < value < metadata.get("lt", math.inf)
+    return strictly and metadata.get("ge", -math.inf) <= value <= metadata.get("le", math.inf)
 
 
 def flat(value: Any) -> list[Any]:
@@ -103,9 +98,8 @@ class MethodConfig:
         def __new__(cls, *args: Any, **knobs: Any):
             known = [field.name for field in dataclasses.fields(cls)]
             if unknown := [name for name in knobs if name not in known]:
-                came = ", ".join(map(repr, unknown))
                 remedy = f"{did_you_mean(unknown, known)}`help({cls.__name__})` names them."
-                raise ConfigError(explain(f"{cls.__name__} takes the knobs that it declares", came, remedy))
+                raise ConfigError(explain(f"{cls.__name__} takes the knobs that it declares", ", ".join(map(repr, unknown)), remedy))
             return super().__new__(cls)
 
     def __post_init__(self):

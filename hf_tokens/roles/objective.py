@@ -13,11 +13,11 @@ from .signals import JUDGES, OF_ALL_OBJECTIVES
 
 
 class Objective(Method):
-    """What the model is to learn: a loss of what it says, beside its own loss or in the place of it.
+    """What the model is to learn: a loss of what it returns, beside its own loss or in the place of it.
 
     It stands in one block, so that it is saved and switched like any method, but touches no token: the model's outputs stay as they are. A
-    text model's objective is asked behind each forward that has labels; a denoiser's by `hf_tokens.objective_loss`. An objective says no
-    word of accumulation: the engine lets each batch count by its share of the optimizer step.
+    text model's objective is called behind each forward that has labels; a denoiser's by `hf_tokens.objective_loss`. An objective need not
+    know of accumulation: the engine lets each batch count by its share of the optimizer step.
     """
 
     role, verb, moves_tokens, packed, in_block = "Objective", "loss", False, True, False

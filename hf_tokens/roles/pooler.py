@@ -14,9 +14,9 @@ from .config import MethodConfig
 class Pooler(Method):
     """What the tokens of a stream become as they leave it.
 
-    The site says for whom: `stream` gives one vector to whoever reads the stream, the model's own head among them; `output` gives a few
-    to whoever called the model, in the place of `last_hidden_state`. One that defines `ask` may let the last block answer tokens of its
-    own, which no other token sees.
+    The site is where they are read: at `stream` one vector is given to all that reads the stream, the model's own head among it; at
+    `output` a few are returned to the caller, in the place of `last_hidden_state`. One that defines `ask` may let tokens of its own read
+    the others in the last block; no other token sees them.
     """
 
     role, verb, site, sites, further = "Pooler", "pool", "stream", ("stream", "output"), ("examine", "ask")
@@ -35,7 +35,7 @@ class Pooler(Method):
         """
 
     def ask(self) -> tuple[Tensor, Tensor] | None:
-        """Tokens that only ask in the last block that runs, (b k d), and the token of the stream in whose place each stands, (b k).
+        """Tokens that only read the others in the last block that runs, (b k d), and the token in whose place each stands, (b k).
 
         It is called in front of that block; `hidden` are the tokens that enter it. What the tokens gathered is the signal `answers`.
         """

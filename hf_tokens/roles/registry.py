@@ -1,4 +1,4 @@
-"""The registry of methods: a decorator, a walk over the entry points, and what a card says."""
+"""The registry of methods: a decorator, a walk over the entry points, and what stands on a card."""
 
 from __future__ import annotations
 
@@ -42,40 +42,39 @@ class MethodInfo:
     @property
     def arxiv(self) -> str | None:
         """The arXiv number of the paper."""
-        found = re.search(r"arXiv:(\d{4}\.\d{4,5})", self.paper)
-        return found and found.group(1)
+        number = re.search(r"arXiv:(\d{4}\.\d{4,5})", self.paper)
+        return number and number.group(1)
 
 
 def read_card(doc: str) -> dict[str, str]:
     """Claim and headings of a method's module docstring."""
     text = doc.split(">>>")[0]
     parts = re.split(rf"^({'|'.join(HEADINGS)}):", text, flags=re.MULTILINE)
-    found = {key.lower(): inspect.cleandoc(body).strip() for key, body in zip(parts[1::2], parts[2::2], strict=True)}
-    return {"claim": parts[0].strip(), **{key.lower(): found.get(key.lower(), "") for key in HEADINGS}}
+    bodies = {key.lower(): inspect.cleandoc(body).strip() for key, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {"claim": parts[0].strip(), **dict.fromkeys(map(str.lower, HEADINGS), ""), **bodies}
 
 
 def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Callable[[AMethod], AMethod]:
     """Class decorator: register a method under a name.
 
     Raises:
-        ConfigError: The name and version are taken, the verb asks for an unknown signal, or the card lacks its paper.
+        ConfigError: The name and version are taken, or the verb names an unknown signal.
     """
 
     def add(cls: AMethod) -> AMethod:
         known = METHODS.get(name, {})
         if version in known and known[version].cls.__qualname__ != cls.__qualname__:
             raise ConfigError(explain("A method is registered once per version", f"{name!r} v{version} again", "Choose another name."))
-        asked = {word: inspect.signature(getattr(cls, word)).parameters for word in (cls.verb, "observe", *cls.further)}
-        words = {word: tuple(p for p in parameters if p != "self") for word, parameters in asked.items()}
+        signatures = {word: inspect.signature(getattr(cls, word)) for word in (cls.verb, "observe", *cls.further)}
+        words = {word: tuple(name for name in signature.parameters if name != "self") for word, signature in signatures.items()}
         where, signals = AT_SITE.get(cls.site, ("", cls.vocabulary)) if cls.role == "TokenBank" else ("", cls.vocabulary)
         for word, names in words.items():
             known_signals = OF_A_CALL.get(word, signals) | OF_A_WORD.get(word, frozenset())
             if unknown := sorted(set(names) - known_signals):
-                asking = f"{cls.__name__}.{word}{where and f' {where}'}"
-                several = "signals of its role, as `hf_tokens.roles.SIGNALS` says"
-                offer = sorted(known_signals) if len(known_signals) <= FEW_NAMES else several
-                remedy = f"{did_you_mean(unknown, known_signals)}Rename the arguments."
-                raise ConfigError(explain(f"{asking} may ask for {offer}", unknown, remedy))
+                many = "signals of its role, as `hf_tokens.roles.SIGNALS` says"
+                offer = sorted(known_signals) if len(known_signals) <= FEW_NAMES else many
+                rule = f"{cls.__name__}.{word}{where and f' {where}'} may ask for {offer}"
+                raise ConfigError(explain(rule, unknown, f"{did_you_mean(unknown, known_signals)}Rename the arguments."))
         doc = inspect.getdoc(inspect.getmodule(cls)) or ""
         card = read_card(doc)
         cls.take_words(words)
@@ -90,8 +89,8 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
 
 def import_modules(package: ModuleType) -> None:
     """Import every module below a package, so that its decorators run."""
-    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        importlib.import_module(found.name)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
 
 
 @functools.cache
@@ -104,8 +103,8 @@ def discover() -> None:
                 import_modules(loaded)
         except Exception as error:
             rule = f"What an entry point of {ENTRY_POINTS!r} names must import"
-            came = f"{entry.name!r} of {entry.dist.name}, {entry.value}, which says: {error!r}"
-            raise ConfigError(explain(rule, came, "Repair or uninstall that package.")) from error
+            got = f"{entry.name!r} of {entry.dist.name}, {entry.value}, which says: {error!r}"
+            raise ConfigError(explain(rule, got, "Repair or uninstall that package.")) from error
 
 
 def list_methods(role: str | None = None) -> list[MethodInfo]:

@@ -21,7 +21,7 @@ class TokenRouter(Method):
         """The gate of each token, (b m): a token at 0 skips the block, otherwise its update is multiplied by the gate.
 
         At the MLP the tokens are those that the block runs on, `hidden` is what it would compute from, and its output is the update; a
-        second tensor (b m d) says what else is added.
+        second tensor (b m d) is added too.
         """
 
 
@@ -34,8 +34,8 @@ class LayerRouter(Method):
     def route(self, *signals: Any) -> Tensor | None:
         """The gate of each sample, (b): a sample at 0 skips the block, otherwise its update is multiplied by the gate.
 
-        (b r) gives one for each of r runs of the block, each on what the run before gave; a later run has a KV cache of its own. In a
-        batch a run is spared where no sample wants it.
+        (b r) gives one for each of r runs of the block, each on what the run before returned; a later run has a KV cache of its own. A
+        run is spared where the gates of the whole batch are 0.
         """
 
 
@@ -46,7 +46,7 @@ class ModelRouter(Method):
 
     @abc.abstractmethod
     def route(self, *signals: Any) -> Tensor:
-        """Tokens behind which the large model speaks, (b m) bool. It is asked once the model's head has spoken."""
+        """Tokens behind which the large model takes over, (b m) bool. It is called behind the model's head."""
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:

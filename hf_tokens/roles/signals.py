@@ -1,4 +1,4 @@
-"""The signals that a verb may ask for by argument name, and where each may be asked for."""
+"""The signals that a verb may name as its arguments, and where each may be named."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SIGNALS: dict[str, str] = {
     "pictured": "visual tokens of the sequence as they entered the stream, which are there, and at which of `positions` their pictures "
     "begin, ((b v d), (b v) bool, (b v))",
     "instruction": "real text tokens behind the last visual token, (b m) bool",
-    "attention_input": "what this block's self-attention got for each token, behind the norm, (b m d)",
+    "attention_input": "what this block's self-attention is given for each token, behind the norm, (b m d)",
     "attention_output": "what this block's self-attention returned for each token, before the residual is added, (b m d)",
-    "mlp_input": "what this block's MLP got for each token, behind the norm, (b m d)",
+    "mlp_input": "what this block's MLP is given for each token, behind the norm, (b m d)",
     "mlp_output": "what this block's MLP returned for each token, before the residual is added, (b m d)",
     "influence": "for a FeatureCache: what each token gave in the self-attention that was last computed whole, mean over heads, (b n)",
     "doubt": "for a FeatureCache: entropy of the heads' mean cross-attention of each token when it was last computed whole, or None, (b n)",
@@ -33,12 +33,12 @@ SIGNALS: dict[str, str] = {
     "layers": "number of blocks in the stream, int",
     "part": "what is at hand of a FeatureCache: attention, cross_attention or mlp; block where it reuses whole ones, str",
     "step": "index of the denoising step, int",
-    "steps": "number of denoising steps, int, or None where the pipeline does not say",
-    "timestep": "timestep of the denoising step as the model got it, Tensor or None",
+    "steps": "number of denoising steps, int, or None where the pipeline does not give it",
+    "timestep": "timestep of the denoising step as the model was given it, Tensor or None",
     "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b)",
     "negative": "for `takes`: samples of the negative prompt, (b) bool: by the name of the call's cache context, or where parts of a batch "
     "have the same latents and other prompts, as in classifier-free guidance",
-    "elapsed": "share of the denoising that is done, by the step or else by how far the timestep fell; None if neither is told, float",
+    "elapsed": "share of the denoising that is done, by the step or else by how far the timestep fell; None if neither is known, float",
     "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
     "targets": "what the batch's column `hf_tokens_targets` holds, such as the right routes, Tensor; None where it has no such column",
     "prefill": "whether this pass brings a prompt or a whole sequence, and not one token of generation, bool",
@@ -57,7 +57,7 @@ SIGNALS: dict[str, str] = {
     "keys_below": "for a method with `pairs`: cached keys of the lower block of the pair, (b k n e)",
     "values_below": "for a method with `pairs`: cached values of the lower block of the pair, (b k n e)",
     "weights": "for a WeightEdit: the weights that it may change, without it, name -> (o i)",
-    "logits": "for a ModelRouter, whose `hidden` is what the model's head read: what that said behind each token, (b m v)",
+    "logits": "for a ModelRouter, whose `hidden` is what the model's head read: what that returned behind each token, (b m v)",
     "predicted": "for a ModelRouter: the input embedding of the likeliest token by `logits`, (b m d)",
     "context": "for a WeightEdit: what each of its weights read of the real tokens, group of data -> name -> (t i)",
     "fisher": "for a WeightEdit: mean of the squared gradients of the loss over the batches, group of data -> name -> (o i)",
@@ -70,18 +70,18 @@ SIGNALS: dict[str, str] = {
     "own_keys": "for `attend`: keys of tokens that the bank put in, (b 1|k s) bool",
     "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
     "answers": "for a Pooler: what the tokens of its `ask` gathered in the last block that ran, in front of any norm, (b k d); else None",
-    "labels": "for an Objective: the token that each place is to tell, as the model's own loss has it, -100 where there is none, (b n)",
+    "labels": "for an Objective: the token that each place is to predict, as the model's own loss has it, -100 where there is none, (b n)",
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
     "head": "for an Objective: a function from what the head reads (... d), the signal `hidden`, to logits (... v)",
     "target": "for an Objective: what a denoiser is to predict, (b ...)",
     "prediction": "for an Objective: what the denoiser predicted, (b ...)",
-    "reference": "for an Objective: what the model without the adapter says of the same, in the shape of `logps` or of `prediction`",
+    "reference": "for an Objective: what the model without the adapter gives for the same, in the shape of `logps` or of `prediction`",
 }
-# What an Objective may ask for; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
+# What an Objective may name; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
 JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
 OF_ALL_OBJECTIVES = frozenset({"hidden", "positions", "progress"})
-# What one word alone may ask for.
+# What one word alone may name.
 OF_A_WORD = {
     "attend": frozenset({"affinity", "key_positions", "own_keys"}),
     "conclude": frozenset({"own"}),
@@ -94,7 +94,7 @@ OF_THE_CACHE = {
 }
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
 OF_A_QUERY = {"hidden", "mask", "positions", "fresh", "sizes"}  # what has a row for each query of an attention call
-OF_A_CALL = {"attend": frozenset({*AT_TABLE, *OF_A_QUERY, "prefill"})}  # what a word may ask for that is asked of some queries at a time
+OF_A_CALL = {"attend": frozenset({*AT_TABLE, *OF_A_QUERY, "prefill"})}  # what a word may name that is called for some queries at a time
 AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed"}  # where a prompt is given
 AT_SITE: dict[str, tuple[str, set[str]]] = {"embedding": ("at the embeddings", AT_TABLE), "prompt": ("at the prompt", AT_PROMPT)}
 # Signals that need a hook on the block's attention or MLP.
@@ -107,4 +107,4 @@ OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are
 SCORED = "received"  # the signal that is kept from the scores of each pass
 SPANS = {"visual", "instruction", "pictures", "pictured"}  # these need a model that has tokens of pictures among its text
 PICTURED = "pictured"  # the signal that a sequence remembers, in our layers of its cache
-TOLD = {"noise", "guidance"}  # signals of what the model put out
+OF_THE_OUTPUT = {"noise", "guidance"}  # signals of what the model put out

@@ -17,16 +17,16 @@ from .signals import AT_SITE
 class TokenBank(Method):
     """Tokens put into the stream.
 
-    The site says how long they stay: `input` inserts them once and keeps them until the stream ends, and calls the verb again at each
-    later block it sits in to rewrite them; `block` gives them to one block and takes them out behind it; `query` lets them only ask:
-    no token sees them, and what they gathered goes to `read`; `embedding` inserts none, they take the place of embeddings that the
-    model looks up, before it adds positions, where `find` says: what stands in the prompt is the caller's. There, a bank sits in the
+    The site is where they go, and for how long: `input` inserts them once and keeps them until the stream ends, and calls the verb again
+    at each later block it sits in to rewrite them; `block` gives them to one block and takes them out behind it; `query` lets them only
+    read: no token sees them, and what they gathered goes to `read`; `embedding` inserts none, they take the place of embeddings that the
+    model looks up, before it adds positions, as `find` returns: what stands in the prompt is the caller's. There, a bank sits in the
     first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens. `prompt` puts them
-    behind the prompt that a denoiser is given, before the model reads it, in the samples that `takes` says; there, the signals `hidden`
+    behind the prompt that a denoiser is given, before the model reads it, in the samples that `takes` returns; there, the signals `hidden`
     and `mask` are of the prompt. If it is `deep`, each block reads the tokens of its own instance only, as the model made them of what
-    the verb said.
+    the verb returned.
 
-    At the site `input` a method may define three more words: `follow` says behind which tokens they go, `attend` how the attention of
+    At the site `input` a method may define three more words: `follow` returns behind which tokens they go, `attend` how the attention of
     each block that it sits in reads them and all others, `conclude` what has become of them.
     """
 
@@ -55,13 +55,13 @@ class TokenBank(Method):
         return start
 
     def follow(self) -> Tensor | None:
-        """The tokens of this pass that each have the bank's tokens behind them, (b m) bool; asked in every pass, in the first block."""
+        """The tokens of this pass that each have the bank's tokens behind them, (b m) bool; called in every pass, in the first block."""
 
     def attend(self) -> Attending | None:
         """How the attention of a block reads its keys; None leaves it alone."""
 
     def conclude(self) -> Tensor | None:
-        """What the bank's tokens say in the end, (b ...), for `conclusions`; asked in the first block's instance, behind the last block."""
+        """What the bank's tokens amount to, (b ...), for `conclusions`; called in the first block's instance, behind the last block."""
 
     def find(self, ids: Tensor) -> Tensor:
         """If the site is `embedding`: which of the tokens takes the place of each embedding, -1 where none does, for token ids (b n)."""

@@ -15,8 +15,8 @@ class TokenReducer(Method):
     """Which tokens stay, join or vanish: `before` the block, in the `middle` (between attention and MLP), or `after` it.
 
     At the site `sublayer` it is for the time of the block's `parts` only: each token keeps its own residual, and gets what its slot got.
-    There and in the middle the verb is asked without gradients: the map is a decision, and what it joins has the gradient.
-    One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` says what comes back.
+    There and in the middle the verb is called without gradients: the map is a decision, and what it joins has the gradient.
+    One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` returns what they become.
     """
 
     role, verb, site, sites = "TokenReducer", "assign", "after", ("before", "middle", "after", "sublayer")

@@ -12,7 +12,7 @@ from .config import MethodConfig
 
 
 class VocabularyEdit(Method):
-    """Rows of the embeddings and of the head for another tokenizer; `hf_tokens.transplant` asks for them, there is no adapter."""
+    """Rows of the embeddings and of the head for another tokenizer; `hf_tokens.transplant` calls it, there is no adapter."""
 
     role, verb, moves_tokens, placed = "VocabularyEdit", "rows", False, False
 

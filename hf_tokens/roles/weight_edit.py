@@ -16,7 +16,7 @@ class WeightEdit(Method):
     """A closed-form change of weights, found once on data by `hf_tokens.edit`.
 
     While the adapter acts, each call of the block sees W + delta in the place of W, which stays as it is; nothing of it is trained. The
-    site says which weights: `block`, all of it; `context`, the projections of its cross-attention that read the context.
+    site is which weights: `block`, all of it; `context`, the projections of its cross-attention that read the context.
 
     Class attributes:
         groups: Names of the groups of data that the verb needs.
@@ -43,11 +43,11 @@ class WeightEdit(Method):
     @property
     def is_made(self) -> bool:
         """Whether the edit has been found, here or before the adapter was saved."""
-        self._made = self._made or bool(self.made)  # the buffer is asked no more once it says yes: that would wait for the device
+        self._made = self._made or bool(self.made)  # once true the buffer is read no more: that would wait for the device
         return self._made
 
     def warns(self) -> bool:
-        """Whether it is to be said that the edit is not made: once."""
+        """Whether to warn that the edit is not made: once."""
         warned, self._warned = self._warned, True
         return not warned
 
@@ -68,7 +68,7 @@ def closest_map(now: Tensor, start: Tensor, moment: Tensor, cross: Tensor, stay:
 
     Args:
         now: The map (o i) to stay near.
-        start: The map (o i) that says where y goes.
+        start: The map (o i) that sends y where x is to go.
         moment: Sum of x x^T over the pairs, (i i); a pair may be weighted here and in `cross`.
         cross: Sum of y x^T over the pairs, (i i).
         stay: Weight of the distance to `now`, above 0.
