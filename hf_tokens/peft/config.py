@@ -59,7 +59,7 @@ class HFTokensConfig(PeftConfig):
         methods: Names, method configs, or dicts such as `{"method": "ftp", "sparsity": 0.3}`; a LoRA among them is
             `{"method": "peft", "config": {"peft_type": "LORA", ...}}` or a PeftConfig.
         modules_to_save: Modules that are trained and saved as a whole, such as a new head.
-        init_weights: Taken for PEFT's sake.
+        init_weights: Accepted for PEFT's sake.
     """
 
     methods: list[Any] | None = field(default=None)
@@ -79,21 +79,18 @@ class HFTokensConfig(PeftConfig):
             rule = "The methods of an adapter are a name, a config, or a list of them"
             raise ConfigError(explain(rule, repr(self.methods), "`hf-tokens list` names them."))
         if not self.methods:
-            raise ConfigError(
-                explain("An adapter has at least one method", self.methods, "Pass methods=['...']; `hf-tokens list` names them.")
-            )
+            remedy = "Pass methods=['...']; `hf-tokens list` names them."
+            raise ConfigError(explain("An adapter has at least one method", self.methods, remedy))
         self.methods = [plain_form(method) for method in self.methods]
         if self.target_modules or self.exclude_modules:
-            came = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
-            raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", came, "Set those in its config."))
+            got = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
+            raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", got, "Set those in its config."))
         if self.hf_tokens_version != FORMAT:
-            rule = f"This hf-tokens reads adapters of format {FORMAT}"
-            raise ConfigError(
-                explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", "Update hf-tokens, or train the adapter again.")
-            )
+            rule, remedy = f"This hf-tokens reads adapters of format {FORMAT}", "Update hf-tokens, or train the adapter again."
+            raise ConfigError(explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", remedy))
 
     def aim(self, modules: list[str] | None) -> None:
-        """Tell PEFT which modules are the blocks, for as long as it injects the adapter."""
+        """Name the blocks to PEFT, for as long as it injects the adapter."""
         self.target_modules = modules
 
     def note_base(self, base: dict[str, list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Where the methods of an adapter go: everything that can be wrong with it is said here, before the model is touched."""
+"""Where the methods of an adapter go: everything that can be wrong with it is found here, before the model is touched."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def sees(cls: type[Method]) -> bool:
     return bool(SPANS & names_of(cls))
 
 
-def reads_prompt(cls: type[Method], stream: Stream, found: Anatomy) -> bool:
+def reads_prompt(cls: type[Method], stream: Stream, base: Anatomy) -> bool:
     """Whether the model is given a prompt, and, for a method that gives each block its own, each block gets it by itself."""
     by_itself = all(PROMPT in parameters(type(block)) for block in stream.blocks)
-    return prompt_width(found.model) is not None and (by_itself or not issubclass(cls, TokenBank) or not cls.deep)
+    return prompt_width(base.model) is not None and (by_itself or not issubclass(cls, TokenBank) or not cls.deep)
 
 
-def fits(info: MethodInfo, stream: Stream, found: Anatomy) -> bool:
+def fits(info: MethodInfo, stream: Stream, base: Anatomy) -> bool:
     """Whether a method supports a stream."""
     cls = info.cls
-    if sees(cls) and not image_tokens(found.model) or cls.site == "embedding" and stream.table is None:
+    if sees(cls) and not image_tokens(base.model) or cls.site == "embedding" and stream.table is None:
         return False
-    if cls.site == "prompt" and not reads_prompt(cls, stream, found):
+    if cls.site == "prompt" and not reads_prompt(cls, stream, base):
         return False
     if (cls.kinds and stream.kind not in cls.kinds) or cls.causal not in (None, stream.causal):
         return False
@@ -86,77 +86,77 @@ def demand(info: MethodInfo) -> str:
     return f"a {causal}stream{kinds} whose tokens stand in a row{table}{', with tokens of pictures among them' if sees(info.cls) else ''}"
 
 
-def head_outputs(found: Anatomy) -> int | None:
+def head_outputs(base: Anatomy) -> int | None:
     """Features that the model's head returns; None if it has no linear head."""
-    head = None if found.head is None else found.model.get_submodule(found.head)
+    head = None if base.head is None else base.model.get_submodule(base.head)
     head = head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head
     return None if head is None else vars(head).get("out_features")
 
 
-def before_head(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+def before_head(streams: list[Stream], info: MethodInfo, base: Anatomy) -> list[Stream]:
     """The stream among these that the model's head reads: the last that is called."""
-    chosen = [stream for stream in streams if stream is found.streams[-1]]
-    if not chosen or head_outputs(found) is None:
+    chosen = [stream for stream in streams if stream is base.streams[-1]]
+    if not chosen or head_outputs(base) is None:
         rule = f"Method {info.name!r} needs a linear head behind {demand(info)}"
-        came = f"{type(found.model).__name__} with {found.head or 'no head'} behind its stream {found.streams[-1].name}"
-        raise UnsupportedError(explain(rule, came, "Load it with a head, such as AutoModelForCausalLM or AutoModelForImageClassification."))
+        got = f"{type(base.model).__name__} with {base.head or 'no head'} behind its stream {base.streams[-1].name}"
+        raise UnsupportedError(explain(rule, got, "Load it with a head, such as AutoModelForCausalLM or AutoModelForImageClassification."))
     return chosen
 
 
-def read_as_a_whole(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
-    """The streams among these of which nobody reads each token: no head, and no later stream."""
-    name = type(found.model).__name__
-    last = [stream for stream in streams if stream is found.streams[-1] or families.TOWERS.search(name)]
-    each = found.model.get_output_embeddings() is not None or families.READS_EACH.search(name)
+def read_as_a_whole(streams: list[Stream], info: MethodInfo, base: Anatomy) -> list[Stream]:
+    """The streams among these of which nothing reads each token: no head, and no later stream."""
+    name = type(base.model).__name__
+    last = [stream for stream in streams if stream is base.streams[-1] or families.TOWERS.search(name)]
+    each = base.model.get_output_embeddings() is not None or families.READS_EACH.search(name)
     if each or not last:
         rule = f"Method {info.name!r} needs a stream that is read as a whole: of an encoder, an embedder or a classifier"
-        came = f"{name}, whose {'head' if each else f'stream {found.streams[-1].name!r}'} reads the tokens one by one"
-        raise UnsupportedError(explain(rule, came, "Load it with another head or none, such as AutoModel does."))
+        got = f"{name}, whose {'head' if each else f'stream {base.streams[-1].name!r}'} reads the tokens one by one"
+        raise UnsupportedError(explain(rule, got, "Load it with another head or none, such as AutoModel does."))
     return last
 
 
-def all_that_read(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
+def all_that_read(streams: list[Stream], info: MethodInfo, base: Anatomy) -> list[Stream]:
     """The streams, which must be all that can see the prompt: what is there for one block must be kept from the others."""
-    ours = {id(module) for stream in streams for block in stream.blocks for module in block.modules()}
-    outside = [stream.name for stream in found.streams if stream not in streams]
-    outside += [path for path, module in cross_attentions(found.model) if id(module) not in ours]
-    outside += ["a pool of the prompt"] if families.POOLED_PROMPT.search(type(found.model).__name__) else []
+    inside = {id(module) for stream in streams for block in stream.blocks for module in block.modules()}
+    outside = [stream.name for stream in base.streams if stream not in streams]
+    outside += [path for path, module in cross_attentions(base.model) if id(module) not in inside]
+    outside += ["a pool of the prompt"] if families.POOLED_PROMPT.search(type(base.model).__name__) else []
     if outside:
         rule = f"Method {info.name!r} gives each block a prompt of its own, so it acts in all that reads the prompt"
-        came = f"{outside} of {type(found.model).__name__} beside it"
-        raise UnsupportedError(explain(rule, came, "Leave out `stream`, or choose another model."))
+        got = f"{outside} of {type(base.model).__name__} beside it"
+        raise UnsupportedError(explain(rule, got, "Leave out `stream`, or choose another model."))
     return streams
 
 
-def readable(streams: list[Stream], info: MethodInfo, found: Anatomy) -> list[Stream]:
-    """Those of the fitting streams whose readers fit too; an objective speaks once for the whole model."""
+def readable(streams: list[Stream], info: MethodInfo, base: Anatomy) -> list[Stream]:
+    """Those of the fitting streams whose readers fit too; an objective acts once for the whole model."""
     if issubclass(info.cls, Pooler):
-        return read_as_a_whole(streams, info, found)
+        return read_as_a_whole(streams, info, base)
     if info.cls.needs_head:
-        return before_head(streams, info, found)
+        return before_head(streams, info, base)
     if issubclass(info.cls, TokenBank) and info.cls.site == "prompt":
-        return all_that_read(streams, info, found) if info.cls.deep else streams[:1]
+        return all_that_read(streams, info, base) if info.cls.deep else streams[:1]
     return streams[-1:] if issubclass(info.cls, Objective) else streams
 
 
-def choose_streams(config: MethodConfig, info: MethodInfo, found: Anatomy) -> list[Stream]:
+def choose_streams(config: MethodConfig, info: MethodInfo, base: Anatomy) -> list[Stream]:
     """The streams that a method acts on."""
     rule = f"Method {info.name!r} needs {demand(info)}"
     grid = lambda s: "" if s.layout in LAYOUTS else f", on a grid: {s.layout}"
-    here = ", ".join(f"{s.name} ({'causal ' if s.causal else ''}{s.kind}{grid(s)})" for s in found.streams)
+    streams = ", ".join(f"{s.name} ({'causal ' if s.causal else ''}{s.kind}{grid(s)})" for s in base.streams)
     if config.stream is not None:
-        named = [s for s in found.streams if config.stream in (s.name, s.name.split(".")[0])]
+        named = [s for s in base.streams if config.stream in (s.name, s.name.split(".")[0])]
         if not named:
-            remedy = f"{did_you_mean([config.stream], [s.name for s in found.streams])}It has {here}."
+            remedy = f"{did_you_mean([config.stream], [s.name for s in base.streams])}It has {streams}."
             raise ConfigError(explain(f"{type(config).__name__}.stream must be a stream of the model", repr(config.stream), remedy))
-        if not all(fits(info, s, found) for s in named):
-            raise UnsupportedError(explain(rule, f"{config.stream!r}", f"The model has {here}."))
-        return readable(named, info, found)
-    fitting = [s for s in found.streams if fits(info, s, found)]
+        if not all(fits(info, s, base) for s in named):
+            raise UnsupportedError(explain(rule, f"{config.stream!r}", f"The model has {streams}."))
+        return readable(named, info, base)
+    fitting = [s for s in base.streams if fits(info, s, base)]
     if not fitting:
-        raise UnsupportedError(explain(rule, f"{type(found.model).__name__} with {here}", "Choose another method or model."))
+        raise UnsupportedError(explain(rule, f"{type(base.model).__name__} with {streams}", "Choose another method or model."))
     fitting = [s for s in fitting if s.layout != PACKED or info.cls.packed] or fitting  # what is packed only where nothing else is
-    return readable(fitting, info, found)
+    return readable(fitting, info, base)
 
 
 def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
@@ -175,37 +175,32 @@ def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tup
     return tuple(sorted({i % n for i in named}))
 
 
-def plan(found: Anatomy, config: HFTokensConfig) -> list[Placement]:
-    """Where every method goes; everything that can be wrong with it is said here, before the model is touched."""
+def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
+    """Where every method goes; everything that can be wrong with it is found here, before the model is touched."""
     if not config.stack():
         rule = "An adapter has at least one method beside its LoRAs"
-        came = [method["config"]["peft_type"] for method in config.methods]
-        raise ConfigError(explain(rule, came, "Call `peft.get_peft_model` for these alone."))
+        kinds = [method["config"]["peft_type"] for method in config.methods]
+        raise ConfigError(explain(rule, kinds, "Call `peft.get_peft_model` for these alone."))
     placements = []
-    for slot, one in enumerate(config.stack()):
-        info = method_info(one.method, one.version)
+    for slot, method in enumerate(config.stack()):
+        info = method_info(method.method, method.version)
         if not info.cls.placed:
             rule = f"A method of the role {info.role} is no adapter"
             raise UnsupportedError(explain(rule, repr(info.name), "Its card says which function applies it."))
-        for stream in choose_streams(one, info, found):
-            layers = choose_layers(one, info, stream)
-            check_cache(info, stream, layers)
-            check_place(info, stream, layers)
-            check_first(info, stream, layers)
-            check_span(info, stream, layers)
+        for stream in choose_streams(method, info, base):
+            layers = choose_layers(method, info, stream)
+            for check in (check_cache, check_place, check_first, check_span):
+                check(info, stream, layers)
             if issubclass(info.cls, WeightEdit):
                 for index in layers:
-                    check_weights(found.model, stream.blocks[index], stream.paths[index], info.cls.site)
-            info.cls.check(one, stream.kind, len(stream), layers)
-            placements.append(Placement(slot, one, info, stream, layers))
-    check_poolers(placements)
-    for stream in found.streams:
+                    check_weights(base.model, stream.blocks[index], stream.paths[index], info.cls.site)
+            info.cls.check(method, stream.kind, len(stream), layers)
+            placements.append(Placement(slot, method, info, stream, layers))
+    check_single(placements)
+    for stream in base.streams:
         for index in range(len(stream)):
             check_company([p for p in placements if p.stream is stream and index in p.layers], stream.paths[index])
-    replacing = [p.info.name for p in placements if issubclass(p.info.cls, Objective) and p.info.cls.replaces]
-    if len(replacing) > 1:
-        raise one_at_a_time(replacing)
-    check_base(found, config, placements)
+    check_base(base, config, placements)
     return placements
 
 
@@ -221,11 +216,7 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
         lambda cls: reduces(cls, "middle"),
         lambda cls: issubclass(cls, (TokenRouter, LayerRouter)),
     ),
-    (
-        "One block takes one reducer in front of its sublayers",
-        lambda cls: reduces(cls, "sublayer"),
-        lambda cls: False,
-    ),
+    ("One block takes one reducer in front of its sublayers", lambda cls: reduces(cls, "sublayer"), lambda cls: False),
     (
         "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens",
         lambda cls: issubclass(cls, FeatureCache),
@@ -239,13 +230,13 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
 )
 
 
-def check_company(here: list[Placement], path: str) -> None:
+def check_company(placements: list[Placement], path: str) -> None:
     """The methods of one block must get on with each other."""
     for rule, about, against in COMPANY:
-        mine = [p for p in here if about(p.info.cls)]
-        others = [p for p in here if p not in mine and against(p.info.cls)]
-        if len(mine) > 1 or mine and others:
-            names = [p.info.name for p in here if p in mine + others]
+        ruled = [p for p in placements if about(p.info.cls)]
+        others = [p for p in placements if p not in ruled and against(p.info.cls)]
+        if len(ruled) > 1 or ruled and others:
+            names = [p.info.name for p in placements if p in ruled + others]
             raise UnsupportedError(explain(rule, f"{names} in {path}", "Give them different layers."))
 
 
@@ -253,10 +244,9 @@ def check_cache(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> No
     """A cache compressor needs a cache."""
     without = [i for i in layers if layer_index(stream.blocks[i], stream.attention(i)) is None]
     if issubclass(info.cls, CacheCompressor) and without:
-        rule = f"Method {info.name!r} needs blocks that store their keys in a cache"
-        raise UnsupportedError(
-            explain(rule, f"{type(stream.blocks[without[0]]).__name__} at {stream.paths[without[0]]}", "Choose another stream or model.")
-        )
+        rule, at = f"Method {info.name!r} needs blocks that store their keys in a cache", without[0]
+        got = f"{type(stream.blocks[at]).__name__} at {stream.paths[at]}"
+        raise UnsupportedError(explain(rule, got, "Choose another stream or model."))
 
 
 def check_place(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
@@ -266,24 +256,24 @@ def check_place(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> No
         raise UnsupportedError(explain(rule, f"layers {layers}", "Leave out `layers`."))
 
 
-def check_poolers(placements: list[Placement]) -> None:
-    """The tokens of a stream leave it once."""
+def check_single(placements: list[Placement]) -> None:
+    """The tokens of a stream leave it once, and a loss is replaced once."""
     poolers = [p for p in placements if issubclass(p.info.cls, Pooler)]
     for stream in {id(p.stream): p.stream for p in poolers}.values():
         names = [p.info.name for p in poolers if p.stream is stream]
         if len(names) > 1:
             rule = f"The stream {stream.name!r} takes one Pooler"
             raise UnsupportedError(explain(rule, names, "Give each an adapter of its own, and switch between them."))
+    replacing = [p.info.name for p in placements if issubclass(p.info.cls, Objective) and p.info.cls.replaces]
+    if len(replacing) > 1:
+        raise one_at_a_time(replacing)
 
 
 def check_first(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
     """A bank at the embeddings or the prompt sits in the first block, and in later ones if it is deep."""
     cls = info.cls
-    if (
-        issubclass(cls, TokenBank)
-        and (cls.site == "embedding" or cls.site == "prompt" and not cls.deep)
-        and (layers[0] != 0 or len(layers) > 1 and not cls.deep)
-    ):
+    in_front = issubclass(cls, TokenBank) and (cls.site == "embedding" or cls.site == "prompt" and not cls.deep)
+    if in_front and (layers[0] != 0 or len(layers) > 1 and not cls.deep):
         rule = f"Method {info.name!r} acts in the first block{' and later ones' if cls.deep else ' alone'}"
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Leave out `layers`."))
 
@@ -295,16 +285,15 @@ def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> Non
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
 
 
-def check_base(found: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
+def check_base(base: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
     """Compare the base that an adapter was made for with this one."""
     now = {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
     if config.base is not None and config.base != now:
+        text = lambda streams: ", ".join(f"{name}: {n} blocks of width {width} at {path}" for name, (n, width, path) in streams.items())
         try:
-            text = lambda base: ", ".join(f"{name}: {n} blocks of width {width} at {path}" for name, (n, width, path) in base.items())
             made_for = text(config.base)
         except (AttributeError, TypeError, ValueError):
             made_for = repr(config.base)
-        raise AdapterError(
-            explain(f"This adapter was made for a base with {made_for}", text(now), "Load the base model that its card names.")
-        )
+        rule = f"This adapter was made for a base with {made_for}"
+        raise AdapterError(explain(rule, text(now), "Load the base model that its card names."))
     config.note_base(now)

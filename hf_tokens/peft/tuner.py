@@ -1,4 +1,4 @@
-"""What PEFT does with an adapter of ours: inject it, switch it, save it, take it out."""
+"""What PEFT does with an adapter: inject it, switch it, save it, take it out."""
 
 from __future__ import annotations
 
@@ -35,40 +35,40 @@ def names_of_ours(configs: dict[str, PeftConfig]) -> set[str]:
     return {name for name, config in configs.items() if config.peft_type == HF_TOKENS}
 
 
-def bare(module: nn.Module, ours: set[str]) -> nn.Module:
+def bare(module: nn.Module, adapters: set[str]) -> nn.Module:
     """What is left of a module without the layers that only a LoRA or `modules_to_save` of these adapters put around it."""
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, BlockSurgery):
-        if not module._get_available_adapters() <= ours:
+        if not module._get_available_adapters() <= adapters:
             break
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
     return module
 
 
-def take_off(model: nn.Module, ours: set[str]) -> None:
-    """Give modules that a LoRA or `modules_to_save` of ours wraps their own place back; leave what an adapter from outside wraps."""
+def take_off(model: nn.Module, adapters: set[str]) -> None:
+    """Give modules that a LoRA or `modules_to_save` of these adapters wraps their own place back; leave what another adapter wraps."""
     done = None
     for path, module in list(model.named_modules()):
         if done is not None and path.startswith(done):
             continue
-        inner = bare(module, ours)
+        inner = bare(module, adapters)
         if inner is not module:
             model.set_submodule(path, inner)
             done = f"{path}."
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            there = module._get_available_adapters()
-            for name in there & ours:
-                module.delete_adapter(name, new_active_adapters=sorted(there - ours)[:1])
+            names = module._get_available_adapters()
+            for name in names & adapters:
+                module.delete_adapter(name, new_active_adapters=sorted(names - adapters)[:1])
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, BlockSurgery):
-            for name in module._get_available_adapters() & ours:
+            for name in module._get_available_adapters() & adapters:
                 module.delete_adapter(name)
 
 
-def check_name(adapter_name: str, there: dict[str, PeftConfig]) -> None:
+def check_name(adapter_name: str, configs: dict[str, PeftConfig]) -> None:
     """Refuse a name that is taken: one adapter would take the other's place in the dict that they share."""
-    if adapter_name in there:
+    if adapter_name in configs:
         rule = "Every adapter in a model has a name of its own"
-        came = f"{adapter_name!r} for {NAME} beside {adapter_name!r} for {there[adapter_name].peft_type.value}"
-        raise ConfigError(explain(rule, came, "Pass another `adapter_name`, or unload the one that is there."))
+        got = f"{adapter_name!r} for {NAME} beside {adapter_name!r} for {configs[adapter_name].peft_type.value}"
+        raise ConfigError(explain(rule, got, "Pass another `adapter_name`, or unload the one that is there."))
 
 
 class HFTokensModel(BaseTuner):
@@ -79,12 +79,12 @@ class HFTokensModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
-        there = model.peft_config if isinstance(model, PeftModel) else vars(model).get("peft_config", {})
-        check_name(adapter_name, there)
+        configs = model.peft_config if isinstance(model, PeftModel) else vars(model).get("peft_config", {})
+        check_name(adapter_name, configs)
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except BaseException:
-            there.pop(adapter_name, None)
+            configs.pop(adapter_name, None)
             raise
 
     def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
@@ -107,14 +107,11 @@ class HFTokensModel(BaseTuner):
         if block is None:
             block = BlockSurgery(self._stream_surgery(stream), index)
             target.hf_tokens = block
-        methods = {}
-        for p in self._plan:
-            if p.stream is stream and index in p.layers:
-                methods[str(p.slot)] = self._build(p, index)
-        block.add(adapter_name, methods)
+        placements = [p for p in self._plan if p.stream is stream and index in p.layers]
+        block.add(adapter_name, {str(p.slot): self._build(p, index) for p in placements})
 
     def _put_in_place(self, adapter_name: str) -> None:
-        """Let each method know its instance in the first block of its stream, and in the first of all."""
+        """Give each method its instances in the first block of its stream, and in the first of all."""
         at = lambda p, index: p.stream.blocks[index].hf_tokens.hf_tokens_methods[adapter_name][str(p.slot)]
         firsts = {p.slot: at(p, p.layers[0]) for p in reversed(self._plan)}
         for p in self._plan:
@@ -154,19 +151,18 @@ class HFTokensModel(BaseTuner):
 
     @property
     def _model_surgery(self) -> ModelSurgery:
-        for module in self.model.modules():
-            block = module._modules.get(CHILD)
-            if isinstance(block, BlockSurgery):
-                return block.surgery.model
-        held = vars(self).get("_new_surgery")
-        if held is None:
+        block = next(self._surgeries(), None)
+        if block is not None:
+            return block.surgery.model
+        surgery = vars(self).get("_new_surgery")
+        if surgery is None:
             base = self._anatomy.model
             denoising = DenoisingWorld(base) if "diffusers" in sys.modules else None
             worlds = (TrainingWorld(),) if denoising is None else (TrainingWorld(), denoising)
             is_denoiser = denoising is not None and denoising.hook is not None
-            held = ModelSurgery(base, self._anatomy.head, vision_tower(self._anatomy), worlds, is_denoiser)
-            vars(self)["_new_surgery"] = held
-        return held
+            surgery = ModelSurgery(base, self._anatomy.head, vision_tower(self._anatomy), worlds, is_denoiser)
+            vars(self)["_new_surgery"] = surgery
+        return surgery
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter; if anything fails, the model is as it was."""
@@ -175,7 +171,7 @@ class HFTokensModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._put_in_place(adapter_name)
             for block in self._surgeries():
-                block.know(self._ours)
+                block.know(self._own_adapters)
             for inner in config.peft_configs():
                 self._inject_peft(model, inner, adapter_name, kwargs.get("low_cpu_mem_usage", False))
             if config.peft_configs():
@@ -187,13 +183,13 @@ class HFTokensModel(BaseTuner):
             config.aim(None)
 
     def _inject_peft(self, model: nn.Module, inner: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
-        ours = vars(model).pop("peft_config", None)  # or the inner tuner would write its config into our dict
+        configs = vars(model).pop("peft_config", None)  # or the inner tuner would write its config into our dict
         try:
             PEFT_TYPE_TO_TUNER_MAPPING[inner.peft_type](model, inner, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         finally:
             vars(model).pop("peft_config", None)
-            if ours is not None:
-                model.peft_config = ours
+            if configs is not None:
+                model.peft_config = configs
 
     def _roll_back(self, adapter_name: str) -> None:
         take_off(self.model, {adapter_name})
@@ -211,35 +207,28 @@ class HFTokensModel(BaseTuner):
                 yield block
 
     def _detach(self) -> None:
-        found = {id(block.surgery.model): block.surgery.model for block in self._surgeries()}
-        held = vars(self).pop("_new_surgery", None)
-        if held is not None:
-            found[id(held)] = held
-        for block in list(self._surgeries()):
+        blocks, unused = list(self._surgeries()), vars(self).pop("_new_surgery", None)
+        surgeries = [*(block.surgery.model for block in blocks), *([] if unused is None else [unused])]
+        for block in blocks:
             block.detach()
-        for surgery in found.values():
+        for surgery in {id(surgery): surgery for surgery in surgeries}.values():
             surgery.detach()
 
-    # -- switching ---------------------------------------------------------------------------------------------------
-
     @property
-    def _ours(self) -> set[str]:
-        """Names of our adapters; a PeftModel inside of ours shares its dict with us."""
+    def _own_adapters(self) -> set[str]:
+        """Names of our adapters; a PeftModel inside of ours shares its dict with it."""
         return names_of_ours(self.peft_config)
 
     def _owned(self) -> list[BaseTunerLayer]:
         """Our layers, and those of a PEFT method inside one of our adapters; not those of an adapter stacked from outside."""
-        inner = {name for name in self._ours if self.peft_config[name].peft_configs()}
-        return [
-            m
-            for m in self.model.modules()
-            if isinstance(m, BlockSurgery) or (isinstance(m, BaseTunerLayer) and inner & m._get_available_adapters())
-        ]
+        inner = {name for name in self._own_adapters if self.peft_config[name].peft_configs()}
+        layers = (m for m in self.model.modules() if isinstance(m, BaseTunerLayer))
+        return [layer for layer in layers if isinstance(layer, BlockSurgery) or inner & layer._get_available_adapters()]
 
     def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
         """Modules that one of our adapters saves as a whole; not those that only an adapter stacked from outside does."""
-        found = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        return [m for m in found if m._get_available_adapters() & self._ours]
+        wrappers = (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        return [wrapper for wrapper in wrappers if wrapper._get_available_adapters() & self._own_adapters]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Switch to these adapters; what an adapter stacked from outside has stays as it is."""
@@ -266,9 +255,8 @@ class HFTokensModel(BaseTuner):
         Raises:
             UnsupportedError: Always.
         """
-        raise UnsupportedError(
-            explain("Token surgery is not a change of weights and cannot be merged", "a call of merge", "Use `unload()`.")
-        )
+        rule = "Token surgery is not a change of weights and cannot be merged"
+        raise UnsupportedError(explain(rule, "a call of merge", "Use `unload()`."))
 
     def _merge_edits(self, safe_merge: bool) -> None:
         """Write edits of weights that act, and the LoRAs among them, into the base for good."""
@@ -284,28 +272,26 @@ class HFTokensModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> nn.Module:
         if merge:
             self._merge_edits(safe_merge)
-        ours = self._ours
-        take_off(self.model, ours)
+        adapters = self._own_adapters
+        take_off(self.model, adapters)
         self._detach()
         if isinstance(self.model, PeftModel):  # it shares its dict with us
-            for name in ours:
+            for name in adapters:
                 del self.peft_config[name]
         vars(self.model).pop("peft_config", None)
         return self.model
 
-    # -- saving ------------------------------------------------------------------------------------------------------
-
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.peft_configs():
-            return {key: value for key, value in found.items() if f".{adapter_name}" in key}
-        return {key: value for key, value in found.items() if f".{CHILD}.hf_tokens_" in key or key.startswith(f"{CHILD}.")}
+            return {key: value for key, value in state.items() if f".{adapter_name}" in key}
+        return {key: value for key, value in state.items() if f".{CHILD}.hf_tokens_" in key or key.startswith(f"{CHILD}.")}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        ours, count = re.subn(rf"\.hf_tokens_methods\.{re.escape(adapter_name)}\.", ".hf_tokens_methods.", key, count=1)
-        return ours if count else super()._remove_adapter_name_from_key(key, adapter_name)
+        renamed, count = re.subn(rf"\.hf_tokens_methods\.{re.escape(adapter_name)}\.", ".hf_tokens_methods.", key, count=1)
+        return renamed if count else super()._remove_adapter_name_from_key(key, adapter_name)
 
 
 def register_with_peft() -> None:
