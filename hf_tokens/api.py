@@ -46,7 +46,7 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
         kwargs: Further arguments of `HFTokensConfig`, such as `modules_to_save` or `task_type`.
 
     Returns:
-        A PeftModel, or the pipeline that came, with the methods in its denoiser.
+        A PeftModel, or the pipeline that was passed, with the methods in its denoiser.
 
     Raises:
         ConfigError: A method is unknown or a knob out of bounds.
@@ -65,13 +65,13 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
 
 
 def conclusions(model: Any) -> dict[str, Tensor]:
-    """What token banks said in the end of the last forward that had their tokens, such as the classes of a picture.
+    """What token banks concluded in the last forward that had their tokens, such as the classes of a picture.
 
     Args:
         model: A PeftModel or pipeline with a surgery.
 
     Returns:
-        By the key of the method, its adapter and place in the stack (`"default.0"`), what its card says it returns; without gradient.
+        By the key of the method, its adapter and place in the stack (`"default.0"`), what its card names; without gradient.
     """
     return dict(surgery_of(model).conclusions)
 
@@ -83,7 +83,7 @@ def aux_loss(model: Any) -> Tensor:
 
 
 def objective_loss(model: Any, target: Tensor, read: Callable[[Any], Tensor] = first_tensor) -> Tensor:
-    """The loss of a denoiser's last call, in the words of the adapter's objectives: for training loops, in the place of `mse_loss`.
+    """The loss of a denoiser's last call, by the adapter's objectives: for training loops, in the place of `mse_loss`.
 
     Args:
         model: A denoiser or a pipeline with an objective in its adapter. It was called on the noised latents just before.
@@ -97,7 +97,7 @@ def objective_loss(model: Any, target: Tensor, read: Callable[[Any], Tensor] = f
 
 
 def set_progress(model: Any, progress: float) -> None:
-    """Tell schedules how much of the training is done, in [0, 1]; a Trainer does it by itself."""
+    """Set how much of the training is done for all schedules, in [0, 1]; a Trainer does it by itself."""
     surgery = surgery_of(model)
     if not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
         raise ConfigError(explain("The progress of a training is in [0, 1]", repr(progress), "Pass steps done / steps to do."))
@@ -110,12 +110,12 @@ def unload(model: Any) -> Any:
         return model.unload()
     inner = denoiser(model) or model
     surgery, configs = surgery_of(model), vars(inner).get("peft_config", {})
-    ours = names_of_ours(configs)
-    take_off(inner, ours)
+    adapters = names_of_ours(configs)
+    take_off(inner, adapters)
     for block in blocks_in(model):
         block.detach()
     surgery.detach()
-    for name in ours:
+    for name in adapters:
         del configs[name]
     if not configs:  # another library's adapters keep theirs
         vars(inner).pop("peft_config", None)

@@ -1,4 +1,4 @@
-"""Where a denoiser stands in its run: step, context, and what it put out at the step before, told for each token."""
+"""Where a denoiser stands in its run: step, context, and what it put out at the step before, for each token."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..model import families
 from ..model.grids import over_tokens
-from ..model.signatures import positional
+from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
-from ..roles.signals import TOLD
+from ..roles.signals import OF_THE_OUTPUT
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
@@ -45,7 +45,7 @@ class StepOutput:
 
 
 def guides() -> bool | None:
-    """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or it does not say."""
+    """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or its code does not show it."""
     module = sys.modules.get("diffusers.pipelines.pipeline_utils")
     frame = None if module is None else sys._getframe(1)
     for _ in range(FRAMES_TO_PIPELINE):
@@ -61,7 +61,7 @@ def guides() -> bool | None:
 
 
 class DenoisingWorld:
-    """Which denoising step a call is: from the pipeline's cache context where it says so, else counted by the timestep.
+    """Which denoising step a call is: from the pipeline's cache context where that has it, else counted by the timestep.
 
     A timestep that rises begins a new run, and so does what comes behind a pipeline's end or a call that failed. Calls of one name at
     one timestep (guidance by several calls) are contexts of their own.
@@ -77,14 +77,14 @@ class DenoisingWorld:
         self.calls: Counter[str] = Counter()
         self.standing = False
         self.origin = 0.0  # the timestep at which the run began
-        self.listens = False  # whether a method asks for what the model put out
+        self.keeps_output = False  # whether a method names a signal of what the model put out
         self.sample: Tensor | None = None
         self.context: Context = ("default", 1)
         self.last: dict[Context, StepOutput] = {}  # of the step before
         self.now: dict[Context, tuple[Tensor, StepOutput]] = {}
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
             self.hook = context_hook(self.forget)
-            if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not told of the end otherwise
+            if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not called at the end otherwise
                 vars(model)[RUN_OVER] = self.forget
 
     def stand_in(self, module: nn.Module) -> None:
@@ -128,18 +128,18 @@ class DenoisingWorld:
 
     def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Context, step, steps, timestep, share of the run and picture of this call."""
-        self.listens = any(TOLD & method.asks for method in model.methods())
+        self.keeps_output = any(OF_THE_OUTPUT & method.asks for method in model.methods())
         if self.hook is None:
             return {"steps_of_denoiser": self}
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        context, timestep, sample = self.hook.manager._context, given.get("timestep"), given.get(self.names[0])
+        arguments = bound_arguments(self.model, args, kwargs)
+        context, timestep, sample = self.hook.manager._context, arguments.get("timestep"), arguments.get(self.names[0])
         name = "default" if context is None else context.name
-        told = context is not None and context.step_index is not None
+        counted = context is not None and context.step_index is not None
         value = 0.0 if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
-        place, before = (told, float(context.step_index) if told else -value), self.place
+        place, before = (counted, float(context.step_index) if counted else -value), self.place
         self.begins = before is None or place < before or place[0] != before[0] or self.calls[name] >= CALLS and place == before
         if self.begins or place != before:
-            self.index = context.step_index if told else 0 if self.begins else self.index + 1
+            self.index = context.step_index if counted else 0 if self.begins else self.index + 1
             self.calls.clear()
             self.last = {} if self.begins else {key: output for key, (_, output) in self.now.items()}
             self.now = {}
@@ -181,18 +181,16 @@ class DenoisingWorld:
             latents, prompts = sample.chunk(parts), prompt.chunk(parts)
             if len(prompt) % parts == 0 and all(same_values(latents[0], other) for other in latents[1:]):
                 base = prompts[-1 if families.PROMPT_FIRST.search(type(self.model).__name__) else 0]
-                found = [same_values(other, base) for other in prompts]
-                if not all(found):
-                    return torch.tensor(found, device=prompt.device).repeat_interleave(len(prompt) // parts)
+                negative = [same_values(other, base) for other in prompts]
+                if not all(negative):
+                    return torch.tensor(negative, device=prompt.device).repeat_interleave(len(prompt) // parts)
         return torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
 
-    # -- what the model put out --------------------------------------------------------------------------------------
-
     def after_model(self, output: Any) -> None:
-        """A call has come to its end; keep what it put out, if a method asks for it."""
+        """A call has ended; keep what it put out, if a method names a signal of it."""
         out, sample = output if isinstance(output, Tensor) else output[0], self.sample
         self.sample = None
-        if not self.listens or self.hook is None or not isinstance(out, Tensor) or sample is None or out.dim() != sample.dim():
+        if not self.keeps_output or self.hook is None or not isinstance(out, Tensor) or sample is None or out.dim() != sample.dim():
             return
         channel = 1 if out.dim() > 3 else -1
         if out.shape[channel] > sample.shape[channel]:
@@ -208,31 +206,28 @@ class DenoisingWorld:
 
     def guidance(self, n: int) -> Tensor | None:
         """How much the condition changed it, (b n): over the halves of a batch, or between the two calls for one sample."""
-        mine = self.last.get(self.context)
-        if mine is None:
+        last = self.last.get(self.context)
+        if last is None:
             return None
-        if mine.halves:
-            two = [mine.output.chunk(2)[i] for i in (0, 1)]
-        else:
-            calls = {key: output.output for key, output in self.last.items() if output.like == mine.like}
-            named = {key: out for key, out in calls.items() if key[0] in GUIDED}
-            two = list((named if len(named) == 2 else calls).values())
+        calls = {key: output.output for key, output in self.last.items() if output.like == last.like}
+        named = {key: out for key, out in calls.items() if key[0] in GUIDED}
+        two = list(last.output.chunk(2) if last.halves else (named if len(named) == 2 else calls).values())
         if len(two) != 2 or two[0].shape != two[1].shape:
             return None
-        apart = over_tokens(two[0] - two[1], n)
-        if apart is None:
+        difference = over_tokens(two[0] - two[1], n)
+        if difference is None:
             return None
-        size = apart.norm(dim=-1)
-        return torch.cat([size, size]) if mine.halves else size
+        size = difference.norm(dim=-1)
+        return torch.cat([size, size]) if last.halves else size
 
 
-def same_values(one: Tensor, other: Tensor) -> bool:
+def same_values(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors hold the same values."""
-    return one is other or one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    return x is y or x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
 
 
 def context_hook(forget: Callable[[], None]) -> Any:
-    """A diffusers hook that only listens to `cache_context`, and to the pipeline that says that its run is over."""
+    """A diffusers hook that only takes part in `cache_context`, and is reset when a pipeline's run is over."""
     from diffusers.hooks import ModelHook
     from diffusers.hooks.hooks import BaseState, StateManager
 

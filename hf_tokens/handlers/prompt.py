@@ -101,7 +101,7 @@ def join_parts(call: ModelCall, output: Any) -> Any:
 def refuse_parts(call: ModelCall) -> None:
     """What a method keeps from one call to the next is of all samples; a call in parts has some of them."""
     keeping = sorted({type(method).__name__ for method in call.model.methods() if handler_of(method).keeps_steps})
-    keeping += ["noise or guidance"] if call.context.steps_of_denoiser.listens else []
+    keeping += ["noise or guidance"] if call.context.steps_of_denoiser.keeps_output else []
     if keeping or vars(call.model.base).get("_cache_config") is not None:
         rule = "Where only some samples of a call take tokens into their prompt, as under guidance, nothing may be kept from call to call"
         remedy = "Call the denoiser once for each half, within `cache_context('cond')` and `cache_context('uncond')`."

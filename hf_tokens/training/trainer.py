@@ -41,12 +41,12 @@ def reaches(node: Any, wanted: Any) -> bool:
     """Whether one node of an autograd graph is below another."""
     seen, todo = set(), [node]
     while todo:
-        here = todo.pop()
-        if here is wanted:
+        below = todo.pop()
+        if below is wanted:
             return True
-        if here is not None and here not in seen:
-            seen.add(here)
-            todo += [below for below, _ in here.next_functions]
+        if below is not None and below not in seen:
+            seen.add(below)
+            todo += [node for node, _ in below.next_functions]
     return False
 
 
@@ -54,13 +54,13 @@ class TrainingWorld:
     """The trainer's part in the calls of a model."""
 
     def __init__(self):
-        self.lent: Any = None  # the loss function that a trainer has from us
+        self.compute_loss: Any = None  # what stands in the place of a trainer's method of that name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"lent": None}
+        return {"compute_loss": None}
 
     def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
-        """A trainer says nothing of a single call."""
+        """A trainer knows nothing of a single call."""
         return {}
 
     def after_model(self, output: Any) -> None:
@@ -83,19 +83,19 @@ class TrainingWorld:
         model.losses.follow(trainer)
         warn_of_dropped_targets(trainer, model)
         trainer.add_callback(progress_callback(trainer, self, model))
-        self.lend_losses(trainer, model)
+        self.add_losses(trainer, model)
         model.set_progress(trainer.state.global_step / max(1, trainer.state.max_steps))
 
-    def lend_losses(self, trainer: Trainer, surgery: ModelSurgery) -> None:
-        """Let a trainer that computes its loss without reading the model's own, as TRL's do, have the methods' losses too."""
-        if self.lent is not None and vars(trainer).get("compute_loss") is self.lent:
+    def add_losses(self, trainer: Trainer, surgery: ModelSurgery) -> None:
+        """Add the methods' losses in a trainer that computes its loss without reading the model's own, as TRL's do."""
+        if self.compute_loss is not None and vars(trainer).get("compute_loss") is self.compute_loss:
             return
         inner, reads, agreed = trainer.compute_loss, [], []
         surgery.losses.distrust()
 
         @functools.wraps(inner)
         def compute_loss(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-            given = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+            batch = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
             surgery.losses.begin(inputs.get("labels"))
             try:
                 output = inner(model, inputs, *args, **kwargs)
@@ -106,24 +106,23 @@ class TrainingWorld:
                 return output
             loss = output[0] if isinstance(output, tuple) else output
             if not reads:
-                reads.append(any(one.node is not None and reaches(loss.grad_fn, one.node) for one in forwards))
+                reads.append(any(forward.node is not None and reaches(loss.grad_fn, forward.node) for forward in forwards))
             if reads[0]:
                 return output
-            for one in forwards:
-                if one.replacement is not None:
-                    part = part_of_step(trainer, surgery.base, given, "sample")
-                    loss = one.replacement.put(loss, divisor_of(trainer, given), part, check=not agreed)
-                    agreed.append(True)
-            extras = [one.extra for one in forwards if one.extra is not None]
+            for replacement in (forward.replacement for forward in forwards if forward.replacement is not None):
+                part = part_of_step(trainer, surgery.base, batch, "sample")
+                loss = replacement.put(loss, divisor_of(trainer, batch), part, check=not agreed)
+                agreed.append(True)
+            extras = [forward.extra for forward in forwards if forward.extra is not None]
             if extras:
-                loss = loss + torch.stack(extras).sum().to(loss.dtype) * part_of_step(trainer, surgery.base, given)
+                loss = loss + torch.stack(extras).sum().to(loss.dtype) * part_of_step(trainer, surgery.base, batch)
             return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
-        trainer.compute_loss = self.lent = compute_loss
+        trainer.compute_loss = self.compute_loss = compute_loss
 
     def take_back(self, trainer: Trainer) -> None:
         """Give the trainer its own loss function back."""
-        if vars(trainer).get("compute_loss") is self.lent:
+        if vars(trainer).get("compute_loss") is self.compute_loss:
             del trainer.compute_loss
 
 
@@ -136,37 +135,38 @@ def check_judged(trainer: Trainer, model: ModelSurgery) -> None:
         raise UnsupportedError(explain(rule, f"{type(trainer).__name__} that does not", remedy))
 
 
-def part_of_step(trainer: Trainer, model: nn.Module, given: dict, unit: str = "token") -> float | Tensor:
+def part_of_step(trainer: Trainer, model: nn.Module, batch: dict, unit: str = "token") -> float | Tensor:
     """What part of an optimizer step a batch is, where the trainer divides its loss no more; 1 where it still does."""
-    items = given["num_items_in_batch"]
+    items = batch["num_items_in_batch"]
     if not scales(trainer, items):
         return 1.0
     if items is None or unit == "sample":
         return 1 / trainer.current_gradient_accumulation_steps
-    return share_of_step(model, given) * (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
+    return share_of_step(model, batch) * (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
 
 
 def scales(trainer: Trainer, items: Tensor | int | None) -> bool:
     """Whether a trainer's loss is divided by all of the optimizer step already."""
-    said = trainer.loss_is_scaled_for_ga
-    return (trainer.model_accepts_loss_kwargs and items is not None or trainer.compute_loss_func is not None) if said is None else said
+    if trainer.loss_is_scaled_for_ga is not None:
+        return trainer.loss_is_scaled_for_ga
+    return trainer.model_accepts_loss_kwargs and items is not None or trainer.compute_loss_func is not None
 
 
-def divisor_of(trainer: Trainer, given: dict) -> float | Tensor | None:
+def divisor_of(trainer: Trainer, batch: dict) -> float | Tensor | None:
     """What a trainer divides the sum over the targets by; None for those of the batch."""
-    items = given["num_items_in_batch"]
+    items = batch["num_items_in_batch"]
     if items is None or not scales(trainer, items):
         return None
     return items / (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
 
 
 def progress_callback(trainer: Trainer, world: TrainingWorld, model: ModelSurgery) -> TrainerCallback:
-    """The callback that tells the methods how much of the training is done."""
+    """The callback that gives the methods how much of the training is done."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            world.lend_losses(trainer, model)
+            world.add_losses(trainer, model)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             model.set_progress(state.global_step / max(1, state.max_steps))
