@@ -13,11 +13,11 @@ from ..errors import UnsupportedError, explain
 from ..roles.base import Method
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config
-from .surgeries import blocks_in, denoiser, instances, surgery_of
+from .surgeries import blocks_in, denoiser, evaluated, instances, surgery_of
 
 
 class Findings(Listener):
-    """What the methods of an adapter say when they are examined: key -> place of the block -> values."""
+    """What the methods of an adapter return when they are examined: key -> place of the block -> values."""
 
     examines = True
 
@@ -25,15 +25,15 @@ class Findings(Listener):
         self.adapter_name = adapter_name
         self.records: dict[str, dict[int, list]] = {}
 
-    def examined(self, block: BlockSurgery, method: Method, found: Any) -> None:
+    def examined(self, block: BlockSurgery, method: Method, finding: Any) -> None:
         """Keep what is of the adapter."""
         if method.key.rpartition(".")[0] == self.adapter_name:
-            self.records.setdefault(method.key, {}).setdefault(method.dims.place, []).append(found)
+            self.records.setdefault(method.key, {}).setdefault(method.dims.place, []).append(finding)
 
 
 @torch.no_grad()
 def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str = "default") -> dict[str, Any]:
-    """Measure on data the knobs that a method wants measured, and write them into its config.
+    """Measure on data the knobs that a method has for that, and write them into its config.
 
     Args:
         model: A model or pipeline with a surgery.
@@ -54,21 +54,14 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
     if adapter_name not in active:
         rule = f"`calibrate` measures an adapter that acts, one of {active}"
         raise UnsupportedError(explain(rule, repr(adapter_name), "Switch to it with `set_adapter`."))
-    inner = denoiser(model) or model
     more = {} if surgery.is_denoiser else {"use_cache": True}
-    training = [module for module in inner.modules() if module.training]  # a PeftModel and its base need not agree
-    inner.eval()
     findings = Findings(adapter_name)
-    try:
-        with surgery.listening(findings):
-            for batch in batches:
-                model(**{**batch, **more})
-        for key, records in findings.records.items():
-            method = next(m for m in surgery.methods() if m.key == key)
-            changed[key] = type(method).calibrate(method.config, records)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluated(denoiser(model) or model), surgery.listening(findings):
+        for batch in batches:
+            model(**{**batch, **more})
+    for key, records in findings.records.items():
+        method = next(m for m in surgery.methods() if m.key == key)
+        changed[key] = type(method).calibrate(method.config, records)
     for key, config in changed.items():
         rewrite(model, key, config)
     return {key: config.to_dict() for key, config in changed.items()}
@@ -87,22 +80,21 @@ def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") 
     """
     surgery_of(model)
     config = method_config(config)
-    found = [method for method in instances(model, adapter_name) if type(method.config) is type(config)]
-    if not found:
-        raise UnsupportedError(
-            explain(f"Adapter {adapter_name!r} must have the method {config.method!r}", "one without it", "Add it with get_token_model.")
-        )
-    old, key = found[0].config, found[0].key
+    alike = [method for method in instances(model, adapter_name) if type(method.config) is type(config)]
+    if not alike:
+        rule = f"Adapter {adapter_name!r} must have the method {config.method!r}"
+        raise UnsupportedError(explain(rule, "one without it", "Add it with get_token_model."))
+    old, key = alike[0].config, alike[0].key
     if (config.layers, config.stream) != (old.layers, old.stream):
         raise UnsupportedError(explain("A method stays in its blocks", f"layers={config.layers}", "Take the surgery out and start again."))
-    mine = [method for method in found if method.key == key]
-    for method in mine:
-        method.check(config, method.dims.kind, method.dims.layers, tuple(m.dims.layer for m in mine))
+    methods = [method for method in alike if method.key == key]
+    for method in methods:
+        method.check(config, method.dims.kind, method.dims.layers, tuple(m.dims.layer for m in methods))
         with torch.random.fork_rng(devices=[]):
-            asked = shapes(type(method)(config, method.dims))
-        if missing := dict(sorted(asked.items() - shapes(method).items())):
-            came = f"a config that needs {missing} in block {method.dims.layer}"
-            raise UnsupportedError(explain("A method keeps its parameters", came, "Take the surgery out and start again."))
+            needed = shapes(type(method)(config, method.dims))
+        if missing := dict(sorted(needed.items() - shapes(method).items())):
+            got = f"a config that needs {missing} in block {method.dims.layer}"
+            raise UnsupportedError(explain("A method keeps its parameters", got, "Take the surgery out and start again."))
     rewrite(model, key, config)
 
 
@@ -114,19 +106,19 @@ def shapes(method: Method) -> dict[str, tuple[int, ...]]:
 def rewrite(model: Any, key: str, config: MethodConfig) -> None:
     """Write a method's config into all its instances and into the adapter's config."""
     adapter_name, slot = key.rsplit(".", 1)
-    mine = [method for method in instances(model, adapter_name) if method.key == key]
-    before = mine[0].config
+    methods = [method for method in instances(model, adapter_name) if method.key == key]
+    before = methods[0].config
     try:
-        give(model, mine, config)
+        give(model, methods, config)
     except UnsupportedError:
-        give(model, mine, before)
+        give(model, methods, before)
         raise
     stack = (denoiser(model) or model).peft_config[adapter_name].methods
     stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = config.to_dict()
 
 
 def give(model: Any, methods: list[Method], config: MethodConfig) -> None:
-    """Let methods have another config, and the blocks the hooks that it needs."""
+    """Give methods another config, and the blocks the hooks that it needs."""
     for method in methods:
         method.reconfigure(config)
     for block in blocks_in(model):

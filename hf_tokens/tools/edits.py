@@ -1,4 +1,4 @@
-"""The door `edit`: run a model on groups of data, hand each closed-form edit what it asks for, and hold what it changes."""
+"""The function `edit`: run a model on groups of data, give each closed-form edit what it names, and hold what it changes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, weight_edits
 from ..model.arguments import CROSS
-from ..model.signatures import positional
+from ..model.signatures import bound_arguments
 from ..roles.weight_edit import WeightEdit
-from .surgeries import blocks_in, denoiser, surgery_of
+from .surgeries import blocks_in, denoiser, evaluated, surgery_of
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 Groups = Mapping[str, Iterable[dict[str, Any]]]
@@ -70,35 +70,34 @@ def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | N
         UnsupportedError: The adapter has no edit or is not active, or a group of data is missing, empty or unknown.
     """
     surgery = surgery_of(model)
-    found = edited_weights(model, adapter_name)
-    if not found:
+    weights = edited_weights(model, adapter_name)
+    if not weights:
         remedy = "Put a method of the role WeightEdit into it."
         raise UnsupportedError(explain("`edit` needs an adapter with a method that edits weights", f"{adapter_name!r} without one", remedy))
-    active = found[0].block.active_adapters
+    active = weights[0].block.active_adapters
     if adapter_name not in active:
         rule = f"`edit` needs an adapter that acts, one of {active}"
         raise UnsupportedError(explain(rule, repr(adapter_name), "Switch to it with `set_adapter`."))
-    stack = list(dict.fromkeys(site.method.key for site in found))
-    check_groups([next(s.method for s in found if s.method.key == key) for key in stack], data)
+    stack = list(dict.fromkeys(site.method.key for site in weights))
+    check_groups([next(s.method for s in weights if s.method.key == key) for key in stack], data)
     batches = {name: list(group) if iter(group) is group else group for name, group in data.items()}
     run, moved = denoiser(model) or model, {}
     with evaluated(run):
         for place, key in enumerate(stack):
-            mine = [site for site in found if site.method.key == key]
-            with silent(surgery, set(stack[place:])):
-                changes = find_changes(run, mine, batches, loss)
+            sites = [site for site in weights if site.method.key == key]
+            with switched_off(surgery, set(stack[place:])):
+                changes = find_changes(run, sites, batches, loss)
                 moved[key] = {site.path: relative_change(change, site.effective) for site, change in changes.items()}
-            for method, block in {id(s.method): (s.method, s.block) for s in mine}.values():
+            for method, block in {id(s.method): (s.method, s.block) for s in sites}.values():
                 method.note({site.name: change for site, change in changes.items() if site.block is block})
     return moved
 
 
 def edited_weights(model: Any, adapter_name: str) -> list[EditedWeight]:
     """Every weight that an edit of an adapter may change, in the order of its stack."""
-    found = []
-    for block in blocks_in(model):
-        found += [EditedWeight(block, edit, name) for edit in weight_edits(block, adapter_name) for name in edit.dims.weights]
-    return sorted(found, key=lambda site: int(site.method.key.rpartition(".")[2]))
+    methods = ((block, method) for block in blocks_in(model) for method in weight_edits(block, adapter_name))
+    sites = (EditedWeight(block, method, name) for block, method in methods for name in method.dims.weights)
+    return sorted(sites, key=lambda site: int(site.method.key.rpartition(".")[2]))
 
 
 def check_groups(methods: list[WeightEdit], data: Groups) -> None:
@@ -111,40 +110,28 @@ def check_groups(methods: list[WeightEdit], data: Groups) -> None:
 
 
 @contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode for a moment."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def silent(surgery: ModelSurgery, keys: set[str]) -> Iterator[None]:
+def switched_off(surgery: ModelSurgery, keys: set[str]) -> Iterator[None]:
     """The model without these edits for a moment."""
-    held = [(block, block.active()) for block in surgery.blocks()]
-    surgery.act((block, [method for method in acting if method.key not in keys]) for block, acting in held)
+    before = [(block, block.active()) for block in surgery.blocks()]
+    surgery.act((block, [method for method in acting if method.key not in keys]) for block, acting in before)
     try:
         yield
     finally:
-        surgery.act(held)
+        surgery.act(before)
 
 
-def find_changes(model: nn.Module, mine: list[EditedWeight], data: Groups, loss: Loss | None) -> dict[EditedWeight, Tensor]:
+def find_changes(model: nn.Module, sites: list[EditedWeight], data: Groups, loss: Loss | None) -> dict[EditedWeight, Tensor]:
     """What one edit changes, by weight."""
-    method, given = mine[0].method, {}
+    method, signals = sites[0].method, {}
     groups = {name: data[name] for name in (*method.groups, *method.maybe) if name in data}
     if "weights" in method.signals:
-        given["weights"] = {site.path: in_float32(site.effective.detach()) for site in mine}
+        signals["weights"] = {site.path: in_float32(site.effective.detach()) for site in sites}
     for name, record in RECORDERS.items():
         if name in method.signals:
-            given[name] = {group: record(model, mine, batches_of(group, batches), loss) for group, batches in groups.items()}
+            signals[name] = {group: record(model, sites, batches_of(group, batches), loss) for group, batches in groups.items()}
     with torch.no_grad():
-        new = method.edit(**given)
-        changes = {site: new[site.path] - in_float32(site.effective) for site in mine if site.path in new}
+        new = method.edit(**signals)
+        changes = {site: new[site.path] - in_float32(site.effective) for site in sites if site.path in new}
     if bad := sorted(site.path for site, change in changes.items() if not change.isfinite().all()):
         rule = f"What {type(method).__name__} makes of a weight is finite"
         raise UnsupportedError(explain(rule, f"infinities or NaN in {bad[0]}", "Give it more data, or a stronger regularisation."))
@@ -177,15 +164,15 @@ def batches_of(group: str, batches: Iterable[dict[str, Any]]) -> Iterator[dict[s
 
 # -- what an edit may ask for ------------------------------------------------------------------------------------------
 @torch.no_grad()
-def read_context(model: nn.Module, mine: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
+def read_context(model: nn.Module, sites: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
     """What each weight read, name -> (t i): the tokens that the block's mask for the context shows, of all batches."""
     masks: dict[int, Tensor | None] = {}
-    rows: dict[str, list[Tensor]] = {site.path: [] for site in mine}
+    rows: dict[str, list[Tensor]] = {site.path: [] for site in sites}
     seen: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # one copy of what several weights read
 
     def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = {**dict(zip(positional(type(module)), args, strict=False)), **kwargs}
-        masks[id(module)] = next((v for k, v in given.items() if "mask" in k and CROSS.search(k) and isinstance(v, Tensor)), None)
+        arguments = bound_arguments(module, args, kwargs).items()
+        masks[id(module)] = next((v for k, v in arguments if "mask" in k and CROSS.search(k) and isinstance(v, Tensor)), None)
 
     def note(site: EditedWeight, module: nn.Module, args: tuple) -> None:
         read, mask = args[0], masks[id(site.block.module)]
@@ -193,9 +180,9 @@ def read_context(model: nn.Module, mine: list[EditedWeight], batches: Iterable[d
             seen[id(read), id(mask)] = (read, *(() if mask is None else (mask,)), real_rows(read, mask))
         rows[site.path].append(seen[id(read), id(mask)][-1])
 
-    blocks = {id(site.block): site.block.module for site in mine}.values()
+    blocks = {id(site.block): site.block.module for site in sites}.values()
     handles = [block.register_forward_pre_hook(note_mask, with_kwargs=True) for block in blocks]
-    handles += [site.module.register_forward_pre_hook(partial(note, site)) for site in mine]
+    handles += [site.module.register_forward_pre_hook(partial(note, site)) for site in sites]
     try:
         for batch in batches:
             seen.clear()
@@ -203,9 +190,9 @@ def read_context(model: nn.Module, mine: list[EditedWeight], batches: Iterable[d
     finally:
         for handle in handles:
             handle.remove()
-    joined = {tuple(map(id, found)): found for found in rows.values()}
-    joined = {ids: torch.cat(found) for ids, found in joined.items()}
-    return {path: joined[tuple(map(id, found))] for path, found in rows.items()}
+    joined = {tuple(map(id, parts)): parts for parts in rows.values()}
+    joined = {ids: torch.cat(parts) for ids, parts in joined.items()}
+    return {path: joined[tuple(map(id, parts))] for path, parts in rows.items()}
 
 
 def real_rows(read: Tensor, mask: Tensor | None) -> Tensor:
@@ -218,9 +205,9 @@ def real_rows(read: Tensor, mask: Tensor | None) -> Tensor:
     return read[shown.expand(len(read), -1)]
 
 
-def fisher_diagonal(model: nn.Module, mine: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
+def fisher_diagonal(model: nn.Module, sites: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
     """The diagonal of the empirical Fisher information, name -> (o i): mean over the batches of the squared gradient of their loss."""
-    weights = [site.weight for site in mine]
+    weights = [site.weight for site in sites]
     trainable = [weight.requires_grad for weight in weights]
     total, count = [torch.zeros_like(in_float32(weight.detach())) for weight in weights], 0
     try:
@@ -237,7 +224,7 @@ def fisher_diagonal(model: nn.Module, mine: list[EditedWeight], batches: Iterabl
     finally:
         for weight, flag in zip(weights, trainable, strict=True):
             weight.requires_grad_(flag)
-    return {site.path: sum_ / count for site, sum_ in zip(mine, total, strict=True)}
+    return {site.path: sum_ / count for site, sum_ in zip(sites, total, strict=True)}
 
 
 def own_loss(output: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..peft.config import NAME, PEFT_METHOD, HFTokensConfig
 from ..peft.tuner import check_name
 from .surgeries import blocks_in, denoiser, instances, surgery_of
 
-TRIAL = "a_trial"  # adapter that only says which tensors an adapter has
+TRIAL = "a_trial"  # adapter that only shows which tensors an adapter has
 PEFT_PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
 
 
@@ -99,30 +100,28 @@ def check_files(folder: Path) -> None:
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 file.get_slice(key).get_shape()
     except SafetensorError as error:
-        raise AdapterError(
-            explain(f"{weights.name} must be a whole safetensors file", f"one that says: {error}", "Download or save it again.")
-        ) from error
+        rule = f"{weights.name} must be a whole safetensors file"
+        raise AdapterError(explain(rule, f"one that says: {error}", "Download or save it again.")) from error
 
 
 def check_tensors(model: nn.Module, config: HFTokensConfig, folder: Path) -> None:
-    """Refuse an adapter whose file lacks tensors that its methods need, or holds others: a trial tells, and the model is as it was."""
+    """Refuse an adapter whose file lacks tensors that its methods need, or holds others: one is tried, and the model is as it was."""
     tried = copy.deepcopy(config)
     for method in tried.methods:  # nothing begins here, and some beginnings of a LoRA change the base
         if method["method"] == PEFT_METHOD:
             method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
-    beside = beside_its_like(model, config)
-    trial = model if beside else get_peft_model(model, tried, adapter_name=TRIAL)
-    if beside:
+    if beside_its_like(model, config):
         model.add_adapter(TRIAL, tried)
+        trial, take_out = model, partial(model.delete_adapter, TRIAL)
+    else:
+        trial = get_peft_model(model, tried, adapter_name=TRIAL)
+        take_out = trial.unload
     state = get_peft_model_state_dict(trial, adapter_name=TRIAL, save_embedding_layers=False)
     needed = {key: list(value.shape) for key, value in state.items()}
-    if beside:
-        model.delete_adapter(TRIAL)
-    else:
-        trial.unload()
+    take_out()
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
-        there = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
-    wrong = [f"{key} {there.get(key, 'missing')}" for key, shape in needed.items() if there.get(key) != shape]
+        saved = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
+    wrong = [f"{key} {saved.get(key, 'missing')}" for key, shape in needed.items() if saved.get(key) != shape]
     if wrong:
         rule = f"adapter_model.safetensors holds the {len(needed)} tensors of the methods in adapter_config.json"
         raise AdapterError(explain(rule, f"{len(wrong)} missing or of another shape, the first {wrong[0]}", "Save the adapter again."))
@@ -140,14 +139,14 @@ AUTO_CLASSES = {
 
 def base_model(config: HFTokensConfig, **kwargs: Any) -> nn.Module:
     """The base model that an adapter names."""
-    mapping = config.auto_mapping or {}
-    if config.base_model_name_or_path is None or "base_model_class" not in mapping and config.task_type is None:
-        raise AdapterError(explain("An adapter names its base model and class", config.base_model_name_or_path, "Pass `model=`."))
+    mapping, name = config.auto_mapping or {}, config.base_model_name_or_path
+    if name is None or "base_model_class" not in mapping and config.task_type is None:
+        raise AdapterError(explain("An adapter names its base model and class", name, "Pass `model=`."))
     if "base_model_class" not in mapping:
         cls = AUTO_CLASSES[getattr(config.task_type, "value", config.task_type)]
         mapping = {"parent_library": "transformers", "base_model_class": cls}
-    library = importlib.import_module(mapping["parent_library"])
-    return getattr(library, mapping["base_model_class"]).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+    cls = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+    return cls.from_pretrained(name, revision=config.revision, **kwargs)
 
 
 def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensConfig, adapter_name: str) -> Any:

@@ -43,10 +43,8 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args
 def kv_bytes(cache: Any) -> int:
     """Bytes of the keys and values in a cache."""
     own = self_attention_cache(cache)
-    if own is None:
-        return 0
-    holding = [layer for layer in own.layers if isinstance(layer, CacheLayerMixin)]
-    states = [layer.tensors() if isinstance(layer, TokenCacheLayer) else (layer.keys, layer.values) for layer in holding]
+    layers = [] if own is None else [layer for layer in own.layers if isinstance(layer, CacheLayerMixin)]
+    states = [layer.tensors() if isinstance(layer, TokenCacheLayer) else (layer.keys, layer.values) for layer in layers]
     return count_bytes(t for of_layer in states for t in of_layer if t is not None)
 
 

@@ -1,4 +1,4 @@
-"""Two models that write one text: a router in the small one says, behind each token, which of them emits the next."""
+"""Two models that write one text: a router in the small one decides, behind each token, which of them emits the next."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Verify = Callable[[Tensor, Tensor, Tensor], bool]
 PLAIN = {"attention_mask", "position_ids", *CACHES, "use_cache", "cache_position", "logits_to_keep", "token_type_ids"}
 
 
-class LargeSpeaks(LogitsProcessor):
+class LargeTakesOver(LogitsProcessor):
     """Puts the large model's logits in the place of the small one's, in the rows that the router sends to it.
 
-    The large model keeps a cache of its own and reads, when it is asked, the tokens that it has not seen.
+    The large model keeps a cache of its own and reads, when it is called, the tokens that it has not seen.
     """
 
     def __init__(self, surgery: ModelSurgery, large: nn.Module, mask: Tensor, eos: Tensor | None, log: list[Tensor]):
@@ -37,7 +37,7 @@ class LargeSpeaks(LogitsProcessor):
             rows = self.surgery.verdict[:, -1].to(rows.device)
         if self.eos is not None:
             new = input_ids[:, self.mask.shape[1] :]
-            rows = rows & ~torch.isin(new, self.eos.to(new.device)).any(dim=1)  # a text that has ended needs no one
+            rows = rows & ~torch.isin(new, self.eos.to(new.device)).any(dim=1)  # a text that has ended needs no model
         self.log.append(rows)
         if not bool(rows.any()):
             return scores
@@ -55,38 +55,35 @@ class LargeSpeaks(LogitsProcessor):
         more = {cache_argument(prepare): self.cache, "attention_mask": mask, "use_cache": True, "is_first_iteration": seen == 0}
         if "position_ids" in parameters(type(self.large)):
             more["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        given = prepare(ids, next_sequence_length=ids.shape[1] - seen, **more)
         self.read = ids
-        return self.large(**given).logits[:, -1]
+        return self.large(**prepare(ids, next_sequence_length=ids.shape[1] - seen, **more)).logits[:, -1]
 
 
-def fit(told: Tensor, like: Tensor) -> Tensor:
+def fit(logits: Tensor, like: Tensor) -> Tensor:
     """Logits in the width of another model's head: the ends of both are no tokens."""
-    told = told.to(like)[:, : like.shape[1]]
-    return torch.nn.functional.pad(told, (0, like.shape[1] - told.shape[1]), value=-torch.inf)
+    logits = logits.to(like)[:, : like.shape[1]]
+    return torch.nn.functional.pad(logits, (0, like.shape[1] - logits.shape[1]), value=-torch.inf)
 
 
 def check_vocabulary(small: Any, large: Any, tokenizers: tuple[Any, Any] | None) -> None:
     """Refuse two models that do not write the same tokens."""
     rule = "Two models that write one text must share the tokenizer"
     if tokenizers is not None:
-        one, other = (tokenizer.get_vocab() for tokenizer in tokenizers)
-        if one != other:
-            differing = len({*one.items()} ^ {*other.items()})
+        small_ids, large_ids = ({*tokenizer.get_vocab().items()} for tokenizer in tokenizers)
+        if differing := len(small_ids ^ large_ids):
             raise UnsupportedError(explain(rule, f"two that differ in {differing} tokens", "Choose models of one family."))
         return
-    one, other = ((c.vocab_size, c.bos_token_id, c.eos_token_id) for c in (m.config.get_text_config() for m in (small, large)))
-    if one != other:
-        came = f"vocabulary, first and last token {one} and {other}"
-        raise UnsupportedError(
-            explain(rule, came, "Choose models of one family, or pass `tokenizers=(small's, large's)` to compare these.")
-        )
+    configs = (model.config.get_text_config() for model in (small, large))
+    small_ids, large_ids = ((config.vocab_size, config.bos_token_id, config.eos_token_id) for config in configs)
+    if small_ids != large_ids:
+        remedy = "Choose models of one family, or pass `tokenizers=(small's, large's)` to compare these."
+        raise UnsupportedError(explain(rule, f"vocabulary, first and last token {small_ids} and {large_ids}", remedy))
 
 
 class RouteTo:
-    """A `custom_generate` for `generate`: the small model decodes, and hands single tokens to a large one.
+    """A `custom_generate` for `generate`: the small model decodes, and leaves single tokens to a large one.
 
-    `small.generate(**inputs, custom_generate=route_to(large))`. Afterwards `routed` tells which tokens the large model emitted, (b new).
+    `small.generate(**inputs, custom_generate=route_to(large))`. Afterwards `routed` marks the tokens that the large model emitted, (b new).
     """
 
     def __init__(self, large: Any, tokenizers: tuple[Any, Any] | None = None):
@@ -110,23 +107,23 @@ class RouteTo:
             f"{type(model).__name__}, which has an encoder": model.config.is_encoder_decoder or self.large.config.is_encoder_decoder,
             f"a prompt with {more}": bool(more),
         }
-        for came, holds in reasons.items():
+        for reason, holds in reasons.items():
             if holds:
                 rule = "Two models write one text in greedy decoding or sampling, behind a prompt of tokens alone"
-                raise UnsupportedError(explain(rule, came, "Let one of the models generate by itself."))
+                raise UnsupportedError(explain(rule, reason, "Let one of the models generate by itself."))
         check_vocabulary(model, self.large, self.tokenizers)
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         self.log = []
-        speaks = LargeSpeaks(surgery, self.large, mask, generation_config._eos_token_tensor, self.log)
-        processors = LogitsProcessorList([speaks, *logits_processor])
+        router = LargeTakesOver(surgery, self.large, mask, generation_config._eos_token_tensor, self.log)
+        processors = LogitsProcessorList([router, *logits_processor])
         return type(model)._sample(model, input_ids, processors, stopping_criteria, generation_config, **kwargs)
 
 
 def route_to(large: Any, *, tokenizers: tuple[Any, Any] | None = None) -> RouteTo:
-    """A `custom_generate` with which a model that has a model router hands tokens to a large model.
+    """A `custom_generate` with which a model that has a model router leaves tokens to a large model.
 
-    Transformers hands no `streamer` on to a `custom_generate`: none is told of the new tokens.
+    Transformers passes no `streamer` on to a `custom_generate`: none gets the new tokens.
 
     Args:
         large: A decoder-only language model with the same tokenizer.
@@ -146,9 +143,9 @@ def label_routes(
     verify: Verify | None = None,
     horizon: int = 32,
 ) -> Tensor:
-    """Where the large model should speak in a text of its own, as the column `hf_tokens_targets`: (b n), 1 there, 0 not, -100 unknown.
+    """Where the large model should take over in a text of its own, as the column `hf_tokens_targets`: (b n), 1 there, 0 not, -100 unknown.
 
-    At a token behind which the two models would go on differently, the large one writes on from both ways, and `verify` says whether
+    At a token behind which the two models would go on differently, the large one writes on from both ways, and `verify` returns whether
     the ways part. Without it each difference counts.
 
     Args:
@@ -161,15 +158,15 @@ def label_routes(
         horizon: Tokens that the large model writes on for `verify`, the first one included.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    said = small(input_ids=input_ids, attention_mask=mask).logits[:, :-1].argmax(dim=-1)  # b n-1
-    differ = said != input_ids[:, 1:]
+    predicted = small(input_ids=input_ids, attention_mask=mask).logits[:, :-1].argmax(dim=-1)  # b n-1
+    differ = predicted != input_ids[:, 1:]
     known = (mask[:, 1:] * mask[:, :-1]).bool()
     known[:, : prompt - 1] = False
     labels = torch.nn.functional.pad(torch.where(known, differ.long(), -100), (0, 1), value=-100)
     for row, place in (differ & known).nonzero().tolist() if verify is not None else ():
         so_far = input_ids[row, : place + 1][mask[row, : place + 1].bool()]
         ways = []
-        for token in (said[row, place], input_ids[row, place + 1]):
+        for token in (predicted[row, place], input_ids[row, place + 1]):
             start = torch.cat([so_far, token[None]])[None]
             text = large.generate(input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=horizon - 1, do_sample=False)
             ways.append(text[0, len(so_far) :])

@@ -14,7 +14,7 @@ from ..errors import UnsupportedError, explain
 from ..handlers.token_reducer import reducing_blocks
 from ..model.signatures import parameters
 from ..tokens.token_map import take
-from .surgeries import surgery_of
+from .surgeries import evaluated, surgery_of
 
 
 class Passes(Listener):
@@ -45,28 +45,23 @@ def compress_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None
         UnsupportedError: No reducer acts on the text, or tokens joined, so that no id stands for them.
     """
     surgery, rule = surgery_of(model), "`compress_prompt` needs a decoder-only language model in which a TokenReducer acts on the text"
-    found = [one for one in surgery.streams if one.stream.kind == "text" and reducing_blocks(one)]
-    if len(found) != 1 or surgery.base.config.is_encoder_decoder:
-        came = f"{type(surgery.base).__name__} with {len(found)} of such streams"
-        raise UnsupportedError(explain(rule, came, "Add a method such as one that prunes tokens, or switch its adapter on."))
+    streams = [stream for stream in surgery.streams if stream.stream.kind == "text" and reducing_blocks(stream)]
+    if len(streams) != 1 or surgery.base.config.is_encoder_decoder:
+        got = f"{type(surgery.base).__name__} with {len(streams)} of such streams"
+        raise UnsupportedError(explain(rule, got, "Add a method such as one that prunes tokens, or switch its adapter on."))
+    (stream,) = streams
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     more = {"logits_to_keep": 1} if "logits_to_keep" in parameters(type(surgery.base)) else {}
-    training = [module for module in surgery.base.modules() if module.training]
-    surgery.base.eval()
-    try:
-        passes = Passes(found[0])
-        with surgery.listening(passes), found[0].stopping_after(max(reducing_blocks(found[0]))):
-            surgery.base(input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
-    finally:
-        for module in training:
-            module.training = True
-    if not passes.runs:  # no method was asked
+    passes = Passes(stream)
+    with evaluated(surgery.base), surgery.listening(passes), stream.stopping_after(max(reducing_blocks(stream))):
+        surgery.base(input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
+    if not passes.runs:  # no method was called
         return [row[real] for row, real in zip(input_ids, mask.bool(), strict=True)]
     ledger = passes.runs[-1].ledger
-    there = ledger.flags(ledger.filled, True) & ~ledger.flags(ledger.fresh, False) & mask.bool().gather(1, ledger.rows)
-    if bool((ledger.all_sizes() > 1)[there].any()):
+    left = ledger.flags(ledger.filled, True) & ~ledger.flags(ledger.fresh, False) & mask.bool().gather(1, ledger.rows)
+    if bool((ledger.all_sizes() > 1)[left].any()):
         raise UnsupportedError(explain(rule, "tokens that joined, for which no id stands", "Choose a method that drops tokens."))
-    return [row[place[kept]] for row, place, kept in zip(input_ids, ledger.rows, there, strict=True)]
+    return [row[place[kept]] for row, place, kept in zip(input_ids, ledger.rows, left, strict=True)]
 
 
 def embed_prompt(model: Any, *parts: Tensor) -> dict[str, Tensor]:

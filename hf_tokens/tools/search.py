@@ -23,10 +23,10 @@ def transfer(shares: Shares, draw: random.Random, mutation: float, bounds: tuple
     return tuple(moved)
 
 
-def blend(one: Shares, other: Shares, draw: random.Random) -> Shares:
+def blend(mother: Shares, father: Shares, draw: random.Random) -> Shares:
     """A child between two parents; the sum stays."""
     weight = draw.random()
-    return tuple(min(max(a + weight * (b - a), min(a, b)), max(a, b)) for a, b in zip(one, other, strict=True))
+    return tuple(min(max(a + weight * (b - a), min(a, b)), max(a, b)) for a, b in zip(mother, father, strict=True))
 
 
 def search_shares(
@@ -52,8 +52,8 @@ def search_shares(
     """
     low, high = bounds
     if not start or not low <= min(start) <= max(start) <= high or population < 2:
-        came = f"start={start}, bounds={bounds}, population={population}"
-        raise ConfigError(explain("A search needs shares within its bounds and two candidates", came, "Change them."))
+        got = f"start={start}, bounds={bounds}, population={population}"
+        raise ConfigError(explain("A search needs shares within its bounds and two candidates", got, "Change them."))
     start = tuple(map(float, start))
     if len(start) == 1:
         return start
@@ -76,7 +76,7 @@ def search_shares(
 
 @dataclass
 class Node:
-    """A path of the tree: how often each block runs, 1 where nobody has changed it."""
+    """A path of the tree: how often each block runs, 1 where it is unchanged."""
 
     path: Path
     parent: Node | None = None
@@ -115,7 +115,7 @@ def search_path(
     A node's child changes one more block. A node gets its next child once it was visited often enough (progressive widening).
 
     Args:
-        reward: What a path is worth, in [0, 1]; asked once for each path.
+        reward: What a path is worth, in [0, 1]; called once for each path.
         layers: Number of blocks.
         simulations: Paths that are tried.
         exploration: Weight of what was tried rarely.
@@ -127,8 +127,8 @@ def search_path(
         seed: Seed of the search.
     """
     if layers < 1 or simulations < 0 or not set(runs) <= {0, 2}:
-        came = f"layers={layers}, simulations={simulations}, runs={runs}"
-        raise ConfigError(explain("A search for a path needs a block, and runs among (0, 2)", came, "Change them."))
+        got = f"layers={layers}, simulations={simulations}, runs={runs}"
+        raise ConfigError(explain("A search for a path needs a block, and runs among (0, 2)", got, "Change them."))
     draw = random.Random(seed)
     start = (1,) * layers
     known = {start: reward(start)}

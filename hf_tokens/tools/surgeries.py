@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -19,15 +21,12 @@ def denoiser(pipeline: Any) -> nn.Module | None:
         return None
     components = getattr(pipeline, "components", None)
     if not isinstance(components, dict):
-        raise UnsupportedError(
-            explain(
-                "A surgery needs a torch module or a diffusers pipeline", type(pipeline).__name__, "Pass the model that holds the blocks."
-            )
-        )
-    found = denoising(components)
-    if found is None:
+        rule = "A surgery needs a torch module or a diffusers pipeline"
+        raise UnsupportedError(explain(rule, type(pipeline).__name__, "Pass the model that holds the blocks."))
+    inner = denoising(components)
+    if inner is None:
         raise UnsupportedError(explain("A pipeline needs a `transformer` or a `unet`", sorted(components), "Pass the denoiser itself."))
-    return found
+    return inner
 
 
 def blocks_in(model: Any) -> list[BlockSurgery]:
@@ -42,13 +41,25 @@ def surgery_of(model: Any) -> ModelSurgery:
     Raises:
         UnsupportedError: There is none.
     """
-    found = blocks_in(model)
-    if not found:
+    blocks = blocks_in(model)
+    if not blocks:
         raise UnsupportedError(explain("This needs a model with a surgery", type(model).__name__, "Call get_token_model first."))
-    return found[0].surgery.model
+    return blocks[0].surgery.model
 
 
 def instances(model: Any, adapter_name: str) -> list[Method]:
     """Every method of an adapter, in every block."""
-    held = [block.hf_tokens_methods for block in blocks_in(model)]
-    return [method for methods in held if adapter_name in methods for method in methods[adapter_name].values()]
+    stacks = [block.hf_tokens_methods for block in blocks_in(model)]
+    return [method for stack in stacks if adapter_name in stack for method in stack[adapter_name].values()]
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode for a moment."""
+    training = [module for module in model.modules() if module.training]  # a PeftModel and its base need not agree
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,6 +1,6 @@
-"""The door `transplant`: a model learns another tokenizer's vocabulary by rows that a VocabularyEdit makes from the rows it has.
+"""The function `transplant`: a model gets another tokenizer's vocabulary by rows that a VocabularyEdit makes from the rows it has.
 
-It is no adapter: an adapter that is switched off would leave the ids of one tokenizer to the rows of another. What comes out is a plain
+It is no adapter: an adapter that is switched off would leave the ids of one tokenizer to the rows of another. The result is a plain
 model that saves as one; `undo` gives back its own tensors.
 """
 
@@ -40,18 +40,18 @@ class Transplant:
     model: nn.Module
     shared: int
     unseen: int
-    held: list[tuple[Callable[[Any], None], Any]] = field(default_factory=list, repr=False)
+    changes: list[tuple[Callable[[Any], None], Any]] = field(default_factory=list, repr=False)  # setters, each with the value before
 
     def undo(self) -> nn.Module:
         """Give the model its own rows back: the same tensors as before."""
-        while self.held:
-            put, value = self.held.pop()
+        while self.changes:
+            put, value = self.changes.pop()
             put(value)
         return self.model
 
     def put(self, target: Any, name: str, value: Any) -> None:
         """Set an attribute, to be undone."""
-        self.held.append((lambda old: setattr(target, name, old), getattr(target, name)))
+        self.changes.append((lambda old: setattr(target, name, old), getattr(target, name)))
         setattr(target, name, value)
 
 
@@ -93,26 +93,26 @@ def transplant(
     known[torch.cat([donor_ids, torch.tensor(list(roles), dtype=torch.long)])] = True
     unseen = (~known).nonzero().flatten()
     for group in {False, True} if donor_head is not None else {False}:
-        mine = [table for table in tables if donor_head is None or table.head == group]
+        chosen = [table for table in tables if donor_head is None or table.head == group]
         space = raised(donor_head if group else donor_embeddings)
-        own = torch.cat([raised(table.rows) for table in mine], dim=1)  # all that one space says, at once: v d
+        own = torch.cat([raised(table.rows) for table in chosen], dim=1)  # all that are made from one space, at once: v d
         made = own.new_empty(size, own.shape[1])
         made[donor_ids.to(own.device)] = own[base_ids.to(own.device)]
         for donor, base in roles.items():
             made[donor] = own[base]
-        given = {"anchors": own[base_ids], "donor_anchors": space[donor_ids].to(own.device)}
+        anchors = {"anchors": own[base_ids], "donor_anchors": space[donor_ids].to(own.device)}
         for ids in logging.tqdm(unseen.split(CHUNK), desc="rows", delay=5):
-            made[ids] = call(edit, {**given, "donor_rows": space[ids].to(own.device)})
-        for table, part in zip(mine, made.split([table.rows.shape[1] for table in mine], dim=1), strict=True):
+            made[ids] = call(edit, {**anchors, "donor_rows": space[ids].to(own.device)})
+        for table, part in zip(chosen, made.split([table.rows.shape[1] for table in chosen], dim=1), strict=True):
             replace(done, table, part)
     resize(done, size, tokenizer, donor_tokenizer, dict(zip(base_ids.tolist(), donor_ids.tolist(), strict=True)))
     return done
 
 
-def call(edit: VocabularyEdit, given: dict[str, Tensor]) -> Tensor:
-    """Ask the verb for rows, with the signals that it names."""
-    with torch.no_grad():
-        return edit.rows(**{name: given[name] for name in edit.signals})
+@torch.no_grad()
+def call(edit: VocabularyEdit, signals: dict[str, Tensor]) -> Tensor:
+    """The rows that the verb makes of the signals that it names."""
+    return edit.rows(**{name: signals[name] for name in edit.signals})
 
 
 def raised(rows: Tensor) -> Tensor:
@@ -120,7 +120,6 @@ def raised(rows: Tensor) -> Tensor:
     return rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
 
 
-# -- the tables of a model -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Table:
     """A parameter with a row for each token, wherever it stands.
@@ -148,20 +147,20 @@ def find_tables(model: nn.Module, donor_head: Tensor | None) -> list[Table]:
     """
     check_model(model)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    found = {id(embeddings.weight): (embeddings.weight, False)}
+    weights = {id(embeddings.weight): (embeddings.weight, False)}
     for name in ("weight", "bias"):
-        part = None if head is None else vars(head)["_parameters"].get(name)
-        if part is not None:
-            found.setdefault(id(part), (part, True))
-    places: dict[int, list] = {key: [] for key in found}
+        weight = None if head is None else vars(head)["_parameters"].get(name)
+        if weight is not None:
+            weights.setdefault(id(weight), (weight, True))
+    places: dict[int, list] = {key: [] for key in weights}
     for module in model.modules():
         for name, weight in module._parameters.items():
-            if id(weight) in found:
+            if id(weight) in weights:
                 places[id(weight)].append((module, name))
             elif isinstance(module, nn.Embedding) and module.num_embeddings == len(embeddings.weight):
                 rule = "A vocabulary is transplanted where the embeddings and the head are all that has a row for each token"
                 raise UnsupportedError(explain(rule, f"another {type(module).__name__} in {type(model).__name__}", "Choose another model."))
-    tables = [Table(weight, head, tuple(places[key])) for key, (weight, head) in found.items()]
+    tables = [Table(weight, head, tuple(places[key])) for key, (weight, head) in weights.items()]
     check_tables(model, tables, donor_head)
     return tables
 
@@ -171,22 +170,19 @@ def check_model(model: nn.Module) -> None:
     if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
         rule = "A vocabulary is given to a Transformers model itself"
         raise UnsupportedError(explain(rule, type(model).__name__, "Transplant first, then put adapters into it."))
-    given = image_tokens(model)
-    if given or model.config.is_encoder_decoder:
-        rule, came = "A vocabulary is transplanted in a model of text alone, with one stack of blocks", type(model).__name__
-        raise UnsupportedError(
-            explain(
-                rule, f"{came}, with {f'image tokens {given}' if given else 'an encoder and a decoder'}", "Transplant its language model."
-            )
-        )
+    images = image_tokens(model)
+    if images or model.config.is_encoder_decoder:
+        rule = "A vocabulary is transplanted in a model of text alone, with one stack of blocks"
+        got = f"{type(model).__name__}, with {f'image tokens {images}' if images else 'an encoder and a decoder'}"
+        raise UnsupportedError(explain(rule, got, "Transplant its language model."))
 
 
 def check_tables(model: nn.Module, tables: list[Table], donor_head: Tensor | None) -> None:
     """Refuse tables that no others can stand in for, and a head for a model whose head is tied."""
     for weight in (table.weight for table in tables):
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            rule, came = "Rows of a vocabulary are plain floating-point parameters", f"{type(weight).__name__} of {weight.dtype}"
-            raise UnsupportedError(explain(rule, came, "Load the model without quantisation, and take adapters out."))
+            rule, got = "Rows of a vocabulary are plain floating-point parameters", f"{type(weight).__name__} of {weight.dtype}"
+            raise UnsupportedError(explain(rule, got, "Load the model without quantisation, and take adapters out."))
     if donor_head is not None and not any(table.head for table in tables):
         rule = "A donor's head makes the rows of a head that is not tied to the embeddings"
         raise UnsupportedError(explain(rule, f"the tied head of {type(model).__name__}", "Leave `donor_head` out."))
@@ -194,9 +190,9 @@ def check_tables(model: nn.Module, tables: list[Table], donor_head: Tensor | Non
 
 def check_rows(donor_embeddings: Tensor, donor_head: Tensor | None, size: int, highest: int, rows: int) -> None:
     """Refuse matrices that lack rows of their tokenizer."""
-    for name, matrix, needed in (("donor_embeddings", donor_embeddings, size), ("donor_head", donor_head, size)):
-        if matrix is not None and (matrix.dim() != 2 or len(matrix) < needed):
-            rule = f"`{name}` has a row for each token of the donor's tokenizer, ({needed} e)"
+    for name, matrix in (("donor_embeddings", donor_embeddings), ("donor_head", donor_head)):
+        if matrix is not None and (matrix.dim() != 2 or len(matrix) < size):
+            rule = f"`{name}` has a row for each token of the donor's tokenizer, ({size} e)"
             raise UnsupportedError(explain(rule, tuple(matrix.shape), "Pass the matrix of the model that it belongs to."))
     if highest >= rows:
         rule = "The model has a row for each token of its tokenizer"
@@ -215,7 +211,7 @@ def replace(done: Transplant, table: Table, rows: Tensor) -> None:
 
 
 def resize(done: Transplant, size: int, tokenizer: Any, donor_tokenizer: Any, to_donor: dict[int, int]) -> None:
-    """Tell the model and its configs of the new vocabulary."""
+    """Write the new vocabulary into the model and its configs."""
     model = done.model
     text = model.config.get_text_config()
     before = text.vocab_size
@@ -236,15 +232,14 @@ def resize(done: Transplant, size: int, tokenizer: Any, donor_tokenizer: Any, to
 def new_id(name: str, value: Any, tokenizer: Any, donor_tokenizer: Any, to_donor: dict[int, int]) -> Any:
     """What a token id in a config becomes: that of the same role, else of the same token; None where there is none."""
     if isinstance(value, (list, tuple)):
-        found = [new_id(name, one, tokenizer, donor_tokenizer, to_donor) for one in value]
-        return [one for one in dict.fromkeys(found) if one is not None] or None
+        ids = dict.fromkeys(new_id(name, id_, tokenizer, donor_tokenizer, to_donor) for id_ in value)
+        return [id_ for id_ in ids if id_ is not None] or None
     role = name.removesuffix("_token_id")
     if role in ROLES and value == role_id(tokenizer, role) or value not in to_donor:
         return role_id(donor_tokenizer, role)
     return to_donor[value]
 
 
-# -- what two tokenizers share -------------------------------------------------------------------------------------------
 def role_id(tokenizer: Any, role: str) -> int | None:
     """The id of the token that has a role, or the nearest one."""
     ids = (getattr(tokenizer, f"{name}_token_id", None) for name in ROLES.get(role, ()))
@@ -274,7 +269,7 @@ def sentence_piece(token: str) -> bytes:
 
 
 def word_piece(token: str) -> bytes:
-    """What goes on is marked, not what begins."""
+    """Tokens that continue a word are marked, not those that begin one."""
     return token.removeprefix("##").encode() if token.startswith("##") else b" " + token.encode()
 
 
@@ -287,16 +282,16 @@ def shared(tokenizer: Any, donor_tokenizer: Any) -> tuple[Tensor, Tensor, dict[i
     Raises:
         UnsupportedError: There are none.
     """
-    mine, theirs = surfaces(tokenizer), surfaces(donor_tokenizer)
-    pairs = [(mine[text], id_) for text, id_ in theirs.items() if text in mine]
+    base_surfaces, donor_surfaces = surfaces(tokenizer), surfaces(donor_tokenizer)
+    pairs = [(base_surfaces[text], id_) for text, id_ in donor_surfaces.items() if text in base_surfaces]
     if not pairs:
         rule = "A transplant needs tokens that both vocabularies have"
-        raise UnsupportedError(explain(rule, f"none of {len(theirs)}", "Pass the two tokenizers in the right order."))
-    vocabulary, theirs_special = tokenizer.get_vocab(), set(donor_tokenizer.all_special_ids)
-    roles = {id_: vocabulary[token] for token, id_ in donor_tokenizer.get_vocab().items() if id_ in theirs_special and token in vocabulary}
+        raise UnsupportedError(explain(rule, f"none of {len(donor_surfaces)}", "Pass the two tokenizers in the right order."))
+    vocabulary, special = tokenizer.get_vocab(), set(donor_tokenizer.all_special_ids)
+    roles = {id_: vocabulary[token] for token, id_ in donor_tokenizer.get_vocab().items() if id_ in special and token in vocabulary}
     for role in ROLES:
-        here, there = role_id(tokenizer, role), getattr(donor_tokenizer, f"{role}_token_id", None)
-        if here is not None and there is not None:
-            roles.setdefault(there, here)
+        base_id, donor_id = role_id(tokenizer, role), getattr(donor_tokenizer, f"{role}_token_id", None)
+        if base_id is not None and donor_id is not None:
+            roles.setdefault(donor_id, base_id)
     base_ids, donor_ids = torch.tensor(pairs, dtype=torch.long).unbind(dim=1)
     return base_ids, donor_ids, roles
