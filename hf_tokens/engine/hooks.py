@@ -35,7 +35,9 @@ class BoundForward:
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Give the module its own forward back, unless another library has put its own there since."""
+        """Give the module its own forward back, also to a hook of Accelerate's that stands around ours since."""
+        if vars(self.module).get("_old_forward") == self.stand_in:
+            self.module._old_forward = self._before or type(self.module).forward.__get__(self.module)
         if vars(self.module).get("forward") != self.stand_in:
             return
         if self._before is None:

@@ -1,7 +1,7 @@
 """What we touch of other libraries that they did not promise to keep: each with the reason, and named by the test that fails when it moves.
 
-An attribute of an object is looked for in its class, or where the library's own code says its name. Of Accelerate we touch nothing of the
-kind. What single models call their parts is data, and tested with the models.
+An attribute of an object is looked for in its class, or where the library's own code says its name. What single models call their parts is
+data, and tested with the models.
 """
 
 import ast
@@ -270,6 +270,7 @@ OTHERS = (
     Private("torch._dynamo", "OptimizedModule", "a model that is compiled already is refused"),
     Private("torch.ops.aten", "_scaled_dot_product_flash_attention_for_cpu", "its FLOPs, which torch does not count"),
     Private("torch.ops.aten", "_grouped_mm", "its FLOPs, which torch does not count"),
+    Private("accelerate.hooks.add_hook_to_module", "_old_forward", "a forward of ours under a hook of Accelerate's is taken off there"),
     Private("sys", "_getframe", "a surgery finds the Trainer or the pipeline that is calling"),
     Private("sys", "_current_frames", "whether another thread is inside a call of the model"),
 )

@@ -363,3 +363,24 @@ def test_the_head_that_a_lora_trained_stays_in_use(more):
                 all_equal(run(surgery), want, "disabled")
         all_equal(run(surgery.unload()), want, "unloaded")
     assert not difference(before, snapshot(inner)) and trained == [p.requires_grad for p in inner.parameters()]
+
+
+def test_hooks_of_accelerate_around_a_surgery_outlive_it():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    specimen = zoo.build("llama")
+    base = specimen.model
+    modules = (base, base.model.layers[2])
+    want = base(**specimen.inputs).logits
+    surgery = get_token_model(base, ProbeDropConfig())
+    for module in modules:
+        add_hook_to_module(module, ModelHook())
+    dropped = surgery(**specimen.inputs).logits
+    assert not torch.equal(dropped, want)
+    surgery.unload()
+    for module in modules:
+        assert vars(module)["_old_forward"].__func__ is type(module).forward, "nothing of ours is left under the hook"
+    assert torch.equal(base(**specimen.inputs).logits, want)
+    for module in modules:
+        remove_hook_from_module(module)
+    assert torch.equal(base(**specimen.inputs).logits, want)
