@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .surgery import StreamSurgery
 
 
-
 class BlockForward(BoundForward):
     """The forward of a block."""
 

@@ -1,27 +1,4 @@
-"""What the engine asks of a role. A handler speaks for all methods of its role: it says in which phases each takes part, and what it does.
-
-The phases, in the order in which `stream.py` and `model.py` walk them:
-
-    before_model    the model is called; its arguments may change
-      arrive        the first block of a stream is called, whatever acts in it
-      around        what stands around the whole call of a block
-      before        the stream's tokens change in front of the block
-      gate          which tokens run the block, how often, and how much that counts
-      insert        tokens that are there for this block only
-        call        what stands for the block's own forward; `weights` stand in for the base's while it runs
-        attention   what the self-attention says is edited
-        between     the tokens between attention and MLP
-        mlp         which tokens the MLP computes
-        sublayer    the tokens in front of a sublayer
-      remove        the tokens of this block only go, and say what they read
-      listen        the scores of the block's attention are noted
-      after         the stream's tokens, or the entries of its cache, change behind the block
-      end           what a method kept over several blocks ends
-      leave         the tokens leave the last block
-      close         the pass is over
-    after_head      the model's head has read the last hidden states
-    after_model     the model has answered
-"""
+"""What the engine asks of a role: a handler speaks for all methods of its role, and says in which phases each takes part, and how."""
 
 from __future__ import annotations
 
@@ -43,6 +20,30 @@ if TYPE_CHECKING:
     from .run import BlockTokens, Site
 
 Gates = list[Tensor]
+# The phases in the order in which `stream.py` and `model.py` walk them, those of a model's call first and last.
+PHASES = {
+    "before_model": "the model is called; its arguments may change",
+    "arrive": "the first block of a stream is called, whatever acts in it",
+    "around": "what stands around the whole call of a block",
+    "before": "the stream's tokens change in front of the block",
+    "gate": "which tokens run the block, how often, and how much that counts",
+    "insert": "tokens that are there for this block only",
+    "last": "the same for the last block that runs, whichever it is",
+    "call": "what stands for the block's own forward",
+    "weights": "what stands in for the base's weights while it runs",
+    "attention": "what the self-attention returns is edited",
+    "between": "the tokens between attention and MLP",
+    "mlp": "which tokens the MLP computes",
+    "sublayer": "the tokens in front of a sublayer",
+    "remove": "the tokens of this block only go, and their owner gets what they read",
+    "listen": "the scores of the block's attention are noted",
+    "after": "the stream's tokens, or the entries of its cache, change behind the block",
+    "end": "what a method kept over several blocks ends",
+    "leave": "the tokens leave the last block",
+    "close": "the pass is over",
+    "after_head": "the model's head has read the last hidden states",
+    "after_model": "the model has answered",
+}
 
 
 class Handler:
@@ -139,12 +140,11 @@ class Handler:
 HANDLERS: dict[str, Handler] = {}
 
 
-def handles(role: str, *more: str) -> Callable[[type[Handler]], type[Handler]]:
-    """Class decorator: this handler speaks for the methods of a role, or of some."""
+def handles(role: str) -> Callable[[type[Handler]], type[Handler]]:
+    """Class decorator: this handler speaks for the methods of a role."""
 
     def add(cls: type[Handler]) -> type[Handler]:
-        handler = cls()
-        HANDLERS.update(dict.fromkeys((role, *more), handler))
+        HANDLERS[role] = cls()
         return cls
 
     return add
@@ -156,5 +156,5 @@ def handler_of(method: Method) -> Handler:
 
 
 def all_handlers() -> Iterator[Handler]:
-    """Every handler once, in the order of the roles."""
-    yield from dict.fromkeys(HANDLERS.values())
+    """Every handler, in the order in which `handlers/` registers them."""
+    yield from HANDLERS.values()

@@ -171,4 +171,3 @@ class SignalHooks:
     def _note_picture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         pixels = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}.get("pixel_values")
         self.block.surgery.see_picture(tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None)
-

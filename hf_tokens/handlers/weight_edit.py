@@ -111,4 +111,3 @@ class EditedWeights:
         for method in self.edits:
             if method.is_first_block and not method.is_made and not torch.compiler.is_compiling() and method.warns():
                 warnings.warn(f"hf-tokens: the edit {method.key!r} is not made and changes nothing; call `hf_tokens.edit`.", stacklevel=2)
-

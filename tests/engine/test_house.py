@@ -1,6 +1,7 @@
 """The house: who may import whom, how long a file is, and who owns what. Each test says the line that breaks it."""
 
 import ast
+import types
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import hf_tokens
 from hf_tokens import roles
+from hf_tokens.engine.handler import HANDLERS, PHASES, Handler
 
 HOUSE = Path(hf_tokens.__file__).parent
 # A package may import those in front of it; imports for type checkers count like all others.
@@ -127,3 +129,24 @@ def test_an_object_s_attributes_are_written_where_its_class_is():
         if target.value.id not in ("self", "cls") and target.attr in owners.keys() - FOREIGN and path not in owners[target.attr]
     ]
     assert not strangers
+
+
+def test_the_page_of_the_architecture_has_the_table_of_phases():
+    page = (HOUSE.parent / "docs" / "architecture.md").read_text()
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in page.splitlines() if line.startswith("| `")]
+    assert [(name.strip("`"), meaning) for name, meaning in rows if name.strip("`") in PHASES] == [*PHASES.items()]
+
+
+@pytest.mark.parametrize("role", sorted(HANDLERS))
+def test_a_handler_takes_part_in_phases_that_there_are(role):
+    asked = {phase for info in hf_tokens.list_methods(role) for phase in HANDLERS[role].phases(example_of(info))}
+    assert asked <= PHASES.keys()
+    own = {name for name in vars(type(HANDLERS[role])) if name in vars(Handler)}
+    assert asked or own & PHASES.keys(), "a handler that is never asked"
+
+
+def example_of(info):
+    """What a handler may read of a method before it stands in a block."""
+    cls, last = info.cls, types.SimpleNamespace(is_last_block=True)
+    asks = {name for names in cls.words.values() for name in names}
+    return types.SimpleNamespace(site=cls.site, words=cls.words, spans=cls.spans, asks=asks, is_first_block=True, dims=last)

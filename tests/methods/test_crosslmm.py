@@ -101,7 +101,5 @@ def test_generated_tokens_read_the_pictures_of_their_prompt():
         want = model(**longer).logits[:, -1]
         cache = model(**specimen.inputs, use_cache=True).past_key_values
         for i in range(2):
-            got = model(
-                input_ids=more[:, i : i + 1], attention_mask=longer["attention_mask"][:, : ids.shape[1] + i + 1], **{CACHE: cache}
-            )
+            got = model(input_ids=more[:, i : i + 1], attention_mask=longer["attention_mask"][:, : ids.shape[1] + i + 1], **{CACHE: cache})
     torch.testing.assert_close(got.logits[:, -1], want)
