@@ -37,15 +37,16 @@ def read_json(model: str, file: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnsupportedError(explain(f"{file} must be JSON", f"{path}, which says: {error}", "Download or save it again.")) from None
-    if not isinstance(found, dict):
-        raise UnsupportedError(explain(f"{file} must hold a JSON object", f"{path} with a {type(found).__name__}", "Save it again."))
-    return found
+    if not isinstance(data, dict):
+        raise UnsupportedError(explain(f"{file} must hold a JSON object", f"{path} with a {type(data).__name__}", "Save it again."))
+    return data
 
 
 def transformers_blueprint(model: str, subfolder: str) -> nn.Module:
+    """A model of Transformers by its config."""
     config = transformers.AutoConfig.from_pretrained(model, subfolder=subfolder)
     names = [name for name in config.architectures or () if name in dir(transformers)]
     with torch.device("meta"):
@@ -53,6 +54,7 @@ def transformers_blueprint(model: str, subfolder: str) -> nn.Module:
 
 
 def diffusers_blueprint(config: dict[str, Any]) -> nn.Module:
+    """A model of Diffusers by its config."""
     name = config["_class_name"]
     try:
         import diffusers
@@ -65,7 +67,7 @@ def diffusers_blueprint(config: dict[str, Any]) -> nn.Module:
         return getattr(diffusers, name).from_config(config)
 
 
-def one(model: str, subfolder: str = "") -> nn.Module | None:
+def part_blueprint(model: str, subfolder: str = "") -> nn.Module | None:
     """The model in one folder, or None where its config is not a model's (a scheduler, a tokenizer)."""
     config = read_json(model, f"{subfolder}/config.json".lstrip("/"))
     if config is None:
@@ -82,8 +84,8 @@ def blueprints(model: str) -> Iterator[tuple[str, nn.Module]]:
     check_source(model)
     index = read_json(model, "model_index.json")
     parts = [""] if index is None else [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    found = [(part, one(model, part)) for part in parts]
-    if not any(blueprint is not None for _, blueprint in found):
+    built = [(part, blueprint) for part in parts if (blueprint := part_blueprint(model, part)) is not None]
+    if not built:
         rule = "A model to inspect is a folder or Hub id with a config.json or a model_index.json"
         raise UnsupportedError(explain(rule, repr(model), "Check the path or the name."))
-    yield from ((part, blueprint) for part, blueprint in found if blueprint is not None)
+    yield from built

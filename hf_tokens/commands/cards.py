@@ -54,11 +54,11 @@ def example(info: MethodInfo) -> str:
 def measured(info: MethodInfo) -> str:
     """What the benchmarks found, with the command that did it."""
     path = ROOT / "benchmarks" / "results" / "methods.json"
-    found = json.loads(path.read_text()).get(info.name) if path.is_file() else None
-    if found is None:
+    result = json.loads(path.read_text()).get(info.name) if path.is_file() else None
+    if result is None:
         return NOT_MEASURED
-    head = [table_row(found["columns"]), table_row(["---"] * len(found["columns"]))]
-    return "\n".join([f"`{found['command']}`, {found['setting']}:", "", *head, *map(table_row, found["rows"])])
+    head = [table_row(result["columns"]), table_row(["---"] * len(result["columns"]))]
+    return "\n".join([f"`{result['command']}`, {result['setting']}:", "", *head, *map(table_row, result["rows"])])
 
 
 def method_card(info: MethodInfo, template: str) -> str:

@@ -63,16 +63,16 @@ def snake(role: str) -> str:
 
 
 def known_roles() -> dict[str, type[roles.Method]]:
-    found = [cls for cls in vars(roles).values() if inspect.isclass(cls) and issubclass(cls, roles.Method) and cls is not roles.Method]
-    return {snake(cls.role): cls for cls in found}
+    """The class of each role, by its folder."""
+    classes = (cls for cls in vars(roles).values() if inspect.isclass(cls) and issubclass(cls, roles.Method))
+    return {snake(cls.role): cls for cls in classes if cls is not roles.Method}
 
 
 def verb_header(cls: type[roles.Method], verb: str) -> str:
     """The header of a verb that the role leaves open."""
     signature = inspect.signature(getattr(cls, verb))
-    given = "hidden: Tensor" if verb == cls.verb else ", ".join(str(p) for name, p in signature.parameters.items() if name != "self")
-    returns = signature.return_annotation
-    return f"    def {verb}(self, {given.replace(chr(39), '')}) -> {returns}: ..."
+    arguments = "hidden: Tensor" if verb == cls.verb else ", ".join(str(p) for name, p in signature.parameters.items() if name != "self")
+    return f"    def {verb}(self, {arguments.replace(chr(39), '')}) -> {signature.return_annotation}: ..."
 
 
 def write(name: str, role: str, root: Path) -> list[Path]:
@@ -81,13 +81,13 @@ def write(name: str, role: str, root: Path) -> list[Path]:
     Raises:
         ConfigError: The name is no snake_case word, the role is unknown, or a file is there already.
     """
-    found = known_roles()
+    known = known_roles()
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ConfigError(explain("A method's name is a snake_case word", repr(name), "Use `make new m=<name> role=<role>`."))
-    if snake(role) not in found:
-        remedy = f"{did_you_mean([snake(role)], found)}Use `make new m=<name> role=<role>`."
-        raise ConfigError(explain(f"A role must be one of {sorted(found)}", repr(role), remedy))
-    cls = found[snake(role)]
+    if snake(role) not in known:
+        remedy = f"{did_you_mean([snake(role)], known)}Use `make new m=<name> role=<role>`."
+        raise ConfigError(explain(f"A role must be one of {sorted(known)}", repr(role), remedy))
+    cls = known[snake(role)]
     title = "".join(part.capitalize() for part in name.split("_"))
     verbs = "\n\n".join(verb_header(cls, verb) for verb in sorted(cls.__abstractmethods__, key=lambda verb: verb != cls.verb))
     words = re.findall(r"\bTokenMap\b", verbs)[:1] + ["MethodConfig", cls.role, "register"]
@@ -102,8 +102,7 @@ def write(name: str, role: str, root: Path) -> list[Path]:
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    package = root / "adapters" / "hf_tokens_adapters" / snake(role) / "__init__.py"
-    package.touch()
+    (root / "adapters" / "hf_tokens_adapters" / snake(role) / "__init__.py").touch()
     return list(texts)
 
 

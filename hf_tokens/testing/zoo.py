@@ -182,16 +182,16 @@ def tiny(config: Any) -> dict[str, Any]:
     values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     layers = {values[name] for name in values if _rule(NUMBERS, name) == ("layers", 4) and isinstance(values[name], int)}
     small: dict[str, Any] = {}
-    taken = VOCAB
+    token = VOCAB  # of which the last are the special ones
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            given = {k: v for k, v in value.to_diff_dict().items() if not _of_every_layer(v, value)}
-            small[name] = {"model_type": value.model_type, **_plain(given), **tiny(value)}
+            changed = {k: v for k, v in value.to_diff_dict().items() if not _of_every_layer(v, value)}
+            small[name] = {"model_type": value.model_type, **_plain(changed), **tiny(value)}
         elif name == "rope_parameters" or name == "rope_scaling":
             small[name] = _tiny_rope(value, _splits_rotary(type(config)))
         elif re.search(r"token_(id|index|ids)$", name):
-            taken -= isinstance(value, int) and value >= 16
-            small[name] = _tiny_token(name, value, taken)
+            token -= isinstance(value, int) and value >= 16
+            small[name] = _tiny_token(name, value, token)
         elif name in LAYER_LISTS and isinstance(value, (list, tuple)):
             kinds = list(dict.fromkeys(value))
             small[name] = [kinds[i % len(kinds)] for i in range(4)] if 1 < len(kinds) <= 4 else None
@@ -214,45 +214,42 @@ def _of_every_layer(value: Any, config: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == getattr(config, "num_hidden_layers", None)
 
 
-def _plain(given: dict[str, Any]) -> dict[str, Any]:
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     drop = ("transformers_version", "model_type", "architectures", "out_indices", "stage_names")
-    kept = {name: value for name, value in given.items() if name not in drop and not isinstance(value, dict)}
+    kept = {name: value for name, value in settings.items() if name not in drop and not isinstance(value, dict)}
     if kept.get("out_features"):
         kept["out_features"] = [f"stage{i}" for i in range(1, 5)][-len(kept["out_features"]) :]
     return kept
 
 
 def _rule(rules: Any, name: str) -> Any:
-    for pattern, label, value in rules:
-        if pattern.search(name):
-            return label, value
-    return None
+    return next(((label, value) for pattern, label, value in rules if pattern.search(name)), None)
 
 
 def _tiny_number(name: str, value: int) -> int:
-    found = _rule(NUMBERS, name)
-    if found is None:
+    rule = _rule(NUMBERS, name)
+    if rule is None:
         return value
-    label, small = found
+    label, small = rule
     if label == "layers":
         return small if value > 1 else value
     return min(value, small)
 
 
 def _tiny_list(name: str, value: Any) -> Any:
-    found = _rule(LISTS, name)
-    if found is not None and not (found[0] == "patch" and len(value) > 3):
-        return type(value)((*found[1], *found[1][-1:] * len(value))[: len(value)])
+    rule = _rule(LISTS, name)
+    if rule is not None and not (rule[0] == "patch" and len(value) > 3):
+        return type(value)((*rule[1], *rule[1][-1:] * len(value))[: len(value)])
     if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return type(value)(_tiny_number(name, item) for item in value)
     return value
 
 
-def _tiny_token(name: str, value: Any, taken: int) -> Any:
+def _tiny_token(name: str, value: Any, token: int) -> Any:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     if name in special:
         return None if value is None else special[name]
-    return taken if isinstance(value, int) and value >= 16 else value
+    return token if isinstance(value, int) and value >= 16 else value
 
 
 def _tiny_rope(value: Any, sections: bool) -> Any:
@@ -312,17 +309,17 @@ def _diffusers_model(family: str, row: Row) -> nn.Module:
 
 
 def _tiny_diffusers(name: str, value: Any) -> Any:
-    found = _rule(DIFFUSERS, name)
-    if found is None or value is None or isinstance(value, (bool, str)):
+    rule = _rule(DIFFUSERS, name)
+    if rule is None or value is None or isinstance(value, (bool, str)):
         return value
-    small = found[1]
+    label, small = rule
     if isinstance(value, (list, tuple)) and isinstance(small, int):
         return type(value)(min(item, small) if isinstance(item, int) else item for item in value)
     if isinstance(value, (list, tuple)):
         return type(value)(small[: len(value)])
     if isinstance(small, tuple):
         small = small[0]
-    return min(value, small) if isinstance(value, (int, float)) and found[0] != "layers" else small
+    return min(value, small) if isinstance(value, (int, float)) and label != "layers" else small
 
 
 def _diffusers_inputs(model: nn.Module, row: Row) -> dict[str, Any]:
