@@ -1,6 +1,7 @@
 """One thread, no network and interpreted kernels, set before torch, huggingface_hub and triton read the environment."""
 
 import functools
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from costs import Costs
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -39,6 +41,16 @@ def pytest_ignore_collect(collection_path, config):
     return None if kept else True
 
 
+def pytest_configure(config):
+    config.pluginmanager.register(Costs())
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    """What is there by now stays: without it every full collection walks through all of torch and transformers again."""
+    gc.collect()
+    gc.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 import warnings
@@ -128,10 +129,11 @@ class MethodConfig:
         cls.method, cls.version = method, version
 
     @classmethod
-    def knobs(cls) -> list[tuple[dataclasses.Field, Any]]:
+    @functools.cache
+    def knobs(cls) -> tuple[tuple[dataclasses.Field, Any], ...]:
         """Every knob with its resolved type."""
         hints = typing.get_type_hints(cls)
-        return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+        return tuple((field, hints[field.name]) for field in dataclasses.fields(cls))
 
     def at_zero(self) -> MethodConfig:
         """This config at zero strength: each knob that declares a `zero` takes it."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -260,3 +264,42 @@ ARCHITECTURES = {row.name: row for row in ROWS}
 def built(name: str) -> tuple[nn.Module, Inputs]:
     """The model and inputs of an architecture, made once and never changed."""
     return ARCHITECTURES[name].build()
+
+
+class Apart(pickle.Pickler):
+    """Writes all of a model but its tensors, and functions, which belong to every copy: these it lists."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.listed: list[Any] = []
+        self.places: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, (Tensor, FunctionType)):
+            return None
+        if id(value) not in self.places:
+            self.places[id(value)] = len(self.listed)
+            self.listed.append(value)
+        return self.places[id(value)]
+
+
+class Together(pickle.Unpickler):
+    def __init__(self, data: bytes, listed: list[Any]):
+        super().__init__(io.BytesIO(data))
+        self.listed = listed
+
+    def persistent_load(self, place: int) -> Any:
+        return self.listed[place]
+
+
+@cache
+def written(name: str) -> tuple[bytes, list[Any]]:
+    writer = Apart(file := io.BytesIO())
+    writer.dump(built(name)[0])
+    return file.getvalue(), writer.listed
+
+
+def fresh(name: str) -> nn.Module:
+    """A copy of the model of an architecture, as `deepcopy` makes it, in a quarter of its time."""
+    data, listed = written(name)
+    return Together(data, copy.deepcopy(listed)).load()

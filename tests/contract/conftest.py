@@ -1,13 +1,13 @@
 """`pair` runs a test with every method on every architecture that takes it, `talker` with those of them that generate text, and so on.
 
-A test marked `few` is about the life of an adapter and not about the architecture: the probes live it on every architecture, each published
-method on a few, which differ from method to method. `make contract` lets every method live it on every one.
+`selection.py` says on which architectures; `make contract` takes all of them.
 """
 
 import os
 
 import pytest
-from contract.pairs import PAIRS, few, planned, refused
+from contract.pairs import PAIRS, planned, refused
+from contract.selection import thin
 
 ALL = os.environ.get("HF_TOKENS_CONTRACT") == "all"
 
@@ -25,8 +25,8 @@ def pytest_generate_tests(metafunc):
     for name, takes in FIXTURES.items():
         if name in metafunc.fixturenames:
             sides = "side" in metafunc.fixturenames
-            thin = not ALL and metafunc.definition.get_closest_marker("few")
-            pairs = [pair for pair in PAIRS if takes(pair) and (not thin or few(pair))]
+            pairs = [pair for pair in PAIRS if takes(pair)]
+            pairs = pairs if ALL else thin(metafunc.function.__name__, pairs)
             cases = [(pair, side) for pair in pairs for side in (pair.row.pads if sides else ("",))]
             ids = [f"{pair.method}-{pair.architecture}{side and '-' + side}" for pair, side in cases]
             names = [name, "side"] if sides else [name]

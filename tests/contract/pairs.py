@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from contract.architectures import ARCHITECTURES, BATCH, PADS, Architecture, Inputs, built
+from contract.architectures import ARCHITECTURES, BATCH, PADS, Architecture, Inputs, built, fresh
 from peft import LoraConfig, PeftModel
 from tolerances import differs
 from torch import Tensor, nn
@@ -35,7 +33,6 @@ from hf_tokens.model.streams import Stream
 from hf_tokens.peft.placement import plan
 from hf_tokens.roles.config import MethodConfig
 from hf_tokens.roles.registry import MethodInfo
-from hf_tokens.testing import probe
 from hf_tokens.testing.probe import ProbeInsertConfig
 from hf_tokens.tools.measure import Cost
 from hf_tokens.tools.surgeries import instances
@@ -136,8 +133,17 @@ class Pair:
         return ARCHITECTURES[self.architecture]
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.info.cls.prompt_ids(self.info.config.example())
+
+    @property
     def inputs(self) -> Inputs:
-        return with_prompt(built(self.architecture)[1], self.info.cls.prompt_ids(self.info.config.example()))
+        return with_prompt(built(self.architecture)[1], self.prompt)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether only a generation shows what the method does: a token after the prompt."""
+        return self.info.role in ("CacheCompressor", "ModelRouter")
 
     @property
     def acts_on_text(self) -> bool:
@@ -145,11 +151,14 @@ class Pair:
         return self.row.generates and any(s.kind == "text" and s.causal for s in self.streams())
 
     def base(self) -> nn.Module:
-        return copy.deepcopy(built(self.architecture)[0])
+        return fresh(self.architecture)
 
     def streams(self) -> list[Stream]:
         """The streams that the method acts on."""
         return [p.stream for p in plan(found(self.architecture), HFTokensConfig(methods=[tiny(self.info.config)]))]
+
+    def all_streams(self) -> list[Stream]:
+        return found(self.architecture).streams
 
     @property
     def config(self) -> MethodConfig:
@@ -200,21 +209,18 @@ class Pair:
         return self.row.loss(model, self.inputs if inputs is None else inputs)
 
     def run(self, model: nn.Module, inputs: Inputs | None = None) -> list[Tensor]:
-        """What the model puts out; a cache compressor needs a token after the prompt to show, a model router another model too."""
+        """What the model puts out; a model router needs another model for it."""
         inputs = self.inputs if inputs is None else inputs
+        operated = self.info.role == "ModelRouter" and any(isinstance(module, BlockSurgery) for module in model.modules())
+        more = {"custom_generate": route_to(other(self.architecture))} if operated else {}
         with torch.no_grad():
-            if self.info.role == "ModelRouter":
-                surgery = any(isinstance(module, BlockSurgery) for module in model.modules())
-                return generate(model, inputs, 3, **({"custom_generate": route_to(other(self.architecture))} if surgery else {}))
-            if self.info.role == "CacheCompressor":
-                return generate(model, inputs, 3)
-            return self.row.run(model, inputs)
+            return generate(model, inputs, 3, **more) if self.speaks else self.row.run(model, inputs)
 
 
 @cache
 def other(architecture: str) -> nn.Module:
     """A model of this architecture with weights of its own."""
-    model, generator = copy.deepcopy(built(architecture)[0]), torch.Generator().manual_seed(3)
+    model, generator = fresh(architecture), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel(), generator=generator)].view_as(parameter))
@@ -264,32 +270,34 @@ def planned(pair: Pair) -> str | None:
     return None
 
 
-FEW = 3  # architectures of one kind on which a published method lives the life of an adapter
+def base_run(pair: Pair) -> list[Tensor]:
+    """What the model puts out without the surgery."""
+    return unoperated(pair.architecture, pair.prompt, pair.speaks)
 
 
 @cache
-def of_a_kind(method: str) -> list[list[str]]:
-    """The architectures that a method's plan takes, by the kinds of stream that it acts on, from another beginning for each method."""
-    kinds: dict[tuple, list[str]] = {}
-    for pair in (pair for pair in PAIRS if pair.method == method):
-        if planned(pair) is None:
-            kinds.setdefault((pair.row.library, *sorted({(s.kind, s.causal) for s in pair.streams()})), []).append(pair.architecture)
-    turn = zlib.crc32(method.encode())
-    return [group[turn % len(group) :] + group[: turn % len(group)] for group in kinds.values()]
+def unoperated(architecture: str, words: tuple[int, ...], speaks: bool) -> list[Tensor]:
+    row, model, inputs = ARCHITECTURES[architecture], fresh(architecture), with_prompt(built(architecture)[1], words)
+    with torch.no_grad():
+        return generate(model, inputs, 3) if speaks else row.run(model, inputs)
 
 
-def few(pair: Pair) -> bool:
-    """Whether a method lives the life of an adapter on this architecture."""
-    if pair.info.cls.__module__ == probe.__name__:
-        return True
-    return any(pair.architecture in group[:: max(1, len(group) // FEW)][:FEW] for group in of_a_kind(pair.method))
+@cache
+def tried(pair: Pair, config: MethodConfig, size: float) -> list[Tensor]:
+    """What it puts out with this config and stir."""
+    return pair.run(pair.attach(config=config, size=size))
+
+
+def attached_run(pair: Pair) -> list[Tensor]:
+    """What it puts out with the surgery as `attach` makes it."""
+    return tried(pair, *mildest(pair))
 
 
 @cache
 def refused(pair: Pair) -> str | None:
     """Why the engine refuses a pair when it sees the model or the first inputs; None if it does not."""
     try:
-        pair.run(pair.attach(config=tiny(pair.info.config)))
+        tried(pair, tiny(pair.info.config), STIRS[0])
     except UnsupportedError as error:
         return str(error)
     return None
@@ -332,15 +340,20 @@ def cost(pair: Pair, model: nn.Module, inputs: Inputs) -> Cost:
     return measure(model, **calls[-1], **more)
 
 
+@cache
+def base_cost(pair: Pair) -> Cost:
+    return cost(pair, pair.base(), pair.inputs)
+
+
 def saves(pair: Pair, config: MethodConfig, size: float) -> bool:
     """Whether a method does what its role promises with this config."""
-    base, model = pair.base(), pair.attach(config=config, size=size)
-    if pair.info.role == "Objective":
-        return differs([pair.loss(model.train()).detach()], [pair.loss(base.train()).detach()])
     falls = FALLS.get(pair.info.cls.site, FALLS.get(pair.info.role))
+    if falls is None and pair.info.role != "Objective":
+        return differs(tried(pair, config, size), base_run(pair))
+    model = pair.attach(config=config, size=size)
     if falls is None:
-        return differs(pair.run(model), pair.run(base))
-    before, after = cost(pair, base, pair.inputs), cost(pair, model, pair.inputs)
+        return differs([pair.loss(model.train()).detach()], [pair.loss(pair.base().train()).detach()])
+    before, after = base_cost(pair), cost(pair, model, pair.inputs)
     return all(getattr(after, name) < getattr(before, name) for name in falls)
 
 

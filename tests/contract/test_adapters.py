@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from contract.pairs import PARTNER, adapter_parameters, difference, lora, snapshot, stir
+from contract.pairs import PARTNER, adapter_parameters, attached_run, base_run, difference, lora, snapshot, stir
 from peft import PeftModel, get_peft_model
 from tolerances import all_equal, differs
 
@@ -20,7 +20,6 @@ def nothing_left(pair, base):
     assert not difference(snapshot(clean), snapshot(base))
 
 
-@pytest.mark.few
 def test_save_and_load(pair, tmp_path):
     model = pair.attach().requires_grad_(False)  # as it is when it is loaded
     want = pair.run(model)
@@ -37,7 +36,7 @@ def test_disabled_is_the_base_to_the_bit(pair):
     model = pair.attach()
     on = pair.run(model)
     with model.disable_adapter():
-        all_equal(pair.run(model), pair.run(pair.base()), "disabled")
+        all_equal(pair.run(model), base_run(pair), "disabled")
     all_equal(pair.run(model), on, "enabled again")
 
 
@@ -47,7 +46,6 @@ def test_unload_leaves_nothing(pair):
     nothing_left(pair, model.unload())
 
 
-@pytest.mark.few
 def test_a_deepcopy_lives_its_own_life(pair):
     model = pair.attach()
     want = pair.run(model)
@@ -59,7 +57,6 @@ def test_a_deepcopy_lives_its_own_life(pair):
     nothing_left(pair, twin.unload())
 
 
-@pytest.mark.few
 def test_two_adapters_switch_and_delete(pair):
     model = pair.attach()
     first = pair.run(model)
@@ -75,13 +72,12 @@ def test_two_adapters_switch_and_delete(pair):
     model.delete_adapter("second")
     assert not any(".second." in name for name in model.state_dict())
     model.delete_adapter("default")
-    all_equal(pair.run(model.base_model.model), pair.run(pair.base()), "deleted")
+    all_equal(pair.run(model.base_model.model), base_run(pair), "deleted")
     nothing_left(pair, model.unload())
 
 
-@pytest.mark.few
 def test_a_stack_of_two_methods_and_a_lora(pair, tmp_path):
-    alone = pair.run(pair.attach())
+    alone = attached_run(pair)
     model = pair.stack(lora(pair.streams()[0])).requires_grad_(False)  # as it is when it is loaded
     want = pair.run(model)
     assert differs(want, alone) and all(t.isfinite().all() for t in want)
@@ -91,7 +87,7 @@ def test_a_stack_of_two_methods_and_a_lora(pair, tmp_path):
     model.save_pretrained(tmp_path)
     all_equal(pair.run(PeftModel.from_pretrained(pair.base(), tmp_path).eval()), want, "loaded")
     with model.disable_adapter():
-        all_equal(pair.run(model), pair.run(pair.base()), "disabled")
+        all_equal(pair.run(model), base_run(pair), "disabled")
     all_equal(pair.run(model.requires_grad_(False)), want, "enabled again")
     nothing_left(pair, model.unload())
 
@@ -108,7 +104,6 @@ def nested(pair, surgery_outside):
     return get_peft_model(inner, tuning, adapter_name="tuning"), inner
 
 
-@pytest.mark.few
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")  # so it is
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("surgery_outside", [True, False], ids=["outside", "inside"])
@@ -118,7 +113,7 @@ def test_a_lora_nested_in_both_orders(pair, surgery_outside, tmp_path):
     all_equal(pair.run(model), pair.run(pair.attach(stirred=False)), "a LoRA at its start changes nothing")
     stir(model)
     want = pair.run(model)
-    assert differs(want, pair.run(pair.attach()))
+    assert differs(want, attached_run(pair))
     model.save_pretrained(tmp_path)
     again, _ = nested(pair, surgery_outside)
     again.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k or ".hf_tokens." in k}, strict=False)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from contract.architectures import ARCHITECTURES, BATCH, PADS, built
+from contract.architectures import ARCHITECTURES, BATCH, PADS, built, fresh
+from contract.pairs import difference, snapshot
 from tolerances import all_close
 
 from hf_tokens import anatomy
@@ -16,6 +17,13 @@ def row(request):
 def test_streams(row):
     model, _ = built(row.name)
     assert tuple(s.kind + "*" * s.causal for s in anatomy(model).streams) == row.streams
+
+
+def test_a_fresh_model_is_the_built_one_and_shares_no_tensor(row):
+    model, copied = built(row.name)[0], fresh(row.name)
+    assert not difference(snapshot(model), snapshot(copied))
+    memory = lambda model: {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert not memory(model) & memory(copied)
 
 
 @torch.no_grad()

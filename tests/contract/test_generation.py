@@ -92,15 +92,12 @@ def test_a_padded_row_is_that_row_alone(padded_talker, beams):
     model, cache = talker.attach(), {} if caches(talker) else {"use_cache": False}
     more = {**cache, "num_beams": beams}
     row, padded = talker.row, talker.row.padded(talker.inputs, "left")
-    whole = generate(model, padded, NEW, **more)[0]
+    ids, *logits = generate(model, padded, NEW, **more)
     for i in range(BATCH):
-        alone = generate(model, row.alone(talker.inputs, i, PADS * i), NEW, **more)[0]
-        assert whole[i, -NEW:].tolist() == alone[0, -NEW:].tolist(), f"row {i}"
-    if beams == 1:
-        logits = generate(model, padded, NEW, **more)[1:]
-        for i in range(BATCH):
-            alone = generate(model, row.alone(talker.inputs, i, PADS * i), NEW, **more)[1:]
-            all_close([step[i : i + 1] for step in logits], alone, f"row {i}")
+        alone, *steps = generate(model, row.alone(talker.inputs, i, PADS * i), NEW, **more)
+        assert ids[i, -NEW:].tolist() == alone[0, -NEW:].tolist(), f"row {i}"
+        if beams == 1:
+            all_close([step[i : i + 1] for step in logits], steps, f"row {i}")
 
 
 def test_the_cache_counts_the_tokens_seen(talker):
@@ -158,7 +155,6 @@ def test_a_static_cache_is_right_or_refused(talker):
     all_close(static, generate(model, talker.inputs, NEW), "static cache")
 
 
-@pytest.mark.few
 def test_sampling_and_prompt_lookup_run(talker):
     if not caches(talker) or talker.row.streams != ("text*",):
         return

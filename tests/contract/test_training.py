@@ -70,7 +70,6 @@ def test_gradients_reach_the_adapter_and_not_the_base(pair):
     assert not [name for name in base_parameters(model) if grads[name] is not None]
 
 
-@pytest.mark.few
 def test_gradients_reach_a_whole_stack(pair):
     start = {"stirred": False} if pair.info.role == "Objective" else {}  # far from its start a preference is settled
     model = pair.stack(lora(pair.streams()[0]), config=pair.config, train=True, **start)
@@ -79,7 +78,6 @@ def test_gradients_reach_a_whole_stack(pair):
     assert any(grad.any() for name, grad in grads.items() if "lora_" in name and grad is not None)
 
 
-@pytest.mark.few
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # a teacher's pass is checkpointed too, for nothing
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
 def test_gradient_checkpointing(pair, reentrant):

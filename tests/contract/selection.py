@@ -1,0 +1,63 @@
+"""Which architectures a method meets in a check: two for each kind of stream that it acts on, others from check to check.
+
+The probes meet all of them. An architecture that a check would meet no method on meets one more.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+
+from contract.pairs import Pair, planned
+
+from hf_tokens.testing import probe
+
+ENOUGH, POOL = 2, 3  # architectures for each kind of stream: in a check, and in all checks
+
+
+@cache
+def kinds(pair: Pair) -> frozenset[tuple[str, bool, bool]]:
+    """The kinds of stream that the method acts on; all that the model has where the engine refuses it at once."""
+    taken = planned(pair) is None
+    streams = pair.streams() if taken else pair.all_streams()
+    return frozenset((stream.kind, stream.causal, taken) for stream in streams)
+
+
+def lot(*words: str) -> int:
+    """A number that is the same in every process, and looks drawn by lot."""
+    return zlib.crc32(" ".join(words).encode())
+
+
+def enough(pairs: Iterable[Pair], number: int) -> list[Pair]:
+    """The first pairs among which each kind of stream is there so many times, as far as it is."""
+    met: Counter[tuple] = Counter()
+    chosen = []
+    for pair in pairs:
+        if any(met[kind] < number for kind in kinds(pair)):
+            met.update(kinds(pair))
+            chosen.append(pair)
+    return chosen
+
+
+def own(check: str, pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs of one method that a check takes: out of a few for all checks, since a pair's first check makes what the others reuse."""
+    few = enough(sorted(pairs, key=lambda pair: lot(pair.method, pair.architecture)), POOL)
+    return enough(sorted(few, key=lambda pair: lot(check, pair.method, pair.architecture)), ENOUGH)
+
+
+def is_probe(pair: Pair) -> bool:
+    return pair.info.cls.__module__ == probe.__name__
+
+
+def thin(check: str, pairs: list[Pair]) -> list[Pair]:
+    """The pairs of all methods that a check takes, in their order."""
+    methods: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        methods.setdefault(pair.method, []).append(pair)
+    chosen = {pair for of_method in methods.values() for pair in (of_method if is_probe(of_method[0]) else own(check, of_method))}
+    for pair in sorted(pairs, key=lambda pair: lot(check, pair.architecture, pair.method)):
+        if all(pair.architecture != other.architecture for other in chosen):
+            chosen.add(pair)
+    return [pair for pair in pairs if pair in chosen]

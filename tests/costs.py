@@ -1,0 +1,76 @@
+"""What the tests cost, in CPU-seconds: the slowest files, and each method's own share.
+
+Wall time says little on a shared machine and nothing under xdist; CPU time of the process and of the ones it started does.
+"""
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+METHODS = {path.stem.replace("_", "-") for path in ROOT.glob("adapters/hf_tokens_adapters/*/*.py") if path.stem != "__init__"}
+BUDGET = 5.0  # CPU-seconds that one more method may add
+SHOWN = 10
+
+
+def method_of(nodeid: str) -> str | None:
+    """The method that a test is there for: its own file, or a case of a test over all methods, whose id begins with its name."""
+    file, _, case = nodeid.partition("[")
+    stem = Path(file.partition("::")[0]).stem.removeprefix("test_").replace("_", "-")
+    if "/methods/" in file:
+        return stem
+    words = case.rstrip("]").split("-")
+    return next((name for end in range(len(words), 0, -1) if (name := "-".join(words[:end])) in METHODS), None)
+
+
+def spent() -> float:
+    """CPU-seconds of this process and of the processes it has waited for."""
+    times = os.times()
+    return sum(times[:4])
+
+
+class Costs:
+    """Notes the CPU time of every test where it runs, and adds it up where all reports come together."""
+
+    def __init__(self) -> None:
+        self.mark = 0.0
+        self.seconds: Counter[str] = Counter()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self):
+        self.mark = spent()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        report = yield
+        now = spent()
+        report.cpu, self.mark = now - self.mark, now
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.cpu
+
+    def pytest_terminal_summary(self, terminalreporter):
+        files, methods = Counter(), Counter()
+        for nodeid, seconds in self.seconds.items():
+            files[nodeid.partition("::")[0]] += seconds
+            if method := method_of(nodeid):
+                methods[method] += seconds
+        if not self.seconds:
+            return
+        write = terminalreporter.write_line
+        terminalreporter.write_sep("=", "CPU-seconds")
+        for file, seconds in files.most_common(SHOWN):
+            write(f"{seconds:8.1f}  {file}")
+        write(f"{sum(files.values()):8.1f}  all {len(files)} files, {len(self.seconds)} tests")
+        if methods:
+            name, most = methods.most_common(1)[0]
+            over = sum(seconds > BUDGET for seconds in methods.values())
+            write(f"A method: {median(methods.values()):.1f} in the middle, {most:.1f} at most ({name}); {over} of {len(methods)} over {BUDGET:g}")
+        if path := os.environ.get("HF_TOKENS_COSTS"):
+            Path(path).write_text("".join(f"{seconds:.3f}\t{nodeid}\n" for nodeid, seconds in self.seconds.most_common()))
