@@ -4,7 +4,6 @@ Wall time says little on a shared machine and nothing under xdist; CPU time of t
 """
 
 import os
-import time
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -71,6 +70,7 @@ class Costs:
         if methods:
             name, most = methods.most_common(1)[0]
             over = sum(seconds > BUDGET for seconds in methods.values())
-            write(f"A method: {median(methods.values()):.1f} in the middle, {most:.1f} at most ({name}); {over} of {len(methods)} over {BUDGET:g}")
+            shown = f"{median(methods.values()):.1f} in the middle, {most:.1f} at most ({name}); {over} of {len(methods)} over {BUDGET:g}"
+            write(f"A method: {shown}")
         if path := os.environ.get("HF_TOKENS_COSTS"):
             Path(path).write_text("".join(f"{seconds:.3f}\t{nodeid}\n" for nodeid, seconds in self.seconds.most_common()))

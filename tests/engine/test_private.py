@@ -213,7 +213,7 @@ TRANSFORMERS = (
     Private(f"{TRAINER}.training_step", "train", "sets the model to training, which is where a surgery finds its trainer"),
     Private("transformers.convert_slow_tokenizer", "bytes_to_unicode", "how a byte-level vocabulary writes bytes"),
     Private("transformers.pytorch_utils", "Conv1D", "GPT-2's linear layer, whose width lies the other way round"),
-    Private("transformers.models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a specimen of every family"),
+    Private("transformers.models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a specimen of every family", through="_TASKS"),
     Private("transformers.models.auto.configuration_auto", "CONFIG_MAPPING_NAMES", "a specimen of every family"),
     Private("transformers.models.auto.configuration_auto", "CONFIG_MAPPING", "a specimen of every family"),
 )
