@@ -24,9 +24,11 @@ STRANGE = ("sinks", "indices", "block_indices")  # arguments of attention functi
 class Tap(Protocol):
     """What a block's surgery does with its attention call: it returns those in its place, each for some of the queries, in their order."""
 
-    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
+    noting: bool  # whether the call that is under way is to be noted
 
-    def answer(self, call: AttentionCall) -> Tensor | None: ...
+    def note_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
+
+    def read_packed(self, call: AttentionCall) -> Tensor | None: ...
 
 
 def base_function(backend: str, module: nn.Module) -> Callable:
@@ -47,7 +49,7 @@ def tapped(backend: str) -> Callable:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
         base = base_function(backend, module)
         tap = vars(module).get(TAP, (None,))[0]
-        if tap is None or not tap.listening:
+        if tap is None or not tap.noting:
             return base(module, query, key, value, attention_mask, **kwargs)
         scaling, causal = kwargs.get("scaling"), False if backend == "eager" else kwargs.get("is_causal")  # eager goes by the mask alone
         call = AttentionCall(
@@ -68,8 +70,8 @@ def tapped(backend: str) -> Callable:
             biased = {} if part.bias is None else {"position_bias": part.bias}
             return base(module, part.q, part.k, part.v, part.mask, **biased, **kwargs)
 
-        calls = tap.hear_call(call)
-        out = tap.answer(call)
+        calls = tap.note_call(call)
+        out = tap.read_packed(call)
         if out is not None:
             return out, None
         if len(calls) == 1:

@@ -1,4 +1,4 @@
-"""How a method is asked: its verb, or another of its words, with the signals that it names."""
+"""How a method is called: its verb, or another of its words, with the signals that it names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ask(method: Method, site: Site, word: str | None = None) -> Any:
     site = altered(site, whole_cache=handler_of(method).reads_cache, key=method.key)
     unused = method.ignores if not method.of_prompts or site.run.prefill else (*method.ignores, *method.of_prompts)
     supply = {name: SUPPLY[name] for name in method.words[word] if name not in unused}
-    given = {name: give(site) for name, give in supply.items()}
+    signals = {name: source(site) for name, source in supply.items()}
     if site.part is not None:
-        given = {name: value[:, site.part] if name in OF_A_QUERY else value for name, value in given.items()}
-    return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **given})
+        signals = {name: value[:, site.part] if name in OF_A_QUERY else value for name, value in signals.items()}
+    return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **signals})

@@ -1,4 +1,4 @@
-"""What hangs on a block: its methods, its bound forward, its hooks, and what PEFT asks of them."""
+"""What hangs on a block: its methods, its bound forward, its hooks, and what PEFT calls of them."""
 
 from __future__ import annotations
 
@@ -96,12 +96,10 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         return self.surgery.stream.paths[self.index]
 
     def state(self, kind: type[State]) -> State:
-        """What a handler keeps of this block, made from the block when it is first asked for."""
+        """What a handler keeps of this block, made from the block when it is first needed."""
         if kind not in self._states:
             self._states[kind] = kind(self)
         return self._states[kind]
-
-    # -- the forward -------------------------------------------------------------------------------------------------
 
     def inner(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that the block had, with the weights that the edits make."""
@@ -132,13 +130,13 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
                 self.module._gradient_checkpointing_func = checkpoint
 
     @contextlib.contextmanager
-    def hearing(self, listening: bool, asking: int, site: Site) -> Iterator[None]:
-        """Let the hooks inside of the block work, for a call with so many tokens in front that only ask."""
-        held = self.tap.begin(listening, asking, site)
+    def tapping(self, noting: bool, readers: int, site: Site) -> Iterator[None]:
+        """Let the hooks inside of the block work, for a call with so many tokens in front that only read."""
+        before = self.tap.begin(noting, readers, site)
         try:
             yield
         finally:
-            self.tap.restore(held)
+            self.tap.restore(before)
 
     def forget(self) -> None:
         """The block is done: nothing of its call stays."""
@@ -149,18 +147,16 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """Note what the block returned beside its hidden states; `Module.__setattr__` is slow for each pass of each block."""
         vars(self)["blank"] = blank
 
-    # -- its methods -------------------------------------------------------------------------------------------------
-
     def active(self) -> tuple[Method, ...]:
         """The methods that act on the block now, in the order of the adapters and of their stacks."""
         return self.plan.acting
 
     def speakers(self, run: StreamRun) -> Speakers:
-        """The methods that are asked in a pass."""
+        """The methods that are called in a pass."""
         return self.plan.prompt if run.prefill else self.plan.decode
 
-    def asked(self, phase: str) -> tuple:
-        """The methods that a hook inside the running block asks, each with its handler; none where the block does not run for a pass."""
+    def called_inside(self, phase: str) -> tuple:
+        """The methods that a hook inside the running block calls, each with its handler; none where the block does not run for a pass."""
         site = self.tap.site
         return () if site is None else self.speakers(site.run).of(phase)
 
@@ -203,7 +199,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
                 self._handles[hook] = needs[hook].attach(hook, self) if handles is None else handles
 
     def know(self, adapters: Iterable[str]) -> None:
-        """Hold these adapters by name, also where they do nothing in this block: PEFT asks any layer which one to switch to."""
+        """Hold these adapters by name, also where they do nothing in this block: PEFT looks at any layer for those to switch to."""
         for adapter in adapters:
             if adapter not in self.hf_tokens_methods:
                 self.hf_tokens_methods[adapter] = nn.ModuleDict()
@@ -220,8 +216,6 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.refresh()
         self._forward.remove()
         del self.module.hf_tokens
-
-    # -- what the block does -----------------------------------------------------------------------------------------
 
     @property
     def additive_mask(self) -> bool:
@@ -242,12 +236,10 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """Whether the model checkpoints the call of the block, so that it comes again in the backward pass."""
         return not self.checkpoints_itself and any(vars(m).get("gradient_checkpointing") is True for m in self.surgery.holders)
 
-    def learns(self, arguments: Iterable[Any]) -> bool:
-        """Whether a gradient is wanted of the block's own weights, or of what it is given."""
-        given = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
-        return given or any(p.requires_grad for name, p in self.module.named_parameters() if not name.startswith("hf_tokens."))
-
-    # -- PEFT --------------------------------------------------------------------------------------------------------
+    def needs_gradient(self, arguments: Iterable[Any]) -> bool:
+        """Whether a gradient is wanted of the block's own weights, or of its arguments."""
+        of_arguments = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+        return of_arguments or any(p.requires_grad for name, p in self.module.named_parameters() if not name.startswith("hf_tokens."))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Switch to these adapters; the others keep still and frozen."""
@@ -271,7 +263,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """See `merge`."""
 
     def scale_layer(self, scale: float) -> None:
-        """A LoRA's scale for one call is asked of every tuner layer; it says nothing to ours."""
+        """A LoRA's scale for one call is set in every tuner layer; ours has none."""
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """See `scale_layer`."""
@@ -284,9 +276,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """
         if adapter in self.hf_tokens_methods and scale != 1:
             rule = "The weight of an adapter that is a token surgery must be 1"
-            raise UnsupportedError(
-                explain(rule, f"{scale} for {adapter!r}", "Give weights to the LoRAs; the knobs of a method set its strength.")
-            )
+            remedy = "Give weights to the LoRAs; the knobs of a method set its strength."
+            raise UnsupportedError(explain(rule, f"{scale} for {adapter!r}", remedy))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         like = next((p for name, p in self.module.named_parameters() if p.is_floating_point() and "hf_tokens" not in name), None)

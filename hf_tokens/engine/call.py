@@ -36,13 +36,8 @@ class BlockCall:
         usual = {2: "n d", 3: "b n d"}
         self.layout = usual.get(raw.dim(), stream.layout) if stream.layout in usual.values() else stream.layout
         if self.layout not in LAYOUTS or raw.dim() != axes(self.layout):
-            raise UnsupportedError(
-                explain(
-                    f"The tokens of a stream must lie as one of {sorted(LAYOUTS)}",
-                    f"{tuple(raw.shape)}, read as {stream.layout!r}, at {stream.paths[index]}",
-                    "Choose another stream.",
-                )
-            )
+            rule, got = f"The tokens of a stream must lie as one of {sorted(LAYOUTS)}", f"{tuple(raw.shape)}, read as {stream.layout!r}"
+            raise UnsupportedError(explain(rule, f"{got}, at {stream.paths[index]}", "Choose another stream."))
         self.hidden: Tensor = LAYOUTS[self.layout][0](raw)
         context = stream.context_index(index)
         self.context = 0 if stream.causal else self._length("encoder_hidden_states" if context is None else context.name)
@@ -70,8 +65,8 @@ class BlockCall:
         if not bool(again.any()):
             return None
         if batch > 1:
-            came = f"a batch of {batch} in which positions begin anew"
-            raise UnsupportedError(explain("Packed samples must lie in one row", came, "Pack them into one row, or pad them."))
+            got = f"a batch of {batch} in which positions begin anew"
+            raise UnsupportedError(explain("Packed samples must lie in one row", got, "Pack them into one row, or pad them."))
         return torch.nn.functional.pad(again[0].nonzero()[:, 0] + 1, (1, 0))
 
     @property
@@ -83,19 +78,18 @@ class BlockCall:
         """Call the block on these tokens with every argument cut to fit."""
         original = self.pack(hidden)
         if ledger.untouched and stored is None:
-            given = {**self.arguments, self.hidden_name: original}
-            return self._apply(inner, given)
+            return self._apply(inner, {**self.arguments, self.hidden_name: original})
         self._refuse_counting()
         self._refuse_filler(ledger)
         self._spell_out_bias(ledger)
         whole = (self.hidden_name, families.INDEXED.get(type(self.stream.blocks[self.index]).__name__))
-        given = {name: value if name in whole else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
-        given[self.hidden_name] = original
+        cut = {name: value if name in whole else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
+        cut[self.hidden_name] = original
         name = self._mask_name()
         if name is not None and self.layout != "n d":
-            given[name] = self._implied(given.get(name), hidden, ledger, stored)
+            cut[name] = self._implied(cut.get(name), hidden, ledger, stored)
         try:
-            output = self._apply(inner, given)
+            output = self._apply(inner, cut)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
@@ -104,7 +98,7 @@ class BlockCall:
             block = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]}"
             rule = f"The blocks of a stream must run on another number of tokens than the model gave ({ledger.m}, not {ledger.n})"
             raise UnsupportedError(explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")) from error
-        return self._give_back(output, given)
+        return self._give_back(output, cut)
 
     @property
     def attends(self) -> bool:
@@ -129,18 +123,18 @@ class BlockCall:
         behind = bool((ledger.filled[:, :-1] & ~ledger.filled[:, 1:]).any())
         if self.attends or not self.stream.causal or ledger.start or behind:
             rule = "Blocks that mix tokens by something else than one attention need as many tokens in each row of the batch"
-            came = f"{type(block).__name__} at {self.stream.paths[self.index]} and rows that keep different numbers"
-            raise UnsupportedError(explain(rule, came, "Run one sample at a time, or choose other layers."))
+            got = f"{type(block).__name__} at {self.stream.paths[self.index]} and rows that keep different numbers"
+            raise UnsupportedError(explain(rule, got, "Run one sample at a time, or choose other layers."))
 
     def _refuse_counting(self) -> None:
         """A block that counts its tokens by itself would give those that are left other places than they had."""
         block = self.stream.blocks[self.index]
-        always, untold = counts_tokens(block)
-        told = any(families.PLACES.search(name) and value is not None for name, value in self.arguments.items())
-        if always or untold and not told and self._bias_maker() is None:
+        always, by_default = counts_tokens(block)
+        has_places = any(families.PLACES.search(name) and value is not None for name, value in self.arguments.items())
+        if always or by_default and not has_places and self._bias_maker() is None:
             rule = "A block must be told the places of its tokens, or all of them must be there"
-            came = f"{type(block).__name__} at {self.stream.paths[self.index]}, which counts them by itself"
-            raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
+            got = f"{type(block).__name__} at {self.stream.paths[self.index]}, which counts them by itself"
+            raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
 
     def _spell_out_bias(self, ledger: TokenLedger) -> None:
         """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
@@ -159,7 +153,7 @@ class BlockCall:
         """Whether the block's attention adds a bias to its scores."""
         return self._bias_maker() is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
 
-    def unsaid_bias(self, ledger: TokenLedger, stored: Stored | None) -> Tensor | None:
+    def missing_bias(self, ledger: TokenLedger, stored: Stored | None) -> Tensor | None:
         """The bias that the scores of these tokens need where the block has no argument for one."""
         maker, named = self._bias_maker(), BIAS in positional(type(self.stream.blocks[self.index]))
         if ledger.untouched and stored is None or maker is None or named:
@@ -167,7 +161,7 @@ class BlockCall:
         return cut_mask(ledger, BIAS, maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start), stored)
 
     def see_all(self, ledger: TokenLedger, real: Tensor | None) -> None:
-        """Let what a token sees see it too, by a mask that the block is told; an encoder stores nothing.
+        """Let what a token sees see it too, by a mask that the block is given; an encoder stores nothing.
 
         Raises:
             UnsupportedError: The block takes no such mask.
@@ -179,8 +173,8 @@ class BlockCall:
         square = mask is None or isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (ledger.n, ledger.n)
         if name is None or not square or not self.attends or (backend or "eager").removeprefix(TAPPED_PREFIX) not in BACKENDS:
             rule = f"Blocks without their causal mask need an argument for a mask from token to token, and one of the backends {BACKENDS}"
-            came = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]} with {backend!r}"
-            raise UnsupportedError(explain(rule, came, "Call `model.set_attn_implementation('sdpa')`, or choose another model."))
+            got = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]} with {backend!r}"
+            raise UnsupportedError(explain(rule, got, "Call `model.set_attn_implementation('sdpa')`, or choose another model."))
         seen = torch.ones(1, 1, ledger.n, ledger.n, dtype=torch.bool, device=self.hidden.device)
         if mask is not None:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -189,7 +183,7 @@ class BlockCall:
         self.arguments = {key: None if find_cache((value,)) is not None else value for key, value in self.arguments.items()}
         self.arguments[name] = ledger.dress(seen.expand(ledger.batch, -1, -1, -1), self.hidden)
 
-    def unsaid_mask(self, hidden: Tensor, ledger: TokenLedger) -> Tensor | None:
+    def missing_mask(self, hidden: Tensor, ledger: TokenLedger) -> Tensor | None:
         """The mask that these tokens need where the block has no argument for one."""
         named = self._mask_name() is not None and self.layout != "n d"
         if ledger.untouched or named or not self.attends:
@@ -199,17 +193,16 @@ class BlockCall:
     def _mask_name(self) -> str | None:
         return mask_name(*self.arguments, *positional(type(self.stream.blocks[self.index])))
 
-    def _apply(self, inner: Callable, given: dict) -> Any:
-        given = dict(given)
-        positional = [given.pop(name) for name in self.names]
-        return inner(*positional, *self.rest, **given)
+    def _apply(self, inner: Callable, arguments: dict) -> Any:
+        by_name = {name: value for name, value in arguments.items() if name not in self.names}
+        return inner(*(arguments[name] for name in self.names), *self.rest, **by_name)
 
-    def _give_back(self, output: Any, given: dict) -> Any:
-        """An argument that the block passes on leaves it as it came: the next block cuts it anew."""
+    def _give_back(self, output: Any, cut: dict) -> Any:
+        """An argument that the block passes on leaves it whole: the next block cuts it anew."""
         if not isinstance(output, tuple):
             return output
-        uncut = [(cut, self.arguments[name]) for name, cut in given.items() if isinstance(cut, Tensor) and name in self.arguments]
-        return tuple(next((whole for cut, whole in uncut if passed_on(item, cut)), item) for item in output)
+        pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
+        return tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
 
     def read(self, output: Any) -> Tensor:
         """The hidden states in a block's output, (b m d)."""

@@ -14,7 +14,7 @@ State = TypeVar("State")  # what a handler keeps of a block or a stream
 class DenoiserSteps(Protocol):
     """Where a denoiser stands in its run, and what it put out at the step before."""
 
-    listens: bool  # whether a method asks for what it put out
+    keeps_output: bool  # whether a method names a signal of what it put out
 
     def negative(self, arguments: dict[str, Any]) -> Tensor | None:
         """Samples of the negative prompt in a call, (b) bool; None where there is no prompt."""
@@ -38,7 +38,7 @@ class ForwardContext:
         denoising: Name and number of the denoising context, such as one half of guidance.
         begins: Whether this is the first call of a denoising run.
         step, steps: Index of the denoising step, and their number.
-        timestep: As the model got it.
+        timestep: As the model was given it.
         time: The timestep of each sample on a schedule of 1000, (b).
         elapsed: Share of the denoising that is done.
         picture: Shape of the denoiser's latents without batch and channels.

@@ -1,4 +1,4 @@
-"""The hooks of a block: forwards that run through ours, and what its parts compute, noted for whoever asks."""
+"""The hooks of a block: forwards that run through ours, and what its parts compute, noted for the methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
-from ..model.signatures import parameters
+from ..model.signatures import bound_arguments, parameters
 from ..roles.base import Method
 from ..roles.signals import HOOKED
 
@@ -68,8 +68,8 @@ class SharedHook:
 
 def lacks(block: BlockSurgery, what: str) -> UnsupportedError:
     """The error for a block without something that a method needs."""
-    came, remedy = f"{type(block.module).__name__} at {block.path}", "Choose other layers or another model."
-    return UnsupportedError(explain(f"This method needs {what} in the block", came, remedy))
+    got, remedy = f"{type(block.module).__name__} at {block.path}", "Choose other layers or another model."
+    return UnsupportedError(explain(f"This method needs {what} in the block", got, remedy))
 
 
 def own_attention(block: BlockSurgery) -> nn.Module:
@@ -102,7 +102,7 @@ def check_in_rows(block: BlockSurgery) -> None:
 
 
 class SignalHooks:
-    """What the parts of one block got and returned in its last call, as far as a method asks for it."""
+    """What the parts of one block got and returned in its last call, as far as a method names it."""
 
     def __init__(self, block: BlockSurgery):
         self.block = block
@@ -116,7 +116,7 @@ class SignalHooks:
         return {HOOKED[name] for name in names if name in HOOKED} | ({"picture"} if "grid" in names else set())
 
     def refresh(self, methods: list[Method]) -> None:
-        """Note which of the signals the methods ask for."""
+        """Note which of the signals the methods name."""
         self.wanted = {name for method in methods for name in method.asks if name in HOOKED}
 
     def attach(self, hook: str) -> list[Any] | None:
@@ -131,8 +131,8 @@ class SignalHooks:
         if hook == "mlp":
             return [own_mlp(self.block).register_forward_hook(self._note_mlp, with_kwargs=True)]
         if hook == "picture":
-            called = [holder for holder in self.block.surgery.holders if "pixel_values" in parameters(type(holder))]
-            return [holder.register_forward_pre_hook(self._note_picture, with_kwargs=True) for holder in called]
+            readers = [module for module in self.block.surgery.holders if "pixel_values" in parameters(type(module))]
+            return [module.register_forward_pre_hook(self._note_picture, with_kwargs=True) for module in readers]
         return None
 
     def note(self, name: str, value: Tensor) -> None:
@@ -160,14 +160,14 @@ class SignalHooks:
 
     def _note_norm(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The first norm behind the attention reads the residual, or what is to be added to it."""
-        update, given = self.captured.get("update"), args[0] if args else next(iter(kwargs.values()))
+        update, x = self.captured.get("update"), args[0] if args else next(iter(kwargs.values()))
         if update is None or "attended" in self.captured:
             return
-        if given is update:
+        if x is update:
             self.captured["update"] = output
         else:
-            self.captured["attended"] = given
+            self.captured["attended"] = x
 
     def _note_picture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        pixels = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}.get("pixel_values")
+        pixels = bound_arguments(module, args, kwargs).get("pixel_values")
         self.block.surgery.see_picture(tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None)

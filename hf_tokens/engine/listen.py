@@ -1,4 +1,4 @@
-"""Listeners: who wants to know what a surgery does subscribes here."""
+"""Listeners, which subscribe to what a surgery does."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Told of what happens in a model, as long as it is subscribed by `ModelSurgery.listening`; it does nothing by default."""
+    """Called for what happens in a model, as long as it is subscribed by `ModelSurgery.listening`; it does nothing by default."""
 
-    examines = False  # whether the methods are to say what they find, and change nothing by it
+    examines = False  # whether the methods are examined, and change nothing
 
     def computed(self, block: BlockSurgery, part: str | None, tokens: int) -> None:
         """A block, or a part of it, computed so many tokens."""
 
-    def examined(self, block: BlockSurgery, method: Method, found: Any) -> None:
-        """A method said what it found in a block."""
+    def examined(self, block: BlockSurgery, method: Method, finding: Any) -> None:
+        """A method was examined in a block, with this result."""
 
     def closed(self, surgery: StreamSurgery, run: StreamRun) -> None:
         """A pass through a stream is over."""

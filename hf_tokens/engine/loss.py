@@ -23,21 +23,21 @@ class LossReplacement:
     """A loss that takes the place of the model's own.
 
     Attributes:
-        ours: The objective's loss of a batch.
+        value: The objective's loss of a batch.
         own: The mean of the same batch's next-token losses, without gradient: what the model's own loss must have been.
         count: Targets of the batch.
-        unit: What `ours` is a mean over.
+        unit: What `value` is a mean over.
         rest: Whether the model adds something to its own loss that has to stay.
     """
 
-    ours: Tensor
+    value: Tensor
     own: Tensor
     count: Tensor
     unit: str
     rest: bool
 
     def put(self, loss: Tensor, items: Tensor | int | None, part: float | Tensor, check: bool) -> Tensor:
-        """The loss with ours in it.
+        """The loss with this one in it.
 
         Args:
             loss: The model's or the trainer's own.
@@ -50,14 +50,14 @@ class LossReplacement:
         """
         share = 1.0 if items is None else self.count / items
         own = (self.own * share).to(loss.dtype)
-        ours = (self.ours * (part if self.unit == "sample" else share)).to(loss.dtype)
+        value = (self.value * (part if self.unit == "sample" else share)).to(loss.dtype)
         if self.rest:
-            return ours + (loss - own)
-        if check and not any(losses_agree(loss, mean.to(loss.dtype)) for mean in (own, self.own)):  # some divide by nobody else's count
+            return value + (loss - own)
+        if check and not any(losses_agree(loss, mean.to(loss.dtype)) for mean in (own, self.own)):  # some divide by their own count alone
             rule = "An objective that replaces the loss needs one that is the mean over the targets, without smoothing or weights"
             remedy = "Leave them out, or use an objective that adds to the loss."
             raise UnsupportedError(explain(rule, f"{float(loss.detach()):.6g} where that is {float(own):.6g}", remedy))
-        return ours
+        return value
 
 
 def losses_agree(a: Tensor, b: Tensor) -> bool:
@@ -75,11 +75,11 @@ class ForwardLoss:
 
 
 class StepLosses:
-    """What a trainer and the objectives of a model tell each other of one step.
+    """What a trainer and the objectives of a model share in one step.
 
     Attributes:
         labels: Those that the trainer may keep from the model.
-        judged: Whether a replacing objective was asked in this step.
+        judged: Whether the objectives were called in this step.
         agreed: Whether the loss was once what it replaces.
         forwards: What each forward of the step has for the loss; None outside of a trainer's step.
     """
@@ -120,27 +120,27 @@ class StepLosses:
         return forwards
 
     def judge(self) -> None:
-        """The objectives were asked."""
+        """The objectives were called."""
         self.judged = True
 
     def note(self, extra: Tensor | None, replacement: LossReplacement | None, loss: Tensor | None) -> None:
         """A forward has something for the loss."""
-        ours = (extra, replacement and replacement.ours)
-        if self.forwards is not None and any(value.requires_grad for value in ours if value is not None):
+        values = (extra, replacement and replacement.value)
+        if self.forwards is not None and any(value.requires_grad for value in values if value is not None):
             self.forwards.append(ForwardLoss(extra, replacement, None if loss is None else loss.grad_fn))
 
 
-def share_of_step(model: nn.Module, given: dict, unit: str = "token", trainer: Trainer | None = None) -> float | Tensor:
+def share_of_step(model: nn.Module, arguments: dict, unit: str = "token", trainer: Trainer | None = None) -> float | Tensor:
     """What part of an optimizer step this batch is: under accumulation the Trainer passes the number of targets of all its batches.
 
-    A mean over samples counts as one of the step's batches; where no trainer tells how many there are, by its targets like the others.
+    A mean over samples counts as one of the step's batches; where no trainer knows how many there are, by its targets like the others.
     """
     if unit == "sample" and not model.training:
         return 1.0
-    if unit == "sample" and trainer is not None and given.get("num_items_in_batch") is not None:
+    if unit == "sample" and trainer is not None and arguments.get("num_items_in_batch") is not None:
         processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
         return 1 / (trainer.current_gradient_accumulation_steps * processes)  # the trainer multiplies by the processes
-    items, labels, shifted = (given.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
+    items, labels, shifted = (arguments.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
     if shifted is None and isinstance(labels, Tensor):
         shifted = labels[..., 1:] if shifts_labels(model) else labels
     if items is None or not isinstance(shifted, Tensor):

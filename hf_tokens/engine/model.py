@@ -1,4 +1,4 @@
-"""The surgery of a model: what its inputs say before the blocks run, and what its output and its loss gain behind them."""
+"""The surgery of a model: what is read off its inputs before the blocks run, and what its output and its loss gain behind them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .loss import LossReplacement, StepLosses, share_of_step
 from .results import ModelCall, World
 from .surgery import StreamSurgery
 
+TEACHER = "last hidden states of the model without the adapter"
 TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and no argument of the model
 
 
@@ -60,9 +61,9 @@ class ModelSurgery:
         head: Path of its head.
         is_denoiser: Whether it is a denoiser, whose loss is not its own.
         progress: How much of the training is done.
-        losses: What a trainer and the objectives tell each other.
-        conclusions: What banks last said of their tokens.
-        verdict: Tokens of the last call behind which a large model is to speak, (b m).
+        losses: What a trainer and the objectives share.
+        conclusions: What banks last concluded from their tokens.
+        verdict: Tokens of the last call behind which a large model takes over, (b m).
     """
 
     def __init__(self, base: nn.Module, head: str | None, tower: nn.Module | None = None, worlds: tuple[World, ...] = (), denoiser=False):
@@ -74,7 +75,7 @@ class ModelSurgery:
         self.losses, self.progress = StepLosses(), 1.0
         self.conclusions: dict[str, Tensor] = {}
         self.verdict: Tensor | None = None
-        self.waiting: Any = None  # a denoiser's call, until its objective has been asked
+        self.waiting: Any = None  # a denoiser's call, until its objective is called
         self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
@@ -108,12 +109,12 @@ class ModelSurgery:
         self.streams.append(surgery)
 
     def block_added(self, block: BlockSurgery) -> None:
-        """Tell the worlds of a block."""
+        """Announce a block to the worlds."""
         for world in self.worlds:
             world.block_added(block)
 
     def refresh(self) -> None:
-        """Note who stands around the calls of the blocks."""
+        """Note which handlers stand around the calls of the blocks."""
         self.around = tuple(handler for handler in all_handlers() if handler.stands_around(self))
 
     def training_begins(self) -> None:
@@ -126,16 +127,16 @@ class ModelSurgery:
         self.progress = progress
 
     def put_verdict(self, verdict: Tensor | None) -> None:
-        """Note behind which tokens a large model is to speak, (b m)."""
+        """Note behind which tokens a large model takes over, (b m)."""
         self.verdict = verdict
 
     def wait(self, call: Any) -> None:
-        """Note a denoiser's call, until its objective is asked."""
+        """Note a denoiser's call, until its objective is called."""
         self.waiting = call
 
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
-        """Tell a listener of what happens, for a while."""
+        """Call a listener for what happens, for a while."""
         self.listeners.append(listener)
         try:
             yield
@@ -153,15 +154,13 @@ class ModelSurgery:
         for world in self.worlds:
             world.detach()
 
-    # -- before the model --------------------------------------------------------------------------------------------
-
     @property
     def teaching(self) -> bool:
         """Whether the model runs without its surgery, for a method to learn from."""
         return self.call is not None and self.call.context.teaching
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Read the inputs; in training, ask the model without the adapter first if a method wants to learn from it."""
+        """Read the inputs; in training, run the model without the adapter first if a method learns from it."""
         if not torch.compiler.is_compiling():
             self._refuse_threads(module)
         targets = kwargs.get(TARGETS)
@@ -188,38 +187,37 @@ class ModelSurgery:
         arguments = bound_arguments(module, args, kwargs)
         context = ForwardContext(arguments=arguments, visual=self._visual(args, kwargs), targets=targets, **fields)
         self.call, self.waiting = ModelCall(self, context), None
-        pupils = [s for s in self.streams if module.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
+        taught = [s for s in self.streams if module.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
         for surgery in self.streams:
-            surgery.begin(context, keeps_final=surgery in pupils)
-        if pupils and find_cache((*args, *kwargs.values())) is None:
-            self.call.held["taught"] = self.without(args, kwargs, pupils)[1]
+            surgery.begin(context, keeps_final=surgery in taught)
+        if taught and find_cache((*args, *kwargs.values())) is None:
+            self.call.held[TEACHER] = self.without(args, kwargs, taught)[1]
         for handler in all_handlers():
             args, kwargs = handler.before_model(self.call, args, kwargs)
         return args, kwargs
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Note the pictures that the vision tower has encoded."""
-        found = picture_shapes(module, args, kwargs)
-        if found is not None:
-            self.seen.append(found)
+        shapes = picture_shapes(module, args, kwargs)
+        if shapes is not None:
+            self.seen.append(shapes)
 
-    def grids(self, visual: Tensor, given: dict[str, Any]) -> list[Grid]:
+    def grids(self, visual: Tensor, arguments: dict[str, Any]) -> list[Grid]:
         """Frames, height and width in tokens of each picture among the visual tokens, (b n) bool."""
-        return find_grids(self.seen, self.base.config, given, visual)
+        return find_grids(self.seen, self.base.config, arguments, visual)
 
     def _refuse_threads(self, module: nn.Module) -> None:
         """What is known of a pass belongs to the model, so that one thread at a time may be in it."""
-        me = threading.get_ident()
-        self._callers.add(me)
-        known = self._callers - {me}
+        this = threading.get_ident()
+        self._callers.add(this)
+        known = self._callers - {this}
         others = {thread for thread in known if is_in(thread, module)}
         self._callers -= known - others
         if others and any(True for _ in self.methods()):
-            self._callers.discard(me)
+            self._callers.discard(this)
+            rule = "A model with an adapter takes one call at a time"
             remedy = "Take turns with a lock, or give each thread a `copy.deepcopy` of the model."
-            raise UnsupportedError(
-                explain("A model with an adapter takes one call at a time", "a call while another thread's runs", remedy)
-            )
+            raise UnsupportedError(explain(rule, "a call while another thread's runs", remedy))
 
     def _visual(self, args: tuple, kwargs: dict) -> Tensor | None:
         tokens, ids = image_tokens(self.base), kwargs.get("input_ids", args[0] if args else None)
@@ -230,7 +228,8 @@ class ModelSurgery:
 
     def without(self, args: tuple, kwargs: dict, finals: list[StreamSurgery] | None = None) -> tuple[Any, dict[StreamSurgery, Any]]:
         """The output of the model without the adapter, and the last hidden states of some of its streams."""
-        held, context = (self.call, [surgery.call for surgery in self.streams]), ForwardContext(teaching=True)
+        before, calls = self.call, [surgery.call for surgery in self.streams]
+        context = ForwardContext(teaching=True)
         self.call = ModelCall(self, context)
         try:
             with torch.no_grad(), self.without_adapters():
@@ -239,18 +238,18 @@ class ModelSurgery:
                 output = self.base(*args, **kwargs)  # labels too: TRL's forward needs them
                 return output, {surgery: surgery.call.final for surgery in finals or ()}
         finally:
-            self.call, calls = held
+            self.call = before
             for surgery, call in zip(self.streams, calls, strict=True):
                 surgery.resume(call)
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
         """The model without our adapters for a moment, and without the LoRAs in them."""
-        held = [(block, block.active()) for block in self.blocks()]
-        names = {name for block, _ in held for name in block.hf_tokens_methods}
+        before = [(block, block.active()) for block in self.blocks()]
+        names = {name for block, _ in before for name in block.hf_tokens_methods}
         inner = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer) and m._get_available_adapters() & names]
         inner = [m for m in inner if not m.disable_adapters and not m.merged]
-        self.act((block, ()) for block, _ in held)
+        self.act((block, ()) for block, _ in before)
         for layer in inner:
             layer._disable_adapters = True  # `enable_adapters` would freeze them as well
         try:
@@ -258,7 +257,7 @@ class ModelSurgery:
         finally:
             for layer in inner:
                 layer._disable_adapters = False
-            self.act(held)
+            self.act(before)
 
     def act(self, methods: Iterable[tuple[BlockSurgery, Iterable[Method]]]) -> None:
         """Let these methods act, given for each block."""
@@ -267,16 +266,14 @@ class ModelSurgery:
         for surgery in self.streams:
             surgery.refresh()
 
-    # -- behind the model --------------------------------------------------------------------------------------------
-
     def after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The model below the head has answered."""
+        """The model below the head has returned."""
         if self.call is not None and not self.teaching:
             for handler in all_handlers():
                 handler.after_base(self.call, output)
 
     def after_head(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """The head has answered what it read."""
+        """The head has returned."""
         if self.call is None or self.teaching:
             return None
         before = output
@@ -310,7 +307,7 @@ class ModelSurgery:
             surgery.end()
 
     def abandon(self) -> None:
-        """The call has raised: what it said so far does not hold either."""
+        """The call has raised: what was noted of it does not hold either."""
         if self.teaching:
             return  # the call around it is abandoned
         self.end()
@@ -324,14 +321,14 @@ class ModelSurgery:
 
     def _compare(self, call: ModelCall) -> None:
         """Let the methods learn from the model without the adapter."""
-        for surgery, taught in call.held.get("taught", {}).items():
-            if surgery.call.final is None or taught is None:
+        for surgery, teacher in call.held.get(TEACHER, {}).items():
+            if surgery.call.final is None or teacher is None:
                 continue
             hidden, real = surgery.call.final
             mask = real if real is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             for method in surgery.methods():
                 if method.teaches and method.is_first_block:
-                    method.teach(hidden, taught[0], mask)
+                    method.teach(hidden, teacher[0], mask)
 
     def extra_loss(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""
@@ -340,24 +337,24 @@ class ModelSurgery:
 
     def _add_losses(self, call: ModelCall, output: Any) -> Any:
         """The model's output, with the losses of the methods in its loss."""
-        extra, replacement, given = self.extra_loss(), call.replacement, call.context.arguments
+        extra, replacement, arguments = self.extra_loss(), call.replacement, call.context.arguments
         if extra is None and replacement is None:
             return output
         loss = None
         if isinstance(output, dict) and output.get("loss") is not None:
-            loss = output["loss"] = self._with_losses(output["loss"], extra, replacement, given)
-        elif isinstance(output, tuple) and given.get("labels") is not None:
-            loss = self._with_losses(output[0], extra, replacement, given)
+            loss = output["loss"] = self._with_losses(output["loss"], extra, replacement, arguments)
+        elif isinstance(output, tuple) and arguments.get("labels") is not None:
+            loss = self._with_losses(output[0], extra, replacement, arguments)
             output = (loss, *output[1:])
         self.losses.note(extra, replacement, loss)
         return output
 
-    def _with_losses(self, loss: Tensor, extra: Tensor | None, replacement: LossReplacement | None, given: dict) -> Tensor:
+    def _with_losses(self, loss: Tensor, extra: Tensor | None, replacement: LossReplacement | None, arguments: dict) -> Tensor:
         if replacement is not None:
-            part = share_of_step(self.base, given, replacement.unit, self.losses.trainer)
-            loss = replacement.put(loss, given.get("num_items_in_batch"), part, check=not self.losses.agreed)
+            part = share_of_step(self.base, arguments, replacement.unit, self.losses.trainer)
+            loss = replacement.put(loss, arguments.get("num_items_in_batch"), part, check=not self.losses.agreed)
             self.losses.agree()
-        return loss if extra is None else loss + extra.to(loss.dtype) * share_of_step(self.base, given)
+        return loss if extra is None else loss + extra.to(loss.dtype) * share_of_step(self.base, arguments)
 
 
 def is_in(thread: int, module: nn.Module) -> bool:

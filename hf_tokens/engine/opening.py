@@ -1,4 +1,4 @@
-"""How a pass begins: what the cache has seen, what the masks say, and what the methods of the stream refuse."""
+"""How a pass begins: what the cache has seen, what the masks show, and what the methods of the stream refuse."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 def seen_before(block: BlockSurgery, cache: Cache | None) -> int:
     """Tokens that the cache of a block has seen."""
-    held = cache.layers[block.layer_idx] if cache is not None and block.layer_idx in range(len(cache.layers)) else None
-    return int(held.get_seq_length()) if isinstance(held, CacheLayerMixin) else 0
+    layer = cache.layers[block.layer_idx] if cache is not None and block.layer_idx in range(len(cache.layers)) else None
+    return int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0
 
 
 def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None) -> None:
@@ -63,8 +63,8 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)
         memory.begin_pass()
-    given = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
-    ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **given)
+    facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
+    ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)
     segments = None if start else call.segments(real)
     refuse_packed(surgery, segments, call.cache is not None)
@@ -79,21 +79,21 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
 
 
 def begin_rows(layers: list[TokenCacheLayer], ledger: TokenLedger, real: Tensor | None, first: Tensor | None) -> Tensor | None:
-    """Place of each row's first real token (b), held from the pass that brought it: a sliding window hides it from later masks."""
-    held, end = layers[0], ledger.start + ledger.n
+    """Place of each row's first real token (b), noted in the pass that had it: a sliding window hides it from later masks."""
+    layer, end = layers[0], ledger.start + ledger.n
     if real is not None:
         first = torch.where(real.any(dim=1), first, end)  # a row of padding has yet to begin
-    if held.placed and ledger.start:
-        if held.first is None or first is None:
-            return held.first
-        begins = held.first >= ledger.start
-        first = torch.where(begins, first, held.first)
+    if layer.placed and ledger.start:
+        if layer.first is None or first is None:
+            return layer.first
+        begins = layer.first >= ledger.start
+        first = torch.where(begins, first, layer.first)
         late = (begins & (first < end)).nonzero()[:, 0].tolist()
-        if late and any(layer.banks for layer in layers):
+        if late and any(one.banks for one in layers):
             rule = "Tokens go in front of a prompt in its first pass, which must hold a real token of each row"
             remedy = "Choose a larger `prefill_chunk_size`, or pad less."
             raise UnsupportedError(explain(rule, f"only padding in rows {late}", remedy))
-    held.place_rows(first)
+    layer.place_rows(first)
     return first
 
 
@@ -106,22 +106,19 @@ def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool)
 
 
 def admit_prompt(methods: list[Method], memory: Memory, ledger: TokenLedger) -> None:
-    """A prompt that comes right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
+    """A prompt right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
     prompt, cropped = ledger.n > 1 or ledger.start == 0, ledger.start < memory.end
     whole = [type(method).__name__ for method in methods if not method.chunks]
     if (prompt or cropped) and ledger.start and memory.prompted and whole:
-        raise UnsupportedError(
-            explain(
-                "Methods that look at a prompt as a whole must get it in one pass",
-                f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}",
-                "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once.",
-            )
-        )
+        rule = "Methods that look at a prompt as a whole must get it in one pass"
+        got = f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}"
+        remedy = "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once."
+        raise UnsupportedError(explain(rule, got, remedy))
     running = sorted({type(method).__name__ for method in methods if method.spans})
     if cropped and running:
         rule = f"Tokens that {', '.join(running)} has read cannot be taken back"
-        came = f"a cache cut from {memory.end} tokens to {ledger.start}"
-        raise UnsupportedError(explain(rule, came, "Start a new cache, and leave out assisted decoding."))
+        got = f"a cache cut from {memory.end} tokens to {ledger.start}"
+        raise UnsupportedError(explain(rule, got, "Start a new cache, and leave out assisted decoding."))
     memory.note_pass(prompt, ledger.start + ledger.n)
 
 

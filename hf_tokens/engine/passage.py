@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def run_block(speakers: Speakers, call: BlockCall, site: Site) -> Any:
-    """Run the block, as often as its routers say: each run on what the one before gave. The tokens are the site's; returns the output."""
+    """Run the block on the site's tokens, as often as its routers decide, each run on what the one before returned; returns the output."""
     gates, dense = find_gates(speakers, site)
     output, hidden = run_once(speakers, call, site, gates[0] if gates else None, dense)
     for number, gate in enumerate(gates[1:], start=1):
@@ -45,18 +45,18 @@ def run_block(speakers: Speakers, call: BlockCall, site: Site) -> Any:
 
 
 def find_gates(speakers: Speakers, site: Site) -> tuple[list[Tensor], bool]:
-    """The gate of each token in each run of the block, (b m) each, none if no router speaks; and whether skipped tokens run too."""
+    """The gate of each token in each run of the block, (b m) each, none if no router decides; and whether skipped tokens run too."""
     rows = site.run.ledger.rows
     if site.block.index >= site.surgery.plan.exit:
         return [torch.zeros_like(rows, dtype=site.hidden.dtype)], False
-    several, dense = [], False
+    of_routers, dense = [], False
     for handler, method in speakers.of("gate"):
         gates = handler.gate(method, site)
         if gates is not None:
-            several.append(gates)
+            of_routers.append(gates)
             dense |= method.training and method.trains_dense and gates[0].requires_grad
-    runs = max(map(len, several), default=0)
-    return [math.prod(gates[min(number, len(gates) - 1)] for gates in several) for number in range(runs)], dense
+    runs = max(map(len, of_routers), default=0)
+    return [math.prod(gates[min(number, len(gates) - 1)] for gates in of_routers) for number in range(runs)], dense
 
 
 def layer_of_rerun(speakers: Speakers, call: BlockCall, site: Site, number: int) -> TokenCacheLayer | None:
@@ -93,17 +93,17 @@ def run_once(speakers: Speakers, call: BlockCall, site: Site, gate: Tensor | Non
         ledger, x = ledger.move(maps[-1]), maps[-1].gather(x)
     stored = announce(call, site, ledger)
     site.local_tokens(ledger, routed, tuple(maps))
-    mask, bias = call.unsaid_mask(x, ledger), call.unsaid_bias(ledger, stored)
-    unsaid = mask is not None or bias is not None
-    listening = unsaid or (block.plan.taps if run.prefill else block.plan.taps_decode) or block.tap.learns_of(layer)
-    if listening:
+    mask, bias = call.missing_mask(x, ledger), call.missing_bias(ledger, stored)
+    missing = mask is not None or bias is not None
+    noting = missing or (block.plan.taps if run.prefill else block.plan.taps_decode) or block.tap.watches(layer)
+    if noting:
         block.tap.open()
-    asking = sum(tokens.opened.m - tokens.opened.n for tokens in inserted if tokens.asks)
+    readers = sum(tokens.opened.m - tokens.opened.n for tokens in inserted if tokens.only_read)
     inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
-    with block.open_while_it_runs(partial(block.hearing, listening or asking > 0, asking, inside)):
+    with block.open_while_it_runs(partial(block.tapping, noting or readers > 0, readers, inside)):
         output = call.run(block.call, x, ledger, stored)
     attends = block.plan.attends
-    if unsaid or asking or attends is not None:
+    if missing or readers or attends is not None:
         block.tap.noted()
     block.tap.check_read(layer)
     if attends is not None and layer is not None:
@@ -114,8 +114,8 @@ def run_once(speakers: Speakers, call: BlockCall, site: Site, gate: Tensor | Non
     y = remove_tokens(call, site, inserted, call.read(output)[:, :m])
     if y.shape[-1] != hidden.shape[-1] and not ledger.untouched:
         rule = "A block that gets other tokens than the model gave must keep their width"
-        came = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {block.path}"
-        raise UnsupportedError(explain(rule, came, "Choose other layers."))
+        got = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {block.path}"
+        raise UnsupportedError(explain(rule, got, "Choose other layers."))
     return output, y if gate is None else join_routed(gate, routed, hidden.to(y.dtype), y)
 
 
@@ -146,7 +146,7 @@ def announce(call: BlockCall, site: Site, ledger: TokenLedger) -> Stored | None:
     stored = lend(site.surgery, block, ledger, site.run, expect(layer, ledger))
     if layer is None or not layer.packed or not block.tap.reads_itself(call, layer, ledger):
         return stored
-    layer.ask()
+    layer.read_packed()
     return Stored(ledger.rows[:, :0])  # no mask is needed
 
 
@@ -163,19 +163,20 @@ def insert_tokens(speakers: Speakers, site: Site) -> tuple[TokenLedger, Tensor, 
 
 
 def remove_tokens(call: BlockCall, site: Site, inserted: list[BlockTokens], y: Tensor) -> Tensor:
-    """Behind the block, take out the tokens that were there for it only; those that asked tell what they read."""
+    """Behind the block, take out the tokens that were there for it only; what those gathered that only read is passed on."""
     for tokens in reversed(inserted):
         summary, y = tokens.opened.inserted(y), take(y, tokens.opened.slot)
-        if not tokens.asks:
+        if not tokens.only_read:
             continue
         alone = handler_of(tokens.method).remove(tokens.method, site, summary)
-        if alone and not tokens.before.requires_grad and not (torch.is_grad_enabled() and site.block.learns(call.arguments.values())):
+        learns = tokens.before.requires_grad or torch.is_grad_enabled() and site.block.needs_gradient(call.arguments.values())
+        if alone and not learns:
             y = y.detach()  # no token saw them, so no gradient of theirs need go through the tokens
     return y
 
 
 def ask_behind(speakers: Speakers, site: Site) -> None:
-    """What the methods are asked behind a block."""
+    """Call the methods behind a block."""
     for handler, method in speakers.of("listen")[:1]:
         handler.listen(method, site)
     for method in speakers.methods:

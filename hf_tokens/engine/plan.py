@@ -1,5 +1,5 @@
-"""What follows from the set of methods that act: who is asked in which phase of a block, and what they mean for the stream. Made anew when
-adapters change."""
+"""What follows from the set of methods that act: which are called in which phase of a block, and what they mean for the stream. Made anew
+when adapters change."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..roles.signals import PICTURED
 from .handler import Handler, handler_of
 from .tap import taps
 
-Asked = tuple[tuple[Handler, Method], ...]
+HandledMethods = tuple[tuple[Handler, Method], ...]
 
 
 @dataclass(frozen=True)
 class Speakers:
-    """The methods that are asked in one kind of pass, by phase, in the order of the adapters and of their stacks."""
+    """The methods that are called in one kind of pass, by phase, in the order of the adapters and of their stacks."""
 
     methods: tuple[Method, ...] = ()
-    phases: dict[str, Asked] = field(default_factory=dict)
+    phases: dict[str, HandledMethods] = field(default_factory=dict)
 
-    def of(self, phase: str) -> Asked:
+    def of(self, phase: str) -> HandledMethods:
         """Those of a phase, each with its handler."""
         return self.phases.get(phase, ())
 
@@ -33,7 +33,7 @@ class Speakers:
             handler = handler_of(method)
             for phase in handler.phases(method):
                 phases.setdefault(phase, []).append((handler, method))
-        return cls(methods, {phase: tuple(asked) for phase, asked in phases.items()})
+        return cls(methods, {phase: tuple(handled) for phase, handled in phases.items()})
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class BlockPlan:
 
     Attributes:
         acting: All that act in it.
-        prompt: Those that are asked in the pass of a prompt.
-        decode: Those that are asked in the pass of a generated token.
+        prompt: Those that are called in the pass of a prompt.
+        decode: Those that are called in the pass of a generated token.
         always: All that act, by phase: for what does not depend on the pass.
         taps, taps_decode: Whether the attention call is to be noted in such passes.
-        attends: Who says how the attention call reads its keys.
+        attends: The method that decides how the attention call reads its keys.
     """
 
     acting: tuple[Method, ...] = ()
@@ -85,8 +85,8 @@ class StreamPlan:
         sees_all: Whether its blocks run without their causal mask.
         exit: Number of blocks that run.
         shares_keys: Whether a block reads the keys of another one.
-        last: Who puts tokens into the last block that runs, wherever that is.
-        closing: Who is asked when a pass is over.
+        last: Those that put tokens into the last block that runs, wherever that is.
+        closing: Those that are called when a pass is over.
     """
 
     methods: tuple[Method, ...] = ()
@@ -95,8 +95,8 @@ class StreamPlan:
     sees_all: bool = False
     exit: int = 0
     shares_keys: bool = False
-    last: Asked = ()
-    closing: Asked = ()
+    last: HandledMethods = ()
+    closing: HandledMethods = ()
 
     @classmethod
     def of(cls, methods: list[Method], causal: bool, length: int, shares_keys: bool) -> StreamPlan:

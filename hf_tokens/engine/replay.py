@@ -31,35 +31,35 @@ class Replays(Generic[Held]):
     def __getstate__(self) -> dict[str, Any]:
         return {"_held": {}}
 
-    def hold(self, block: BlockSurgery, came: Tensor, what: Callable[[], Held]) -> None:
+    def hold(self, block: BlockSurgery, hidden: Tensor, make: Callable[[], Held]) -> None:
         """Hold it where the model checkpoints the block as a whole."""
         if torch.is_grad_enabled() and block.checkpointed_outside:
-            alive = [(ref, held) for ref, held in self._held.get(block.index, ()) if ref() is not None]
-            self._held[block.index] = [*alive, (weakref.ref(came), what())]
+            live = [(ref, value) for ref, value in self._held.get(block.index, ()) if ref() is not None]
+            self._held[block.index] = [*live, (weakref.ref(hidden), make())]
 
     def known(self, block: BlockSurgery) -> bool:
         """Whether anything is held for a block."""
         return block.index in self._held
 
-    def find(self, block: BlockSurgery, came: Tensor) -> Held | None:
+    def find(self, block: BlockSurgery, hidden: Tensor) -> Held | None:
         """What was held first for this tensor; None if nothing was."""
-        return next((held for ref, held in self._held.get(block.index, ()) if ref() is came), None)
+        return next((value for ref, value in self._held.get(block.index, ()) if ref() is hidden), None)
 
-    def find_last(self, block: BlockSurgery, came: Tensor) -> Held:
+    def find_last(self, block: BlockSurgery, hidden: Tensor) -> Held:
         """What was held last for it.
 
         Raises:
             UnsupportedError: Nothing was.
         """
-        found = [held for ref, held in self._held.get(block.index, ()) if ref() is came]
-        if not found:
+        values = [value for ref, value in self._held.get(block.index, ()) if ref() is hidden]
+        if not values:
             raise other_tensors(block)
-        return found[-1]
+        return values[-1]
 
     @property
     def counts(self) -> dict[int, int]:
         """How much is held for each block, by its index."""
-        return {index: len(held) for index, held in self._held.items()}
+        return {index: len(values) for index, values in self._held.items()}
 
 
 def other_tensors(block: BlockSurgery) -> UnsupportedError:

@@ -43,7 +43,7 @@ class ModelCall:
 
     Attributes:
         context: What it brings.
-        read: What the head read, or the model below the head returned, where an objective asks for it.
+        read: What the head read, or the model below the head returned, where an objective names it.
         replacement: A loss that takes the place of the model's own.
         held: What a handler keeps of the call, by a key of its own.
     """
@@ -113,7 +113,7 @@ class Entry:
         context: The call of the model.
         ledger: The tokens that it got.
         inside: Those that were left, (b m d).
-        kept: Whether the tensor that came was what the model had got from the block before.
+        kept: Whether the tensor that it was given is what the block before returned.
         tokens: What the memory held of them.
         spans: The spans of blocks that it lies in.
     """
@@ -127,7 +127,7 @@ class Entry:
 
     @classmethod
     def of(cls, run: StreamRun, call: BlockCall) -> Entry:
-        """What a block is about to get."""
+        """What a block is about to be given."""
         return cls(run.context, run.ledger, run.inside, call.raw is run.given, dict(run.memory.tokens), run.spans)
 
     def begin(self, call: BlockCall) -> StreamRun:

@@ -1,4 +1,4 @@
-"""One pass through a stream: what is known of it from its first block to its last, and the site at which a verb is asked."""
+"""One pass through a stream: what is known of it from its first block to its last, and the site at which a verb is called."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Memory(dict):
-    """What blocks of one stream tell each other.
+    """What blocks of one stream share.
 
     `tokens` holds (b m ...) tensors that follow the tokens of a pass through every map, `rows` (b ...) tensors that follow the samples
     of a cache as beams are reordered.
@@ -44,7 +44,7 @@ class Memory(dict):
         self.tokens.clear()
 
     def note_pass(self, prompt: bool, end: int) -> None:
-        """Note what kind of pass comes, and where in the sequence it ends."""
+        """Note what kind of pass begins, and where in the sequence it ends."""
         self.prompted, self.end = prompt, end
 
     def hold(self, tokens: dict[str, Tensor]) -> None:
@@ -56,18 +56,18 @@ class Memory(dict):
         self.tokens = {name: tokens.gather(value) for name, value in self.tokens.items()}
 
     @contextlib.contextmanager
-    def among(self, maps: tuple[TokenMap, ...], held: dict[str, Tensor]) -> Iterator[None]:
-        """Let the per-token entries, as they were held, be those of other tokens for a while; what is written then comes back."""
-        self.tokens = dict(held)
+    def among(self, maps: tuple[TokenMap, ...], noted: dict[str, Tensor]) -> Iterator[None]:
+        """Let the per-token entries, as they were noted, be those of other tokens for a while; what is written then is kept."""
+        self.tokens = dict(noted)
         if not maps:
             yield
             return
         path = functools.reduce(TokenMap.then, maps)
-        self.tokens = {name: path.bring(value) for name, value in held.items()}
+        self.tokens = {name: path.bring(value) for name, value in noted.items()}
         yield
         back = {}
         for name, value in self.tokens.items():
-            before = held[name] if name in held else value.new_zeros(len(value), path.n, *value.shape[2:])
+            before = noted[name] if name in noted else value.new_zeros(len(value), path.n, *value.shape[2:])
             back[name] = put_back(value, path.slot, before)
         self.tokens = back
 
@@ -146,14 +146,14 @@ class BlockTokens(NamedTuple):
         opened: The map that opened their places.
         before: The tokens before it, (b m d).
         after: The tokens behind it, (b m+k d).
-        asks: Whether they only ask: no other token sees them.
+        only_read: Whether they only read the others, and none sees them.
     """
 
     method: Method
     opened: TokenMap
     before: Tensor
     after: Tensor
-    asks: bool
+    only_read: bool
 
 
 @dataclass
@@ -164,14 +164,14 @@ class StreamRun:
         context: The call of the model that it is part of.
         ledger: The tokens that are left.
         padding: Real tokens of the sequence that entered, (b n) bool; None if all are.
-        first: Place of each row's first real token in the whole sequence, (b), behind its end if none came yet; None if it is 0.
-        memory: What its blocks tell each other.
+        first: Place of each row's first real token in the whole sequence, (b), behind its end if there was none yet; None if it is 0.
+        memory: What its blocks share.
         at: Index of the block that runs, or ran last.
         layers: The cache layers of its blocks.
         apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
         segments: Where each sample begins in a packed row, (s); None if each has a row of its own.
         inside: The tokens that are left, behind the last block that ran, (b m d).
-        given: What the model got from that block.
+        given: What that block returned to the model.
         lent: By the type of block, the tokens whose keys later blocks may read, and what was stored before them.
         caches: The same layers by the index of their block.
         notes: By the key of a method, what its `observe` returned in each block.
@@ -203,7 +203,7 @@ class StreamRun:
         self.at = index
 
     def passed(self, hidden: Tensor, given: Tensor) -> None:
-        """A block has run: these tokens are left (b m d), and the model got that."""
+        """A block has run: these tokens are left (b m d), and that is returned to the model."""
         self.inside, self.given = (None, None) if self.ledger.untouched else (hidden, given)
 
     def move(self, tokens: TokenMap, proportional: bool = False, span: Span | None = None) -> None:
@@ -212,8 +212,8 @@ class StreamRun:
         The slots of the innermost span follow it, those of the others lie in front of that one.
         """
         self.memory.move(tokens)
-        inner = tuple(one.move(tokens) for one in self.spans[-1:])
-        self.spans = (*self.spans, span) if span is not None else (*self.spans[:-1], *inner)
+        innermost = tuple(inner.move(tokens) for inner in self.spans[-1:])
+        self.spans = (*self.spans, span) if span is not None else (*self.spans[:-1], *innermost)
         ledger = self.ledger.move(tokens)
         self.ledger = altered(ledger, proportional=True) if proportional else ledger
 
@@ -258,7 +258,7 @@ class StreamRun:
 
 @dataclass
 class Site:
-    """A place in a pass at which a verb is asked.
+    """A place in a pass at which a verb is called.
 
     Attributes:
         surgery, block, run: Where it is.
@@ -268,7 +268,7 @@ class Site:
         routed: The map to those routed to it.
         maps: How the local tokens came from those of the stream, one map after the other.
         tokens: What the memory held of these when the block began; it may begin again.
-        whole_cache: Whether a signal is asked of all entries of the cache.
+        whole_cache: Whether a signal is of all entries of the cache.
         mask, bias: Of the tokens at hand, where the block has no argument for it.
         within: Maps that methods made inside of the block, by the method's id and place.
         entered: The tokens as the block found them.
@@ -277,8 +277,8 @@ class Site:
         below: The cache of the block that this one is a pair with.
         alike: For each entry the one of the same token there, -1 where there is none, (b k n).
         past: The entries that its cache held before the block ran.
-        key: Of the method that is asked.
-        call: The attention call that `attend` speaks of.
+        key: Of the method that is called.
+        call: The attention call that `attend` shapes.
         part: And which of the tokens its queries are.
     """
 
@@ -325,7 +325,7 @@ class Site:
             raise UnsupportedError(explain(rule, "a mask that keeps them apart", remedy))
 
     def enter(self) -> None:
-        """The block is about to get the tokens at hand."""
+        """The block is about to be given the tokens at hand."""
         self.entered = self.hidden
 
     def local_tokens(self, ledger: TokenLedger, routed: TokenMap | None, maps: tuple[TokenMap, ...]) -> None:
@@ -346,7 +346,7 @@ class Site:
         return flags if padding is None else flags & padding.gather(1, ledger.rows)
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
-        """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has let the first ones go since."""
+        """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has dropped the first ones since."""
         return self.layer.in_order(x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length), dim)
 
     def from_local(self, x: Tensor, dim: int) -> Tensor:

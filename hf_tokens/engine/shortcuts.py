@@ -46,7 +46,7 @@ def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
 
 
 def is_quiet(block: BlockSurgery, speakers: Speakers, args: tuple, kwargs: dict) -> bool:
-    """Whether a block runs on a generated token as it came: nobody is asked before it is done, and no mask must be cut to its cache."""
+    """Whether a block runs on a generated token as it came: no method is called before it is done, and no mask is cut to its cache."""
     surgery = block.surgery
     run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
     if layer is None or layer.filled is not None or layer.packed or not run.ledger.untouched:
@@ -55,8 +55,8 @@ def is_quiet(block: BlockSurgery, speakers: Speakers, args: tuple, kwargs: dict)
     shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None
     if ends or shaped or torch.is_grad_enabled() and block.checkpointed_outside:
         return False
-    silent = all(handler_of(method).quiet(method, layer) for method in speakers.methods)
-    return silent and tells_no_places(block.module, args, kwargs)
+    quiet = all(handler_of(method).quiet(method, layer) for method in speakers.methods)
+    return quiet and tells_no_places(block.module, args, kwargs)
 
 
 def run_quietly(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:

@@ -1,12 +1,12 @@
-"""One pass through a stream: methods are asked around each block, which runs on the tokens that are left; the model gets back all of them.
+"""One pass through a stream: methods are called around each block, which runs on the tokens that are left; the model gets back all of them.
 
-Outside of a block nothing changes: whoever reads a block's output (the next norm, a skip connection, `output_hidden_states`) sees the whole
-sequence. The tokens that are left travel from block to block beside it. The life of a block, each phase asked of the methods in the order
+Outside of a block nothing changes: all that reads its output (the next norm, a skip connection, `output_hidden_states`) gets the whole
+sequence. The tokens that are left travel from block to block beside it. The life of a block, each phase called for the methods in the order
 of their stacks (`handler.py` says what a phase is for):
 
     run a block:
         arrive                                  in the first block of the stream
-        nobody is asked: run it as it came
+        no method is called: run it as it came
         before                                  tokens = those that are left
         gate                                    once for each run of the block
         for each run:
@@ -80,11 +80,11 @@ def run_again(block: BlockSurgery, call: BlockCall, known: Any) -> Any:
     if known is None:
         raise other_tensors(block)
     surgery = block.surgery
-    held = surgery.call.swap_run(known.begin(call))
+    before = surgery.call.swap_run(known.begin(call))
     try:
         return walk(block, call, replaying=True)
     finally:
-        surgery.call.swap_run(held)
+        surgery.call.swap_run(before)
 
 
 def walk(block: BlockSurgery, call: BlockCall, replaying: bool = False) -> Any:
@@ -123,30 +123,26 @@ def enter_pass(block: BlockSurgery, call: BlockCall) -> StreamRun:
         run = open_pass(surgery, surgery.call.context, block, call)
         surgery.call.swap_run(run)
     if call.hidden.shape[1] != run.ledger.n:
-        raise UnsupportedError(
-            explain(
-                f"The model may not change the number of tokens inside the stream {surgery.stream.name!r}",
-                f"{call.hidden.shape[1]} where {run.ledger.n} were due, at {block.path}",
-                "Act on the blocks behind that place, or on another stream.",
-            )
-        )
+        rule = f"The model may not change the number of tokens inside the stream {surgery.stream.name!r}"
+        got = f"{call.hidden.shape[1]} where {run.ledger.n} were due, at {block.path}"
+        raise UnsupportedError(explain(rule, got, "Act on the blocks behind that place, or on another stream."))
     run.enter(block.index, call.context)
     return run
 
 
 def tokens_left(call: BlockCall, run: StreamRun) -> Tensor:
-    """The tokens as the last block left them, unless someone outside changed the sequence since."""
+    """The tokens as the last block left them, unless the sequence was changed outside since."""
     if run.ledger.untouched:
         return call.hidden
     if run.spans and call.raw is not run.given:
         rule = "Between the blocks where a method lets tokens stand together, nothing but the blocks may change them"
-        came = f"other tokens than the block before gave, at {call.stream.paths[call.index]}"
-        raise UnsupportedError(explain(rule, came, "Choose other layers, or non-reentrant checkpointing."))
+        got = f"other tokens than the block before gave, at {call.stream.paths[call.index]}"
+        raise UnsupportedError(explain(rule, got, "Choose other layers, or non-reentrant checkpointing."))
     return run.inside if call.raw is run.given else run.ledger.cut(call.hidden, run.inside)
 
 
 def restored(speakers: Speakers, site: Site, given: Tensor) -> Tensor:
-    """Ask the methods behind a block; returns the whole sequence (b n d), where a token that is gone keeps its row of `given`.
+    """Call the methods behind a block; returns the whole sequence (b n d), where a token that is gone keeps its row of `given`.
 
     One that vanishes here has what the block made of it, which is put in its place only if there is such a one.
     """

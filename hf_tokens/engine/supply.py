@@ -1,4 +1,4 @@
-"""Where each signal comes from. A verb names what it wants; nothing else is computed."""
+"""Where each signal comes from. A verb names those that it gets; nothing else is computed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def real_entries(site: Site) -> Tensor:
         flags = flags & (layer.origins >= run.first.view(*lead, 1))
     if run.padding is not None:
         place = layer.origins - run.ledger.start
-        here = run.padding.view(lead[0], *lead[1:], run.ledger.n).expand(*place.shape[:-1], -1)
-        flags = flags & ((place < 0) | here.gather(-1, place.clamp(min=0)))
+        real = run.padding.view(lead[0], *lead[1:], run.ledger.n).expand(*place.shape[:-1], -1)
+        flags = flags & ((place < 0) | real.gather(-1, place.clamp(min=0)))
     if site.alike is not None:
         flags = cells(layer, flags) & (site.alike >= 0)
     if layer.window is not None:  # what no later query sees is freed late, and counts no more
@@ -53,10 +53,10 @@ def counterparts(site: Site, other: TokenCacheLayer) -> Tensor:
         real = real_entries(at) if at.layer.fresh is None else real_entries(at) & ~at.layer.fresh
         return torch.where(cells(at.layer, real), cells(at.layer, at.layer.origins), -1)
 
-    ours, theirs = places_of(site), places_of(altered(site, layer=other))
-    known, order = theirs.sort(dim=-1, stable=True)
-    found = torch.searchsorted(known, ours.contiguous()).clamp(max=known.shape[-1] - 1)
-    return torch.where((known.gather(-1, found) == ours) & (ours >= 0), order.gather(-1, found), -1)
+    places = places_of(site)
+    known, order = places_of(altered(site, layer=other)).sort(dim=-1, stable=True)
+    at = torch.searchsorted(known, places.contiguous()).clamp(max=known.shape[-1] - 1)
+    return torch.where((known.gather(-1, at) == places) & (places >= 0), order.gather(-1, at), -1)
 
 
 def lower_states(site: Site, name: str) -> Tensor:
@@ -96,13 +96,8 @@ def modality_span(site: Site, name: str) -> Tensor:
     if spans is None:
         if ledger.start:
             return torch.zeros_like(ledger.rows, dtype=torch.bool)
-        raise UnsupportedError(
-            explain(
-                "This method acts on visual tokens",
-                "an input without any image or video token",
-                "Give the model an image, or disable the adapter.",
-            )
-        )
+        rule, remedy = "This method acts on visual tokens", "Give the model an image, or disable the adapter."
+        raise UnsupportedError(explain(rule, "an input without any image or video token", remedy))
     spans = spans.to(ledger.rows.device)
     if spans.shape[1] != ledger.n:
         return torch.zeros_like(ledger.rows, dtype=torch.bool)
@@ -180,8 +175,8 @@ def entry_sizes(site: Site) -> Tensor:
     """The `sizes` signal."""
     if not site.whole_cache:
         return site.run.ledger.all_sizes()
-    held = site.layer.sizes
-    return torch.ones_like(site.layer.origins, dtype=torch.float32) if held is None else held
+    sizes = site.layer.sizes
+    return torch.ones_like(site.layer.origins, dtype=torch.float32) if sizes is None else sizes
 
 
 def newer_entries(site: Site) -> Tensor:

@@ -35,7 +35,7 @@ class StreamSurgery:
         model.add(self)
 
     def state(self, kind: type[State]) -> State:
-        """What a handler keeps of this stream, made when it is first asked for."""
+        """What a handler keeps of this stream, made when it is first needed."""
         if kind not in self._states:
             self._states[kind] = kind()
         return self._states[kind]
@@ -55,8 +55,6 @@ class StreamSurgery:
         shares = any(block.shares_keys for block in self.blocks.values())
         self.plan = StreamPlan.of(list(self.methods()), self.stream.causal, len(self.stream), shares)
         self.model.refresh()
-
-    # -- a call of the model -----------------------------------------------------------------------------------------
 
     def begin(self, context: ForwardContext, keeps_final: bool = False) -> None:
         """The model is called."""
@@ -85,13 +83,13 @@ class StreamSurgery:
 
     @property
     def examines(self) -> bool:
-        """Whether someone listens to what the methods find, and nothing is to be changed by it."""
+        """Whether a listener has the methods examined, so that nothing is changed."""
         return any(listener.examines for listener in self.model.listeners)
 
-    def tell(self, block: BlockSurgery, method: Method, found: Any) -> None:
-        """Tell those who listen what a method found."""
+    def report(self, block: BlockSurgery, method: Method, finding: Any) -> None:
+        """Pass on to the listeners what a method returned when it was examined."""
         for listener in self.model.listeners:
-            listener.examined(block, method, found)
+            listener.examined(block, method, finding)
 
     def count(self, block: BlockSurgery, tokens: int, part: str | None = None) -> None:
         """So many tokens were computed by a block, or by a part of it."""

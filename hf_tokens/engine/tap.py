@@ -1,4 +1,4 @@
-"""The attention call of one block: noted for whoever asks, and answered by the cache itself where that can be."""
+"""The attention call of one block: noted for the methods, and computed by the cache itself where that can be."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 
 def taps(method: Method, names: set[str]) -> bool:
-    """Whether a method that asks for these signals needs to see the attention call."""
+    """Whether a method that names these signals needs to see the attention call."""
     return "tap" in handler_of(method).hooks(method) or SCORED in names or bool(TAPPED & names)
 
 
 class AttentionTap:
-    """What the attention function of a block is asked through.
+    """What stands between a block and its attention function.
 
     Attributes:
-        listening: Whether the call that is under way is to be noted.
-        asking: Tokens in front of it that only ask.
+        noting: Whether the call that is under way is to be noted.
+        readers: Tokens in front of it that only read.
         site: Where it is.
-        call: What the attention function got.
+        call: The arguments of the attention function.
     """
 
     def __init__(self, block: BlockSurgery):
         self.block = block
-        self.listening, self.asking, self.site = False, 0, None
+        self.noting, self.readers, self.site = False, 0, None
         self.call: AttentionCall | None = None
         self.hands_on = False  # whether the attention call is known to get the keys and values that the cache returned
         self.opened = False
@@ -68,47 +68,46 @@ class AttentionTap:
             close_tap(self.block.attention)
             self.opened = False
 
-    def begin(self, listening: bool, asking: int, site: Site | None) -> tuple[bool, int, Site | None]:
+    def begin(self, noting: bool, readers: int, site: Site | None) -> tuple[bool, int, Site | None]:
         """The block is about to run at a site; returns what was there before, for `restore`."""
-        held = self.listening, self.asking, self.site
-        self.listening, self.asking, self.site = listening, asking, site
-        return held
+        before = self.noting, self.readers, self.site
+        self.noting, self.readers, self.site = noting, readers, site
+        return before
 
-    def restore(self, held: tuple[bool, int, Site | None]) -> None:
+    def restore(self, before: tuple[bool, int, Site | None]) -> None:
         """The block has run."""
-        self.listening, self.asking, self.site = held
+        self.noting, self.readers, self.site = before
 
     def forget(self) -> None:
         """Forget the call: the block is done."""
         self.call = None
 
-    # -- what the attention function asks ----------------------------------------------------------------------------
+    def note_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]:
+        """Hold the attention call until the verbs have been called; returns the calls that take its place.
 
-    def hear_call(self, call: AttentionCall) -> list[Callable[[], AttentionCall]]:
-        """Hold what the attention call gets until the verbs have been asked; returns the calls that take its place.
-
-        Tokens that only ask lend no key and no value; they stand in front. A mask or a bias that the block had no argument for comes in.
+        Tokens that only read have no key and no value in it; they stand in front. A mask or a bias that the block had no argument for is
+        put in.
         """
         site = self.site
         local, layer = site.local, site.layer
-        given = None if layer is None else layer.given
+        returned = None if layer is None else layer.returned
         usual = call.bias is None and not call.strange
-        self.hands_on = usual and given is not None and call.k is given[0] and call.v is given[1]
+        self.hands_on = usual and returned is not None and call.k is returned[0] and call.v is returned[1]
         mask = site.mask if call.mask is None else call.mask
         bias = call.bias if site.bias is None else site.bias
-        n, p = call.k.shape[2], self.asking
+        n, p = call.k.shape[2], self.readers
         mask, bias = (t[..., p:] if p and t is not None and t.shape[-1] == n else t for t in (mask, bias))
-        own = n <= (local.m if layer is None else layer.handed) and call.q.shape[0] in (1, local.batch)
+        own = n <= (local.m if layer is None else layer.num_returned) and call.q.shape[0] in (1, local.batch)
         strange = call.strange if own else (*call.strange, "other keys than those")
         noted = altered(call, k=call.k[:, :, p:], v=call.v[:, :, p:], mask=mask, bias=bias, strange=strange)
         self.call = noted
         shaping = self.block.plan.attends
         return [lambda: noted] if shaping is None else handler_of(shaping).attend(shaping, site, noted)
 
-    def answer(self, call: AttentionCall) -> Tensor | None:
+    def read_packed(self, call: AttentionCall) -> Tensor | None:
         """What the attention call returns, (b m h f), where it reads packed entries as they are; None else."""
         layer = self.site.layer
-        if layer is None or not layer.asked or not self.hands_on:
+        if layer is None or not layer.reads_packed or not self.hands_on:
             return None
         weighs = any(SCORED in method.asks for method in self.block.active())
         out, weights = layer.attend(call.q, call.sinks, weighs, scaling=call.scaling, softcap=call.softcap)
@@ -116,9 +115,7 @@ class AttentionTap:
             call.known["sum", "key", torch.is_grad_enabled()] = weights
         return out.transpose(1, 2)
 
-    # -- reading the cache as it lies --------------------------------------------------------------------------------
-
-    def learns_of(self, layer: TokenCacheLayer | None) -> bool:
+    def watches(self, layer: TokenCacheLayer | None) -> bool:
         """Whether to see the attention call because it might read a cache as it lies."""
         if layer is None or not layer.packed:
             return False
@@ -127,12 +124,12 @@ class AttentionTap:
         return config is not None and (config._attn_implementation or "").removeprefix(TAPPED_PREFIX) in BACKENDS
 
     def check_read(self, layer: TokenCacheLayer | None) -> None:
-        """Refuse an attention that was to read a cache as it lies, and did not.
+        """Refuse an attention that should have read a cache as it lies, and did not.
 
         Raises:
             UnsupportedError: It got other keys than the cache returned.
         """
-        if layer is not None and layer.asked:
+        if layer is not None and layer.reads_packed:
             rule = "An attention must get the keys as the cache returns them in each pass, as it did before"
             raise UnsupportedError(explain(rule, f"other ones in {type(self.block.attention).__name__}", "Choose other layers."))
 
@@ -149,10 +146,8 @@ class AttentionTap:
             return False
         return all(hides_none(mask, layer) for mask in token_masks(call.arguments))
 
-    # -- signals -----------------------------------------------------------------------------------------------------
-
     def noted(self) -> AttentionCall:
-        """What the attention call of this block got.
+        """The attention call of this block.
 
         Raises:
             UnsupportedError: There was none that we could see.

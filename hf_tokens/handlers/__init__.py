@@ -1,4 +1,4 @@
-"""What the engine does for one role, a file each. Their order here is the order in which they are asked around a call of the model."""
+"""What the engine does for one role, a file each. They are called around a call of the model in the order in which they stand here."""
 
 from . import token_bank, token_reducer, routers, cache_compressor, attention_edit, feature_cache, pooler, weight_edit, objective  # noqa: I001
 

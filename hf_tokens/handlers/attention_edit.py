@@ -1,4 +1,4 @@
-"""Attention edits: what the self-attention of a block says to each token."""
+"""Attention edits: what the self-attention of a block returns for each token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EditedAttention:
 
     def edit(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Behind the attention: what it returns instead."""
-        editors = [method for _, method in self.block.asked("attention")]
+        editors = [method for _, method in self.block.called_inside("attention")]
         if not editors:
             return None
         update = output[0] if isinstance(output, tuple) else output
@@ -48,15 +48,15 @@ class EditedAttention:
             update = self._edited(method, self.block.tap.site, args[0] if args else kwargs["hidden_states"], update)
         return (update, *output[1:]) if isinstance(output, tuple) else update
 
-    def _edited(self, method: AttentionEdit, site: Site, given: Tensor, update: Tensor) -> Tensor:
+    def _edited(self, method: AttentionEdit, site: Site, hidden: Tensor, update: Tensor) -> Tensor:
         """What the attention returns, edited; another sequence that the block carries along stays as it is."""
         m, ledger = site.local.m, site.local
         if update.shape[1] not in (m, m + ledger.context):
             rule = "An edit of attention needs a self-attention that answers each token of the stream"
-            came = f"{update.shape[1]} answers for {m} tokens at {self.block.path}"
-            raise UnsupportedError(explain(rule, came, "Give the model one image a call, or choose other layers."))
+            got = f"{update.shape[1]} answers for {m} tokens at {self.block.path}"
+            raise UnsupportedError(explain(rule, got, "Give the model one image a call, or choose other layers."))
         own = slice(0, m) if ledger.behind or update.shape[1] == m else slice(ledger.context, None)
-        self.block.signals.note("attention_input", given[:, own])
+        self.block.signals.note("attention_input", hidden[:, own])
         self.block.signals.note("attention_output", update[:, own])
         edited = ask(method, site.inside(site.hidden, routed=None))
         if edited is None:

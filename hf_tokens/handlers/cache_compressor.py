@@ -18,7 +18,7 @@ from ..tokens.altered import altered
 
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 WAITING = "blocks whose entries are shared out once all have run"
-BEYOND = "beyond"  # entries that are held in another form, in the books of each entry
+BEYOND = "beyond"  # entries that are stored in another format, in the books of each entry
 
 
 @handles("CacheCompressor")
@@ -31,11 +31,11 @@ class CacheCompressorHandler(Handler):
         return ("listen", "after") if SCORED in method.asks else ("after",)
 
     def quiet(self, method: CacheCompressor, layer: TokenCacheLayer) -> bool:
-        """Whether it speaks of a generated token by what is in the cache alone."""
+        """Whether it scores a generated token by what is in the cache alone."""
         return method.asks - {*method.of_prompts} <= OF_THE_CACHE
 
     def listens_later(self, method: CacheCompressor) -> bool:
-        """It hears what each entry receives, for a later prompt."""
+        """It notes what each entry receives, for a later prompt."""
         return bool(method.observes) or SCORED in method.asks
 
     def needs_scores(self, method: CacheCompressor) -> bool:
@@ -62,9 +62,9 @@ def compress(method: CacheCompressor, site: Site) -> None:
         site = altered(site, below=lower)
         site = altered(site, alike=counterparts(site, lower))
     if site.surgery.examines:
-        found = examined_scores(method, site)
-        if found is not None:
-            site.surgery.tell(site.block, method, found.detach())
+        scores = examined_scores(method, site)
+        if scores is not None:
+            site.surgery.report(site.block, method, scores.detach())
         return
     if not run.prefill and not method.decodes:
         return
@@ -93,7 +93,7 @@ def partner(method: CacheCompressor, site: Site) -> TokenCacheLayer | None:
 
 
 def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:
-    """What `calibrate` is told of a block: the scores of a budget for all, if the method does not say."""
+    """What `calibrate` gets of a block: the scores of a budget for all, if the method does not define it."""
     if type(method).examine is not CacheCompressor.examine:
         return ask(method, site, "examine")
     lengths = real_entries(site).sum(dim=-1)
@@ -116,16 +116,16 @@ def brought(site: Site, real: Tensor) -> Tensor:
 
 
 def whole_entries(site: Site) -> Tensor:
-    """Real entries that are held as they came, (b n) or (b k n)."""
+    """Real entries that are stored as they came, (b n) or (b k n)."""
     real, beyond = real_entries(site), site.layer.record.entries.get(BEYOND)
     return real if beyond is None else cells(site.layer, real) & (beyond == 0)
 
 
 def count_entries(site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries that are held as they came, how many these are, and how many tokens came so far: of each row (b) or head (b k)."""
+    """Entries that are stored as they came, how many these are, and how many tokens there were so far: of each row (b) or head (b k)."""
     real = whole_entries(site)
-    lengths, came = real.sum(dim=-1), brought(site, real_entries(site))
-    return real, lengths, came if came.shape == lengths.shape else came[:, None].expand_as(lengths)
+    lengths, seen = real.sum(dim=-1), brought(site, real_entries(site))
+    return real, lengths, seen if seen.shape == lengths.shape else seen[:, None].expand_as(lengths)
 
 
 def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> None:
@@ -137,20 +137,20 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
         site = altered(site, budget=torch.full((len(layer.origins), 1), layer.length - 1, device=layer.origins.device))
         drop_entry(layer, lowest(ask(method, site) if score is None else score))
         return
-    real, lengths, came = count_entries(site)
+    real, lengths, seen = count_entries(site)
     if method.allots:
         shares = layer.shares.to(lengths.device).view(-1, *[1] * (lengths.dim() - 1))
-        budgets = (shares * came + EPSILON).long().clamp(min=1).minimum(lengths)
+        budgets = (shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
     else:
-        pairs = zip(lengths.flatten().tolist(), came.flatten().tolist(), strict=True)
-        asked = [method.budget(n, s) for n, s in pairs]
-        if asked[0] is None:
+        pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
+        returned = [method.budget(n, s) for n, s in pairs]
+        if returned[0] is None:
             score = ask(method, site)
             real = cells(layer, real) if score.dim() == 3 else real
             budgets = ((score > 0) & real).sum(dim=-1)
             lengths = real.sum(dim=-1)
         else:
-            budgets = spread_budgets(torch.tensor(asked, device=lengths.device), lengths)
+            budgets = spread_budgets(torch.tensor(returned, device=lengths.device), lengths)
     if overfull(method, layer, lengths, budgets):
         site = altered(site, budget=budgets if budgets.dim() == 2 else budgets[:, None])
         evict(method, site, ask(method, site) if score is None else score, real, budgets)
@@ -160,13 +160,13 @@ def surplus(method: CacheCompressor, site: Site) -> int | None:
     """Entries that each row has beyond its budget, where all rows are alike and each entry is a token as it came; None where not."""
     layer, run = site.layer, site.run
     reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, site.alike
-    if holds(method) or any(one is not None for one in reasons):
+    if holds(method) or any(reason is not None for reason in reasons):
         return None
-    came, n = run.ledger.start + run.ledger.n, layer.length
+    seen, n = run.ledger.start + run.ledger.n, layer.length
     if method.allots:
-        budgets = [max(1, int(share * came + EPSILON)) for share in layer.shares.tolist()]
+        budgets = [max(1, int(share * seen + EPSILON)) for share in layer.shares.tolist()]
     else:
-        budgets = [method.budget(n, came)]
+        budgets = [method.budget(n, seen)]
     alike = type(budgets[0]) is int and budgets.count(budgets[0]) == len(budgets)
     return max(0, n - budgets[0]) if alike else None
 
@@ -177,18 +177,18 @@ def drop_entry(layer: TokenCacheLayer, gone: Tensor) -> None:
     layer.keep(index + (index >= gone), gone=gone)
 
 
-def spread_budgets(asked: Tensor, lengths: Tensor) -> Tensor:
+def spread_budgets(budgets: Tensor, lengths: Tensor) -> Tensor:
     """Budgets as (b) or (b k), none above what there is: one number for each of `lengths`, or one for each key head."""
-    if asked.dim() == 1:
-        return asked.view_as(lengths).minimum(lengths)
+    if budgets.dim() == 1:
+        return budgets.view_as(lengths).minimum(lengths)
     if lengths.dim() == 1:
-        return asked.minimum(lengths[:, None])
-    heads = asked.view(*lengths.shape, -1)  # b k k: what the lengths of each head let every head have
+        return budgets.minimum(lengths[:, None])
+    heads = budgets.view(*lengths.shape, -1)  # b k k: what the lengths of each head let every head have
     return heads.diagonal(dim1=1, dim2=2).minimum(lengths)
 
 
 def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
-    """Whether rows have more real entries than they may, or more room than any of them needs; one that holds them decides by itself."""
+    """Whether rows have more real entries than they may, or more room than any of them needs; or the method stores those otherwise."""
     if holds(method):
         return True
     more = lengths if lengths.dim() == budgets.dim() else lengths[:, None]
@@ -196,18 +196,18 @@ def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, b
 
 
 def allot(method: CacheCompressor, waiting: list[tuple[Site, Tensor | None]], notes: dict[int, Tensor]) -> None:
-    """Every block has spoken: share the entries out."""
-    parts = method.stream_first.allot({one.block.index: score for one, score in waiting if score is not None}, notes)
+    """Every block has run: share the entries out."""
+    parts = method.stream_first.allot({site.block.index: score for site, score in waiting if score is not None}, notes)
     for site, score in waiting:
-        part, (_, lengths, came) = parts[site.block.index], count_entries(site)
+        part, (_, lengths, seen) = parts[site.block.index], count_entries(site)
         if not part.is_floating_point():
-            part = part.minimum(lengths.view(len(part), -1).amax(dim=1)).double() / came.view(len(part), -1).amax(dim=1)
-        site.layer.share_out(part.double().cpu())  # it is asked for at each token, and a device would have to be waited for
+            part = part.minimum(lengths.view(len(part), -1).amax(dim=1)).double() / seen.view(len(part), -1).amax(dim=1)
+        site.layer.share_out(part.double().cpu())  # it is read at each token, and a device would have to be waited for
         limit(method, site, score)
 
 
 def holds(method: CacheCompressor) -> bool:
-    """Whether a method holds the entries beyond the budget in another form."""
+    """Whether a method stores the entries beyond the budget in another format."""
     return type(method).hold is not CacheCompressor.hold
 
 
@@ -282,7 +282,7 @@ def fold_entries(method: CacheCompressor, site: Site) -> None:
 
 
 def put_away(method: CacheCompressor, site: Site) -> None:
-    """Hold the entries beyond the budget, and maybe those within it, in other forms."""
+    """Store the entries beyond the budget, and maybe those within it, in other formats."""
     layer, holding = site.layer, ask(method, site, "hold")
     if holding is None:
         return
@@ -298,20 +298,17 @@ def put_away(method: CacheCompressor, site: Site) -> None:
 
 
 def note_beyond(layer: TokenCacheLayer, where: Tensor) -> None:
-    """Note that entries are no more held as they came."""
+    """Note that entries are no more stored as they came."""
     entries = layer.record.entries
     entries[BEYOND] = entries[BEYOND] | where if BEYOND in entries else where
 
 
 def share_entries(site: Site, keys: Polar, values: Polar) -> None:
-    """Hold entries of two layers in one form for both; both have them in the same order."""
+    """Store entries of two layers in one format for both; both have them in the same order."""
     upper, lower, above = site.layer, site.below, site.goes
     under = torch.zeros(*above.shape[:2], lower.length + 1, dtype=torch.bool, device=above.device)  # one place more for what is not there
     under = under.scatter(-1, torch.where(above, site.alike, lower.length), True)[..., :-1]
-    pairs = [
-        form.pack_pair(ours[under], theirs[above])
-        for form, ours, theirs in zip((keys, values), (lower.keys, lower.values), (upper.keys, upper.values), strict=True)
-    ]
+    pairs = [keys.pack_pair(lower.keys[under], upper.keys[above]), values.pack_pair(lower.values[under], upper.values[above])]
     for place, (layer, where) in enumerate(((lower, under), (upper, above))):
         layer.take(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)))
         note_beyond(layer, where)

@@ -22,14 +22,14 @@ from ..tokens.ledger import TokenLedger
 
 @dataclass
 class LookUp:
-    """What a stream's embedding table was last asked for: the ids (b n), and for each bank, by its key, the rows that it put in (b n)."""
+    """What a stream's embedding table last looked up: the ids (b n), and for each bank, by its key, the rows that it put in (b n)."""
 
     ids: Tensor
     rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LookUps:
-    """The ids of the last call of a stream that came to its first block: a prompt in chunks may cut apart what a bank looks for."""
+    """The ids of the last call of a stream that reached its first block: a prompt in chunks may cut apart what a bank looks for."""
 
     def __init__(self):
         self._ids: dict[str, Tensor | None] = {}
@@ -38,7 +38,7 @@ class LookUps:
         return {"_ids": {}}
 
     def swap(self, bank: TokenBank, ids: Tensor | None) -> Tensor | None:
-        """Another call has come; returns the ids of the one before."""
+        """Note those of another call; returns the ids of the one before."""
         before, self._ids[bank.key] = self._ids.get(bank.key), ids
         return before
 
@@ -61,9 +61,9 @@ class Embeddings:
         for _, bank in self.block.plan.always.of("arrive"):
             tokens = ask(bank, self._site(hidden))
             if tokens is not None:
-                own = bank.find(flat).view(ids.shape)
-                rows = {key: others.masked_fill(own >= 0, -1) for key, others in rows.items()} | {bank.key: own}  # the later bank counts
-                hidden = write_rows(hidden, own, tokens)
+                at = bank.find(flat).view(ids.shape)
+                rows = {key: others.masked_fill(at >= 0, -1) for key, others in rows.items()} | {bank.key: at}  # the later bank counts
+                hidden = write_rows(hidden, at, tokens)
         if ids.dim() > 1:  # some models look up a single id to compare with
             self.block.surgery.call.held[LookUp] = LookUp(ids, rows)
         return hidden
@@ -76,18 +76,18 @@ class Embeddings:
 
 
 def write_rows(hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """Write row r of tokens (k d) over each token of hidden (b n d) that asks for it by rows (b n); -1 and rows from k on ask for none."""
+    """Write row r of tokens (k d) over each token of hidden (b n d) with that in rows (b n); -1 and rows from k on stand for none."""
     if not len(tokens):
         return hidden
-    asked = (rows >= 0) & (rows < len(tokens))
-    return torch.where(asked[..., None], tokens.to(hidden)[rows.clamp(0, len(tokens) - 1)], hidden)
+    chosen = (rows >= 0) & (rows < len(tokens))
+    return torch.where(chosen[..., None], tokens.to(hidden)[rows.clamp(0, len(tokens) - 1)], hidden)
 
 
 def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dict) -> None:
-    """At the first block: refuse embeddings that came past the table, and a prompt cut apart within the words that a bank looks for."""
+    """At the first block: refuse embeddings that bypass the table, and a prompt cut apart within the words that a bank looks for."""
     surgery = block.surgery
-    look_up, given = surgery.call.held.get(LookUp), surgery.call.context.arguments
-    ready = not given or any("inputs_embeds" in name and value is not None for name, value in given.items())
+    look_up, arguments = surgery.call.held.get(LookUp), surgery.call.context.arguments
+    ready = not arguments or any("inputs_embeds" in name and value is not None for name, value in arguments.items())
     if look_up is None and not ready:
         rule = f"{type(bank).__name__} replaces what {surgery.stream.table} looks up"
         raise UnsupportedError(explain(rule, "embeddings that came past it", "Take off adapters that read the table by themselves."))
@@ -122,6 +122,6 @@ def rows_of_stream(stream: Stream, ledger: TokenLedger, rows: Tensor) -> Tensor:
     """The rows of a look-up (b n) for the tokens that are left of a stream (b m), which must have begun with those looked up."""
     if rows.numel() != ledger.batch * ledger.n:
         rule = f"A bank that rewrites its tokens needs the tokens of {stream.table} in {stream.paths[0]}"
-        came = f"{ledger.batch} x {ledger.n} of {tuple(rows.shape)}"
-        raise UnsupportedError(explain(rule, came, "Choose another model, or one block."))
+        got = f"{ledger.batch} x {ledger.n} of {tuple(rows.shape)}"
+        raise UnsupportedError(explain(rule, got, "Choose another model, or one block."))
     return rows.view(ledger.batch, ledger.n).gather(1, ledger.rows).masked_fill(ledger.flags(ledger.fresh, False), -1)

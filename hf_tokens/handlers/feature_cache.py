@@ -82,68 +82,64 @@ class FeatureCacheHandler(Handler):
                 surgery.state(Features).clear()
         return args, kwargs
 
-    # -- sublayers ---------------------------------------------------------------------------------------------------
-
     def takes_sublayer(self, method: FeatureCache, sublayer: Sublayer) -> bool:
         return method.site == "sublayer" or wants(method, sublayer)
 
-    def sublayer(self, method: FeatureCache, sublayer: Sublayer, hidden: Tensor, given: dict[str, Any]) -> Any:
+    def sublayer(self, method: FeatureCache, sublayer: Sublayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
         block, part = sublayer.block, sublayer.part
         if method.site == "block":
-            return run_whole(method, sublayer, store_of(method, block), hidden, given)
-        if learns(method, hidden):
+            return run_whole(method, sublayer, store_of(method, block), hidden, arguments)
+        if needs_gradient(method, hidden):
             sublayer.count(hidden.shape[0] * hidden.shape[1])
-            return sublayer.inner(hidden, **given)
+            return sublayer.inner(hidden, **arguments)
         check_alone(method, block)
-        block.state(Sublayers).check_module(part, sublayer.module)  # a pipeline may have given it another processor since
+        block.state(Sublayers).check_module(part, sublayer.module)  # a pipeline may have set another processor since
         if block.surgery.state(Features).ran(sublayer, block.surgery.call.run):
             rule = "A feature cache needs sublayers that run once a step"
             raise UnsupportedError(explain(rule, f"a second call of the {part}", "Do not chunk it (`disable_forward_chunking`)."))
         store = store_of(method, block)
-        held, index = store.get(part), None
-        if held is not None and held.output.shape[:2] == hidden.shape[:2]:
-            index = reuse(method, block, hidden, held, part)
+        kept, index = store.get(part), None
+        if kept is not None and kept.output.shape[:2] == hidden.shape[:2]:
+            index = reuse(method, block, hidden, kept, part)
         if index is None:
             sublayer.count(hidden.shape[0] * hidden.shape[1])
-            output = run_whole(method, sublayer, store, hidden, given)
+            output = run_whole(method, sublayer, store, hidden, arguments)
             store[part] = Feature.fresh(output[0] if isinstance(output, tuple) else output)
             return output
         sublayer.count(index.numel())
-        output, age, rest = held.output, held.age + 1, ()
-        if index.shape[1] or joins(sublayer, given):
-            fresh, rest = run_some(sublayer, hidden, index, given)
+        output, age, rest = kept.output, kept.age + 1, ()
+        if index.shape[1] or joins(sublayer, arguments):
+            fresh, rest = run_some(sublayer, hidden, index, arguments)
             output = routed_scatter(output, fresh, index)
             age = age.scatter(1, index, 0)
         store[part] = Feature(output, age)
         return (output, *rest) if rest else output
-
-    # -- whole blocks ------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # which blocks run is decided at each step
     def call(self, method: FeatureCache, block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         """The block's forward; at a step that reuses it, what it added at an earlier one."""
         stream, index, surgery = block.surgery.stream, block.index, block.surgery
         hidden, context = stream.bind(index, args, kwargs), stream.bind_context(index, args, kwargs)
-        if learns(method, hidden):
+        if needs_gradient(method, hidden):
             return block.inner(*args, **kwargs)
         check_alone(method, block)
         store = store_of(method, block)
-        held = store.get("block")
-        if not surgery.examines and held is not None and held.fits(hidden, context):
-            chosen = reuse(method, block, hidden, held, "block")
+        kept = store.get("block")
+        if not surgery.examines and kept is not None and kept.fits(hidden, context):
+            chosen = reuse(method, block, hidden, kept, "block")
             if chosen is not None and chosen.shape[1]:
                 rule = "A feature cache of whole blocks computes all tokens of a block, or none"
                 raise UnsupportedError(explain(rule, f"{chosen.shape[1]} of {hidden.shape[1]}", "Return None, or indices (b 0)."))
             if chosen is not None:
                 block.tap.site.within["reused"] = True
-                store["block"] = Feature(held.output, held.age + 1, held.context, held.form)
-                return pack_block(block, held, hidden + held.output, context)
+                store["block"] = Feature(kept.output, kept.age + 1, kept.context, kept.form)
+                return pack_block(block, kept, hidden + kept.output, context)
         output = block.inner(*args, **kwargs)
         store["block"] = added_by_block(block, output, hidden, context)
         if surgery.examines:
             value = method.examine(**supply_features(method, block, method.words["examine"], hidden, store["block"], "block"))
             if value is not None:
-                surgery.tell(block, method, value)
+                surgery.report(block, method, value)
         return output
 
 
@@ -164,59 +160,56 @@ def added_by_block(block: BlockSurgery, output: Any, hidden: Tensor, context: Te
     return Feature.fresh(returned - hidden, None if beside is None else beside - context, (type(output), len(output)))
 
 
-def pack_block(block: BlockSurgery, held: Feature, output: Tensor, context: Tensor | None) -> Any:
+def pack_block(block: BlockSurgery, kept: Feature, output: Tensor, context: Tensor | None) -> Any:
     """A block's results in the form that they had."""
-    if held.form is None:
+    if kept.form is None:
         return output
     stream, index = block.surgery.stream, block.index
-    kind, length = held.form
+    kind, length = kept.form
     items: list[Any] = [None] * length
     items[stream.hidden_index(index).returned] = output
-    if held.context is not None:
-        items[stream.context_index(index).returned] = context + held.context
+    if kept.context is not None:
+        items[stream.context_index(index).returned] = context + kept.context
     return kind(items)
 
 
-# -- a sublayer ------------------------------------------------------------------------------------------------------
-
-
-def joins(sublayer: Sublayer, given: dict[str, Any]) -> bool:
+def joins(sublayer: Sublayer, arguments: dict[str, Any]) -> bool:
     """Whether this call computes the tokens of a second sequence too."""
     joint = sublayer.block.state(Sublayers).joint
-    return joint and sublayer.part == "attention" and given.get("encoder_hidden_states") is not None
+    return joint and sublayer.part == "attention" and arguments.get("encoder_hidden_states") is not None
 
 
-def run_some(sublayer: Sublayer, hidden: Tensor, index: Tensor, given: dict[str, Any]) -> tuple[Tensor, tuple]:
-    """The chosen tokens (b r d), and what is returned beside them: the chosen ask, all answer."""
-    if not joins(sublayer, given):
-        if sublayer.part == "attention" and given.get("encoder_hidden_states") is None:
-            given["encoder_hidden_states"] = hidden
-        return sublayer.inner(take(hidden, index), **given), ()
-    asking = index if index.shape[1] else index.new_zeros(len(index), 1)  # no token at all cannot be asked for
+def run_some(sublayer: Sublayer, hidden: Tensor, index: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, tuple]:
+    """The chosen tokens (b r d), and what is returned beside them: the chosen are the queries, all have keys."""
+    if not joins(sublayer, arguments):
+        if sublayer.part == "attention" and arguments.get("encoder_hidden_states") is None:
+            arguments["encoder_hidden_states"] = hidden
+        return sublayer.inner(take(hidden, index), **arguments), ()
+    queries = index if index.shape[1] else index.new_zeros(len(index), 1)  # an attention needs a query
     whole = lambda module, args: (hidden, *args[1:])
     handles = [sublayer.module.get_submodule(f"to_{letter}").register_forward_pre_hook(whole) for letter in "kv"]
     try:
-        output = sublayer.inner(take(hidden, asking), **given)
+        output = sublayer.inner(take(hidden, queries), **arguments)
     finally:
         for handle in handles:
             handle.remove()
     return output[0][:, : index.shape[1]], output[1:]
 
 
-def run_whole(method: FeatureCache, sublayer: Sublayer, store: dict, hidden: Tensor, given: dict) -> Any:
-    """All tokens, and what the method wants to know of them."""
+def run_whole(method: FeatureCache, sublayer: Sublayer, store: dict, hidden: Tensor, arguments: dict) -> Any:
+    """All tokens, and the signals of them that the method names."""
     if not wants(method, sublayer):
-        return sublayer.inner(hidden, **given)
+        return sublayer.inner(hidden, **arguments)
     with AttentionCalls() as calls, noted_projections(sublayer.module) as projected:
-        output = sublayer.inner(hidden, **given)
+        output = sublayer.inner(hidden, **arguments)
     if calls.noted:
         q, k, mask, scaling = calls.noted[0]
     elif {"q", "k"} <= projected.keys():  # an attention by matrix products
         q, k = (split_heads(projected[letter], sublayer.module.heads) for letter in "qk")
-        mask, scaling = spread_mask(given, hidden), sublayer.module.scale
+        mask, scaling = spread_mask(arguments, hidden), sublayer.module.scale
     else:
-        rule, came = "What an attention gives to its tokens is read off torch's attention function", type(sublayer.module).__name__
-        raise UnsupportedError(explain(rule, f"{came} without a call of it", "Choose another attention backend."))
+        rule, got = "What an attention gives to its tokens is read off torch's attention function", type(sublayer.module).__name__
+        raise UnsupportedError(explain(rule, f"{got} without a call of it", "Choose another attention backend."))
     if sublayer.part == "attention":
         ledger = sublayer.block.surgery.call.run.ledger  # a second sequence stands beside the tokens
         first = 0 if ledger.behind else k.shape[2] - ledger.n
@@ -236,9 +229,9 @@ class AttentionCalls(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
-            scaling = given.get("scale") or given["query"].shape[-1] ** -0.5
-            self.noted.append((given["query"], given["key"], given.get("attn_mask"), scaling))
+            arguments = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+            scaling = arguments.get("scale") or arguments["query"].shape[-1] ** -0.5
+            self.noted.append((arguments["query"], arguments["key"], arguments.get("attn_mask"), scaling))
         return func(*args, **kwargs)
 
 
@@ -265,25 +258,22 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.dim() == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def spread_mask(given: dict[str, Any], hidden: Tensor) -> Tensor | None:
+def spread_mask(arguments: dict[str, Any], hidden: Tensor) -> Tensor | None:
     """The mask of a call, (b|1 h|1 m|1 n)."""
-    mask = given.get("attention_mask")
+    mask = arguments.get("attention_mask")
     if mask is None:
         return None
     mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
     return mask if mask.shape[0] == len(hidden) else mask.view(len(hidden), -1, *mask.shape[2:])
 
 
-# -- what both need --------------------------------------------------------------------------------------------------
-
-
-def learns(method: FeatureCache, hidden: Tensor) -> bool:
+def needs_gradient(method: FeatureCache, hidden: Tensor) -> bool:
     """Whether a gradient is wanted: what an earlier step computed has none."""
     return method.training or torch.is_grad_enabled() and hidden.requires_grad
 
 
 def wants(method: FeatureCache, sublayer: Sublayer) -> bool:
-    """Whether a method asks for what is read off this attention."""
+    """Whether a method names a signal that is read off this attention."""
     examined = method.words["examine"] if sublayer.block.surgery.examines else ()
     return any(FROM_FEATURES.get(name) == sublayer.part for name in (method.signals if method.site == "sublayer" else examined))
 
@@ -291,19 +281,19 @@ def wants(method: FeatureCache, sublayer: Sublayer) -> bool:
 def check_alone(method: FeatureCache, block: BlockSurgery) -> None:
     """Refuse company that would let a feature stand for other tokens."""
     active, untouched = block.active(), block.surgery.call.run.ledger.untouched
-    others = any(one.moves_tokens for one in active) or sum(isinstance(one, FeatureCache) for one in active) > 1
+    others = any(other.moves_tokens for other in active) or sum(isinstance(other, FeatureCache) for other in active) > 1
     if others or not untouched:
         rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"
         raise UnsupportedError(explain(rule, [type(m).__name__ for m in active], "Give them different layers or models."))
 
 
-def reuse(method: FeatureCache, block: BlockSurgery, hidden: Tensor, held: Feature, part: str) -> Tensor | None:
+def reuse(method: FeatureCache, block: BlockSurgery, hidden: Tensor, kept: Feature, part: str) -> Tensor | None:
     """The method's verb."""
-    return getattr(method, method.verb)(**supply_features(method, block, method.signals, hidden, held, part))
+    return getattr(method, method.verb)(**supply_features(method, block, method.signals, hidden, kept, part))
 
 
 def supply_features(
-    method: FeatureCache, block: BlockSurgery, names: tuple[str, ...], hidden: Tensor, held: Feature, part: str
+    method: FeatureCache, block: BlockSurgery, names: tuple[str, ...], hidden: Tensor, kept: Feature, part: str
 ) -> dict[str, Any]:
     """The signals of these names."""
     surgery, n = block.surgery, hidden.shape[1]
@@ -311,7 +301,7 @@ def supply_features(
     sources: dict[str, Callable[[], Any]] = {
         "hidden": lambda: hidden,
         "part": lambda: part,
-        "age": lambda: held.age + 1,
+        "age": lambda: kept.age + 1,
         "influence": lambda: store_of(method, block).get("influence"),
         "doubt": lambda: store_of(method, block).get("doubt"),
         "grid": lambda: grid(n, context.picture),

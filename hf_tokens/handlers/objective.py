@@ -1,4 +1,4 @@
-"""Objectives: what they are told behind the model, and how the loss of one takes the place of the model's own."""
+"""Objectives: the signals that they get behind the model, and how the loss of one takes the place of the model's own."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ Reader = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """A denoiser's call that waits for its target: what it got, what it gave, and the precision that it ran in."""
+    """A denoiser's call that waits for its target: what it got, what it returned, and the precision that it ran in."""
 
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     output: Any
     device: str
     dtype: torch.dtype | None
 
     @classmethod
-    def note(cls, given: dict[str, Any], output: Any) -> DenoiserCall:
+    def note(cls, arguments: dict[str, Any], output: Any) -> DenoiserCall:
         device = first_tensor(output).device.type
-        return cls(given, output, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        return cls(arguments, output, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
     def again(self) -> torch.autocast:
         """The same precision: a reference in another one would differ by its rounding alone."""
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)
 
 
-def labels_of(model: nn.Module, given: dict[str, Any], labels: Tensor | None) -> Tensor | None:
-    """The token that each place is to tell, (b n); None where the call has no labels."""
-    if isinstance(given.get("shift_labels"), Tensor):
-        return given["shift_labels"]
-    labels = labels if given.get("labels") is None else given["labels"]
+def labels_of(model: nn.Module, arguments: dict[str, Any], labels: Tensor | None) -> Tensor | None:
+    """The token that each place is to predict, (b n); None where the call has no labels."""
+    if isinstance(arguments.get("shift_labels"), Tensor):
+        return arguments["shift_labels"]
+    labels = labels if arguments.get("labels") is None else arguments["labels"]
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return None
     shifts = model.loss_function is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
@@ -57,15 +57,15 @@ def labels_of(model: nn.Module, given: dict[str, Any], labels: Tensor | None) ->
 
 def logits_of(output: Any, shape: torch.Size) -> Tensor | None:
     """The logits (b n v) in a model's output."""
-    found = [output.get("logits")] if isinstance(output, dict) else list(output) if isinstance(output, tuple) else [output]
-    return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3 and t.shape[:2] == shape), None)
+    tensors = [output.get("logits")] if isinstance(output, dict) else list(output) if isinstance(output, tuple) else [output]
+    return next((t for t in tensors if isinstance(t, Tensor) and t.dim() == 3 and t.shape[:2] == shape), None)
 
 
 def log_probabilities(output: Any, wanted: Tensor) -> Tensor:
     """Log-probability of each target, 0 where there is none, (b n)."""
-    given = output.get("log_probs") if isinstance(output, dict) else None  # of a head that makes no logits, as TRL's
-    if isinstance(given, Tensor):
-        return F.pad(given, (0, wanted.shape[1] - given.shape[1]))
+    known = output.get("log_probs") if isinstance(output, dict) else None  # of a head that makes no logits, as TRL's
+    if isinstance(known, Tensor):
+        return F.pad(known, (0, wanted.shape[1] - known.shape[1]))
     logits = logits_of(output, wanted.shape)
     if logits is None:
         rule = f"An objective needs logits for each of {wanted.shape[1]} labels"
@@ -81,10 +81,10 @@ def first_tensor(output: Any) -> Tensor:
 
 @dataclass
 class ObjectiveSignals:
-    """What the objectives may ask of one call; each signal is made when it is first asked for."""
+    """What the objectives may know of one call; each signal is made when it is first read."""
 
     model: ModelSurgery
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     output: Any
     wanted: Tensor
     read: Reader
@@ -109,19 +109,17 @@ class ObjectiveSignals:
     @cached_property
     def reference(self) -> Tensor:
         """Runs the model without the adapter."""
-        output, _ = self.model.without((), self.given)
+        output, _ = self.model.without((), self.arguments)
         return self._like_target(output) if self.wanted.is_floating_point() else log_probabilities(output, self.wanted)
 
     def _like_target(self, output: Any) -> Tensor:
-        found, want = self.read(output), self.wanted
-        if found.dim() == want.dim() > 3 and found.shape[1] == 2 * want.shape[1]:
-            found = found.chunk(2, dim=1)[0]  # a variance that some denoisers predict beside it
-        if found.shape != want.shape:
-            rule = "What a denoiser predicts and what it is to predict have one shape"
-            raise UnsupportedError(
-                explain(rule, f"{tuple(found.shape)} and {tuple(want.shape)}", "Pass `read`, which takes it from the output.")
-            )
-        return found.to(self.target.dtype)
+        prediction, want = self.read(output), self.wanted
+        if prediction.dim() == want.dim() > 3 and prediction.shape[1] == 2 * want.shape[1]:
+            prediction = prediction.chunk(2, dim=1)[0]  # a variance that some denoisers predict beside it
+        if prediction.shape != want.shape:
+            rule, got = "What a denoiser predicts and what it is to predict have one shape", (tuple(prediction.shape), tuple(want.shape))
+            raise UnsupportedError(explain(rule, f"{got[0]} and {got[1]}", "Pass `read`, which takes it from the output."))
+        return prediction.to(self.target.dtype)
 
     @property
     def _decoder(self) -> str:
@@ -129,9 +127,9 @@ class ObjectiveSignals:
 
     @cached_property
     def ids(self) -> Tensor:
-        found = self.given.get(f"{self._decoder}input_ids")
-        if isinstance(found, Tensor):
-            return found
+        ids = self.arguments.get(f"{self._decoder}input_ids")
+        if isinstance(ids, Tensor):
+            return ids
         if not self._decoder:
             rule = "This objective reads the tokens of the text"
             raise UnsupportedError(explain(rule, "`inputs_embeds` without `input_ids`", "Pass the ids."))
@@ -141,24 +139,23 @@ class ObjectiveSignals:
     @cached_property
     def positions(self) -> Tensor:
         n, device = self.wanted.shape[1], self.wanted.device
-        given, mask = self.given.get("position_ids"), self.given.get(f"{self._decoder}attention_mask")
+        places, mask = self.arguments.get("position_ids"), self.arguments.get(f"{self._decoder}attention_mask")
         place = torch.arange(n, device=device)
         begins = torch.zeros_like(self.wanted, dtype=torch.bool)
-        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == n and not self._decoder:
-            begins[:, 1:] = given[:, 1:] != given[:, :-1] + 1
+        if isinstance(places, Tensor) and places.dim() == 2 and places.shape[1] == n and not self._decoder:
+            begins[:, 1:] = places[:, 1:] != places[:, :-1] + 1
         if isinstance(mask, Tensor) and mask.shape == self.wanted.shape:
             begins[:, 1:] |= mask[:, 1:].bool() & ~mask[:, :-1].bool()
         return place - torch.where(begins, place, 0).cummax(dim=1).values
 
     @cached_property
     def hidden(self) -> Tensor:
-        found = self.states.get("head", self.states.get("base"))
+        hidden = self.states.get("head", self.states.get("base"))
         width = self.model.streams[-1].stream.width
-        if found is None or found.shape != (*self.wanted.shape, width):
+        if hidden is None or hidden.shape != (*self.wanted.shape, width):
             rule = f"This objective needs a head that reads the blocks' {width} features of every token"
-            came = "none" if found is None else tuple(found.shape)
-            raise UnsupportedError(explain(rule, came, "Choose another model."))
-        return found
+            raise UnsupportedError(explain(rule, "none" if hidden is None else tuple(hidden.shape), "Choose another model."))
+        return hidden
 
     @cached_property
     def head(self) -> Callable[[Tensor], Tensor]:
@@ -181,8 +178,8 @@ class ObjectiveSignals:
 
     @torch.no_grad()
     def _check_head(self, head: Callable[[Tensor], Tensor], logits: Tensor) -> None:
-        ours = head(self.hidden[:1, -1])
-        if ours.shape != logits.shape or not torch.allclose(ours.float(), logits.float(), rtol=0.05, atol=0.05):
+        computed = head(self.hidden[:1, -1])
+        if computed.shape != logits.shape or not torch.allclose(computed.float(), logits.float(), rtol=0.05, atol=0.05):
             rule = "This objective needs logits that are what the head returns, scaled or capped as the config says"
             raise UnsupportedError(explain(rule, f"others, from {type(self.model.base).__name__}", "Choose another model."))
 
@@ -192,7 +189,7 @@ class ObjectiveSignals:
 
 
 def ask_objective(objective: Objective, signals: ObjectiveSignals) -> Tensor | None:
-    """What an objective says of a call."""
+    """The loss of an objective for a call."""
     return objective.loss(**{name: getattr(signals, name) for name in objective.signals})
 
 
@@ -202,7 +199,7 @@ def objectives_of(model: ModelSurgery) -> list[Objective]:
 
 
 def asked_now(model: ModelSurgery) -> list[Objective]:
-    """The objectives that speak of a forward as the model is now."""
+    """The objectives that are called for a forward as the model is now."""
     return [o for o in objectives_of(model) if o.evaluates or o.training and torch.is_grad_enabled()]
 
 
@@ -211,44 +208,44 @@ class ObjectiveHandler(Handler):
     """What the engine does for objectives, and for methods of any role that weigh the targets."""
 
     def after_base(self, call: ModelCall, output: Any) -> None:
-        """Note the last hidden states, where an objective asks for them and no head will read them."""
+        """Note the last hidden states, where an objective names them and no head will read them."""
         if any("hidden" in objective.signals for objective in asked_now(call.model)):
             call.note_read("base", output["last_hidden_state"] if isinstance(output, dict) else output[0])
 
     def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
-        """Note what the head read, where an objective asks for it."""
+        """Note what the head read, where an objective names it."""
         if given is not None and any("hidden" in objective.signals for objective in asked_now(call.model)):
             call.note_read("head", given)
         return output
 
     def after_model(self, call: ModelCall, output: Any) -> Any:
-        """Ask the objectives; those of a denoiser have to wait for their target."""
-        model, given = call.model, call.context.arguments
+        """Call the objectives; those of a denoiser have to wait for their target."""
+        model, arguments = call.model, call.context.arguments
         if model.is_denoiser:
-            model.wait(DenoiserCall.note(given, output) if objectives_of(model) else None)
+            model.wait(DenoiserCall.note(arguments, output) if objectives_of(model) else None)
             return output
         weighing = [method for method in model.methods() if method.weighs and method.is_first_block]
-        asked = asked_now(model)
-        wanted = labels_to_tell(model, given, output) if weighing or asked else None
+        objectives = asked_now(model)
+        wanted = labels_to_judge(model, arguments, output) if weighing or objectives else None
         if wanted is not None:
-            signals = ObjectiveSignals(model, given, output, wanted, first_tensor, call.read)
+            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read)
             reweigh(signals, weighing)
-            if asked:
-                call.replace_loss(judge(signals, asked))
+            if objectives:
+                call.replace_loss(judge(signals, objectives))
         return output
 
 
-def labels_to_tell(model: ModelSurgery, given: dict[str, Any], output: Any) -> Tensor | None:
-    """The token that each place is to tell, (b n); None where the call is not to be judged."""
-    wanted = labels_of(model.base, given, model.losses.labels)
-    has_labels = any(given.get(name) is not None for name in ("labels", "shift_labels"))
+def labels_to_judge(model: ModelSurgery, arguments: dict[str, Any], output: Any) -> Tensor | None:
+    """The token that each place is to predict, (b n); None where the call is not to be judged."""
+    wanted = labels_of(model.base, arguments, model.losses.labels)
+    has_labels = any(arguments.get(name) is not None for name in ("labels", "shift_labels"))
     if wanted is None or not has_labels and logits_of(output, wanted.shape) is None:  # the trainer's labels may be another forward's
         return None
     return wanted
 
 
 def judge(signals: ObjectiveSignals, objectives: list[Objective]) -> LossReplacement | None:
-    """Ask the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned.
+    """Call the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned.
 
     Raises:
         UnsupportedError: Two of them want the place of the model's own loss.
@@ -288,7 +285,7 @@ def one_at_a_time(names: list[str]) -> UnsupportedError:
 
 
 def judge_prediction(model: ModelSurgery, target: Tensor, read: Reader) -> Tensor:
-    """What the objectives say of a denoiser's last call; the mean squared error where they say nothing.
+    """The objectives' loss of a denoiser's last call; the mean squared error where none replaces it.
 
     Raises:
         UnsupportedError: The model was not called, or has no objective.
@@ -298,10 +295,11 @@ def judge_prediction(model: ModelSurgery, target: Tensor, read: Reader) -> Tenso
     if call is None:
         rule = "`objective_loss` speaks of the denoiser's last call, once"
         raise UnsupportedError(explain(rule, "none since", "Attach an objective, call the denoiser, then ask."))
-    signals = ObjectiveSignals(model, call.given, call.output, target, read, {})
+    signals = ObjectiveSignals(model, call.arguments, call.output, target, read, {})
     with call.again():
-        found = [(objective, ask_objective(objective, signals)) for objective in objectives_of(model)]
-    losses = [value for _, value in found if value is not None]
-    if not any(objective.replaces for objective, value in found if value is not None):
+        values = [(objective, ask_objective(objective, signals)) for objective in objectives_of(model)]
+    values = [(objective, value) for objective, value in values if value is not None]
+    losses = [value for _, value in values]
+    if not any(objective.replaces for objective, _ in values):
         losses.append(F.mse_loss(signals.prediction, signals.target))
     return torch.stack(losses).sum()

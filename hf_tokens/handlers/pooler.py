@@ -1,8 +1,8 @@
 """Poolers: what is made of the tokens that leave a stream.
 
-A pooler of the site `stream` is asked where the model's own readers look: behind the norm that takes the whole sequence, else behind the
+A pooler of the site `stream` is called where the model's own readers look: behind the norm that takes the whole sequence, else behind the
 last block. Every place gets the pooled vector, so that no head is named: one that reads the first token, the last real one, the mean, or
-attends to all of them finds it. A pooler of the site `output` is asked behind the model, and its vectors take the place of
+attends to all of them finds it. A pooler of the site `output` is called behind the model, and its vectors take the place of
 `last_hidden_state`; what the model itself made of its tokens has seen all of them.
 """
 
@@ -30,7 +30,7 @@ from ..tokens.token_map import TokenMap, take
 
 @dataclass
 class Leaving:
-    """The tokens of a pass that have left the blocks, until those poolers have been asked that wait."""
+    """The tokens of a pass that have left the blocks, until the poolers that wait are called."""
 
     site: Site
     stream: list[Pooler] = field(default_factory=list)
@@ -52,24 +52,24 @@ class PoolerHandler(Handler):
         return [] if norm is None else [norm.register_forward_hook(SharedHook(block.state(FinalNorm), "leave"), with_kwargs=True)]
 
     def insert(self, method: Pooler, site: Site) -> BlockTokens | None:
-        """Tokens that only ask, in the last block that runs."""
-        asking, x = ask(method, site, "ask"), site.hidden
-        if asking is None:
+        """Tokens that only read, in the last block that runs."""
+        readers, x = ask(method, site, "ask"), site.hidden
+        if readers is None:
             return None
         if site.run.ledger.causal:
             rule = f"Tokens of {type(method).__name__} that only ask need a stream in which each token sees all"
             raise UnsupportedError(explain(rule, f"the causal stream {site.surgery.stream.name!r}", "Set its `sees_all`."))
         site.block.tap.open()
-        tokens, beside = asking
+        tokens, beside = readers
         opened = TokenMap.insert(x.shape[1], torch.zeros_like(beside), 1, len(x), x.device, beside=beside)
-        return BlockTokens(method, opened, x, opened.fill(x, tokens.to(x)), asks=True)
+        return BlockTokens(method, opened, x, opened.fill(x, tokens.to(x)), only_read=True)
 
     def remove(self, method: Pooler, site: Site, summary: Tensor) -> bool:
         site.run.held["answers", method.key] = summary
         return False
 
     def leave(self, method: Pooler, site: Site, whole: Tensor, replaying: bool) -> Tensor:
-        """Behind the last block: the sequence (b n d) that the model gets; a block that is run again for its gradient lets no one wait."""
+        """Behind the last block: the sequence (b n d) that the model gets; no pooler waits in a block that is run again."""
         at_norm = site.surgery.stream.final_norm is not None
         if method.site == "stream" and method.strength and not at_norm:
             whole = hand_out(method, site, whole)
@@ -86,7 +86,7 @@ class PoolerHandler(Handler):
         """The model's output, with the vectors of the poolers that make it shorter.
 
         Raises:
-            UnsupportedError: The model has no place for them, or a pooler was never asked.
+            UnsupportedError: The model has no place for them, or a pooler was never called.
         """
         for surgery in call.model.streams:
             leaving = surgery.call.held.pop(Leaving, None)
@@ -139,8 +139,8 @@ def shorten_output(method: Pooler, site: Site, output: Any) -> Any:
     whole = output.get(at) if isinstance(output, dict) else output[at] if isinstance(output, tuple) else None
     if not isinstance(whole, Tensor) or whole.dim() != 3 or whole.shape[:2] != (ledger.batch, ledger.n):
         rule = f"{type(method).__name__} gives the short sequence out in the place of `last_hidden_state`"
-        came = f"the outputs {sorted(output)}" if isinstance(output, dict) else type(output).__name__
-        raise UnsupportedError(explain(rule, came, "Load the encoder alone, such as AutoModel does."))
+        got = f"the outputs {sorted(output)}" if isinstance(output, dict) else type(output).__name__
+        raise UnsupportedError(explain(rule, got, "Load the encoder alone, such as AutoModel does."))
     vectors = pool(method, site, whole)
     if vectors is None:
         return output
@@ -160,7 +160,7 @@ def pool(method: Pooler, site: Site, whole: Tensor) -> Tensor | None:
     return ask(method, altered(site, hidden=take(whole, ledger.rows), run=altered(site.run, ledger=ledger)))
 
 
-def unread(surgery: StreamSurgery, came: str) -> UnsupportedError:
+def unread(surgery: StreamSurgery, got: str) -> UnsupportedError:
     """The error for a stream whose readers look elsewhere than where its structure says."""
     rule = f"A Pooler needs a norm behind the blocks of the stream {surgery.stream.name!r} that takes every token, or none"
-    return UnsupportedError(explain(rule, f"{came}, in {type(surgery.model.base).__name__}", "Choose another stream or model."))
+    return UnsupportedError(explain(rule, f"{got}, in {type(surgery.model.base).__name__}", "Choose another stream or model."))

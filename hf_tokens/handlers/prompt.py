@@ -57,31 +57,28 @@ def banks_in_prompt(model: ModelSurgery) -> list[tuple[BlockSurgery, TokenBank]]
     return [(block, method) for block in model.blocks() for method in block.active() if method.site == "prompt"]
 
 
-# -- a call of the model ---------------------------------------------------------------------------------------------
-
-
 def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Let banks add to a denoiser's prompt; samples that take other tokens than the last ones do run here."""
     banks = banks_in_prompt(call.model)
     if not banks:
         return args, kwargs
-    given, steps = call.context.arguments, call.context.steps_of_denoiser
-    context = altered(call.context, negative=steps.negative(given))
-    inserts = gather_inserts(banks, given, context)
+    arguments, steps = call.context.arguments, call.context.steps_of_denoiser
+    context = altered(call.context, negative=steps.negative(arguments))
+    inserts = gather_inserts(banks, arguments, context)
     if not inserts:
         return args, kwargs
-    several = group_samples(inserts)
-    if len(several) == 1:
-        extended, layout = extend_prompt(given, inserts)
+    groups = group_samples(inserts)
+    if len(groups) == 1:
+        extended, layout = extend_prompt(arguments, inserts)
         lay_out(call, context, layout)
         return (), extended
     refuse_parts(call)
     parts = call.held[APART] = []
-    for rows in several:
-        own, taken = part_of_call(given, inserts, rows)
-        extended, layout = extend_prompt(own, taken) if taken else (own, None)
+    for rows in groups:
+        of_rows, inserts_of_rows = part_of_call(arguments, inserts, rows)
+        extended, layout = extend_prompt(of_rows, inserts_of_rows) if inserts_of_rows else (of_rows, None)
         lay_out(call, part_of_context(context, rows), layout)
-        parts.append((rows, None if rows is several[-1] else call.model.base.forward(**extended)))
+        parts.append((rows, None if rows is groups[-1] else call.model.base.forward(**extended)))
     return (), extended
 
 
@@ -108,9 +105,6 @@ def refuse_parts(call: ModelCall) -> None:
         raise UnsupportedError(explain(rule, keeping or "a cache of diffusers' own", remedy))
 
 
-# -- what the banks give ---------------------------------------------------------------------------------------------
-
-
 def ask_at_prompt(block: BlockSurgery, bank: TokenBank, call: Arguments, context: ForwardContext, word: str) -> Tensor | None:
     """Call a word of a bank with the signals that it names."""
     supply: dict[str, Callable[[], Any]] = {
@@ -122,8 +116,8 @@ def ask_at_prompt(block: BlockSurgery, bank: TokenBank, call: Arguments, context
         "progress": lambda: block.surgery.model.progress,
     }
     names = [name for name in bank.words[word] if name not in bank.ignores]
-    found = {name: supply[name]() if name in supply else getattr(context, name) for name in names}
-    return getattr(bank, word)(**{**dict.fromkeys(bank.words[word]), **found})
+    signals = {name: supply[name]() if name in supply else getattr(context, name) for name in names}
+    return getattr(bank, word)(**{**dict.fromkeys(bank.words[word]), **signals})
 
 
 def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments, context: ForwardContext) -> list[PromptInsert]:
@@ -133,8 +127,8 @@ def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments,
         time = context.time
         if not isinstance(prompt, Tensor) or prompt.dim() != 3 or time is not None and len(time) != len(prompt):
             rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
-            came = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-            raise UnsupportedError(explain(rule, came, "Pass one, or disable the adapter."))
+            got = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise UnsupportedError(explain(rule, got, "Pass one, or disable the adapter."))
         if bank.key not in takers:
             rows = ask_at_prompt(block, bank, call, context, "takes")
             rows = ~context.negative if rows is None else rows
@@ -151,13 +145,12 @@ def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments,
 
 
 def group_samples(inserts: list[PromptInsert]) -> list[Tensor]:
-    """Samples that take the same gifts, as indices: what they read differs in length, and not every model can hide a part of it."""
+    """Samples that take the same tokens, as indices: what they read differs in length, and not every model can hide a part of it."""
     takers = {insert.key: insert.rows for insert in inserts}
     which = torch.stack([*takers.values()], dim=1).unique(dim=0, return_inverse=True)[1]
     return [(which == i).nonzero()[:, 0] for i in range(int(which.max()) + 1)]
 
 
-# -- the prompt ------------------------------------------------------------------------------------------------------
 def prompt_masks(call: Arguments) -> dict[str, Tensor]:
     """The masks of the prompt among the arguments of a call."""
     return {name: value for name, value in call.items() if families.PROMPT_MASKS.match(name) and isinstance(value, Tensor)}
@@ -165,15 +158,15 @@ def prompt_masks(call: Arguments) -> dict[str, Tensor]:
 
 def prompt_mask(call: Arguments) -> Tensor:
     """Which tokens of the prompt are there, (b l) bool."""
-    prompt, found = call[PROMPT], next(iter(prompt_masks(call).values()), None)
-    if found is None:
+    prompt, mask = call[PROMPT], next(iter(prompt_masks(call).values()), None)
+    if mask is None:
         return torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
-    shown = found != 0 if found.dim() == 2 or found.dtype == torch.bool else found > -1  # a mask, or a bias that is added
+    shown = mask != 0 if mask.dim() == 2 or mask.dtype == torch.bool else mask > -1  # a mask, or a bias that is added
     return shown.flatten(1, -2).any(dim=1) if shown.dim() > 2 else shown
 
 
 def extend_prompt(call: Arguments, inserts: list[PromptInsert]) -> tuple[Arguments, PromptLayout | None]:
-    """The call with the gifts in its prompt: those for all blocks behind its last real token, those for single blocks behind its end."""
+    """The call with the tokens in its prompt: those for all blocks behind its last real token, those for single blocks behind its end."""
     for name, value in call.items():
         if value is not None and (families.PROMPT_LENGTHS.search(name) or name == "attention_mask" and runs_over_prompt(value, call)):
             rule = f"Tokens can be added to a prompt that is described by masks named as {families.PROMPT_MASKS.pattern}"
@@ -188,10 +181,10 @@ def extend_prompt(call: Arguments, inserts: list[PromptInsert]) -> tuple[Argumen
     at = length = call[PROMPT].shape[1]
     behind = torch.full_like(inserts[0].rows, length, dtype=torch.long)
     call = widen_prompt(call, torch.cat([insert.tokens for insert in single], dim=1), behind)
-    own = {}
+    places = {}
     for insert in single:
-        own[insert.key, insert.place] = range(at, at := at + insert.tokens.shape[1])
-    return call, PromptLayout(length, at, own)
+        places[insert.key, insert.place] = range(at, at := at + insert.tokens.shape[1])
+    return call, PromptLayout(length, at, places)
 
 
 def runs_over_prompt(value: Any, call: Arguments) -> bool:
@@ -225,7 +218,6 @@ def widen_places(name: str, table: Tensor, opened: TokenMap) -> Tensor:
     return table[opened.source[0]]
 
 
-# -- a call in parts -------------------------------------------------------------------------------------------------
 def of_samples(name: str, value: Any, rows: Tensor, batch: int) -> Any:
     """An argument for some of the samples."""
     if isinstance(value, dict):
@@ -245,8 +237,8 @@ def part_of_context(context: ForwardContext, rows: Tensor) -> ForwardContext:
 def part_of_call(call: Arguments, inserts: list[PromptInsert], rows: Tensor) -> tuple[Arguments, list[PromptInsert]]:
     """The call of some samples, and what these take."""
     batch = len(call[PROMPT])
-    mine = [PromptInsert(g.key, g.place, g.tokens[rows], g.rows[rows]) for g in inserts if bool(g.rows[rows[0]])]
-    return {name: of_samples(name, value, rows, batch) for name, value in call.items()}, mine
+    taken = [PromptInsert(i.key, i.place, i.tokens[rows], i.rows[rows]) for i in inserts if bool(i.rows[rows[0]])]
+    return {name: of_samples(name, value, rows, batch) for name, value in call.items()}, taken
 
 
 def join_outputs(parts: list[tuple[Tensor, Any]]) -> Any:
@@ -254,17 +246,16 @@ def join_outputs(parts: list[tuple[Tensor, Any]]) -> Any:
     order = torch.cat([rows for rows, _ in parts]).argsort()
 
     def put(values: list[Any]) -> Any:
-        one = values[0]
-        if isinstance(one, Tensor):
+        first = values[0]
+        if isinstance(first, Tensor):
             return torch.cat(values)[order]
-        if isinstance(one, dict):
-            return type(one)(**{name: put([value[name] for value in values]) for name in one})
-        return type(one)(put(list(items)) for items in zip(*values, strict=True)) if isinstance(one, (tuple, list)) else one
+        if isinstance(first, dict):
+            return type(first)(**{name: put([value[name] for value in values]) for name in first})
+        return type(first)(put(list(items)) for items in zip(*values, strict=True)) if isinstance(first, (tuple, list)) else first
 
     return put([output for _, output in parts])
 
 
-# -- at a block ------------------------------------------------------------------------------------------------------
 def layout_at(block: BlockSurgery, hidden: Tensor) -> PromptLayout | None:
     """The layout of this call of a block: that of the model's call, or, run again by a checkpoint, that of the one before."""
     replays = block.surgery.state(PromptReplays)
@@ -280,17 +271,17 @@ def on_its_own(block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) ->
     layout = layout_at(block, block.surgery.stream.bind(block.index, args, kwargs))
     if layout is None:
         return run(block, args, kwargs)
-    own, more, restore = cut_to_own(layout, block, args, kwargs)
+    cut_args, cut_kwargs, restore = cut_to_own(layout, block, args, kwargs)
     try:
-        return restore(run(block, own, more))
+        return restore(run(block, cut_args, cut_kwargs))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         if isinstance(error, UnsupportedError):
             raise
         rule = "A block with a prompt of its own must run on another number of its tokens than the model was given"
-        came = f"{type(block.module).__name__} at {block.path}, which says: {error}"
-        raise UnsupportedError(explain(rule, came, "Choose another model, or one prompt for all blocks.")) from error
+        got = f"{type(block.module).__name__} at {block.path}, which says: {error}"
+        raise UnsupportedError(explain(rule, got, "Choose another model, or one prompt for all blocks.")) from error
 
 
 def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: dict) -> tuple[tuple, dict, Callable[[Any], Any]]:
@@ -301,14 +292,14 @@ def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: d
     context, n = arguments.get(PROMPT if index is None else index.name), block.surgery.stream.bind(block.index, args, kwargs).shape[1]
     if not isinstance(context, Tensor) or context.shape[1] != layout.total:
         rule = f"{sorted({key for key, _ in layout.own})} add to the prompt for single blocks, which must get it as the model was given it"
-        came = f"{tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__} at {block.path}"
-        raise UnsupportedError(explain(rule, came, "Choose another model, or one prompt for all blocks."))
+        got = f"{tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__} at {block.path}"
+        raise UnsupportedError(explain(rule, got, "Choose another model, or one prompt for all blocks."))
     keys = {(method.key, method.dims.place) for method in block.active() if method.site == "prompt"}
     keep = [*range(layout.length), *(i for key, own in layout.own.items() if key in keys for i in own)]
     kept = torch.tensor(keep, device=context.device)
-    own = {name: narrow_argument(name, value, context, kept, n, block) for name, value in arguments.items()}
-    more = {name: value for name, value in own.items() if name not in names}
-    return (*(own[name] for name in names), *args[len(names) :]), more, lambda output: restore_prompt(output, index, context, layout)
+    cut = {name: narrow_argument(name, value, context, kept, n, block) for name, value in arguments.items()}
+    by_name = {name: value for name, value in cut.items() if name not in names}
+    return (*(cut[name] for name in names), *args[len(names) :]), by_name, lambda output: restore_prompt(output, index, context, layout)
 
 
 def narrow_argument(name: str, value: Any, context: Tensor, keep: Tensor, n: int, block: BlockSurgery) -> Any:

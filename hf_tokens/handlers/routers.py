@@ -18,7 +18,7 @@ from ..engine.results import ModelCall
 from ..engine.run import Site
 from ..errors import UnsupportedError, explain
 from ..model import families
-from ..model.signatures import parameters
+from ..model.signatures import bound_arguments
 from ..roles.routers import LayerRouter, ModelRouter, TokenRouter
 
 
@@ -51,12 +51,12 @@ class LayerRouterHandler(Handler):
         gate = ask(method, site)  # (b), or (b r) for several runs
         if gate is None:
             return None
-        return [one[:, None].expand_as(site.run.ledger.rows) for one in gate.reshape(len(gate), -1).unbind(1)]
+        return [of_run[:, None].expand_as(site.run.ledger.rows) for of_run in gate.reshape(len(gate), -1).unbind(1)]
 
 
 @handles("ModelRouter")
 class ModelRouterHandler(Handler):
-    """What the engine does for model routers: they are asked once the head has answered."""
+    """What the engine does for model routers: they are called once the head has returned."""
 
     def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
         routers = [method for method in call.model.methods() if isinstance(method, ModelRouter)]
@@ -83,23 +83,22 @@ class RoutedMlp(BoundForward):
         layout = block.surgery.stream.layout
         if mixes or families.MIXING_MLPS.search(type(module).__name__) or layout != "b n d":
             rule = "A router of an MLP needs one that computes each token from itself alone, and tokens that lie as 'b n d'"
-            came = f"{type(module).__name__} at {block.path}, with {layout!r}"
-            raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
+            got = f"{type(module).__name__} at {block.path}, with {layout!r}"
+            raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
         self.block = block
         super().__init__(module)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, as the block calls it."""
-        routers = [method for _, method in self.block.asked("mlp")]
+        routers = [method for _, method in self.block.called_inside("mlp")]
         if not routers:
             return self.inner(*args, **kwargs)
-        given = {**dict(zip(parameters(type(self.module)), args, strict=False)), **kwargs}
-        x, *others = given.values()
+        x, *others = bound_arguments(self.module, args, kwargs).values()
         local = self.block.tap.site.local
         if any(isinstance(other, Tensor) for other in others) or x.shape[:2] != (local.batch, local.m):
             rule = "A router of an MLP needs one that is called once a block, with all its tokens and nothing else"
-            came = f"{type(self.module).__name__} called with {[tuple(t.shape) for t in (x, *others) if isinstance(t, Tensor)]}"
-            raise UnsupportedError(explain(rule, came, "Do not chunk it (`disable_forward_chunking`), or choose another model."))
+            got = f"{type(self.module).__name__} called with {[tuple(t.shape) for t in (x, *others) if isinstance(t, Tensor)]}"
+            raise UnsupportedError(explain(rule, got, "Do not chunk it (`disable_forward_chunking`), or choose another model."))
         gate, extra = self._ask(routers, x)
         return self._compute(x, gate, extra, local.flags(local.filled, True))
 
@@ -116,9 +115,9 @@ class RoutedMlp(BoundForward):
         return math.prod((gate for gate, _ in routes), start=x.new_ones(x.shape[:2])), sum(extras) if extras else None
 
     @staticmethod
-    def _refuse_reentrant(held: dict[str, Tensor], now: dict[str, Tensor]) -> None:
-        """What a block hears from the one before came without a graph, if its checkpoint runs it without one at first."""
-        cut = [name for name, value in held.items() if now[name].requires_grad and not value.requires_grad]
+    def _refuse_reentrant(before: dict[str, Tensor], now: dict[str, Tensor]) -> None:
+        """What a block gets from the one before has no graph, if its checkpoint runs it without one at first."""
+        cut = [name for name, value in before.items() if now[name].requires_grad and not value.requires_grad]
         if cut and in_backward():
             rule = "Routers that hear from one another in training need checkpoints that keep the graph between blocks"
             raise UnsupportedError(explain(rule, "reentrant checkpointing", "Use non-reentrant checkpointing."))

@@ -16,17 +16,17 @@ from ..engine.run import Site
 from ..errors import UnsupportedError, explain
 from ..model.arguments import realign
 from ..model.parts import all_attentions, is_cross
-from ..model.signatures import parameters
+from ..model.signatures import bound_arguments, parameters
 from ..roles.token_reducer import TokenReducer
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap
 
 # Attentions that compute each token from itself and a context, and MLPs that compute each from itself alone.
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
-JOINT = ("JointAttnProcessor2_0",)  # the same beside a second sequence, whose tokens ask and answer too
+JOINT = ("JointAttnProcessor2_0",)  # the same beside a second sequence, whose tokens have queries and keys too
 TOKENWISE_MLPS = ("FeedForward",)
 WHOLE = "Choose another model, or a method that reuses whole blocks."
-OF_CONTEXT = re.compile(r"^(encoder|key)|mask")  # what a cross-attention is told of the sequence that it reads
+OF_CONTEXT = re.compile(r"^(encoder|key)|mask")  # what a cross-attention is given of the sequence that it reads
 PLAIN_ATTENTION = {"group_norm": None, "spatial_norm": None, "norm_cross": None, "residual_connection": False, "fused_projections": False}
 
 
@@ -37,13 +37,13 @@ class Sublayer(BoundForward):
         super().__init__(module)
         self.block, self.part = block, part
 
-    @torch.compiler.disable  # hooks that come and go within a call are not heard in a compiled one
+    @torch.compiler.disable  # hooks that come and go within a call do not run in a compiled one
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, as the block calls it."""
         for handler, method in self.block.plan.always.of("sublayer"):
             if handler.takes_sublayer(method, self):
-                given = {**dict(zip(parameters(type(self.module)), args, strict=False)), **kwargs}
-                return handler.sublayer(method, self, given.pop("hidden_states"), given)
+                arguments = bound_arguments(self.module, args, kwargs)
+                return handler.sublayer(method, self, arguments.pop("hidden_states"), arguments)
         return self.inner(*args, **kwargs)
 
     def count(self, tokens: int) -> None:
@@ -64,8 +64,8 @@ class Sublayers:
         stream, index = self.block.surgery.stream, self.block.index
         own = stream.attention(index)
         cross = [module for path, module in all_attentions(stream.blocks[index]) if module is not own and is_cross(path, module)]
-        found = {"attention": own, "cross_attention": cross[0] if cross else None, "mlp": stream.mlp(index)}
-        return {part: module for part, module in found.items() if module is not None}
+        parts = {"attention": own, "cross_attention": cross[0] if cross else None, "mlp": stream.mlp(index)}
+        return {part: module for part, module in parts.items() if module is not None}
 
     @property
     def joint(self) -> bool:
@@ -104,14 +104,14 @@ class Sublayers:
         """Refuse a sublayer whose tokens cannot be computed one without the other."""
         kind = vars(module).get("processor") if part != "mlp" else module
         known = TOKENWISE_MLPS if part == "mlp" else JOINT if self.joint else PROCESSORS
-        held = {name: vars(module).get(name, module._modules.get(name)) for name in PLAIN_ATTENTION}
-        if type(kind).__name__ not in known or part != "mlp" and held != PLAIN_ATTENTION:
+        settings = {name: vars(module).get(name, module._modules.get(name)) for name in PLAIN_ATTENTION}
+        if type(kind).__name__ not in known or part != "mlp" and settings != PLAIN_ATTENTION:
             names = ", ".join((*PROCESSORS, *JOINT, *TOKENWISE_MLPS))
             rule = f"A feature cache needs blocks that can compute some tokens alone, with {names} in them"
             raise UnsupportedError(explain(rule, f"{type(module).__name__} with {type(kind).__name__}", WHOLE))
 
     def assign(self, reducer: TokenReducer, site: Site, hidden: Tensor) -> TokenMap | None:
-        """The map of a block's tokens, asked for once a call: in front of the first sublayer that runs on merged tokens."""
+        """The map of a block's tokens, made once a call: in front of the first sublayer that runs on merged tokens."""
         if id(reducer) not in site.within:
             if unfit := sorted(self.unfit[part] for part in reducer.parts if part in self.unfit):
                 rule = f"Sublayers that run on merged tokens get them as `hidden_states`, and an MLP among them is one of {TOKENWISE_MLPS}"
@@ -130,42 +130,39 @@ def merges(part: str, module: nn.Module) -> bool:
     return "hidden_states" in parameters(type(module)) and (part != "mlp" or type(module).__name__ in TOKENWISE_MLPS)
 
 
-# -- on merged tokens ------------------------------------------------------------------------------------------------
-
-
-def run_merged(reducer: TokenReducer, sublayer: Sublayer, hidden: Tensor, given: dict[str, Any]) -> Any:
+def run_merged(reducer: TokenReducer, sublayer: Sublayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
     """Run a sublayer on merged tokens, and give each token what its slot got."""
     site, block = sublayer.block.tap.site, sublayer.block
     front = hidden.shape[1] - site.local.m if hidden.dim() == 3 else -1  # where a second sequence is in the same tensor
     if front not in (0, site.local.context) or len(hidden) != site.local.batch:
         rule = "Tokens are merged in front of a sublayer that gets those of its block, as (batch, tokens, features)"
         wanted = f"{site.local.batch} x {site.local.m} tokens"
-        came = f"{tuple(hidden.shape)} at {type(sublayer.module).__name__} where the block has {wanted}"
-        raise UnsupportedError(explain(rule, came, "Choose other layers or another model."))
+        got = f"{tuple(hidden.shape)} at {type(sublayer.module).__name__} where the block has {wanted}"
+        raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
     behind, front = (front, 0) if site.local.behind else (0, front)
     own = hidden[:, front : hidden.shape[1] - behind]
     tokens = block.state(Sublayers).assign(reducer, site, own)
     if tokens is None:
         sublayer.count(hidden.shape[0] * hidden.shape[1])
-        return sublayer.inner(hidden, **given)
+        return sublayer.inner(hidden, **arguments)
     mapped = tokens.apply(own, site.local.sizes)
     mapped = torch.cat([hidden[:, :front], mapped, hidden[:, front + tokens.n :]], dim=1) if front or behind else mapped
     whole = tokens.beside(front, behind)
     sublayer.count(mapped.shape[0] * mapped.shape[1])
-    output = run_short(sublayer, mapped, whole, hidden, given)
+    output = run_short(sublayer, mapped, whole, hidden, arguments)
     back = whole.slots.unmerge(output[0] if isinstance(output, tuple) else output)
     return (back, *output[1:]) if isinstance(output, tuple) else back
 
 
-def run_short(sublayer: Sublayer, mapped: Tensor, tokens: TokenMap, hidden: Tensor, given: dict[str, Any]) -> Any:
+def run_short(sublayer: Sublayer, mapped: Tensor, tokens: TokenMap, hidden: Tensor, arguments: dict[str, Any]) -> Any:
     """A sublayer on merged tokens, its masks and tables cut to fit."""
-    itself = [name for name, value in given.items() if value is hidden]  # some name their own tokens as the context
-    context = None if sublayer.part != "attention" else given.get("encoder_hidden_states")
+    itself = [name for name, value in arguments.items() if value is hidden]  # some name their own tokens as the context
+    context = None if sublayer.part != "attention" else arguments.get("encoder_hidden_states")
     length = 0 if context is None or "encoder_hidden_states" in itself else context.shape[1]
-    foreign = {name: value for name, value in given.items() if sublayer.part != "attention" and OF_CONTEXT.search(name)}
-    own = {name: value for name, value in given.items() if name not in (*foreign, *itself)}
+    foreign = {name: value for name, value in arguments.items() if sublayer.part != "attention" and OF_CONTEXT.search(name)}
+    own = {name: value for name, value in arguments.items() if name not in (*foreign, *itself)}
     if all(value is None or type(value) in (bool, float, str) for value in own.values()):  # nothing to cut
-        return run_checked(sublayer, mapped, given | dict.fromkeys(itself, mapped))
+        return run_checked(sublayer, mapped, arguments | dict.fromkeys(itself, mapped))
     open_ledger = partial(TokenLedger.open, start=0, causal=False, context=length, behind=sublayer.block.tap.site.local.behind)
     ledger = open_ledger(hidden).move(tokens)
     if not any(all_share(name, value, ledger) for name, value in own.items()) or ledger.uniform():
@@ -173,23 +170,23 @@ def run_short(sublayer: Sublayer, mapped: Tensor, tokens: TokenMap, hidden: Tens
         return run_checked(sublayer, mapped, foreign | cut | dict.fromkeys(itself, mapped))
     outputs = []
     for i in range(len(hidden)):  # a table that all samples share can be cut for one of them at a time
-        one, x = open_ledger(hidden[i : i + 1]).move(tokens.row(i)), mapped[i : i + 1]
-        cut = {name: realign(one, name, of_sample(name, value, i, ledger), None) for name, value in own.items()}
+        ledger_of_one, x = open_ledger(hidden[i : i + 1]).move(tokens.row(i)), mapped[i : i + 1]
+        cut = {name: realign(ledger_of_one, name, of_sample(name, value, i, ledger), None) for name, value in own.items()}
         beside = {name: of_sample(name, value, i, ledger) for name, value in foreign.items()}
         outputs.append(run_checked(sublayer, x, beside | cut | dict.fromkeys(itself, x)))
     return tuple(map(torch.cat, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
 
 
-def run_checked(sublayer: Sublayer, hidden: Tensor, given: dict[str, Any]) -> Any:
+def run_checked(sublayer: Sublayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
     """A sublayer on another number of tokens than the model gave."""
     try:
-        output = sublayer.inner(hidden, **given)
+        output = sublayer.inner(hidden, **arguments)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         rule = "The sublayers of a block must run on another number of tokens than the model gave"
-        came = f"{type(sublayer.module).__name__}, which says: {error}"
-        raise UnsupportedError(explain(rule, came, "Choose other layers or another model.")) from error
+        got = f"{type(sublayer.module).__name__}, which says: {error}"
+        raise UnsupportedError(explain(rule, got, "Choose other layers or another model.")) from error
     first = output[0] if isinstance(output, tuple) else output
     if first.shape[:2] != hidden.shape[:2]:
         rule = "A sublayer must return as many tokens as it got"

@@ -53,8 +53,6 @@ class TokenBankHandler(Handler):
         """Whether all that it does in a block is to give tokens, which the cache holds already."""
         return method.site == "block" and method.key in layer.banks and not method.observes
 
-    # -- the stream's tokens -----------------------------------------------------------------------------------------
-
     def arrive(self, method: TokenBank, block: BlockSurgery, args: tuple, kwargs: dict) -> None:
         check_look_up(method, block, args, kwargs)
 
@@ -68,16 +66,16 @@ class TokenBankHandler(Handler):
         """Insert the tokens, or write them anew where they are."""
         run, hidden = site.run, site.hidden
         mark = run.memory.tokens.get(method.key)
-        there = mark is not None and mark.shape[1] == run.ledger.m
-        if not there and method.words["follow"]:
+        inserted = mark is not None and mark.shape[1] == run.ledger.m
+        if not inserted and method.words["follow"]:
             self._follow(method, site)
             return
-        if not there and not admits_sequence(method, run):
+        if not inserted and not admits_sequence(method, run):
             return
         tokens = tokens_of(method, site)
         if tokens is None:
             return
-        if there:
+        if inserted:
             site.put(overwrite(hidden, mark, tokens))
             return
         real = token_mask(site)
@@ -99,13 +97,11 @@ class TokenBankHandler(Handler):
             site.run.memory.tokens[method.key] = opened.fresh
 
     def close(self, method: TokenBank, site: Site) -> None:
-        """Let it say what has become of its tokens, where this pass has some."""
+        """Note what has become of its tokens, where this pass has some."""
         if method.key in site.run.memory.tokens:
             conclusion = ask(method, site, "conclude")
             if conclusion is not None:
                 site.surgery.model.conclusions[method.key] = conclusion.detach()
-
-    # -- tokens for one block ----------------------------------------------------------------------------------------
 
     def insert(self, method: TokenBank, site: Site) -> BlockTokens | None:
         run, x, ledger, layer = site.run, site.hidden, site.run.ledger, site.layer
@@ -116,9 +112,9 @@ class TokenBankHandler(Handler):
             layer.banks[method.key] = layer.seen
         at = beside = run.first_real(ledger) if run.segments is None else run.starts(ledger)
         if run.segments is None and site.surgery.stream.mixers[site.block.index] != "other":
-            at = 0  # a state space reads its tokens in order, those that only ask stand in front
+            at = 0  # a state space reads its tokens in order, those that only read stand in front
         opened = TokenMap.insert(x.shape[1], at, tokens.shape[1], len(x), x.device, beside=beside)
-        return BlockTokens(method, opened, x, opened.fill(x, tokens), asks=method.site == "query")
+        return BlockTokens(method, opened, x, opened.fill(x, tokens), only_read=method.site == "query")
 
     def remove(self, method: TokenBank, site: Site, summary: Tensor) -> bool:
         read = method.read(summary)
@@ -137,14 +133,12 @@ class TokenBankHandler(Handler):
             raise UnsupportedError(explain(rule, tuple(output.shape), "Load the model with a classification head."))
         return output + sum(reads).to(output.dtype)
 
-    # -- the attention call ------------------------------------------------------------------------------------------
-
     def attend(self, method: TokenBank, site: Site, call: AttentionCall) -> list[Callable[[], AttentionCall]]:
-        """The attention call of a block, its keys read as the bank says, in parts that hold not too many scores each."""
-        if site.block.tap.asking:
+        """The attention call of a block, its keys read as the bank decides, in parts that hold not too many scores each."""
+        if site.block.tap.readers:
             rule = f"{type(method).__name__} shapes an attention call in which each query has a key"
-            came = f"{site.block.tap.asking} tokens that only ask at {site.block.path}"
-            raise UnsupportedError(explain(rule, came, "Give them different layers."))
+            got = f"{site.block.tap.readers} tokens that only ask at {site.block.path}"
+            raise UnsupportedError(explain(rule, got, "Give them different layers."))
         call.check()
         whole = site.inside(site.hidden, routed=None)
 
@@ -156,8 +150,6 @@ class TokenBankHandler(Handler):
         (b, h, m, _), n = call.q.shape, call.k.shape[2]
         step = max(1, SCORES_AT_A_TIME // (b * h * n))
         return [partial(shaped, slice(first, first + step)) for first in range(0, m, step)]
-
-    # -- a denoiser's prompt -----------------------------------------------------------------------------------------
 
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return prompt.before_model(call, args, kwargs)
@@ -183,7 +175,7 @@ def tokens_of(method: TokenBank, site: Site) -> Tensor | None:
 
 
 def admits(method: TokenBank, layer: TokenCacheLayer | None, ledger: TokenLedger) -> bool:
-    """Whether a bank's tokens come: those whose keys the cache holds already, or that a state has read, are not given again."""
+    """Whether a bank's tokens are inserted: those whose keys the cache holds already, or that a state has read, are not given again."""
     if method.site == "query":
         return True
     return ledger.start == 0 if layer is None else method.key not in layer.banks

@@ -63,7 +63,7 @@ class TokenReducerHandler(Handler):
             reduce_tokens(method, site)
 
     def end(self, method: TokenReducer, site: Site) -> None:
-        """Let the tokens of its span come back.
+        """Bring the tokens of its span back.
 
         Raises:
             UnsupportedError: Another method's span that began later goes on.
@@ -74,8 +74,8 @@ class TokenReducerHandler(Handler):
         span = run.spans[-1].hold(site.hidden)
         if span.method.key != method.key:
             rule = "Of two spans of blocks one lies in the other, or behind it"
-            came = f"that of {type(method).__name__}, which ends at block {site.block.index} inside that of {type(span.method).__name__}"
-            raise UnsupportedError(explain(rule, came, "Choose other layers, or another order of the methods."))
+            got = f"that of {type(method).__name__}, which ends at block {site.block.index} inside that of {type(span.method).__name__}"
+            raise UnsupportedError(explain(rule, got, "Choose other layers, or another order of the methods."))
         site.put(span.regain(run.memory, site.block.index, run.padding, bool(run.layers)))
         run.end_span(span)
 
@@ -88,7 +88,7 @@ def reducing_blocks(surgery: StreamSurgery) -> list[int]:
 
 def reduce_tokens(method: TokenReducer, site: Site) -> None:
     """Let the tokens follow the reducer's map."""
-    tell_what_is_found(method, site)
+    report_finding(method, site)
     tokens = ask(method, site)
     if tokens is None:
         return
@@ -99,12 +99,12 @@ def reduce_tokens(method: TokenReducer, site: Site) -> None:
     site.move(tokens, slots, method.proportional, begin_span(method, tokens, site, slots) if method.spans else None)
 
 
-def tell_what_is_found(method: TokenReducer, site: Site) -> None:
-    """Tell the listeners what the reducer says when it is examined."""
+def report_finding(method: TokenReducer, site: Site) -> None:
+    """Pass on to the listeners what the reducer returns when it is examined."""
     if site.surgery.examines and type(method).examine is not TokenReducer.examine:
-        found = ask(method, site, "examine")
-        if found is not None:
-            site.surgery.tell(site.block, method, found)
+        finding = ask(method, site, "examine")
+        if finding is not None:
+            site.surgery.report(site.block, method, finding)
 
 
 def begin_span(method: TokenReducer, tokens: TokenMap, site: Site, slots: Tensor) -> Span:
@@ -115,9 +115,9 @@ def begin_span(method: TokenReducer, tokens: TokenMap, site: Site, slots: Tensor
 
 def settle(method: TokenReducer, site: Site) -> None:
     """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
-    held = site.within.get(id(method))
-    if held is not None:
-        site.move(held, held.apply(site.hidden, site.run.ledger.sizes), method.proportional)
+    tokens = site.within.get(id(method))
+    if tokens is not None:
+        site.move(tokens, tokens.apply(site.hidden, site.run.ledger.sizes), method.proportional)
 
 
 class Middle:
@@ -128,13 +128,13 @@ class Middle:
 
     def enter(self, module: nn.Module, args: tuple) -> tuple | None:
         """In front of the MLP's norm: the tokens that the MLP gets."""
-        for _, method in self.block.asked("between"):
+        for _, method in self.block.called_inside("between"):
             return (self._merged(method, self.block.tap.site, args[0]), *args[1:])
         return None
 
     def _merged(self, method: TokenReducer, site: Site, x: Tensor) -> Tensor:
         if id(method) not in site.within:
-            with torch.no_grad():  # a checkpoint that runs the block again must find the same graph, and does not ask again
+            with torch.no_grad():  # a checkpoint that runs the block again must find the same graph, and calls no verb
                 site.within[id(method)] = ask(method, altered(site, hidden=x))
         tokens = site.within[id(method)]
         if tokens is None:
@@ -146,9 +146,9 @@ class Middle:
     def leave(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Behind the MLP: each token gets what its slot got."""
         site = self.block.tap.site
-        held = next((site.within.get(id(method)) for _, method in self.block.asked("between")), None)
-        front = 0 if held is None else site.local.m - held.n
-        if held is None or output.shape[1] != front + held.m:
+        tokens = next((site.within.get(id(method)) for _, method in self.block.called_inside("between")), None)
+        front = 0 if tokens is None else site.local.m - tokens.n
+        if tokens is None or output.shape[1] != front + tokens.m:
             return None
-        back = held.slots.unmerge(output[:, front:])
+        back = tokens.slots.unmerge(output[:, front:])
         return torch.cat([output[:, :front], back], dim=1) if front else back

@@ -41,8 +41,8 @@ class WeightEditHandler(Handler):
 
 def edited_shapes(cls: type[Method], block: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights of a block that a method may change; none if it edits no weights."""
-    held = block_weights(block, cls.site) if issubclass(cls, WeightEdit) else {}
-    return {name: tuple(module._parameters[attribute].shape) for name, (module, attribute) in held.items()}
+    weights = block_weights(block, cls.site) if issubclass(cls, WeightEdit) else {}
+    return {name: tuple(module._parameters[attribute].shape) for name, (module, attribute) in weights.items()}
 
 
 def weight_edits(block: BlockSurgery, adapter_name: str) -> list[WeightEdit]:
@@ -80,7 +80,7 @@ class EditedWeights:
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
         """Let the edited weights stand in for the base's own, whose tensors stay where they are; once, where a checkpoint enters again."""
-        held: list[tuple[nn.Module, str, nn.Parameter]] = []
+        replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         if self._standing:
             yield
             return
@@ -92,12 +92,12 @@ class EditedWeights:
                     rule = "A weight that is edited lies on the device of its block"
                     raise UnsupportedError(explain(rule, f"an offloaded one, {name}", "Load the model without a device map that offloads."))
                 if weight is not base:
-                    held.append((module, attribute, base))
+                    replaced.append((module, attribute, base))
                     module._parameters[attribute] = weight
             yield
         finally:
             self._standing = False
-            for module, attribute, base in held:
+            for module, attribute, base in replaced:
                 module._parameters[attribute] = base
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class EditedWeights:
             module._parameters[attribute].copy_(self.effective(name))
 
     def warn_if_unmade(self) -> None:
-        """Say once that an edit has not been made."""
+        """Warn once that an edit has not been made."""
         for method in self.edits:
             if method.is_first_block and not method.is_made and not torch.compiler.is_compiling() and method.warns():
                 warnings.warn(f"hf-tokens: the edit {method.key!r} is not made and changes nothing; call `hf_tokens.edit`.", stacklevel=2)

@@ -56,14 +56,14 @@ class TokenCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.kv = KVStates()
-        self.asked = False  # whether the block that runs next reads packed entries as they are
-        self.given: tuple[Tensor, Tensor] | None = None  # what the last `update` returned
+        self.reads_packed = False  # whether the block that runs next reads packed entries as they are
+        self.returned: tuple[Tensor, Tensor] | None = None  # what the last `update` returned
         self.is_initialized = False
         self.origins: Tensor | None = None  # b n
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
         self.seen = 0
-        self.handed = 0  # entries that the last `update` returned
+        self.num_returned = 0  # entries among it
         self.arrival: Arrival | None = None
         self.banks: dict[str, int] = {}  # token banks whose keys are stored, and the tokens seen before them
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
@@ -100,7 +100,7 @@ class TokenCacheLayer(CacheLayerMixin):
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
         self.kv.release()
-        self.given = None
+        self.returned = None
 
     @property
     def length(self) -> int:
@@ -164,13 +164,13 @@ class TokenCacheLayer(CacheLayerMixin):
         """Tokens before this place are part of other entries."""
         self.folded = max(self.folded, end)
 
-    def ask(self) -> None:
+    def read_packed(self) -> None:
         """Let the next attention read packed entries as they are."""
-        self.asked = True
+        self.reads_packed = True
 
     def expect(self, arrival: Arrival) -> None:
         """Announce the tokens of the next `update`."""
-        self.arrival, self.asked = arrival, False
+        self.arrival, self.reads_packed = arrival, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values (b k m e); returns all that is stored."""
@@ -200,9 +200,9 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = append(self.origins, arrival.origins)
         self.seen = arrival.total
         self.kv.append(key_states, value_states, self.filled)
-        self.given, self.handed = self.kv.hand_out(blank=self.asked), self.length
+        self.returned, self.num_returned = self.kv.hand_out(blank=self.reads_packed), self.length
         self._slide()
-        return self.given
+        return self.returned
 
     @property
     def packed(self) -> bool:
@@ -223,7 +223,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def attend(self, q: Tensor, sinks: Tensor | None, weighs: bool, **shape: Any) -> tuple[Tensor, Tensor | None]:
         """What queries (b h 1 e) read of the entries as they lie, and if asked the probability of each, the mean of its head, (b k n)."""
-        self.asked = False
+        self.reads_packed = False
         sizes = None if self.sizes is None else cells_of(self.sizes, self.heads)
         return self.kv.attend(q, sizes, sinks, weighs, **shape)
 

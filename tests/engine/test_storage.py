@@ -206,7 +206,7 @@ def test_decoding_reads_a_cache_where_it_lies(family, config, operations, monkey
 def test_an_attention_that_gets_other_keys_is_refused(monkeypatch):
     base = zoo.build("llama")
     model = get_token_model(base.model, MiKVConfig(importance=0.3)).eval()
-    monkeypatch.setattr(AttentionTap, "answer", lambda self, call: None)
+    monkeypatch.setattr(AttentionTap, "read_packed", lambda self, call: None)
     with pytest.raises(UnsupportedError, match="must get the keys as the cache returns them in each pass, .* got other ones"):
         model.generate(base.inputs["input_ids"], max_new_tokens=4, min_new_tokens=4)
 
