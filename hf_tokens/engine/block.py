@@ -19,7 +19,7 @@ from ..roles.base import Method
 from .context import State
 from .handler import handler_of
 from .hooks import BoundForward, SignalHooks
-from .plan import BlockPlan, Speakers
+from .plan import BlockPlan, PassPlan
 from .run import Site, StreamRun
 from .stream import run_in_stream
 from .tap import AttentionTap, taps
@@ -151,14 +151,14 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """The methods that act on the block now, in the order of the adapters and of their stacks."""
         return self.plan.acting
 
-    def speakers(self, run: StreamRun) -> Speakers:
+    def pass_plan(self, run: StreamRun) -> PassPlan:
         """The methods that are called in a pass."""
         return self.plan.prompt if run.prefill else self.plan.decode
 
     def called_inside(self, phase: str) -> tuple:
         """The methods that a hook inside the running block calls, each with its handler; none where the block does not run for a pass."""
         site = self.tap.site
-        return () if site is None else self.speakers(site.run).of(phase)
+        return () if site is None else self.pass_plan(site.run).of(phase)
 
     def act(self, methods: Iterable[Method]) -> None:
         """Let these methods act."""

@@ -1,4 +1,4 @@
-"""What the engine asks of a role: a handler speaks for all methods of its role, and says in which phases each takes part, and how."""
+"""What the engine does for a role: a handler serves all methods of its role, and decides in which phases each takes part, and how."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PHASES = {
     "leave": "the tokens leave the last block",
     "close": "the pass is over",
     "after_head": "the model's head has read the last hidden states",
-    "after_model": "the model has answered",
+    "after_model": "the model has returned",
 }
 
 
@@ -51,7 +51,7 @@ class Handler:
 
     needs_cache = False  # whether its methods have nothing to do where there is no cache
     keeps_steps = False  # whether they keep something of all samples from one denoising step to the next
-    reads_cache = False  # whether they speak of what a block's cache holds, which must then be that of one run of the block
+    reads_cache = False  # whether their signals are of a block's cache, which must then be that of one run of the block
 
     def phases(self, method: Method) -> tuple[str, ...]:
         """The phases of a block in which a method takes part."""
@@ -66,18 +66,16 @@ class Handler:
         raise NotImplementedError(hook)
 
     def quiet(self, method: Method, layer: TokenCacheLayer) -> bool:
-        """Whether a method has nothing to say in front of a block or in it, in the pass of a generated token."""
+        """Whether a method has nothing to do in front of a block or in it, in the pass of a generated token."""
         return False
 
-    def listens_later(self, method: Method) -> bool:
-        """Whether a method that does not decode hears of generated tokens all the same."""
+    def notes_later(self, method: Method) -> bool:
+        """Whether a method that does not decode is called behind the blocks of generated tokens all the same."""
         return False
 
     def needs_scores(self, method: Method) -> bool:
-        """Whether a method may want the keys of an attention call, which then cannot read its cache by itself."""
+        """Whether a method may need the keys of an attention call, which then cannot read its cache by itself."""
         return bool({*TAPPED, "affinity"} & method.asks)
-
-    # -- of a block --------------------------------------------------------------------------------------------------
 
     def arrive(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> None: ...
 
@@ -88,16 +86,16 @@ class Handler:
     def insert(self, method: Method, site: Site) -> BlockTokens | None: ...
 
     def remove(self, method: Method, site: Site, summary: Tensor) -> bool:
-        """What tokens that only asked have read, (b k d); returns whether nothing else of them is used."""
+        """Take what tokens that only read have gathered, (b k d); returns whether nothing else of them is used."""
         return True
 
     def call(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> Any: ...
 
     def takes_sublayer(self, method: Method, sublayer: Any) -> bool:
-        """Whether a method has a say in a sublayer."""
+        """Whether a method acts on a sublayer."""
         return False
 
-    def sublayer(self, method: Method, sublayer: Any, hidden: Tensor, given: dict[str, Any]) -> Any: ...
+    def sublayer(self, method: Method, sublayer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Any: ...
 
     def attend(self, method: Method, site: Site, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
 
@@ -116,8 +114,6 @@ class Handler:
         """What stands in for the base's weights while the block runs."""
         return nullcontext()
 
-    # -- of the model ------------------------------------------------------------------------------------------------
-
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs
 
@@ -130,7 +126,7 @@ class Handler:
 
     def after_base(self, call: ModelCall, output: Any) -> None: ...
 
-    def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
+    def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         return output
 
     def after_model(self, call: ModelCall, output: Any) -> Any:
@@ -141,7 +137,7 @@ HANDLERS: dict[str, Handler] = {}
 
 
 def handles(role: str) -> Callable[[type[Handler]], type[Handler]]:
-    """Class decorator: this handler speaks for the methods of a role."""
+    """Class decorator: this handler serves the methods of a role."""
 
     def add(cls: type[Handler]) -> type[Handler]:
         HANDLERS[role] = cls()

@@ -23,7 +23,7 @@ from .ask import ask
 from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
-from .plan import Speakers
+from .plan import PassPlan
 from .run import BlockTokens, Site
 from .supply import own_tokens
 
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     from .block import BlockSurgery
 
 
-def run_block(speakers: Speakers, call: BlockCall, site: Site) -> Any:
+def run_block(pass_plan: PassPlan, call: BlockCall, site: Site) -> Any:
     """Run the block on the site's tokens, as often as its routers decide, each run on what the one before returned; returns the output."""
-    gates, dense = find_gates(speakers, site)
-    output, hidden = run_once(speakers, call, site, gates[0] if gates else None, dense)
+    gates, dense = find_gates(pass_plan, site)
+    output, hidden = run_once(pass_plan, call, site, gates[0] if gates else None, dense)
     for number, gate in enumerate(gates[1:], start=1):
         if bool((gate != 0).any()):
-            again = altered(site, hidden=hidden, layer=layer_of_rerun(speakers, call, site, number))
+            again = altered(site, hidden=hidden, layer=layer_of_rerun(pass_plan, call, site, number))
             with place(call.cache, site.block.layer_idx, again.layer):
-                output, hidden = run_once(speakers, call, again, gate, dense)
+                output, hidden = run_once(pass_plan, call, again, gate, dense)
     site.put(hidden)
     return output
 
 
-def find_gates(speakers: Speakers, site: Site) -> tuple[list[Tensor], bool]:
+def find_gates(pass_plan: PassPlan, site: Site) -> tuple[list[Tensor], bool]:
     """The gate of each token in each run of the block, (b m) each, none if no router decides; and whether skipped tokens run too."""
     rows = site.run.ledger.rows
     if site.block.index >= site.surgery.plan.exit:
         return [torch.zeros_like(rows, dtype=site.hidden.dtype)], False
     of_routers, dense = [], False
-    for handler, method in speakers.of("gate"):
+    for handler, method in pass_plan.of("gate"):
         gates = handler.gate(method, site)
         if gates is not None:
             of_routers.append(gates)
@@ -59,15 +59,15 @@ def find_gates(speakers: Speakers, site: Site) -> tuple[list[Tensor], bool]:
     return [math.prod(gates[min(number, len(gates) - 1)] for gates in of_routers) for number in range(runs)], dense
 
 
-def layer_of_rerun(speakers: Speakers, call: BlockCall, site: Site, number: int) -> TokenCacheLayer | None:
+def layer_of_rerun(pass_plan: PassPlan, call: BlockCall, site: Site, number: int) -> TokenCacheLayer | None:
     """Where a block's keys of a later run are stored; None without a cache."""
     block, surgery = site.block, site.surgery
     cached = call.cache is not None and block.layer_idx is not None and not block.drops_cache
     reasons = {
         "a block that carries a second sequence along": surgery.stream.context_index(block.index) is not None,
         "blocks that read the keys of another one": surgery.plan.shares_keys,
-        "a method beside it that looks into the block": any(OF_THE_BLOCK & {*m.signals, *m.observes} for m in speakers.methods),
-        "a cache compressor beside it": any(handler_of(method).reads_cache for method in speakers.methods),
+        "a method beside it that looks into the block": any(OF_THE_BLOCK & {*m.signals, *m.observes} for m in pass_plan.methods),
+        "a cache compressor beside it": any(handler_of(method).reads_cache for method in pass_plan.methods),
         "a cache that no surgery keeps": cached and site.layer is None,
     }
     for reason, holds in reasons.items():
@@ -77,7 +77,7 @@ def layer_of_rerun(speakers: Speakers, call: BlockCall, site: Site, number: int)
     return site.layer.rerun_layer(number, site.run.ledger.start) if cached else None
 
 
-def run_once(speakers: Speakers, call: BlockCall, site: Site, gate: Tensor | None, dense: bool) -> tuple[Any, Tensor]:
+def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | None, dense: bool) -> tuple[Any, Tensor]:
     """Run the block on the tokens that are routed to it, between the tokens that are there for this block only."""
     block, run, hidden, layer = site.block, site.run, site.hidden, site.layer
     ledger, x, routed = route_tokens(gate, dense, run.ledger, hidden)
@@ -85,7 +85,7 @@ def run_once(speakers: Speakers, call: BlockCall, site: Site, gate: Tensor | Non
         if layer is not None:
             layer.see(ledger.start + ledger.n)
         return block.blank[0], hidden
-    ledger, x, inserted = insert_tokens(speakers, altered(site, hidden=x, run=altered(run, ledger=ledger)))
+    ledger, x, inserted = insert_tokens(pass_plan, altered(site, hidden=x, run=altered(run, ledger=ledger)))
     m, lack = ledger.m, 0 if ledger.untouched else -ledger.m % block.window
     maps = [*([] if routed is None else [routed]), *(tokens.opened for tokens in inserted)]
     if lack:
@@ -150,11 +150,11 @@ def announce(call: BlockCall, site: Site, ledger: TokenLedger) -> Stored | None:
     return Stored(ledger.rows[:, :0])  # no mask is needed
 
 
-def insert_tokens(speakers: Speakers, site: Site) -> tuple[TokenLedger, Tensor, list[BlockTokens]]:
+def insert_tokens(pass_plan: PassPlan, site: Site) -> tuple[TokenLedger, Tensor, list[BlockTokens]]:
     """Put the tokens in that are there for this block only."""
     inserted: list[BlockTokens] = []
     last = site.surgery.plan.last if site.block.index == site.surgery.plan.exit - 1 else ()
-    for handler, method in (*speakers.of("insert"), *last):
+    for handler, method in (*pass_plan.of("insert"), *last):
         tokens = handler.insert(method, site)
         if tokens is not None:
             inserted.append(tokens)
@@ -175,16 +175,16 @@ def remove_tokens(call: BlockCall, site: Site, inserted: list[BlockTokens], y: T
     return y
 
 
-def ask_behind(speakers: Speakers, site: Site) -> None:
+def ask_behind(pass_plan: PassPlan, site: Site) -> None:
     """Call the methods behind a block."""
-    for handler, method in speakers.of("listen")[:1]:
+    for handler, method in pass_plan.of("listen")[:1]:
         handler.listen(method, site)
-    for method in speakers.methods:
+    for method in pass_plan.methods:
         if method.observes and ran_for(method, site):
             note = ask(method, site, "observe")
             if note is not None:
                 site.run.notes.setdefault(method.key, {})[site.block.index] = note
-    for handler, method in speakers.of("after"):
+    for handler, method in pass_plan.of("after"):
         handler.after(method, site)
 
 

@@ -15,7 +15,7 @@ HandledMethods = tuple[tuple[Handler, Method], ...]
 
 
 @dataclass(frozen=True)
-class Speakers:
+class PassPlan:
     """The methods that are called in one kind of pass, by phase, in the order of the adapters and of their stacks."""
 
     methods: tuple[Method, ...] = ()
@@ -26,8 +26,8 @@ class Speakers:
         return self.phases.get(phase, ())
 
     @classmethod
-    def among(cls, methods: Iterable[Method]) -> Speakers:
-        """The speakers among these methods."""
+    def among(cls, methods: Iterable[Method]) -> PassPlan:
+        """The plan for these methods."""
         methods, phases = tuple(methods), {}
         for method in methods:
             handler = handler_of(method)
@@ -50,9 +50,9 @@ class BlockPlan:
     """
 
     acting: tuple[Method, ...] = ()
-    prompt: Speakers = Speakers()
-    decode: Speakers = Speakers()
-    always: Speakers = Speakers()
+    prompt: PassPlan = PassPlan()
+    decode: PassPlan = PassPlan()
+    always: PassPlan = PassPlan()
     taps: bool = False
     taps_decode: bool = False
     attends: Method | None = None
@@ -61,13 +61,13 @@ class BlockPlan:
     def of(cls, acting: list[Method]) -> BlockPlan:
         """The plan for these methods."""
         prompt = [method for method in acting if method.in_block]
-        decode = [method for method in prompt if method.decodes or handler_of(method).listens_later(method)]
-        later = [method for method in acting if method.decodes or handler_of(method).listens_later(method)]
+        decode = [method for method in prompt if method.decodes or handler_of(method).notes_later(method)]
+        later = [method for method in acting if method.decodes or handler_of(method).notes_later(method)]
         return cls(
             acting=tuple(acting),
-            prompt=Speakers.among(prompt),
-            decode=Speakers.among(decode),
-            always=Speakers.among(acting),
+            prompt=PassPlan.among(prompt),
+            decode=PassPlan.among(decode),
+            always=PassPlan.among(acting),
             taps=any(taps(method, method.asks) for method in acting),
             taps_decode=any(taps(method, method.asks - {*method.of_prompts}) for method in later),
             attends=next((method for method in acting if method.words.get("attend")), None),
@@ -101,7 +101,7 @@ class StreamPlan:
     @classmethod
     def of(cls, methods: list[Method], causal: bool, length: int, shares_keys: bool) -> StreamPlan:
         """The plan for these methods in a stream of so many blocks."""
-        remembers, speakers = any(PICTURED in method.asks for method in methods), Speakers.among(methods)
+        remembers, pass_plan = any(PICTURED in method.asks for method in methods), PassPlan.among(methods)
         return cls(
             methods=tuple(methods),
             moves=causal and (remembers or any(method.moves_tokens for method in methods)),
@@ -109,6 +109,6 @@ class StreamPlan:
             sees_all=causal and any(method.sees_all for method in methods),
             exit=min((method.exit for method in methods if method.exit is not None), default=length),
             shares_keys=shares_keys,
-            last=speakers.of("last"),
-            closing=speakers.of("close"),
+            last=pass_plan.of("last"),
+            closing=pass_plan.of("close"),
         )

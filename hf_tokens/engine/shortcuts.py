@@ -12,17 +12,17 @@ from ..model.blocks import tells_no_places
 from .handler import handler_of
 from .opening import expect, lend
 from .passage import ask_behind, cache_layer
-from .plan import Speakers
+from .plan import PassPlan
 from .run import Site
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
 
 
-def changes_anything(block: BlockSurgery, speakers: Speakers, args: tuple, kwargs: dict) -> bool:
+def changes_anything(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict) -> bool:
     """Whether anything is to be done around a block, or its arguments are to be cut."""
     plan, run, index = block.surgery.plan, block.surgery.call.run, block.index
-    if speakers.methods or index >= plan.exit or plan.sees_all or plan.remembers and index == 0:
+    if pass_plan.methods or index >= plan.exit or plan.sees_all or plan.remembers and index == 0:
         return True
     if run is not None and not run.ledger.untouched or index == plan.exit - 1 and plan.last:
         return True
@@ -45,7 +45,7 @@ def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     return output
 
 
-def is_quiet(block: BlockSurgery, speakers: Speakers, args: tuple, kwargs: dict) -> bool:
+def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict) -> bool:
     """Whether a block runs on a generated token as it came: no method is called before it is done, and no mask is cut to its cache."""
     surgery = block.surgery
     run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
@@ -55,7 +55,7 @@ def is_quiet(block: BlockSurgery, speakers: Speakers, args: tuple, kwargs: dict)
     shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None
     if ends or shaped or torch.is_grad_enabled() and block.checkpointed_outside:
         return False
-    quiet = all(handler_of(method).quiet(method, layer) for method in speakers.methods)
+    quiet = all(handler_of(method).quiet(method, layer) for method in pass_plan.methods)
     return quiet and tells_no_places(block.module, args, kwargs)
 
 

@@ -29,7 +29,7 @@ from ..kv.adopt import adopt, find_cache
 from .call import BlockCall
 from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
-from .plan import Speakers
+from .plan import PassPlan
 from .replay import in_backward, other_tensors
 from .results import Entry
 from .run import Site, StreamRun
@@ -52,7 +52,7 @@ def run_pass(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     surgery = block.surgery
     run = surgery.call.run
     later = run is not None and not run.prefill and block.index > run.at
-    speakers = block.plan.decode if later else block.plan.prompt
+    pass_plan = block.plan.decode if later else block.plan.prompt
     if block.index == 0:
         if surgery.plan.moves:
             adopt_cache(surgery, args, kwargs)
@@ -62,12 +62,12 @@ def run_pass(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     replayed = None
     if in_backward() and surgery.replays.known(block):
         replayed = surgery.replays.find(block, surgery.stream.bind(block.index, args, kwargs))
-    if replayed is None and not changes_anything(block, speakers, args, kwargs):
+    if replayed is None and not changes_anything(block, pass_plan, args, kwargs):
         return run_as_it_came(block, args, kwargs)
     if in_backward():
         return run_again(block, BlockCall(surgery.stream, block.index, args, kwargs), replayed)
     try:
-        if later and is_quiet(block, speakers, args, kwargs):
+        if later and is_quiet(block, pass_plan, args, kwargs):
             return run_quietly(block, args, kwargs)
         return walk(block, BlockCall(surgery.stream, block.index, args, kwargs))
     except BaseException:
@@ -90,20 +90,20 @@ def run_again(block: BlockSurgery, call: BlockCall, known: Any) -> Any:
 def walk(block: BlockSurgery, call: BlockCall, replaying: bool = False) -> Any:
     """The phases of a block, one after the other."""
     surgery, run = block.surgery, enter_pass(block, call)
-    speakers = block.speakers(run)
+    pass_plan = block.pass_plan(run)
     if not replaying:
         surgery.replays.hold(block, call.raw, lambda: Entry.of(run, call))
     if surgery.plan.sees_all:
         call.see_all(run.ledger, run.padding)
     layer = cache_layer(block, call.cache) if run.layers and not block.drops_cache else None
     site = Site(surgery, block, run, tokens_left(call, run), layer)
-    for handler, method in speakers.of("before"):
+    for handler, method in pass_plan.of("before"):
         handler.before(method, site)
     site.enter()
-    output = run_block(speakers, call, site)
-    whole = restored(speakers, site, call.hidden)
+    output = run_block(pass_plan, call, site)
+    whole = restored(pass_plan, site, call.hidden)
     left = whole
-    for handler, method in speakers.of("leave"):
+    for handler, method in pass_plan.of("leave"):
         left = handler.leave(method, site, left, replaying)
     block.forget()
     if layer is not None:
@@ -141,7 +141,7 @@ def tokens_left(call: BlockCall, run: StreamRun) -> Tensor:
     return run.inside if call.raw is run.given else run.ledger.cut(call.hidden, run.inside)
 
 
-def restored(speakers: Speakers, site: Site, given: Tensor) -> Tensor:
+def restored(pass_plan: PassPlan, site: Site, given: Tensor) -> Tensor:
     """Call the methods behind a block; returns the whole sequence (b n d), where a token that is gone keeps its row of `given`.
 
     One that vanishes here has what the block made of it, which is put in its place only if there is such a one.
@@ -149,8 +149,8 @@ def restored(speakers: Speakers, site: Site, given: Tensor) -> Tensor:
     run, index, ledger, hidden = site.run, site.block.index, site.run.ledger, site.hidden
     spanned = bool(run.spans)
     given = run.surface(hidden, given, index) if spanned else given
-    ask_behind(speakers, site)
-    for handler, method in reversed(speakers.of("end")):
+    ask_behind(pass_plan, site)
+    for handler, method in reversed(pass_plan.of("end")):
         handler.end(method, site)
     if spanned and run.ledger is ledger:
         return given

@@ -34,7 +34,7 @@ class CacheCompressorHandler(Handler):
         """Whether it scores a generated token by what is in the cache alone."""
         return method.asks - {*method.of_prompts} <= OF_THE_CACHE
 
-    def listens_later(self, method: CacheCompressor) -> bool:
+    def notes_later(self, method: CacheCompressor) -> bool:
         """It notes what each entry receives, for a later prompt."""
         return bool(method.observes) or SCORED in method.asks
 

@@ -212,10 +212,10 @@ class ObjectiveHandler(Handler):
         if any("hidden" in objective.signals for objective in asked_now(call.model)):
             call.note_read("base", output["last_hidden_state"] if isinstance(output, dict) else output[0])
 
-    def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
+    def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         """Note what the head read, where an objective names it."""
-        if given is not None and any("hidden" in objective.signals for objective in asked_now(call.model)):
-            call.note_read("head", given)
+        if hidden is not None and any("hidden" in objective.signals for objective in asked_now(call.model)):
+            call.note_read("head", hidden)
         return output
 
     def after_model(self, call: ModelCall, output: Any) -> Any:

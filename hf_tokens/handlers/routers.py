@@ -58,9 +58,9 @@ class LayerRouterHandler(Handler):
 class ModelRouterHandler(Handler):
     """What the engine does for model routers: they are called once the head has returned."""
 
-    def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
+    def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         routers = [method for method in call.model.methods() if isinstance(method, ModelRouter)]
-        hidden, logits = None if given is None else given.detach(), output.detach() if isinstance(output, Tensor) else None
+        hidden, logits = None if hidden is None else hidden.detach(), output.detach() if isinstance(output, Tensor) else None
         call.model.put_verdict(None)
         if not routers or hidden is None or logits is None or logits.dim() != 3:
             return output

@@ -123,7 +123,7 @@ class TokenBankHandler(Handler):
             held[READS] = held[READS] + read if READS in held else read
         return True
 
-    def after_head(self, call: ModelCall, given: Tensor | None, output: Tensor) -> Tensor:
+    def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         """Add what query tokens have read."""
         reads = [surgery.call.held.pop(READS) for surgery in call.model.streams if READS in surgery.call.held]
         if not reads:
