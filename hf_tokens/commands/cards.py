@@ -117,7 +117,7 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write the files, or with --check say which are not up to date."""
+    """Write the files, or with --check list those that are not up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
     check = parser.parse_args().check

@@ -347,7 +347,7 @@ class Site:
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has dropped the first ones since."""
-        return self.layer.in_order(x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length), dim)
+        return self.layer.kv.in_order(x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length), dim)
 
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""

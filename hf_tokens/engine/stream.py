@@ -2,7 +2,7 @@
 
 Outside of a block nothing changes: all that reads its output (the next norm, a skip connection, `output_hidden_states`) gets the whole
 sequence. The tokens that are left travel from block to block beside it. The life of a block, each phase called for the methods in the order
-of their stacks (`handler.py` says what a phase is for):
+of their stacks (`handler.py` lists what a phase is for):
 
     run a block:
         arrive                                  in the first block of the stream

@@ -203,7 +203,7 @@ class EntryStates:
     @property
     def widths(self) -> tuple[int, int]:
         """Of a key and of a value."""
-        return self.layer.shape[1:]
+        return self.layer.kv.shape[1:]
 
     def __call__(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of all entries, or of those of an index."""

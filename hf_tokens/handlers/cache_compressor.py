@@ -272,7 +272,7 @@ def fold_entries(method: CacheCompressor, site: Site) -> None:
     """Let entries that stay take in those that go."""
     layer, folded = site.layer, ask(method, site, "fold")
     if isinstance(folded, Folded):
-        layer.write(*folded[:3])
+        layer.kv.write(*folded[:3])
         if folded.sizes is not None:
             layer.record.entries["sizes"] = folded.sizes
     elif folded is not None:
@@ -316,6 +316,6 @@ def share_entries(site: Site, keys: Polar, values: Polar) -> None:
 
 def check_pair(lower: TokenCacheLayer, upper: TokenCacheLayer) -> None:
     """Refuse to share the entries of layers that are not alike."""
-    if lower.shape != upper.shape:
+    if lower.kv.shape != upper.kv.shape:
         rule = "Blocks that share their entries must have as many key heads, of the same width"
-        raise UnsupportedError(explain(rule, f"{lower.shape} and {upper.shape}", "Choose other layers."))
+        raise UnsupportedError(explain(rule, f"{lower.kv.shape} and {upper.kv.shape}", "Choose other layers."))

@@ -161,6 +161,6 @@ def pool(method: Pooler, site: Site, whole: Tensor) -> Tensor | None:
 
 
 def unread(surgery: StreamSurgery, got: str) -> UnsupportedError:
-    """The error for a stream whose readers look elsewhere than where its structure says."""
+    """The error for a stream whose readers look elsewhere than its structure shows."""
     rule = f"A Pooler needs a norm behind the blocks of the stream {surgery.stream.name!r} that takes every token, or none"
     return UnsupportedError(explain(rule, f"{got}, in {type(surgery.model.base).__name__}", "Choose another stream or model."))

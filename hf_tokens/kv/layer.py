@@ -93,10 +93,6 @@ class TokenCacheLayer(CacheLayerMixin):
         """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
         return self.kv.ordered() if index is None else self.kv.pick(index)
 
-    def in_order(self, x: Tensor, dim: int) -> Tensor:
-        """Something of each entry as it lies, (b k|h ...), in the order of the entries."""
-        return self.kv.in_order(x, dim)
-
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
         self.kv.release()
@@ -111,11 +107,6 @@ class TokenCacheLayer(CacheLayerMixin):
     def heads(self) -> int:
         """Key heads."""
         return self.kv.heads
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Key heads, and the width of a key and of a value."""
-        return self.kv.shape
 
     @property
     def sizes(self) -> Tensor | None:
@@ -222,7 +213,7 @@ class TokenCacheLayer(CacheLayerMixin):
         return cells_of(torch.ones_like(self.origins, dtype=torch.bool) if self.filled is None else self.filled, self.heads)
 
     def attend(self, q: Tensor, sinks: Tensor | None, weighs: bool, **shape: Any) -> tuple[Tensor, Tensor | None]:
-        """What queries (b h 1 e) read of the entries as they lie, and if asked the probability of each, the mean of its head, (b k n)."""
+        """What queries (b h 1 e) read of entries as they lie, and if `weighs` the probability of each, the mean of its head, (b k n)."""
         self.reads_packed = False
         sizes = None if self.sizes is None else cells_of(self.sizes, self.heads)
         return self.kv.attend(q, sizes, sinks, weighs, **shape)
@@ -274,10 +265,6 @@ class TokenCacheLayer(CacheLayerMixin):
         old = entries.get(name, torch.zeros_like(self.origins, dtype=torch.bool))
         entries[name] = append(old[..., : self.length - n], flags[:, flags.shape[1] - n :])
 
-    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
-        self.kv.write(index, keys, values)
-
     def rewrite(self, keys: Tensor, values: Tensor, sizes: Tensor | None) -> None:
         """Put other keys, values (b k n e) and sizes (b k n) in the places of those that are stored."""
         self.kv.rewrite(keys, values)
@@ -295,7 +282,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.kv.convert(where, (keys, values), scale, self.filled)
 
     def take(self, part: Part) -> None:
-        """Store some entries as a part says."""
+        """Store some entries in a part."""
         self.kv.add_part(part, self.filled)
 
     def get_seq_length(self) -> int:

@@ -98,7 +98,7 @@ class KVStates:
         self._unpacked = None
 
     def attend(self, q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any) -> tuple[Tensor, Tensor | None]:
-        """What queries (b h 1 e) read of the entries as they lie, and if asked the probability of each, the mean of its head, (b k n)."""
+        """What queries (b h 1 e) read of entries as they lie, and if `weighs` the probability of each, the mean of its head, (b k n)."""
         return attend(self.parts or [self._as_part()], q, sizes, sinks, weighs, **shape)
 
     def _as_part(self) -> Part:
@@ -245,7 +245,7 @@ class KVStates:
         self._pair, self._buffers, self.slots = tuple(t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in self._pair), None, None
 
     def add_part(self, part: Part, filled: Tensor | None) -> None:
-        """Store some entries as a part says; `filled` marks those that count among all."""
+        """Store some entries in a part; `filled` marks those that count among all."""
         self._unpacked = None
         self.split(filled)
         self.parts = put(self.parts, part)

@@ -242,7 +242,7 @@ class Part:
         return not self.fixed and all(isinstance(form, type(self.forms[0])) and not isinstance(form, Polar) for form in self.forms)
 
     def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, ...]:
-        """What queries (b h 1 e) read in this part, the log of their sums of exponentials, and if asked the scores of the cells (h/k c).
+        """What queries (b h 1 e) read in this part, the log of their sums of exponentials, and by `scores` those of the cells (h/k c).
 
         Args:
             q: The queries.
@@ -322,7 +322,7 @@ class Part:
 def attend(
     parts: list[Part], q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What queries (b h 1 e) read of parts (b h 1 f), and if asked the probability of each entry, (b k n), where it lies."""
+    """What queries (b h 1 e) read of parts (b h 1 f), and if it `weighs` the probability of each entry, (b k n), where it lies."""
     read = [part.attend(q, sizes, scores=weighs, **shape) for part in parts]
     out = merge_attention([some[:2] for some in read], sinks)
     if not weighs:

@@ -1,4 +1,4 @@
-"""Rows of data for what structure alone does not tell. A row names classes of the libraries, never a method."""
+"""Rows of data for what structure alone does not show. A row names classes of the libraries, never a method."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def vision_tower(model_anatomy: Anatomy) -> nn.Module | None:
 
 
 def picture_shapes(module: nn.Module, args: tuple, kwargs: dict) -> Shapes | None:
-    """The pictures that a vision tower is called with; None if its arguments do not tell."""
+    """The pictures that a vision tower is called with; None if its arguments do not show them."""
     arguments = bound_arguments(module, args, kwargs)
     tables = [arguments[name] for name in GRID_TABLES if isinstance(arguments.get(name), Tensor)]
     if tables:
@@ -77,7 +77,7 @@ def find_grids(calls: list[Shapes], config: Any, arguments: dict[str, Any], visu
         visual: Visual tokens, (b n) bool.
 
     Raises:
-        UnsupportedError: The calls do not tell.
+        UnsupportedError: The calls do not show them.
     """
     if len(calls) != 1:
         raise no_grid(f"{len(calls)} calls of a vision tower with pictures in rows and columns")

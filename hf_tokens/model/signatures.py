@@ -1,4 +1,4 @@
-"""What the signature and the source of a block's forward tell: its parameters, and which of them are its hidden states."""
+"""What the signature and the source of a block's forward show: its parameters, and which of them are its hidden states."""
 
 from __future__ import annotations
 

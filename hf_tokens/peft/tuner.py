@@ -96,7 +96,7 @@ class HFTokensModel(BaseTuner):
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: HFTokensConfig) -> None:
-        if peft_config.modules_to_save:  # nothing else of ours can be tied, and not every model says what is
+        if peft_config.modules_to_save:  # nothing else of ours can be tied, and not every model lists what is
             super()._check_tied_modules(model, peft_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:

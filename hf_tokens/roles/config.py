@@ -34,7 +34,7 @@ def option(
         ge, gt, le, lt: Bounds of a number, or of each number in a list. A number needs at least one.
         choices: The allowed values of a string.
         zero: The value at which the method changes nothing.
-        size: Whether it only says how large the adapter is, so that a tiny model may do with less.
+        size: Whether it only sets how large the adapter is, so that a tiny model may do with less.
         example: A value to try the method with, where the default is for the user to fill in.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "zero": zero, "size": size or None, "example": example}

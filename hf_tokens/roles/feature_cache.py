@@ -13,7 +13,7 @@ from .base import Method
 class FeatureCache(Method):
     """What is computed again at a denoising step, and what is taken from an earlier one.
 
-    The site says what is kept: what each `sublayer` returned for each token, or what a whole `block` added to its tokens (and to those
+    The site is what is kept: what each `sublayer` returned for each token, or what a whole `block` added to its tokens (and to those
     of a second sequence).
     """
 

@@ -129,7 +129,7 @@ def _text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
 
 
 def _placeholders(model: nn.Module, inputs: dict, getter: str) -> int:
-    """How many positions of the text one image or sound takes: asked of the model itself."""
+    """How many positions of the text one image or sound takes, by the model itself."""
     get = next((method for module in model.modules() if (method := getattr(module, getter, None)) is not None), None)
     accepted = inspect.signature(get).parameters if get is not None else {}
     image = ("pixel", "image", "spatial", "qformer", "target", "high_res")

@@ -387,7 +387,7 @@ def test_rewriting_leaves_what_no_index_names(sizes):
     ours, theirs = filled(sizes)
     index = torch.tensor([0, -1, 4, -1]).expand(B, K, 4)
     new = [torch.full((B, K, 4, E), float(i + 1)) for i in range(2)]
-    ours.write(index, *new)
+    ours.kv.write(index, *new)
     for got, want, x in zip((ours.keys, ours.values), (theirs.keys, theirs.values), new, strict=True):
         want = want.clone()
         want[:, :, [0, 4]] = x[:, :, [0, 2]]
