@@ -294,6 +294,12 @@ def attached_run(pair: Pair) -> list[Tensor]:
 
 
 @cache
+def start_run(pair: Pair) -> list[Tensor]:
+    """What it puts out before its parameters are moved."""
+    return pair.run(pair.attach(stirred=False))
+
+
+@cache
 def refused(pair: Pair) -> str | None:
     """Why the engine refuses a pair when it sees the model or the first inputs; None if it does not."""
     try:
