@@ -179,7 +179,8 @@ def test_calibration_is_the_loop(kind):
                 own, shape = tokens, grid
             n = own.shape[1]
             columns = attention[:, :, :n] if kind == "sd3" else attention[:, :, -n:]
-            focus = [naive_focus(a, [j in naive_foreground(x, shape) for j in range(n)], 1.0) for a, x in zip(columns, own, strict=True)]
+            sides = [naive_foreground(x, shape) for x in own]
+            focus = [naive_focus(a, [j in side for j in range(n)], 1.0) for a, side in zip(columns, sides, strict=True)]
             scores.setdefault(i, []).append(sum(focus) / 2)
         before = out[step - 2] if step > 1 else noise
         changes.append(float((noise - before).abs().mean() / before.abs().mean()))
