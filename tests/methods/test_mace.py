@@ -15,16 +15,17 @@ D = torch.float64
 def naive(weight, beside, replaced, prior, erase=1.0, preserve=1.0, stay=1000.0):
     """One projection, number by number: the sums of the closed form, and the inverse."""
     outputs, width = weight.shape
-    left = [[stay * float(weight[o, i]) for i in range(width)] for o in range(outputs)]
+    weight = weight.tolist()
+    left = [[stay * weight[o][i] for i in range(width)] for o in range(outputs)]
     right = [[stay * float(i == j) for j in range(width)] for i in range(width)]
     pairs = [(f, g, erase) for f, g in zip(beside, replaced, strict=True)] + [(p, p, preserve) for p in prior]
-    for f, g, share in pairs:
-        target = [sum(float(weight[o, i] * g[i]) for i in range(width)) for o in range(outputs)]
+    for f, g, share in ((f.tolist(), g.tolist(), share) for f, g, share in pairs):
+        target = [sum(weight[o][i] * g[i] for i in range(width)) for o in range(outputs)]
         for i in range(width):
             for o in range(outputs):
-                left[o][i] += share * target[o] * float(f[i])
+                left[o][i] += share * target[o] * f[i]
             for j in range(width):
-                right[j][i] += share * float(f[j] * f[i])
+                right[j][i] += share * f[j] * f[i]
     return torch.tensor(left, dtype=D) @ torch.linalg.inv(torch.tensor(right, dtype=D))
 
 

@@ -13,7 +13,7 @@ D = torch.float64
 
 
 def outer(a, b):
-    return torch.tensor([[float(x * y) for y in b] for x in a], dtype=D)
+    return torch.tensor([[x * y for y in b.tolist()] for x in a.tolist()], dtype=D)
 
 
 def erased(now, start, concept, anchor, kept, erase, preserve, stay):
