@@ -8,8 +8,9 @@ from denoisers import KINDS, alone, blocks, calls, denoiser, half, sampled
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from hf_tokens_adapters.feature_cache.profilingdit import ProfilingDiT, foreground
 
-from hf_tokens import ConfigError, ProfilingDiTConfig, UnsupportedError, calibrate, get_token_model, load, measure, set_method
+from hf_tokens import ConfigError, ProfilingDiTConfig, UnsupportedError, calibrate, get_token_model, load, set_method
 from hf_tokens.testing import zoo
+from hf_tokens.tools.measure import TokenCounts
 
 
 def naive_schedule(steps, start, longest, shortest):
@@ -90,11 +91,15 @@ def test_steps_that_are_computed(case, told):
     assert naive_schedule(steps, start, longest, shortest) == want
     model = get_token_model(denoiser("dit"), ProfilingDiTConfig(background=(1,), start=start, max_interval=longest, min_interval=shortest))
     call, inner, computed = calls("dit", 1)[0], model.base_model.model, []
+    counts = TokenCounts()
     for step in range(steps):
         if told:
             _set_cache_context(inner, CacheContext("cond", step_index=step, num_inference_steps=steps))
         call = {**call, "timestep": torch.full((2,), 1000 * (1 - step / steps), dtype=torch.float64)}
-        computed += [step] * (measure(model, **call).tokens == 3 * 2 * 16)
+        before = counts.tokens
+        with blocks(inner)[0].hf_tokens.surgery.model.listening(counts):
+            sampled(model, [call])
+        computed += [step] * (counts.tokens - before == 3 * 2 * 16)
     _set_cache_context(inner, None)
     assert computed == want
 

@@ -314,7 +314,7 @@ MODELS = {
     "PixArt": ("pixart", (8, 8), 5, 3, Knobs(cycle=3, weights=(0.0, 1.0, 0.25, 0.4))),
     "PixArt, both signals, odd grid": ("pixart", (6, 10), 4, None, Knobs(cycle=3, ratio=0.5, weights=(0.7, 1.0, 0.25, 0.6))),
     "PixArt, context padded but one": ("pixart", (4, 4), 4, 1, Knobs(cycle=3, weights=(0.5, 1.0, 0.25, 0.4))),
-    "U-Net": ("unet", (8, 12), 5, None, Knobs(cycle=3, weights=(0.5, 1.0, 0.25, 0.4))),
+    "U-Net": ("unet", (4, 6), 5, None, Knobs(cycle=3, weights=(0.5, 1.0, 0.25, 0.4))),
 }
 PARTS = {"attn": "attention", "cross": "cross_attention", "mlp": "mlp"}
 DIMS = dict(num_attention_heads=2, attention_head_dim=4, in_channels=4, norm_num_groups=4, sample_size=8, patch_size=2)
@@ -701,7 +701,8 @@ def test_training_computes_everything():
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile tells of its graph breaks by warnings
 def test_a_compiled_denoiser_hears_what_it_scores_by():
-    calls, model = inputs("unet", (8, 8), 4), get_token_model(denoiser("unet"), ToCaConfig()).base_model.model
+    both = ToCaConfig(influence=0.7, control=1.0)
+    calls, model = inputs("pixart", (8, 8), 4), get_token_model(denoiser("pixart"), both).base_model.model
     want = sampled(model, calls)
     torch.compiler.reset()
     torch.testing.assert_close(sampled(torch.compile(model, backend="eager"), calls), want)
