@@ -26,7 +26,7 @@ quickstart: $(VENV)/quickstart.stamp ## Operate on a real model: about 3 minutes
 	$(BIN)/hf-tokens quickstart $(ARGS)
 
 test: $(VENV)/dev.stamp ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 test-newest: ## Run the short form of the tests with the newest versions that pyproject.toml allows
 	rm -f .venv-newest/dev.stamp
@@ -53,7 +53,7 @@ freeze: $(VENV)/everything.stamp
 	$(BIN)/python .ci/pins.py locked > constraints.txt
 
 contract: $(VENV)/dev.stamp ## Run the contract of every method on every architecture, the life of the adapter too: an hour or so
-	HF_TOKENS_CONTRACT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/contract $(ARGS)
+	HF_TOKENS_CONTRACT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/contract $(ARGS)
 
 sweep: $(VENV)/dev.stamp ## Try identity and drop surgeries on every model family: benchmarks/results/sweep.md
 	$(BIN)/python benchmarks/sweep.py $(ARGS)

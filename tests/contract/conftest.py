@@ -3,13 +3,9 @@
 `selection.py` says on which architectures; `make contract` takes all of them.
 """
 
-import os
-
 import pytest
 from contract.pairs import PAIRS, planned, refused
-from contract.selection import thin
-
-ALL = os.environ.get("HF_TOKENS_CONTRACT") == "all"
+from contract.selection import ALL, thin
 
 FIXTURES = {
     "any_pair": lambda pair: True,
@@ -19,6 +15,7 @@ FIXTURES = {
     "padded_objective": lambda pair: planned(pair) is None and pair.info.role == "Objective" and not pair.row.timesteps,
     "padded_talker": lambda pair: planned(pair) is None and pair.row.generates and "left" in pair.row.pads,
 }
+PLACES = {pair: i for i, pair in enumerate(PAIRS)}
 
 
 def pytest_generate_tests(metafunc):
@@ -31,6 +28,19 @@ def pytest_generate_tests(metafunc):
             ids = [f"{pair.method}-{pair.architecture}{side and '-' + side}" for pair, side in cases]
             names = [name, "side"] if sides else [name]
             metafunc.parametrize(names, [case if sides else case[:1] for case in cases], ids=ids, indirect=[name])
+
+
+def pytest_collection_modifyitems(items):
+    """Put the checks of a pair side by side: the first one makes what the others find made."""
+    checks = [item for item in items if pair_of(item)]
+    ordered = iter(sorted(checks, key=lambda item: PLACES[pair_of(item)]))
+    items[:] = [next(ordered) if pair_of(item) else item for item in items]
+
+
+def pair_of(item):
+    """The pair that a check runs with; None for another test."""
+    names = FIXTURES.keys() & item.fixturenames if isinstance(item, pytest.Function) else ()
+    return item.callspec.params[next(iter(names))] if names else None
 
 
 def accepted(pair):
