@@ -272,14 +272,20 @@ def planned(pair: Pair) -> str | None:
 
 def base_run(pair: Pair) -> list[Tensor]:
     """What the model puts out without the surgery."""
-    return unoperated(pair.architecture, pair.prompt, pair.speaks)
+    return unoperated(pair.architecture, pair.prompt, pair.speaks)[0]
+
+
+def base_snapshot(pair: Pair) -> dict[str, Any]:
+    """The model without the surgery, after it ran: some note things at their first call."""
+    return unoperated(pair.architecture, pair.prompt, pair.speaks)[1]
 
 
 @cache
-def unoperated(architecture: str, words: tuple[int, ...], speaks: bool) -> list[Tensor]:
+def unoperated(architecture: str, words: tuple[int, ...], speaks: bool) -> tuple[list[Tensor], dict[str, Any]]:
     row, model, inputs = ARCHITECTURES[architecture], fresh(architecture), with_prompt(built(architecture)[1], words)
     with torch.no_grad():
-        return generate(model, inputs, 3) if speaks else row.run(model, inputs)
+        outputs = generate(model, inputs, 3) if speaks else row.run(model, inputs)
+    return outputs, snapshot(model)
 
 
 @cache

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from contract.pairs import PARTNER, adapter_parameters, attached_run, base_run, difference, lora, snapshot, start_run, stir
+from contract.pairs import PARTNER, adapter_parameters, attached_run, base_run, base_snapshot, difference, lora, snapshot, start_run, stir
 from peft import PeftModel, get_peft_model
 from tolerances import all_equal, differs
 
@@ -15,9 +15,8 @@ from hf_tokens.engine.block import BlockSurgery
 
 def nothing_left(pair, base):
     assert not any(isinstance(module, BlockSurgery) for module in base.modules())
-    clean = pair.base()
-    all_equal(pair.run(base), pair.run(clean), "unloaded")
-    assert not difference(snapshot(clean), snapshot(base))
+    all_equal(pair.run(base), base_run(pair), "unloaded")
+    assert not difference(base_snapshot(pair), snapshot(base))
 
 
 def test_save_and_load(pair, tmp_path):
@@ -64,10 +63,11 @@ def test_two_adapters_switch_and_delete(pair):
     all_equal(pair.run(model), first, "with a second adapter beside it")
     model.set_adapter("second")
     stir(model)
-    assert differs(pair.run(model), first)
+    second = pair.run(model)
+    assert differs(second, first)
     other = pair.attach(adapter_name="only", config=PARTNER, stirred=False)
     other.load_state_dict({k.replace(".second.", ".only."): v for k, v in model.state_dict().items() if ".default." not in k}, strict=True)
-    all_equal(pair.run(model), pair.run(other), "second")
+    all_equal(second, pair.run(other), "second")
     model.set_adapter("default")
     model.delete_adapter("second")
     assert not any(".second." in name for name in model.state_dict())
@@ -98,32 +98,26 @@ def nested(pair, surgery_outside):
     if surgery_outside:
         inner = get_peft_model(base, tuning, adapter_name="tuning")
         torch.manual_seed(0)
-        return pair.surgery(inner, surgery, "surgery"), inner
+        return pair.surgery(inner, surgery, "surgery")
     torch.manual_seed(0)
     inner = pair.surgery(base, surgery, "surgery")
-    return get_peft_model(inner, tuning, adapter_name="tuning"), inner
+    return get_peft_model(inner, tuning, adapter_name="tuning")
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")  # so it is
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("surgery_outside", [True, False], ids=["outside", "inside"])
 def test_a_lora_nested_in_both_orders(pair, surgery_outside, tmp_path):
-    model, inner = nested(pair, surgery_outside)
-    model.eval()
+    model = nested(pair, surgery_outside).eval()
     all_equal(pair.run(model), start_run(pair), "a LoRA at its start changes nothing")
     stir(model)
     want = pair.run(model)
     assert differs(want, attached_run(pair))
     model.save_pretrained(tmp_path)
-    again, _ = nested(pair, surgery_outside)
+    again = nested(pair, surgery_outside)
     again.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k or ".hf_tokens." in k}, strict=False)
     all_equal(pair.run(again.eval()), want, "state dict")
     if surgery_outside:
-        all_equal(pair.run(PeftModel.from_pretrained(inner_of(pair, model), tmp_path / "surgery").eval()), want, "file")
-
-
-def inner_of(pair, model):
-    """The LoRA model without the surgery around it."""
-    unloaded = copy.deepcopy(model).unload()
-    assert not any(isinstance(module, BlockSurgery) for module in unloaded.modules())
-    return unloaded
+        inner = model.unload()  # the LoRA model without the surgery around it
+        assert not any(isinstance(module, BlockSurgery) for module in inner.modules())
+        all_equal(pair.run(PeftModel.from_pretrained(inner, tmp_path / "surgery").eval()), want, "file")
