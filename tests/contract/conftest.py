@@ -1,15 +1,18 @@
-"""`pair` runs a test with every method on every architecture that takes it, `talker` with those of them that generate text, and so on.
+"""`pair` runs a test with every method on every architecture that takes it, `talker` with those of them that generate text, and so on;
+`host` is `pair` for what hardly depends on where in a model the method acts.
 
 `selection.py` says on which architectures; `make contract` takes all of them.
 """
 
 import pytest
 from contract.pairs import PAIRS, planned, refused
-from contract.selection import ALL, thin
+from contract.selection import ALL, library, streams, thin
+from peft import PeftModel
 
 FIXTURES = {
     "any_pair": lambda pair: True,
     "pair": lambda pair: planned(pair) is None,
+    "host": lambda pair: planned(pair) is None,
     "talker": lambda pair: planned(pair) is None and pair.row.generates,
     "objective": lambda pair: planned(pair) is None and pair.info.role == "Objective",
     "padded_objective": lambda pair: planned(pair) is None and pair.info.role == "Objective" and not pair.row.timesteps,
@@ -23,11 +26,15 @@ def pytest_generate_tests(metafunc):
         if name in metafunc.fixturenames:
             sides = "side" in metafunc.fixturenames
             pairs = [pair for pair in PAIRS if takes(pair)]
-            pairs = pairs if ALL else thin(metafunc.function.__name__, pairs)
+            pairs = pairs if ALL else thin(metafunc.function.__name__, pairs, kinds_for(name))
             cases = [(pair, side) for pair in pairs for side in (pair.row.pads if sides else ("",))]
             ids = [f"{pair.method}-{pair.architecture}{side and '-' + side}" for pair, side in cases]
             names = [name, "side"] if sides else [name]
             metafunc.parametrize(names, [case if sides else case[:1] for case in cases], ids=ids, indirect=[name])
+
+
+def kinds_for(fixture):
+    return library if fixture == "host" else streams
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +50,12 @@ def pair_of(item):
     return item.callspec.params[next(iter(names))] if names else None
 
 
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch):
+    """Nothing here reads the card that PEFT writes at each save, and its template is parsed anew for each; `tests/hub` does."""
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
+
+
 def accepted(pair):
     if reason := refused(pair):
         pytest.skip(f"un-skip when the engine takes this pair: {reason}")
@@ -56,6 +69,11 @@ def any_pair(request):
 
 @pytest.fixture
 def pair(request):
+    return accepted(request.param)
+
+
+@pytest.fixture
+def host(request):
     return accepted(request.param)
 
 

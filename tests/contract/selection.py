@@ -1,4 +1,6 @@
-"""Which architectures a method meets in a check: two for each kind of stream that it acts on, others from check to check.
+"""Which architectures a method meets in a check: two of a kind, others from check to check.
+
+A kind is a kind of stream that the method acts on; for an adapter's life, which hardly depends on it, the library that the model is from.
 
 The probes meet all of them. An architecture that a check would meet no method on meets one more.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from contract.pairs import Pair, planned
@@ -16,15 +18,21 @@ from contract.pairs import Pair, planned
 from hf_tokens.testing import probe
 
 ALL = os.environ.get("HF_TOKENS_CONTRACT") == "all"  # the whole grid
-ENOUGH, POOL = 2, 3  # architectures for each kind of stream: in a check, and in all checks
+ENOUGH, POOL = 2, 3  # architectures of a kind: in a check, and in all checks
+Kinds = Callable[[Pair], frozenset]
 
 
 @cache
-def kinds(pair: Pair) -> frozenset[tuple[str, bool, bool]]:
+def streams(pair: Pair) -> frozenset[tuple[str, bool, bool]]:
     """The kinds of stream that the method acts on; all that the model has where the engine refuses it at once."""
     taken = planned(pair) is None
-    streams = pair.streams() if taken else pair.all_streams()
-    return frozenset((stream.kind, stream.causal, taken) for stream in streams)
+    acted_on = pair.streams() if taken else pair.all_streams()
+    return frozenset((stream.kind, stream.causal, taken) for stream in acted_on)
+
+
+def library(pair: Pair) -> frozenset[str]:
+    """The library that the model is from."""
+    return frozenset({pair.row.library})
 
 
 def lot(*words: str) -> int:
@@ -32,8 +40,8 @@ def lot(*words: str) -> int:
     return zlib.crc32(" ".join(words).encode())
 
 
-def enough(pairs: Iterable[Pair], number: int) -> list[Pair]:
-    """The first pairs among which each kind of stream is there so many times, as far as it is."""
+def enough(pairs: Iterable[Pair], number: int, kinds: Kinds) -> list[Pair]:
+    """The first pairs among which each kind is there so many times, as far as it is."""
     met: Counter[tuple] = Counter()
     chosen = []
     for pair in pairs:
@@ -43,22 +51,22 @@ def enough(pairs: Iterable[Pair], number: int) -> list[Pair]:
     return chosen
 
 
-def own(check: str, pairs: Iterable[Pair]) -> list[Pair]:
+def own(check: str, pairs: Iterable[Pair], kinds: Kinds) -> list[Pair]:
     """The pairs of one method that a check takes: out of a few for all checks, since a pair's first check makes what the others reuse."""
-    few = enough(sorted(pairs, key=lambda pair: lot(pair.method, pair.architecture)), POOL)
-    return enough(sorted(few, key=lambda pair: lot(check, pair.method, pair.architecture)), ENOUGH)
+    few = enough(sorted(pairs, key=lambda pair: lot(pair.method, pair.architecture)), POOL, streams)
+    return enough(sorted(few, key=lambda pair: lot(check, pair.method, pair.architecture)), ENOUGH, kinds)
 
 
 def is_probe(pair: Pair) -> bool:
     return pair.info.cls.__module__ == probe.__name__
 
 
-def thin(check: str, pairs: list[Pair]) -> list[Pair]:
+def thin(check: str, pairs: list[Pair], kinds: Kinds) -> list[Pair]:
     """The pairs of all methods that a check takes, in their order."""
     methods: dict[str, list[Pair]] = {}
     for pair in pairs:
         methods.setdefault(pair.method, []).append(pair)
-    chosen = {pair for of_method in methods.values() for pair in (of_method if is_probe(of_method[0]) else own(check, of_method))}
+    chosen = {pair for of_method in methods.values() for pair in (of_method if is_probe(of_method[0]) else own(check, of_method, kinds))}
     for pair in sorted(pairs, key=lambda pair: lot(check, pair.architecture, pair.method)):
         if all(pair.architecture != other.architecture for other in chosen):
             chosen.add(pair)

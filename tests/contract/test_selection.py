@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from contract.conftest import FIXTURES
+from contract.conftest import FIXTURES, kinds_for
 from contract.pairs import PAIRS
-from contract.selection import ENOUGH, is_probe, kinds, own, thin
+from contract.selection import ENOUGH, is_probe, own, streams
+from contract.selection import thin as thinned
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 MODULES = [importlib.import_module(f"contract.{path.stem}") for path in FILES if path.stem != "test_selection"]
@@ -25,13 +26,17 @@ def whole(check):
     return [pair for pair in PAIRS if FIXTURES[CHECKS[check]](pair)]
 
 
+def thin(check):
+    return thinned(check, whole(check), kinds_for(CHECKS[check]))
+
+
 def test_the_checks_are_found():
     assert set(CHECKS.values()) == FIXTURES.keys() and len(CHECKS) > 20
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_check_meets_every_role_method_and_architecture(check):
-    every, some = whole(check), thin(check, whole(check))
+    every, some = whole(check), thin(check)
     for of in (lambda pair: pair.info.role, lambda pair: pair.method, lambda pair: pair.architecture):
         assert {of(pair) for pair in some} == {of(pair) for pair in every}
     assert set(some) <= set(every)
@@ -39,11 +44,14 @@ def test_a_check_meets_every_role_method_and_architecture(check):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_method_meets_two_architectures_of_a_kind_and_what_no_other_meets(check):
-    chosen, some = [], thin(check, whole(check))
+    chosen, some, kinds = [], thin(check), kinds_for(CHECKS[check])
     for method in {pair.method for pair in some if not is_probe(pair)}:
-        chosen += own(check, [pair for pair in whole(check) if pair.method == method])
-        of_a_kind = Counter(kinds(pair) for pair in chosen if pair.method == method)
-        assert max(of_a_kind.values()) <= ENOUGH
+        every = [pair for pair in whole(check) if pair.method == method]
+        mine = own(check, every, kinds)
+        there, met = (Counter(kind for pair in pairs for kind in kinds(pair)) for pairs in (every, mine))
+        assert all(met[kind] >= min(ENOUGH, number) for kind, number in there.items())
+        assert max(Counter(kinds(pair) for pair in mine).values()) <= ENOUGH
+        chosen += mine
     more = [pair for pair in some if pair not in chosen and not is_probe(pair)]
     met = Counter(pair.architecture for pair in some)
     assert all(met[pair.architecture] == 1 for pair in more)
@@ -51,12 +59,12 @@ def test_a_method_meets_two_architectures_of_a_kind_and_what_no_other_meets(chec
 
 def test_the_probes_meet_everything():
     for check in CHECKS:
-        assert [pair for pair in thin(check, whole(check)) if is_probe(pair)] == [pair for pair in whole(check) if is_probe(pair)]
+        assert [pair for pair in thin(check) if is_probe(pair)] == [pair for pair in whole(check) if is_probe(pair)]
 
 
 def test_architectures_change_from_check_to_check():
     checks = [check for check, fixture in CHECKS.items() if fixture == "pair"]
     for method in {pair.method for pair in whole(checks[0]) if not is_probe(pair)}:
         mine = [pair for pair in whole(checks[0]) if pair.method == method]
-        if len({kinds(pair) for pair in mine}) == 1 and len(mine) > ENOUGH:
-            assert len({frozenset(own(check, mine)) for check in checks}) > 1, method
+        if len({streams(pair) for pair in mine}) == 1 and len(mine) > ENOUGH:
+            assert len({frozenset(own(check, mine, streams)) for check in checks}) > 1, method
