@@ -165,6 +165,44 @@ def test_a_copy_taken_in_the_middle_is_a_model_of_its_own():
     assert all(p.grad is None for p in surgery.parameters()) and any(p.grad is not None for p in other.parameters())
 
 
+class Breaks(Trainer):
+    """A user stops it behind the model's call, and again between two batches."""
+
+    at: str = ""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.at == "loss":
+            raise KeyboardInterrupt
+        return loss
+
+    def training_step(self, *args, **kwargs):
+        if self.at == "step" and self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return super().training_step(*args, **kwargs)
+
+
+def answer(surgery):
+    torch.manual_seed(0)
+    out = surgery.train()(**{name: torch.stack([row[name] for row in data(2)]) for name in ("input_ids", "labels", "attention_mask")})
+    return [out.loss, out.logits]
+
+
+@pytest.mark.parametrize("at", ["loss", "step"])
+def test_a_training_that_is_broken_off_leaves_the_model_and_the_next_training_right(tmp_path, at):
+    surgery = model()
+    run = trainer(surgery, tmp_path / "broken", kind=Breaks)
+    run.at = at
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    surgery.zero_grad()
+    fresh = model()
+    fresh.load_state_dict(surgery.state_dict())
+    set_progress(fresh, surgery_of(surgery).progress)
+    all_equal(answer(surgery), answer(fresh), "a call behind it")
+    same_run(trainer(fresh, tmp_path / "fresh"), trainer(surgery, tmp_path / "again"))
+
+
 def test_checkpoints_resume_to_the_bit(tmp_path):
     whole = trainer(model(), tmp_path / "whole", save_strategy="steps", save_steps=2)
     whole.train()
