@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,8 @@ class Handler:
         return bool({*TAPPED, "affinity"} & method.asks)
 
     def arrive(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> None: ...
-
     def before(self, method: Method, site: Site) -> None: ...
-
     def gate(self, method: Method, site: Site) -> Gates | None: ...
-
     def insert(self, method: Method, site: Site) -> BlockTokens | None: ...
 
     def remove(self, method: Method, site: Site, summary: Tensor) -> bool:
@@ -96,13 +93,9 @@ class Handler:
         return False
 
     def sublayer(self, method: Method, sublayer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Any: ...
-
     def attend(self, method: Method, site: Site, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
-
     def listen(self, method: Method, site: Site) -> None: ...
-
     def after(self, method: Method, site: Site) -> None: ...
-
     def end(self, method: Method, site: Site) -> None: ...
 
     def leave(self, method: Method, site: Site, whole: Tensor, replaying: bool) -> Tensor:
@@ -133,7 +126,7 @@ class Handler:
         return output
 
 
-HANDLERS: dict[str, Handler] = {}
+HANDLERS: dict[str, Handler] = {}  # by role, in the order in which `handlers/` registers them
 
 
 def handles(role: str) -> Callable[[type[Handler]], type[Handler]]:
@@ -149,8 +142,3 @@ def handles(role: str) -> Callable[[type[Handler]], type[Handler]]:
 def handler_of(method: Method) -> Handler:
     """The handler of a method's role."""
     return HANDLERS[method.role]
-
-
-def all_handlers() -> Iterator[Handler]:
-    """Every handler, in the order in which `handlers/` registers them."""
-    yield from HANDLERS.values()

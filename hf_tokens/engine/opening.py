@@ -62,7 +62,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)
-        memory.begin_pass()
+        memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)

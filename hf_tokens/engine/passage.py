@@ -19,13 +19,12 @@ from ..tokens.altered import altered
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, take
-from .ask import ask
 from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
 from .plan import PassPlan
 from .run import BlockTokens, Site
-from .supply import own_tokens
+from .supply import ask, own_tokens
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
@@ -100,7 +99,7 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
         block.tap.open()
     readers = sum(tokens.opened.m - tokens.opened.n for tokens in inserted if tokens.only_read)
     inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
-    with block.open_while_it_runs(partial(block.tapping, noting or readers > 0, readers, inside)):
+    with block.open_while_it_runs(partial(block.tap.running, noting or readers > 0, readers, inside)):
         output = call.run(block.call, x, ledger, stored)
     attends = block.plan.attends
     if missing or readers or attends is not None:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
-from ..engine.context import ForwardContext
 from ..engine.opening import seen_before
 from ..engine.run import Memory, Site, StreamRun
+from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model.streams import Stream
@@ -43,36 +42,21 @@ class LookUps:
         return before
 
 
-class Embeddings:
-    """The embedding table of a stream, whose first block this is."""
-
-    def __init__(self, block: BlockSurgery):
-        self.block = block
-
-    @property
-    def base(self) -> nn.Module:
-        """The model that it belongs to."""
-        return self.block.base
-
-    def put_in(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """The embeddings (b n d) that the table returned for its ids, with the banks' tokens in the places that the banks find."""
-        ids, hidden, rows = args[0] if args else next(iter(kwargs.values())), output, {}
-        flat = ids.reshape(-1, ids.shape[-1] if ids.dim() else 1)
-        for _, bank in self.block.plan.always.of("arrive"):
-            tokens = ask(bank, self._site(hidden))
-            if tokens is not None:
-                at = bank.find(flat).view(ids.shape)
-                rows = {key: others.masked_fill(at >= 0, -1) for key, others in rows.items()} | {bank.key: at}  # the later bank counts
-                hidden = write_rows(hidden, at, tokens)
-        if ids.dim() > 1:  # some models look up a single id to compare with
-            self.block.surgery.call.held[LookUp] = LookUp(ids, rows)
-        return hidden
-
-    def _site(self, hidden: Tensor) -> Site:
-        """There is no pass yet."""
-        context: ForwardContext = self.block.surgery.call.context
-        ledger = TokenLedger.open(hidden.reshape(-1, *hidden.shape[-2:]), 0, True)
-        return Site(self.block.surgery, self.block, StreamRun(context, ledger, None, None, Memory()), hidden, None)
+def put_in(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    """The embeddings (b n d) that the table of a stream, whose first block this is, returned for its ids, with the banks' tokens in the
+    places that the banks find."""
+    ids, hidden, rows = args[0] if args else next(iter(kwargs.values())), output, {}
+    flat, call = ids.reshape(-1, ids.shape[-1] if ids.dim() else 1), block.surgery.call
+    for _, bank in block.plan.always.of("arrive"):
+        ledger = TokenLedger.open(hidden.reshape(-1, *hidden.shape[-2:]), 0, True)  # there is no pass yet
+        tokens = ask(bank, Site(block.surgery, block, StreamRun(call.context, ledger, None, None, Memory()), hidden, None))
+        if tokens is not None:
+            at = bank.find(flat).view(ids.shape)
+            rows = {key: others.masked_fill(at >= 0, -1) for key, others in rows.items()} | {bank.key: at}  # the later bank counts
+            hidden = write_rows(hidden, at, tokens)
+    if ids.dim() > 1:  # some models look up a single id to compare with
+        call.held[LookUp] = LookUp(ids, rows)
+    return hidden
 
 
 def write_rows(hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:

@@ -63,8 +63,6 @@ class Features(dict):
 
 @handles("FeatureCache")
 class FeatureCacheHandler(Handler):
-    """What the engine does for feature caches."""
-
     keeps_steps = True
 
     def phases(self, method: FeatureCache) -> tuple[str, ...]:
@@ -280,7 +278,7 @@ def wants(method: FeatureCache, sublayer: Sublayer) -> bool:
 
 def check_alone(method: FeatureCache, block: BlockSurgery) -> None:
     """Refuse company that would let a feature stand for other tokens."""
-    active, untouched = block.active(), block.surgery.call.run.ledger.untouched
+    active, untouched = block.plan.acting, block.surgery.call.run.ledger.untouched
     others = any(other.moves_tokens for other in active) or sum(isinstance(other, FeatureCache) for other in active) > 1
     if others or not untouched:
         rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"

@@ -210,12 +210,12 @@ class ObjectiveHandler(Handler):
     def after_base(self, call: ModelCall, output: Any) -> None:
         """Note the last hidden states, where an objective names them and no head will read them."""
         if any("hidden" in objective.signals for objective in asked_now(call.model)):
-            call.note_read("base", output["last_hidden_state"] if isinstance(output, dict) else output[0])
+            call.read["base"] = output["last_hidden_state"] if isinstance(output, dict) else output[0]
 
     def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         """Note what the head read, where an objective names it."""
         if hidden is not None and any("hidden" in objective.signals for objective in asked_now(call.model)):
-            call.note_read("head", hidden)
+            call.read["head"] = hidden
         return output
 
     def after_model(self, call: ModelCall, output: Any) -> Any:

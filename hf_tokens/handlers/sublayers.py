@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.hooks import BoundForward
 from ..engine.run import Site
+from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..model.arguments import realign
 from ..model.parts import all_attentions, is_cross

@@ -21,8 +21,6 @@ from ..roles.weight_edit import WeightEdit
 
 @handles("WeightEdit")
 class WeightEditHandler(Handler):
-    """What the engine does for weight edits."""
-
     def phases(self, method: WeightEdit) -> tuple[str, ...]:
         return ("weights",)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..engine.block import BlockSurgery
-from ..engine.listen import Listener
+from ..engine.surgery import Listener
 from ..errors import UnsupportedError, explain
 from ..roles.base import Method
 from ..roles.config import MethodConfig

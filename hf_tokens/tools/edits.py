@@ -112,7 +112,7 @@ def check_groups(methods: list[WeightEdit], data: Groups) -> None:
 @contextlib.contextmanager
 def switched_off(surgery: ModelSurgery, keys: set[str]) -> Iterator[None]:
     """The model without these edits for a moment."""
-    before = [(block, block.active()) for block in surgery.blocks()]
+    before = [(block, block.plan.acting) for block in surgery.blocks()]
     surgery.act((block, [method for method in acting if method.key not in keys]) for block, acting in before)
     try:
         yield

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import CacheLayerMixin
 
 from ..engine.block import BlockSurgery
-from ..engine.listen import Listener
-from ..engine.surgery import StreamSurgery
+from ..engine.surgery import Listener, StreamSurgery
 from ..kv.adopt import find_cache, self_attention_cache
 from ..kv.layer import TokenCacheLayer, count_bytes
 from ..model.anatomy import anatomy
