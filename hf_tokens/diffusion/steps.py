@@ -15,7 +15,7 @@ from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..engine.results import World
 from ..model import families
-from ..model.grids import over_tokens
+from ..model.pictures import over_tokens
 from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT

@@ -15,9 +15,8 @@ from ..kv.adopt import find_cache
 from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
 from ..model.blocks import BIAS, CROSS_BIAS, bias_maker, counts_tokens, mask_name, mixes_more, passed_on
-from ..model.layouts import LAYOUTS, PACKED, axes
 from ..model.signatures import positional
-from ..model.streams import Stream
+from ..model.streams import LAYOUTS, PACKED, Stream, axes
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
 

@@ -19,6 +19,7 @@ from ..model.anatomy import image_tokens
 from ..model.pictures import PIXELS, Shapes, picture_shapes
 from ..model.signatures import bound_arguments
 from ..roles.base import Method
+from ..tokens.token_map import in_float32
 from .block import BlockSurgery
 from .context import ForwardContext
 from .handler import HANDLERS, Handler
@@ -313,7 +314,7 @@ class ModelSurgery:
 
     def extra_loss(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""
-        losses = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for method in self.methods() for loss in method.losses]
+        losses = [in_float32(loss) for method in self.methods() for loss in method.losses]
         return torch.stack(losses).sum() if losses else None
 
     def _add_losses(self, call: ModelCall, output: Any) -> Any:

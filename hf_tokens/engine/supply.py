@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
-from ..model.grids import grid
-from ..model.pictures import find_grids, picture_places
+from ..model.pictures import find_grids, grid, picture_places
 from ..roles.base import Method
 from ..roles.signals import HOOKED, OF_A_QUERY, PICTURED, TAPPED
 from ..tokens.altered import altered
 from ..tokens.entries import cells_of, stretch
 from ..tokens.ledger import TokenLedger
-from ..tokens.token_map import TokenMap, indices, take
+from ..tokens.token_map import TokenMap, in_float32, indices, take
 from .handler import handler_of
 from .run import Site
 
@@ -180,10 +179,8 @@ def newer_entries(site: Site) -> Tensor:
 
 def note_received(site: Site) -> None:
     """Add to each cached entry the attention that it gets in this pass."""
-    layer = site.layer
-    grouped = site.block.tap.signal("scores", altered(site, whole_cache=True)).columns(heads="key")  # b k n
-    grouped = grouped.to(torch.promote_types(grouped.dtype, torch.float32))
-    entries = layer.record.entries
+    grouped = in_float32(site.block.tap.signal("scores", altered(site, whole_cache=True)).columns(heads="key"))  # b k n
+    entries = site.layer.record.entries
     entries["received"] = entries["received"] + grouped if "received" in entries else grouped
 
 
@@ -199,8 +196,8 @@ class EntryStates:
         return self.layer.kv.shape[1:]
 
     def __call__(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of all entries, or of those of an index."""
-        return self.layer.states(index)
+        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
+        return self.layer.kv.ordered() if index is None else self.layer.kv.pick(index)
 
 
 def own_tokens(site: Site) -> Tensor:

@@ -307,7 +307,7 @@ def share_entries(site: Site, keys: Polar, values: Polar) -> None:
     under = under.scatter(-1, torch.where(above, site.alike, lower.length), True)[..., :-1]
     pairs = [keys.pack_pair(lower.keys[under], upper.keys[above]), values.pack_pair(lower.values[under], upper.values[above])]
     for place, (layer, where) in enumerate(((lower, under), (upper, above))):
-        layer.take(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)))
+        layer.kv.add_part(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)), layer.filled)
         note_beyond(layer, where)
 
 

@@ -18,7 +18,7 @@ from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
-from ..model.grids import grid
+from ..model.pictures import grid
 from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
 from .sublayers import Sublayer, Sublayers

@@ -20,6 +20,7 @@ from ..errors import UnsupportedError, explain
 from ..model import families
 from ..roles.base import Method
 from ..roles.objective import Objective
+from ..tokens.token_map import in_float32
 
 IGNORED = -100  # a label that is no target
 Reader = Callable[[Any], Tensor]
@@ -70,7 +71,7 @@ def log_probabilities(output: Any, wanted: Tensor) -> Tensor:
     if logits is None:
         rule = f"An objective needs logits for each of {wanted.shape[1]} labels"
         raise UnsupportedError(explain(rule, f"{type(output).__name__} without", "Call the model with `return_dict=True` and all logits."))
-    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = in_float32(logits.flatten(0, 1))
     return -F.cross_entropy(flat, wanted.to(logits.device).flatten(), reduction="none", ignore_index=IGNORED).view(wanted.shape)
 
 
@@ -100,7 +101,7 @@ class ObjectiveSignals:
 
     @cached_property
     def target(self) -> Tensor:
-        return self.wanted.to(torch.promote_types(self.wanted.dtype, torch.float32))
+        return in_float32(self.wanted)
 
     @cached_property
     def prediction(self) -> Tensor:

@@ -22,7 +22,7 @@ from ..engine.run import BlockTokens, Site
 from ..engine.supply import ask
 from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
-from ..model.layouts import LAYOUTS
+from ..model.streams import LAYOUTS
 from ..roles.pooler import Pooler
 from ..tokens.altered import altered
 from ..tokens.token_map import TokenMap, take

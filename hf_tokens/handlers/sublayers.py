@@ -15,7 +15,7 @@ from ..engine.run import Site
 from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..model.arguments import realign
-from ..model.parts import all_attentions, is_cross
+from ..model.parts import cross_attentions
 from ..model.signatures import bound_arguments, parameters
 from ..roles.token_reducer import TokenReducer
 from ..tokens.ledger import TokenLedger
@@ -63,7 +63,7 @@ class Sublayers:
         """The block's self-attention, cross-attention and MLP, as far as it has them."""
         stream, index = self.block.surgery.stream, self.block.index
         own = stream.attention(index)
-        cross = [module for path, module in all_attentions(stream.blocks[index]) if module is not own and is_cross(path, module)]
+        cross = [module for _, module in cross_attentions(stream.blocks[index])]
         parts = {"attention": own, "cross_attention": cross[0] if cross else None, "mlp": stream.mlp(index)}
         return {part: module for part, module in parts.items() if module is not None}
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import UnsupportedError, explain
 from ..tokens.entries import Arrival, Stored, alike, append, cells_of, pick_entries
 from .states import KVStates
-from .storage import Change, KVFormat, Part
+from .storage import Change, KVFormat
 
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 
@@ -88,10 +88,6 @@ class TokenCacheLayer(CacheLayerMixin):
     def values(self) -> Tensor | None:
         """All values in their order, unpacked (b k n e)."""
         return None if self.origins is None else self.kv.ordered()[1]
-
-    def states(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
-        return self.kv.ordered() if index is None else self.kv.pick(index)
 
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
@@ -171,13 +167,9 @@ class TokenCacheLayer(CacheLayerMixin):
         arrival, self.arrival = self.arrival, None
         if arrival is None:
             if not self.whole:
-                raise UnsupportedError(
-                    explain(
-                        "A cache that a surgery changed is read by that surgery only",
-                        f"{self.length} entries of {self.seen} tokens and a model without it",
-                        "Start a new cache after switching the adapter off.",
-                    )
-                )
+                got = f"{self.length} entries of {self.seen} tokens and a model without it"
+                rule = "A cache that a surgery changed is read by that surgery only"
+                raise UnsupportedError(explain(rule, got, "Start a new cache after switching the adapter off."))
             origins = torch.arange(self.seen, self.seen + m, device=key_states.device).expand(batch, m)
             arrival = Arrival(origins, None, None, self.seen + m)
         if self.origins is None:
@@ -280,10 +272,6 @@ class TokenCacheLayer(CacheLayerMixin):
             scale: Factor on each channel of the keys, (b k 1 e), before they are packed; the first one of a format stays.
         """
         self.kv.convert(where, (keys, values), scale, self.filled)
-
-    def take(self, part: Part) -> None:
-        """Store some entries in a part."""
-        self.kv.add_part(part, self.filled)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""

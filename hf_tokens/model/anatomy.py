@@ -34,13 +34,10 @@ def anatomy(model: Any) -> Anatomy:
         name = stream["name"]
         numbers[name] += 1
         stream |= {"table": table, "name": f"{name}.{numbers[name]}" if repeats[name] > 1 else name}
-    return Anatomy(
-        model=model,
-        model_type=model.config.model_type if _is_transformers(model) else type(model).__name__,
-        streams=tuple(Stream(**stream) for stream in streams),
-        head=_head(model),
-        embeddings=_embeddings(model),
-    )
+    table = _input_embeddings(model)
+    embeddings = path_of(table, model) if isinstance(table, nn.Module) else None
+    model_type = model.config.model_type if _is_transformers(model) else type(model).__name__
+    return Anatomy(model, model_type, tuple(Stream(**stream) for stream in streams), head=_head(model), embeddings=embeddings)
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -263,11 +260,6 @@ def _width(attention: nn.Module) -> int | None:
     }
     queries = [width for name, width in widths.items() if families.QUERY.search(name)]
     return next(iter(queries or widths.values()), None)
-
-
-def _embeddings(model: nn.Module) -> str | None:
-    table = _input_embeddings(model)
-    return path_of(table, model) if isinstance(table, nn.Module) else None
 
 
 def _input_embeddings(model: nn.Module) -> Any:

@@ -122,14 +122,9 @@ class HFTokensModel(BaseTuner):
         stream = p.stream
         places = [(other.stream.name, i) for other in self._plan if other.slot == p.slot for i in other.layers]
         dims = Dims(
-            width=stream.width,
-            heads=stream.heads,
-            kv_heads=stream.kv_heads,
-            head_dim=stream.head_dim,
+            **{name: getattr(stream, name) for name in ("width", "heads", "kv_heads", "head_dim", "kind", "causal")},
             layer=index,
             layers=len(stream),
-            kind=stream.kind,
-            causal=stream.causal,
             is_first_block=index == p.layers[0],
             is_last_block=index == p.layers[-1],
             place=places.index((stream.name, index)),

@@ -41,8 +41,7 @@ DIFFUSERS_ROWS: dict[str, Row] = {
         },
     ),
     "diffusers/BriaFiboTransformer2DModel": Row(
-        config={"text_encoder_dim": 16},
-        inputs={"text_encoder_layers": lambda model, inputs: [torch.randn(BATCH, TOKENS, 16)] * 8},
+        config={"text_encoder_dim": 16}, inputs={"text_encoder_layers": lambda model, inputs: [torch.randn(BATCH, TOKENS, 16)] * 8}
     ),
     **{
         f"diffusers/{name}": Row(
@@ -136,11 +135,7 @@ DIFFUSERS_ROWS: dict[str, Row] = {
     "diffusers/PriorTransformer": Row(config={"num_embeddings": TOKENS}, inputs={"hidden_states": noise(BATCH, 32)}),
     "diffusers/QwenImageTransformer2DModel": Row(
         config={"in_channels": 16, "out_channels": 4},
-        inputs={
-            "hidden_states": noise(BATCH, 16, 16),
-            "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH,
-            "timestep": noise(BATCH),
-        },
+        inputs={"hidden_states": noise(BATCH, 16, 16), "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH, "timestep": noise(BATCH)},
     ),
     "diffusers/StableAudioDiTModel": Row(
         config={"num_key_value_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "out_channels": 8},
@@ -159,18 +154,10 @@ DIFFUSERS_ROWS: dict[str, Row] = {
     ),
     "diffusers/UNetSpatioTemporalConditionModel": Row(
         config={"projection_class_embeddings_input_dim": 96, "num_attention_heads": (4, 4, 4, 4), "block_out_channels": (32, 32, 32, 32)},
-        inputs={
-            "sample": noise(BATCH, 4, 4, 8, 8),
-            "encoder_hidden_states": noise(BATCH, 1, 32),
-            "added_time_ids": noise(BATCH, 3),
-        },
+        inputs={"sample": noise(BATCH, 4, 4, 8, 8), "encoder_hidden_states": noise(BATCH, 1, 32), "added_time_ids": noise(BATCH, 3)},
     ),
     "diffusers/I2VGenXLUNet": Row(
-        inputs={
-            "sample": noise(BATCH, 4, 4, 8, 8),
-            "image_latents": noise(BATCH, 4, 4, 8, 8),
-            "image_embeddings": noise(BATCH, 32),
-        }
+        inputs={"sample": noise(BATCH, 4, 4, 8, 8), "image_latents": noise(BATCH, 4, 4, 8, 8), "image_embeddings": noise(BATCH, 32)}
     ),
     "diffusers/UVit2DModel": Row(
         config={"sample_size": 8, "block_num_heads": 4, "cond_embed_dim": 32, "micro_cond_encode_dim": 32, "micro_cond_embed_dim": 160},

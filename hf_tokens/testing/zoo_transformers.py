@@ -20,13 +20,7 @@ _TIMM = "its image tower is a timm model, and timm is not installed"
 _SCIPY = "its class builds a loss that needs scipy, which is not installed"
 _ROPES = {name: {"rope_type": "default", "rope_theta": 10000.0} for name in ("sliding_attention", "full_attention")}
 _HGNETS = ("d_fine", "deimv2", "pp_doclayout_v3", "pp_doclayout_v4")
-_INDEXER = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 8,
-    "indexer_compress_ratio": 2,
-}
+_INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
 _CLAP = {
     "spec_size": 32,
     "num_mel_bins": 8,
@@ -174,10 +168,7 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "clap": Row(config={"audio_config": _CLAP}, inputs={"input_features": noise(BATCH, 1, 128, 8)}),
     "clap_audio_model": Row(config=_CLAP, inputs={"input_features": noise(BATCH, 1, 128, 8)}),
     "sam3_tracker": Row(
-        config={
-            "prompt_encoder_config": {"image_size": SIDE},
-            "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
-        }
+        config={"prompt_encoder_config": {"image_size": SIDE}, "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}}
     ),
     "voxtral_realtime_text": Row(inputs={"t_cond": noise(1, 32)}),
     "idefics2_perceiver": Row(inputs={"context": noise(BATCH, 9, 32), "attention_mask": ones(BATCH, 9)}),
@@ -241,11 +232,7 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "lilt": Row(config={"hidden_size": 48, "max_2d_position_embeddings": 128}),
     "layoutlmv3": Row(config={"coordinate_size": 4, "shape_size": 8, "hidden_size": 32}),
     "moonshine": Row(
-        config={
-            "rope_parameters": {"partial_rotary_factor": 1.0},
-            "encoder_num_key_value_heads": 4,
-            "decoder_num_key_value_heads": 4,
-        }
+        config={"rope_parameters": {"partial_rotary_factor": 1.0}, "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4}
     ),
     "zamba": Row(config={"attention_hidden_size": 64, "attention_head_dim": 16}),
     "mllama": Row(

@@ -19,6 +19,7 @@ from ..handlers.weight_edit import EditedWeights, weight_edits
 from ..model.arguments import CROSS
 from ..model.signatures import bound_arguments
 from ..roles.weight_edit import WeightEdit
+from ..tokens.token_map import in_float32
 from .surgeries import blocks_in, denoiser, evaluated, surgery_of
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
@@ -141,11 +142,6 @@ def find_changes(model: nn.Module, sites: list[EditedWeight], data: Groups, loss
 def relative_change(change: Tensor, weight: Tensor) -> float:
     """How large a change is beside its weight."""
     return float(change.norm() / in_float32(weight).norm().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def in_float32(weight: Tensor) -> Tensor:
-    """A weight in float32 at least."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def batches_of(group: str, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -53,10 +53,7 @@ def grouped_flops(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any = Non
 
 
 # what torch does not count: the attention on a CPU, and products of each row with a matrix of its own
-UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._grouped_mm: grouped_flops,
-}
+UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops, torch.ops.aten._grouped_mm: grouped_flops}
 
 
 class TokenCounts(Listener):
