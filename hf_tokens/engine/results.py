@@ -60,11 +60,6 @@ class ModelCall:
         """Let a loss take the place of the model's own."""
         self.replacement = replacement
 
-    def put_context(self, context: ForwardContext) -> None:
-        """Let the streams be called with another context, for some of the samples."""
-        for surgery in self.model.streams:
-            surgery.begin(context, surgery.call.keeps_final)
-
 
 class StreamCall:
     """One call of the model, as one of its streams sees it. It is gone when the call is over.

@@ -231,8 +231,8 @@ def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict
 
 def run_quietly(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     """Run such a block."""
-    surgery = block.surgery
-    run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
+    surgery, layer = block.surgery, cache_layer(block, find_cache((*args, *kwargs.values())))
+    run = surgery.call.run
     run.enter(block.index, run.ledger.context)
     lend(surgery, block, run.ledger, run, expect(layer, run.ledger))
     output = block.inner(*args, **kwargs)

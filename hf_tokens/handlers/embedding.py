@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +26,11 @@ class LookUp:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
 
-class LookUps:
-    """The ids of the last call of a stream that reached its first block: a prompt in chunks may cut apart what a bank looks for."""
+class LookUps(dict):
+    """By bank, the ids of the last call of a stream that reached its first block: a prompt in chunks may cut apart what it looks for."""
 
-    def __init__(self):
-        self._ids: dict[str, Tensor | None] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_ids": {}}
-
-    def swap(self, bank: TokenBank, ids: Tensor | None) -> Tensor | None:
-        """Note those of another call; returns the ids of the one before."""
-        before, self._ids[bank.key] = self._ids.get(bank.key), ids
-        return before
+    def __reduce__(self) -> tuple:
+        return LookUps, ()
 
 
 def put_in(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
@@ -75,8 +66,8 @@ def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dic
     if look_up is None and not ready:
         rule = f"{type(bank).__name__} replaces what {surgery.stream.table} looks up"
         raise UnsupportedError(explain(rule, "embeddings that came past it", "Take off adapters that read the table by themselves."))
-    ids = None if look_up is None else look_up.ids
-    before = surgery.state(LookUps).swap(bank, ids)
+    ids, known = None if look_up is None else look_up.ids, surgery.state(LookUps)
+    before, known[bank.key] = known.get(bank.key), ids
     seen = seen_before(block, find_cache((*args, *kwargs.values())))
     if ids is None or before is None or not seen or 1 in (ids.shape[1], before.shape[1]) or len(ids) != len(before):
         return

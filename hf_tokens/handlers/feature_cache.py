@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
+from ..engine.hooks import hooked
 from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
 from ..model.pictures import grid
@@ -186,11 +187,8 @@ def run_some(sublayer: Sublayer, hidden: Tensor, index: Tensor, arguments: dict[
     queries = index if index.shape[1] else index.new_zeros(len(index), 1)  # an attention needs a query
     whole = lambda module, args: (hidden, *args[1:])
     handles = [sublayer.module.get_submodule(f"to_{letter}").register_forward_pre_hook(whole) for letter in "kv"]
-    try:
+    with hooked(handles):
         output = sublayer.inner(take(hidden, queries), **arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
     return output[0][:, : index.shape[1]], output[1:]
 
 
@@ -244,11 +242,8 @@ def noted_projections(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         return lambda module, args, output: noted.__setitem__(letter, output)
 
     handles = [source.register_forward_hook(keep(letter)) for letter, source in sources.items() if source is not None]
-    try:
+    with hooked(handles):
         yield noted
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

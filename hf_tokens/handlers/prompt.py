@@ -83,8 +83,8 @@ def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 def lay_out(call: ModelCall, context: ForwardContext, layout: PromptLayout | None) -> None:
     """Let the streams be called in this context, with the prompt laid out so."""
-    call.put_context(context)
     for surgery in call.model.streams:
+        surgery.begin(context, surgery.call.keeps_final)
         surgery.call.held[PromptLayout] = layout
 
 

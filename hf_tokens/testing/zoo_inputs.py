@@ -16,6 +16,11 @@ def noise(*shape: int) -> Any:
     return lambda model, inputs: torch.randn(shape)
 
 
+def noises(**shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Noise for arguments by name, each of its shape behind the batch."""
+    return {name: noise(BATCH, *shape) for name, shape in shapes.items()}
+
+
 def random_ids(length: int = TOKENS, rows: int = BATCH) -> Any:
     return lambda model, inputs: torch.randint(5, 60, (rows, length))
 
@@ -153,10 +158,6 @@ def _ones_like_text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str
     return {"attention_mask": torch.ones_like(inputs["input_ids"])} if inputs.get("input_ids") is not None else {}
 
 
-def _decoder_ids(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
-    return {"decoder_input_ids": _tokens(model)} if model.config.is_encoder_decoder else {}
-
-
 def _boxes(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     low = torch.randint(0, 40, (BATCH, TOKENS, 2))
     return {"bbox": torch.cat([low, low + 20], dim=-1)}
@@ -179,6 +180,7 @@ def _wave(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     return {"input_values": torch.randn(BATCH, 4000)} if inputs.get("input_features") is None else {}
 
 
+# inputs of Transformers' models: argument name -> what to pass, in this order
 INPUTS = (
     ("pixel_values", _pixels),
     ("grid_thw", _pixels),
@@ -189,19 +191,14 @@ INPUTS = (
     ("input_ids", _text),
     ("bbox", _boxes),
     ("attention_mask", _ones_like_text),
-    ("decoder_input_ids", _decoder_ids),
+    ("decoder_input_ids", lambda model, inputs, names: {"decoder_input_ids": _tokens(model)} if model.config.is_encoder_decoder else {}),
 )
 
 
 # what configs of Diffusers call the width of the text
 TEXT_WIDTHS = (
-    "caption_channels",
-    "joint_attention_dim",
-    "cross_attention_dim",
-    "text_embed_dim",
-    "text_dim",
-    "cap_feat_dim",
-    "encoder_hidden_size",
+    *("caption_channels", "joint_attention_dim", "cross_attention_dim", "text_embed_dim", "text_dim"),
+    *("cap_feat_dim", "encoder_hidden_size"),
 )
 
 

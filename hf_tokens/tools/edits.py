@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..engine.block import BlockSurgery
+from ..engine.hooks import hooked
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, weight_edits
@@ -179,13 +180,10 @@ def read_context(model: nn.Module, sites: list[EditedWeight], batches: Iterable[
     blocks = {id(site.block): site.block.module for site in sites}.values()
     handles = [block.register_forward_pre_hook(note_mask, with_kwargs=True) for block in blocks]
     handles += [site.module.register_forward_pre_hook(partial(note, site)) for site in sites]
-    try:
+    with hooked(handles):
         for batch in batches:
             seen.clear()
             model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     joined = {tuple(map(id, parts)): parts for parts in rows.values()}
     joined = {ids: torch.cat(parts) for ids, parts in joined.items()}
     return {path: joined[tuple(map(id, parts))] for path, parts in rows.items()}

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import CacheLayerMixin
 
 from ..engine.block import BlockSurgery
+from ..engine.hooks import hooked
 from ..engine.surgery import Listener, StreamSurgery
 from ..kv.adopt import find_cache, self_attention_cache
 from ..kv.layer import TokenCacheLayer, count_bytes
@@ -97,14 +98,10 @@ def measure(model: nn.Module, **inputs: Any) -> Cost:
 
             handles.append(block.register_forward_pre_hook(count, with_kwargs=True))
     surgeries = {id(block.surgery.model): block.surgery.model for block in model.modules() if isinstance(block, BlockSurgery)}
-    try:
-        with contextlib.ExitStack() as stack:
-            for surgery in surgeries.values():
-                stack.enter_context(surgery.listening(counts))
-            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-                output = model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), contextlib.ExitStack() as stack:
+        for surgery in surgeries.values():
+            stack.enter_context(surgery.listening(counts))
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+            output = model(**inputs)
     cache = find_cache(output.values()) if isinstance(output, dict) else None
     return Cost(tokens=counts.tokens, flops=counter.get_total_flops(), kv_bytes=kv_bytes(cache))
