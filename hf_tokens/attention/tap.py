@@ -52,18 +52,11 @@ def tapped(backend: str) -> Callable:
         if tap is None or not tap.noting:
             return base(module, query, key, value, attention_mask, **kwargs)
         scaling, causal = kwargs.get("scaling"), False if backend == "eager" else kwargs.get("is_causal")  # eager goes by the mask alone
-        call = AttentionCall(
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            causal=vars(module).get("is_causal", True) if causal is None else causal,
-            bias=kwargs.pop("position_bias", None),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-            strange=tuple(name for name in STRANGE if kwargs.get(name) is not None),
-        )
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = vars(module).get("is_causal", True) if causal is None else causal
+        more = dict(bias=kwargs.pop("position_bias", None), softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+        strange = tuple(name for name in STRANGE if kwargs.get(name) is not None)
+        call = AttentionCall(query, key, value, attention_mask, scaling, causal, strange=strange, **more)
 
         def run(make: Callable[[], AttentionCall]) -> tuple[Tensor, Tensor | None]:
             part = make()

@@ -234,12 +234,10 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.refresh()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off."""
         super().enable_adapters(enabled)
         self.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
         super().delete_adapter(adapter_name)
         self.refresh()
 

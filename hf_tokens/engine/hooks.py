@@ -29,7 +29,6 @@ class BoundForward:
 
     @property
     def stand_in(self) -> Callable:
-        """What stands there."""
         return self.run
 
     def remove(self) -> None:

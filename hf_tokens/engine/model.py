@@ -79,10 +79,8 @@ class ModelSurgery:
         self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-        self._handles = [
-            base.register_forward_pre_hook(self.before, with_kwargs=True),
-            base.register_forward_hook(self.after, with_kwargs=True),
-        ]
+        self._handles = [base.register_forward_pre_hook(self.before, with_kwargs=True)]
+        self._handles.append(base.register_forward_hook(self.after, with_kwargs=True))
         if head is not None:
             self._handles.append(base.get_submodule(head).register_forward_hook(SharedHook(self, ModelSurgery.after_head)))
             below = vars(base)["_modules"].get(getattr(base, "base_model_prefix", ""))

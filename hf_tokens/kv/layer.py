@@ -54,7 +54,6 @@ class TokenCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
         self.kv = KVStates()
         self.reads_packed = False  # whether the block that runs next reads packed entries as they are
         self.returned: tuple[Tensor, Tensor] | None = None  # what the last `update` returned
@@ -333,19 +332,15 @@ class TokenCacheLayer(CacheLayerMixin):
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
         self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
-        """Move the states to the CPU."""
         self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move the states back to the layer's device."""
         if self.is_initialized:
             self._move(self.device)
 

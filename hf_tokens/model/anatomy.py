@@ -129,20 +129,13 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
     head_dim = _number(attending, "head_dim") or width // heads
     kv_heads = _number(attending, "kv_heads") or heads // (getattr(attending, "num_key_value_groups", None) or 1)
     kind = _kind(model, line)
-    return dict(
+    known = dict(kind=kind, blocks=blocks, owner=owner, config=config, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return known | dict(
         name=_name(kind, line, config, _config(model)),
-        kind=kind,
-        blocks=blocks,
         paths=tuple(f"{path}.{name}" for name in items),
-        owner=owner,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
         causal=_causal(line, blocks[0], attending, config),
         layout="n b d" if vars(attending).get("batch_first") is False else _layout(type(blocks[0])),
         mixers=tuple(mixer_of(block) for block in blocks),
-        config=config,
         final_norm=_final_norm(model, line),
     )
 

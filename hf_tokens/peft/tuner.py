@@ -238,7 +238,6 @@ class HFTokensModel(BaseTuner):
             layer.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
         foreign = [layer for layer in self._owned() if not isinstance(layer, BlockSurgery)]
         super().delete_adapter(adapter_name)
         for layer in foreign:

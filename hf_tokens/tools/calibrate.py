@@ -26,7 +26,6 @@ class Findings(Listener):
         self.records: dict[str, dict[int, list]] = {}
 
     def examined(self, block: BlockSurgery, method: Method, finding: Any) -> None:
-        """Keep what is of the adapter."""
         if method.key.rpartition(".")[0] == self.adapter_name:
             self.records.setdefault(method.key, {}).setdefault(method.dims.place, []).append(finding)
 

@@ -19,6 +19,7 @@ from ..errors import UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, weight_edits
 from ..model.arguments import CROSS
 from ..model.signatures import bound_arguments
+from ..model.weights import Place
 from ..roles.weight_edit import WeightEdit
 from ..tokens.token_map import in_float32
 from .surgeries import blocks_in, denoiser, evaluated, surgery_of
@@ -41,18 +42,13 @@ class EditedWeight:
         return f"{self.block.path}.{self.name}"
 
     @property
-    def module(self) -> nn.Module:
-        return self.block.state(EditedWeights).places[self.name][0]
+    def place(self) -> Place:
+        return self.block.state(EditedWeights).places[self.name]
 
     @property
     def effective(self) -> Tensor:
         """The weight with the changes of the edits that act."""
         return self.block.state(EditedWeights).effective(self.name)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        module, attribute = self.block.state(EditedWeights).places[self.name]
-        return module._parameters[attribute]
 
 
 def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | None = None) -> dict[str, dict[str, float]]:
@@ -179,7 +175,7 @@ def read_context(model: nn.Module, sites: list[EditedWeight], batches: Iterable[
 
     blocks = {id(site.block): site.block.module for site in sites}.values()
     handles = [block.register_forward_pre_hook(note_mask, with_kwargs=True) for block in blocks]
-    handles += [site.module.register_forward_pre_hook(partial(note, site)) for site in sites]
+    handles += [site.place[0].register_forward_pre_hook(partial(note, site)) for site in sites]
     with hooked(handles):
         for batch in batches:
             seen.clear()
@@ -201,7 +197,7 @@ def real_rows(read: Tensor, mask: Tensor | None) -> Tensor:
 
 def fisher_diagonal(model: nn.Module, sites: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
     """The diagonal of the empirical Fisher information, name -> (o i): mean over the batches of the squared gradient of their loss."""
-    weights = [site.weight for site in sites]
+    weights = [module._parameters[attribute] for module, attribute in (site.place for site in sites)]
     trainable = [weight.requires_grad for weight in weights]
     total, count = [torch.zeros_like(in_float32(weight.detach())) for weight in weights], 0
     try:

@@ -68,7 +68,6 @@ class TokenCounts(Listener):
         self.counts[key] = self.counts.get(key, 0) + tokens
 
     def computed(self, block: BlockSurgery, part: str | None, tokens: int) -> None:
-        """Count them."""
         if self.surgery in (None, block.surgery):
             self.add(block.index if part is None else (block.index, part), tokens)
 

@@ -23,7 +23,6 @@ class Passes(Listener):
         self.surgery, self.runs = surgery, []
 
     def closed(self, surgery: StreamSurgery, run: StreamRun) -> None:
-        """Keep it."""
         if surgery is self.surgery:
             self.runs.append(run)
 
