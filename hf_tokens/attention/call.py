@@ -56,11 +56,7 @@ class AttentionCall:
     known: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
-        """Refuse a call whose keys or probabilities are not those of an attention among the tokens.
-
-        Raises:
-            UnsupportedError: Something shapes them that we do not know.
-        """
+        """Refuse a call whose keys or probabilities are not those of an attention among the tokens, but shaped by what we do not know."""
         if self.strange:
             rule = "Keys and scores need an attention among the stream's own tokens: a softmax of products, mask, bias, soft cap and sinks"
             raise UnsupportedError(explain(rule, f"one with {', '.join(self.strange)}", "Choose a method that does not look at attention."))

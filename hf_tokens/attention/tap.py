@@ -78,11 +78,8 @@ def tapped(backend: str) -> Callable:
 
 
 def open_tap(attention: nn.Module, tap: Tap) -> str:
-    """Route a self-attention module through the tapped function; returns the backend it had.
-
-    Raises:
-        UnsupportedError: The module does not call the attention interface, or its backend gives no scores.
-    """
+    """Route a self-attention module through the tapped function; returns the backend it had. A module that does not call the attention
+    interface is refused, and a backend that gives no scores."""
     config = vars(attention).get("config")
     backend = None if config is None else config._attn_implementation
     if backend is None or backend.removeprefix(TAPPED_PREFIX) not in BACKENDS:

@@ -254,11 +254,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """See `scale_layer`."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Take the weight that diffusers gives an adapter; another adapter's is not for us.
-
-        Raises:
-            UnsupportedError: A surgery should act by halves.
-        """
+        """Take the weight that diffusers gives an adapter: a surgery's must be 1, none acts by halves; another adapter's is not for us."""
         if adapter in self.hf_tokens_methods and scale != 1:
             rule = "The weight of an adapter that is a token surgery must be 1"
             remedy = "Give weights to the LoRAs; the knobs of a method set its strength."

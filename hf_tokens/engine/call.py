@@ -53,11 +53,8 @@ class BlockCall:
         return value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
 
     def segments(self, real: Tensor | None) -> Tensor | None:
-        """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own.
-
-        Raises:
-            UnsupportedError: Samples are packed into several rows.
-        """
+        """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own. Several
+        packed rows are refused."""
         if self.layout == PACKED:
             bounds = next((v for name, v in self.arguments.items() if SEGMENTS.match(name) and isinstance(v, Tensor)), None)
             return None if bounds is None else bounds[:-1].long().unique()
@@ -158,11 +155,7 @@ class BlockCall:
         return cut_mask(ledger, BIAS, maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start), stored)
 
     def see_all(self, ledger: TokenLedger, real: Tensor | None) -> None:
-        """Let what a token sees see it too, by a mask that the block is given; an encoder stores nothing.
-
-        Raises:
-            UnsupportedError: The block takes no such mask.
-        """
+        """Let what a token sees see it too, by a mask that the block is given (refused if it takes none); an encoder stores nothing."""
         name = self._mask_name()
         mask = None if name is None else self.arguments.get(name)
         config = self.stream.config

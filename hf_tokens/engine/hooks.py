@@ -80,22 +80,14 @@ def lacks(block: BlockSurgery, what: str) -> UnsupportedError:
 
 
 def own_attention(block: BlockSurgery) -> nn.Module:
-    """The self-attention of a block.
-
-    Raises:
-        UnsupportedError: It has none.
-    """
+    """The self-attention of a block; refused where it has none."""
     if block.attention is None:
         raise lacks(block, "a self-attention module")
     return block.attention
 
 
 def own_mlp(block: BlockSurgery) -> nn.Module:
-    """The MLP of a block.
-
-    Raises:
-        UnsupportedError: It has none.
-    """
+    """The MLP of a block; refused where it has none."""
     mlp = block.surgery.stream.mlp(block.index)
     if mlp is None:
         raise lacks(block, "an MLP of its own")

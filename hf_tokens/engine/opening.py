@@ -41,11 +41,7 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
 
 
 def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurgery, call: BlockCall) -> StreamRun:
-    """Begin a pass at a block.
-
-    Raises:
-        UnsupportedError: A method of the stream cannot be right for such a pass.
-    """
+    """Begin a pass at a block; refused where a method of the stream cannot be right for such a pass."""
     plan = surgery.plan
     refuse_cache(plan.methods, block, call.cache)
     layers, start, memory, known = [], 0, Memory(), {}

@@ -159,11 +159,7 @@ class Replays(Generic[Held]):
         return next((value for ref, value in self._held.get(block.index, ()) if ref() is hidden), None)
 
     def find_last(self, block: BlockSurgery, hidden: Tensor) -> Held:
-        """What was held last for it.
-
-        Raises:
-            UnsupportedError: Nothing was.
-        """
+        """What was held last for it; refused where nothing was."""
         values = [value for ref, value in self._held.get(block.index, ()) if ref() is hidden]
         if not values:
             raise other_tensors(block)

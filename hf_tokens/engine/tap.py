@@ -125,11 +125,7 @@ class AttentionTap:
         return config is not None and (config._attn_implementation or "").removeprefix(TAPPED_PREFIX) in BACKENDS
 
     def check_read(self, layer: TokenCacheLayer | None) -> None:
-        """Refuse an attention that should have read a cache as it lies, and did not.
-
-        Raises:
-            UnsupportedError: It got other keys than the cache returned.
-        """
+        """Refuse an attention that should have read a cache as it lies, and did not: it got other keys than the cache returned."""
         if layer is not None and layer.reads_packed:
             rule = "An attention must get the keys as the cache returns them in each pass, as it did before"
             raise UnsupportedError(explain(rule, f"other ones in {type(self.block.attention).__name__}", "Choose other layers."))
@@ -148,11 +144,7 @@ class AttentionTap:
         return all(hides_none(mask, layer) for mask in token_masks(call.arguments))
 
     def noted(self) -> AttentionCall:
-        """The attention call of this block.
-
-        Raises:
-            UnsupportedError: There was none that we could see.
-        """
+        """The attention call of this block; refused where there was none that we could see."""
         if self.call is None:
             rule = "Queries, keys, scores and masks of our own need an attention that calls the attention interface of Transformers"
             remedy = "Choose another model, or a method that looks at no attention and keeps as many tokens in each sample."

@@ -246,11 +246,8 @@ def labels_to_judge(model: ModelSurgery, arguments: dict[str, Any], output: Any)
 
 
 def judge(signals: ObjectiveSignals, objectives: list[Objective]) -> LossReplacement | None:
-    """Call the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned.
-
-    Raises:
-        UnsupportedError: Two of them want the place of the model's own loss.
-    """
+    """Call the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned. Two that
+    want the place of the model's own loss are refused."""
     signals.model.losses.judge()
     wanted, output, replacements = signals.wanted, signals.output, []
     for objective in objectives:
@@ -286,11 +283,7 @@ def one_at_a_time(names: list[str]) -> UnsupportedError:
 
 
 def judge_prediction(model: ModelSurgery, target: Tensor, read: Reader) -> Tensor:
-    """The objectives' loss of a denoiser's last call; the mean squared error where none replaces it.
-
-    Raises:
-        UnsupportedError: The model was not called, or has no objective.
-    """
+    """The objectives' loss of a denoiser's last call, which must have been made; the mean squared error where none replaces it."""
     call = model.waiting
     model.wait(None)
     if call is None:

@@ -81,11 +81,8 @@ class PoolerHandler(Handler):
         return whole
 
     def after_model(self, call: ModelCall, output: Any) -> Any:
-        """The model's output, with the vectors of the poolers that make it shorter.
-
-        Raises:
-            UnsupportedError: The model has no place for them, or a pooler was never called.
-        """
+        """The model's output, with the vectors of the poolers that make it shorter; refused where it has no place for them, or where a
+        pooler was never called."""
         for surgery in call.model.streams:
             leaving = surgery.call.held.pop(Leaving, None)
             if leaving is not None and leaving.stream:

@@ -73,11 +73,8 @@ class Sublayers:
         return self.block.surgery.stream.context_index(self.block.index) is not None
 
     def attach(self, site: str) -> list[Sublayer]:
-        """Take over what a method of this site needs: `block` and `sublayer` of a feature cache, `merge` of a reducer.
-
-        Raises:
-            UnsupportedError: It is not a diffusers block, or its tokens cannot be computed one without the other.
-        """
+        """Take over what a method of this site needs: `block` and `sublayer` of a feature cache, `merge` of a reducer. What is no block of
+        diffusers is refused, and one whose tokens cannot be computed one without the other."""
         module, parts = self.block.module, self.parts()
         if "diffusers" not in type(module).__module__:
             rule = "What is kept or merged in a sublayer needs the blocks of a diffusers model"

@@ -61,11 +61,7 @@ class TokenReducerHandler(Handler):
             reduce_tokens(method, site)
 
     def end(self, method: TokenReducer, site: Site) -> None:
-        """Bring the tokens of its span back.
-
-        Raises:
-            UnsupportedError: Another method's span that began later goes on.
-        """
+        """Bring the tokens of its span back; refused where another method's span that began later goes on."""
         run = site.run
         if method.key not in [span.method.key for span in run.spans]:
             return

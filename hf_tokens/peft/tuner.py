@@ -244,11 +244,7 @@ class HFTokensModel(BaseTuner):
             layer.delete_adapter(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """There are no weights to merge into.
-
-        Raises:
-            UnsupportedError: Always.
-        """
+        """There are no weights to merge into: always refused."""
         rule = "Token surgery is not a change of weights and cannot be merged"
         raise UnsupportedError(explain(rule, "a call of merge", "Use `unload()`."))
 

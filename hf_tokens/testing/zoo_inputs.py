@@ -55,9 +55,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)[-2:]
 
 
-def _tokens(model: nn.Module, length: int = TOKENS, name: str = "vocab_size") -> torch.Tensor:
-    vocab = setting(model, name, "vocab_size", default=VOCAB)
-    return torch.randint(5, min(vocab, 80), (BATCH, length))
+def _tokens(model: nn.Module) -> torch.Tensor:
+    return torch.randint(5, min(setting(model, "vocab_size", default=VOCAB), 80), (BATCH, TOKENS))
 
 
 def _pixels(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:

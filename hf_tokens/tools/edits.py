@@ -18,8 +18,8 @@ from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, weight_edits
 from ..model.arguments import CROSS
+from ..model.parts import Place
 from ..model.signatures import bound_arguments
-from ..model.weights import Place
 from ..roles.weight_edit import WeightEdit
 from ..tokens.token_map import in_float32
 from .surgeries import blocks_in, denoiser, evaluated, surgery_of
@@ -142,11 +142,7 @@ def relative_change(change: Tensor, weight: Tensor) -> float:
 
 
 def batches_of(group: str, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The batches of a group, with a bar where they take long.
-
-    Raises:
-        UnsupportedError: There is none.
-    """
+    """The batches of a group, with a bar where they take long; refused where there is none."""
     count = 0
     for batch in logging.tqdm(batches, desc=group, delay=5):
         count += 1
@@ -218,11 +214,7 @@ def fisher_diagonal(model: nn.Module, sites: list[EditedWeight], batches: Iterab
 
 
 def own_loss(output: Any) -> Tensor:
-    """The loss that a model returned.
-
-    Raises:
-        UnsupportedError: It returned none.
-    """
+    """The loss that a model returned; refused where it returned none."""
     value = output.get("loss") if isinstance(output, dict) else None
     if value is None:
         rule = "An edit that looks at gradients needs a loss"

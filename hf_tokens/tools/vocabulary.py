@@ -136,11 +136,8 @@ class Table:
 
 
 def find_tables(model: nn.Module, donor_head: Tensor | None) -> list[Table]:
-    """The embeddings, and the head and its bias where they are no part of them.
-
-    Raises:
-        UnsupportedError: The model has another vocabulary, or more than embeddings and a head for this one.
-    """
+    """The embeddings, and the head and its bias where they are no part of them. A model with another vocabulary is refused, and one
+    with more than embeddings and a head for this one."""
     check_model(model)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = {id(embeddings.weight): (embeddings.weight, False)}
