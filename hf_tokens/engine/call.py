@@ -176,9 +176,7 @@ class BlockCall:
     def missing_mask(self, hidden: Tensor, ledger: TokenLedger) -> Tensor | None:
         """The mask that these tokens need where the block has no argument for one."""
         named = self._mask_name() is not None and self.layout != "n d"
-        if ledger.untouched or named or not self.attends:
-            return None
-        return ledger.implied_mask(hidden, None)
+        return None if ledger.untouched or named or not self.attends else ledger.implied_mask(hidden, None)
 
     def _mask_name(self) -> str | None:
         return mask_name(*self.arguments, *positional(type(self.block)))
