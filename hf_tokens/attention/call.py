@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..tokens.altered import altered
+from ..tokens.token_map import in_float32
 
 
 class Attending(NamedTuple):
@@ -55,11 +56,7 @@ class AttentionCall:
     known: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
-        """Refuse a call whose keys or probabilities are not those of an attention among the tokens.
-
-        Raises:
-            UnsupportedError: Something shapes them that we do not know.
-        """
+        """Refuse a call whose keys or probabilities are not those of an attention among the tokens, but shaped by what we do not know."""
         if self.strange:
             rule = "Keys and scores need an attention among the stream's own tokens: a softmax of products, mask, bias, soft cap and sinks"
             raise UnsupportedError(explain(rule, f"one with {', '.join(self.strange)}", "Choose a method that does not look at attention."))
@@ -68,7 +65,7 @@ class AttentionCall:
         """The scores before the softmax, -inf where a query does not look, of all keys (b h m n) or those of index (b g r), (b h m r)."""
         keys = self.k if index is None else pick_keys(self.k, index)
         keys = keys.repeat_interleave(self.q.shape[1] // keys.shape[1], dim=1)
-        scores = (self.q @ keys.mT).to(torch.promote_types(self.q.dtype, torch.float32)) * self.scaling
+        scores = in_float32(self.q @ keys.mT) * self.scaling
         scores = scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
         mask = self._added(index)
         return scores if mask is None else added(mask, scores)

@@ -52,18 +52,11 @@ def tapped(backend: str) -> Callable:
         if tap is None or not tap.noting:
             return base(module, query, key, value, attention_mask, **kwargs)
         scaling, causal = kwargs.get("scaling"), False if backend == "eager" else kwargs.get("is_causal")  # eager goes by the mask alone
-        call = AttentionCall(
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            causal=vars(module).get("is_causal", True) if causal is None else causal,
-            bias=kwargs.pop("position_bias", None),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-            strange=tuple(name for name in STRANGE if kwargs.get(name) is not None),
-        )
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = vars(module).get("is_causal", True) if causal is None else causal
+        more = dict(bias=kwargs.pop("position_bias", None), softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+        strange = tuple(name for name in STRANGE if kwargs.get(name) is not None)
+        call = AttentionCall(query, key, value, attention_mask, scaling, causal, strange=strange, **more)
 
         def run(make: Callable[[], AttentionCall]) -> tuple[Tensor, Tensor | None]:
             part = make()
@@ -85,11 +78,8 @@ def tapped(backend: str) -> Callable:
 
 
 def open_tap(attention: nn.Module, tap: Tap) -> str:
-    """Route a self-attention module through the tapped function; returns the backend it had.
-
-    Raises:
-        UnsupportedError: The module does not call the attention interface, or its backend gives no scores.
-    """
+    """Route a self-attention module through the tapped function; returns the backend it had. A module that does not call the attention
+    interface is refused, and a backend that gives no scores."""
     config = vars(attention).get("config")
     backend = None if config is None else config._attn_implementation
     if backend is None or backend.removeprefix(TAPPED_PREFIX) not in BACKENDS:

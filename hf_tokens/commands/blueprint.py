@@ -76,11 +76,7 @@ def part_blueprint(model: str, subfolder: str = "") -> nn.Module | None:
 
 
 def blueprints(model: str) -> Iterator[tuple[str, nn.Module]]:
-    """(part, model) of a model, or of every model of a Diffusers pipeline.
-
-    Raises:
-        UnsupportedError: The folder or repository has neither config.json nor model_index.json.
-    """
+    """(part, model) of a model, or of every model of a Diffusers pipeline; refused without a config.json or a model_index.json."""
     check_source(model)
     index = read_json(model, "model_index.json")
     parts = [""] if index is None else [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]

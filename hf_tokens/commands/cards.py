@@ -47,8 +47,7 @@ def streams(info: MethodInfo) -> str:
 
 def example(info: MethodInfo) -> str:
     """The doctest of a method's card as a plain script."""
-    lines = re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", info.doc, flags=re.MULTILINE)
-    return "\n".join(lines)
+    return "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", info.doc, flags=re.MULTILINE))
 
 
 def measured(info: MethodInfo) -> str:
@@ -63,20 +62,9 @@ def measured(info: MethodInfo) -> str:
 
 def method_card(info: MethodInfo, template: str) -> str:
     """The card of one method."""
-    return template.format(
-        name=info.name,
-        claim=info.claim,
-        role=info.role,
-        version=info.version,
-        streams=streams(info),
-        paper=info.paper,
-        maths=info.maths,
-        differs=info.differs,
-        config=info.config.__name__,
-        knobs="\n".join(map(table_row, knob_rows(info))),
-        example=example(info),
-        measured=measured(info),
-    )
+    entry = index_entry(info)
+    made = {"streams": streams(info), "example": example(info), "measured": measured(info)}
+    return template.format(**{**entry, **made, "knobs": "\n".join(map(table_row, entry["knobs"]))})
 
 
 def overview(methods: list[MethodInfo], folder: str) -> str:

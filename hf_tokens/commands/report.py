@@ -96,17 +96,9 @@ def write_card(folder: Path, rows: list[Measured], base: str, options: Options, 
     lines = [
         f"| {r.name} | {r.loss:.3f} | {r.tokens} | {r.kv_bytes / 1024:.0f} | {r.tokens_per_second:.0f} | {r.speed:.2f}x |" for r in rows
     ]
-    text = CARD.format(
-        base=Path(base).name if Path(base).is_dir() else base,
-        size=size_of(folder) / 1e3,
-        steps=options.steps,
-        seq_len=options.seq_len,
-        rows="\n".join(lines),
-        device=device,
-        threads=torch.get_num_threads(),
-        rounds=ROUNDS,
-    )
-    ModelCard(text).save(folder / "README.md")
+    setting = {"steps": options.steps, "seq_len": options.seq_len, "device": device, "threads": torch.get_num_threads(), "rounds": ROUNDS}
+    name = Path(base).name if Path(base).is_dir() else base
+    ModelCard(CARD.format(base=name, size=size_of(folder) / 1e3, rows="\n".join(lines), **setting)).save(folder / "README.md")
 
 
 def write_results(folder: Path, rows: list[Measured], losses: list[float]) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
+from ..engine.results import World
 from ..model import families
-from ..model.grids import over_tokens
+from ..model.pictures import over_tokens
 from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
@@ -60,7 +61,7 @@ def guides() -> bool | None:
     return None
 
 
-class DenoisingWorld:
+class DenoisingWorld(World):
     """Which denoising step a call is: from the pipeline's cache context where that has it, else counted by the timestep.
 
     A timestep that rises begins a new run, and so does what comes behind a pipeline's end or a call that failed. Calls of one name at
@@ -87,15 +88,15 @@ class DenoisingWorld:
             if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not called at the end otherwise
                 vars(model)[RUN_OVER] = self.forget
 
-    def stand_in(self, module: nn.Module) -> None:
-        """Let `cache_context` find the hook in a module of ours: on the model it would rewrite a forward, which no deepcopy survives."""
+    def block_added(self, block: BlockSurgery) -> None:
+        """Let `cache_context` find the hook in a block of ours: on the model it would rewrite a forward, which no deepcopy survives."""
         if self.hook is None or self.standing:
             return
         from diffusers.hooks import HookRegistry
 
-        module._diffusers_hook = HookRegistry(module)
-        module._diffusers_hook.hooks[HOOK] = self.hook
-        module._diffusers_hook._hook_order.append(HOOK)
+        block._diffusers_hook = HookRegistry(block)
+        block._diffusers_hook.hooks[HOOK] = self.hook
+        block._diffusers_hook._hook_order.append(HOOK)
         self.standing = True
         self.look_again()
 
@@ -109,13 +110,6 @@ class DenoisingWorld:
         """The call has raised: what comes behind it begins a run."""
         self.sample, self.last, self.now = None, {}, {}
         self.forget()
-
-    def block_added(self, block: BlockSurgery) -> None:
-        """Let a block of ours be found by diffusers' `cache_context`."""
-        self.stand_in(block)
-
-    def training_begins(self, model: ModelSurgery) -> None:
-        """A denoiser's training has no trainer."""
 
     def detach(self) -> None:
         """Leave nothing on the model."""

@@ -20,7 +20,7 @@ from .context import State
 from .handler import handler_of
 from .hooks import BoundForward, SignalHooks
 from .plan import BlockPlan, PassPlan
-from .run import Site, StreamRun
+from .run import StreamRun
 from .stream import run_in_stream
 from .tap import AttentionTap, taps
 
@@ -129,27 +129,14 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             if checkpoint is not None:
                 self.module._gradient_checkpointing_func = checkpoint
 
-    @contextlib.contextmanager
-    def tapping(self, noting: bool, readers: int, site: Site) -> Iterator[None]:
-        """Let the hooks inside of the block work, for a call with so many tokens in front that only read."""
-        before = self.tap.begin(noting, readers, site)
-        try:
-            yield
-        finally:
-            self.tap.restore(before)
-
     def forget(self) -> None:
         """The block is done: nothing of its call stays."""
-        self.signals.clear()
+        self.signals.captured.clear()
         self.tap.forget()
 
     def learn_blank(self, blank: tuple) -> None:
         """Note what the block returned beside its hidden states; `Module.__setattr__` is slow for each pass of each block."""
         vars(self)["blank"] = blank
-
-    def active(self) -> tuple[Method, ...]:
-        """The methods that act on the block now, in the order of the adapters and of their stacks."""
-        return self.plan.acting
 
     def pass_plan(self, run: StreamRun) -> PassPlan:
         """The methods that are called in a pass."""
@@ -247,12 +234,10 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.refresh()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off."""
         super().enable_adapters(enabled)
         self.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
         super().delete_adapter(adapter_name)
         self.refresh()
 
@@ -269,11 +254,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         """See `scale_layer`."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Take the weight that diffusers gives an adapter; another adapter's is not for us.
-
-        Raises:
-            UnsupportedError: A surgery should act by halves.
-        """
+        """Take the weight that diffusers gives an adapter: a surgery's must be 1, none acts by halves; another adapter's is not for us."""
         if adapter in self.hf_tokens_methods and scale != 1:
             rule = "The weight of an adapter that is a token surgery must be 1"
             remedy = "Give weights to the LoRAs; the knobs of a method set its strength."
@@ -290,5 +271,6 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> BlockSurgery:
         """Train or evaluate; a Trainer that trains the model is found here and gets the schedule's callback."""
         if mode:
-            self.surgery.model.training_begins()
+            for world in self.surgery.model.worlds:
+                world.training_begins(self.surgery.model)
         return super().train(mode)

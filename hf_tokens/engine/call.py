@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..attention.tap import BACKENDS, TAPPED_PREFIX
@@ -15,9 +15,8 @@ from ..kv.adopt import find_cache
 from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
 from ..model.blocks import BIAS, CROSS_BIAS, bias_maker, counts_tokens, mask_name, mixes_more, passed_on
-from ..model.layouts import LAYOUTS, PACKED, axes
 from ..model.signatures import positional
-from ..model.streams import Stream
+from ..model.streams import LAYOUTS, PACKED, Stream, axes
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
 
@@ -27,7 +26,7 @@ class BlockCall:
 
     def __init__(self, stream: Stream, index: int, args: tuple, kwargs: dict):
         block = stream.blocks[index]
-        self.stream, self.index = stream, index
+        self.stream, self.index, self.block = stream, index, block
         self.names = positional(type(block))[: len(args)]
         self.rest = args[len(self.names) :]
         self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -43,17 +42,19 @@ class BlockCall:
         self.context = 0 if stream.causal else self._length("encoder_hidden_states" if context is None else context.name)
         self.behind = bool(families.CONTEXT_BEHIND.search(type(block).__name__))
 
+    @property
+    def where(self) -> str:
+        """Class and path of the block, for an error."""
+        return f"{type(self.block).__name__} at {self.stream.paths[self.index]}"
+
     def _length(self, name: str) -> int:
         """Length of a sequence among the arguments; 0 if there is none."""
         value = self.arguments.get(name)
         return value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
 
     def segments(self, real: Tensor | None) -> Tensor | None:
-        """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own.
-
-        Raises:
-            UnsupportedError: Samples are packed into several rows.
-        """
+        """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own. Several
+        packed rows are refused."""
         if self.layout == PACKED:
             bounds = next((v for name, v in self.arguments.items() if SEGMENTS.match(name) and isinstance(v, Tensor)), None)
             return None if bounds is None else bounds[:-1].long().unique()
@@ -82,7 +83,7 @@ class BlockCall:
         self._refuse_counting()
         self._refuse_filler(ledger)
         self._spell_out_bias(ledger)
-        whole = (self.hidden_name, families.INDEXED.get(type(self.stream.blocks[self.index]).__name__))
+        whole = (self.hidden_name, families.INDEXED.get(type(self.block).__name__))
         cut = {name: value if name in whole else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
         cut[self.hidden_name] = original
         name = self._mask_name()
@@ -95,9 +96,8 @@ class BlockCall:
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             if isinstance(error, UnsupportedError) or ledger.m == ledger.n:
                 raise
-            block = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]}"
             rule = f"The blocks of a stream must run on another number of tokens than the model gave ({ledger.m}, not {ledger.n})"
-            raise UnsupportedError(explain(rule, f"{block}, which says: {error}", "Choose other layers or another model.")) from error
+            raise UnsupportedError(explain(rule, f"{self.where}, which says: {error}", "Choose other layers or another model.")) from error
         return self._give_back(output, cut)
 
     @property
@@ -117,55 +117,45 @@ class BlockCall:
 
     def _refuse_filler(self, ledger: TokenLedger) -> None:
         """A mask keeps filler from one attention; a state space can be kept from it as from padding: in front of a whole sequence."""
-        block = self.stream.blocks[self.index]
-        if ledger.filled is None or self.attends and not mixes_more(block):
+        if ledger.filled is None or self.attends and not mixes_more(self.block):
             return
         behind = bool((ledger.filled[:, :-1] & ~ledger.filled[:, 1:]).any())
         if self.attends or not self.stream.causal or ledger.start or behind:
             rule = "Blocks that mix tokens by something else than one attention need as many tokens in each row of the batch"
-            got = f"{type(block).__name__} at {self.stream.paths[self.index]} and rows that keep different numbers"
+            got = f"{self.where} and rows that keep different numbers"
             raise UnsupportedError(explain(rule, got, "Run one sample at a time, or choose other layers."))
 
     def _refuse_counting(self) -> None:
         """A block that counts its tokens by itself would give those that are left other places than they had."""
-        block = self.stream.blocks[self.index]
-        always, by_default = counts_tokens(block)
+        always, by_default = counts_tokens(self.block)
         has_places = any(families.PLACES.search(name) and value is not None for name, value in self.arguments.items())
-        if always or by_default and not has_places and self._bias_maker() is None:
+        if always or by_default and not has_places and bias_maker(self.block) is None:
             rule = "A block must be told the places of its tokens, or all of them must be there"
-            got = f"{type(block).__name__} at {self.stream.paths[self.index]}, which counts them by itself"
-            raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
+            raise UnsupportedError(explain(rule, f"{self.where}, which counts them by itself", "Choose other layers or another model."))
 
     def _spell_out_bias(self, ledger: TokenLedger) -> None:
         """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
-        maker, context = self._bias_maker(), self.arguments.get("encoder_hidden_states")
-        missing = {name for name in positional(type(self.stream.blocks[self.index])) if self.arguments.get(name) is None}
+        maker, context = bias_maker(self.block), self.arguments.get("encoder_hidden_states")
+        missing = {name for name in positional(type(self.block)) if self.arguments.get(name) is None}
         if BIAS in missing and maker is not None:
             self.arguments[BIAS] = maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start)
         if CROSS_BIAS in missing and context is not None:
             self.arguments[CROSS_BIAS] = context.new_zeros(1, self.stream.heads, ledger.n, context.shape[1])
 
-    def _bias_maker(self) -> nn.Module | None:
-        return bias_maker(self.stream.blocks[self.index])
-
     @property
     def biased(self) -> bool:
         """Whether the block's attention adds a bias to its scores."""
-        return self._bias_maker() is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
+        return bias_maker(self.block) is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
 
     def missing_bias(self, ledger: TokenLedger, stored: Stored | None) -> Tensor | None:
         """The bias that the scores of these tokens need where the block has no argument for one."""
-        maker, named = self._bias_maker(), BIAS in positional(type(self.stream.blocks[self.index]))
+        maker, named = bias_maker(self.block), BIAS in positional(type(self.block))
         if ledger.untouched and stored is None or maker is None or named:
             return None
         return cut_mask(ledger, BIAS, maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start), stored)
 
     def see_all(self, ledger: TokenLedger, real: Tensor | None) -> None:
-        """Let what a token sees see it too, by a mask that the block is given; an encoder stores nothing.
-
-        Raises:
-            UnsupportedError: The block takes no such mask.
-        """
+        """Let what a token sees see it too, by a mask that the block is given (refused if it takes none); an encoder stores nothing."""
         name = self._mask_name()
         mask = None if name is None else self.arguments.get(name)
         config = self.stream.config
@@ -173,7 +163,7 @@ class BlockCall:
         square = mask is None or isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (ledger.n, ledger.n)
         if name is None or not square or not self.attends or (backend or "eager").removeprefix(TAPPED_PREFIX) not in BACKENDS:
             rule = f"Blocks without their causal mask need an argument for a mask from token to token, and one of the backends {BACKENDS}"
-            got = f"{type(self.stream.blocks[self.index]).__name__} at {self.stream.paths[self.index]} with {backend!r}"
+            got = f"{self.where} with {backend!r}"
             raise UnsupportedError(explain(rule, got, "Call `model.set_attn_implementation('sdpa')`, or choose another model."))
         seen = torch.ones(1, 1, ledger.n, ledger.n, dtype=torch.bool, device=self.hidden.device)
         if mask is not None:
@@ -186,12 +176,10 @@ class BlockCall:
     def missing_mask(self, hidden: Tensor, ledger: TokenLedger) -> Tensor | None:
         """The mask that these tokens need where the block has no argument for one."""
         named = self._mask_name() is not None and self.layout != "n d"
-        if ledger.untouched or named or not self.attends:
-            return None
-        return ledger.implied_mask(hidden, None)
+        return None if ledger.untouched or named or not self.attends else ledger.implied_mask(hidden, None)
 
     def _mask_name(self) -> str | None:
-        return mask_name(*self.arguments, *positional(type(self.stream.blocks[self.index])))
+        return mask_name(*self.arguments, *positional(type(self.block)))
 
     def _apply(self, inner: Callable, arguments: dict) -> Any:
         by_name = {name: value for name, value in arguments.items() if name not in self.names}

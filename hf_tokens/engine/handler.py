@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -78,37 +78,29 @@ class Handler:
         return bool({*TAPPED, "affinity"} & method.asks)
 
     def arrive(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> None: ...
-
     def before(self, method: Method, site: Site) -> None: ...
-
     def gate(self, method: Method, site: Site) -> Gates | None: ...
-
     def insert(self, method: Method, site: Site) -> BlockTokens | None: ...
 
     def remove(self, method: Method, site: Site, summary: Tensor) -> bool:
         """Take what tokens that only read have gathered, (b k d); returns whether nothing else of them is used."""
         return True
 
-    def call(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> Any: ...
-
     def takes_sublayer(self, method: Method, sublayer: Any) -> bool:
         """Whether a method acts on a sublayer."""
         return False
 
+    def call(self, method: Method, block: BlockSurgery, args: tuple, kwargs: dict) -> Any: ...
     def sublayer(self, method: Method, sublayer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Any: ...
-
     def attend(self, method: Method, site: Site, call: AttentionCall) -> list[Callable[[], AttentionCall]]: ...
-
     def listen(self, method: Method, site: Site) -> None: ...
-
     def after(self, method: Method, site: Site) -> None: ...
-
     def end(self, method: Method, site: Site) -> None: ...
+    def close(self, method: Method, site: Site) -> None: ...
+    def after_base(self, call: ModelCall, output: Any) -> None: ...
 
     def leave(self, method: Method, site: Site, whole: Tensor, replaying: bool) -> Tensor:
         return whole
-
-    def close(self, method: Method, site: Site) -> None: ...
 
     def weights(self, block: BlockSurgery) -> AbstractContextManager:
         """What stands in for the base's weights while the block runs."""
@@ -124,8 +116,6 @@ class Handler:
     def around(self, block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a block, by `run(block, args, kwargs)`."""
 
-    def after_base(self, call: ModelCall, output: Any) -> None: ...
-
     def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         return output
 
@@ -133,7 +123,7 @@ class Handler:
         return output
 
 
-HANDLERS: dict[str, Handler] = {}
+HANDLERS: dict[str, Handler] = {}  # by role, in the order in which `handlers/` registers them
 
 
 def handles(role: str) -> Callable[[type[Handler]], type[Handler]]:
@@ -149,8 +139,3 @@ def handles(role: str) -> Callable[[type[Handler]], type[Handler]]:
 def handler_of(method: Method) -> Handler:
     """The handler of a method's role."""
     return HANDLERS[method.role]
-
-
-def all_handlers() -> Iterator[Handler]:
-    """Every handler, in the order in which `handlers/` registers them."""
-    yield from HANDLERS.values()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -27,12 +29,7 @@ class BoundForward:
 
     @property
     def stand_in(self) -> Callable:
-        """What stands there."""
         return self.run
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, as it is called."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Give the module its own forward back, also to a hook of Accelerate's that stands around ours since."""
@@ -53,17 +50,27 @@ class BoundForward:
 
 
 class SharedHook:
-    """A method of a surgery as a hook. A copy of the module alone (PEFT makes one for `modules_to_save`) keeps the surgery; a model's has
+    """A function of a surgery as a hook. A copy of the module alone (PEFT makes one for `modules_to_save`) keeps the surgery; a model's has
     its own."""
 
-    def __init__(self, owner: Any, method: str):
-        self.owner, self.method = owner, method
+    def __init__(self, owner: Any, function: Callable):
+        self.owner, self.function = owner, function
 
     def __call__(self, *args: Any) -> Any:
-        return getattr(self.owner, self.method)(*args)
+        return self.function(self.owner, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedHook:
-        return SharedHook(copy.deepcopy(self.owner, memo) if id(self.owner.base) in memo else self.owner, self.method)
+        return SharedHook(copy.deepcopy(self.owner, memo) if id(self.owner.base) in memo else self.owner, self.function)
+
+
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Let hooks work for a while: they are removed behind it."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def lacks(block: BlockSurgery, what: str) -> UnsupportedError:
@@ -73,22 +80,14 @@ def lacks(block: BlockSurgery, what: str) -> UnsupportedError:
 
 
 def own_attention(block: BlockSurgery) -> nn.Module:
-    """The self-attention of a block.
-
-    Raises:
-        UnsupportedError: It has none.
-    """
+    """The self-attention of a block; refused where it has none."""
     if block.attention is None:
         raise lacks(block, "a self-attention module")
     return block.attention
 
 
 def own_mlp(block: BlockSurgery) -> nn.Module:
-    """The MLP of a block.
-
-    Raises:
-        UnsupportedError: It has none.
-    """
+    """The MLP of a block; refused where it has none."""
     mlp = block.surgery.stream.mlp(block.index)
     if mlp is None:
         raise lacks(block, "an MLP of its own")
@@ -121,38 +120,23 @@ class SignalHooks:
 
     def attach(self, hook: str) -> list[Any] | None:
         """Hang a hook for signals on the block; None if it is another kind of hook."""
-        if hook == "attention":
-            return [own_attention(self.block).register_forward_hook(self._note_attention, with_kwargs=True)]
+        if hook in ("attention", "mlp"):
+            module = own_attention(self.block) if hook == "attention" else own_mlp(self.block)
+            return [module.register_forward_hook(partial(self._note, hook), with_kwargs=True)]
         if hook == "attended":
             inside = {id(module) for module in own_attention(self.block).modules()}
             norms = [m for m in self.block.module.modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]
             after = [norm.register_forward_hook(self._note_norm, with_kwargs=True) for norm in norms]
             return [self.block.attention.register_forward_hook(self._note_update), *after]
-        if hook == "mlp":
-            return [own_mlp(self.block).register_forward_hook(self._note_mlp, with_kwargs=True)]
         if hook == "picture":
             readers = [module for module in self.block.surgery.holders if "pixel_values" in parameters(type(module))]
             return [module.register_forward_pre_hook(self._note_picture, with_kwargs=True) for module in readers]
         return None
 
-    def note(self, name: str, value: Tensor) -> None:
-        """Note a signal."""
-        self.captured[name] = value
-
-    def clear(self) -> None:
-        """Forget what was noted."""
-        self.captured.clear()
-
-    def _note(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+    def _note(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if f"{name}_input" in self.wanted or f"{name}_output" in self.wanted:
             self.captured[f"{name}_input"] = args[0] if args else kwargs["hidden_states"]
             self.captured[f"{name}_output"] = output[0] if isinstance(output, tuple) else output
-
-    def _note_attention(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self._note("attention", args, kwargs, output)
-
-    def _note_mlp(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self._note("mlp", args, kwargs, output)
 
     def _note_update(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.captured.pop("attended", None)
@@ -170,4 +154,4 @@ class SignalHooks:
 
     def _note_picture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         pixels = bound_arguments(module, args, kwargs).get("pixel_values")
-        self.block.surgery.see_picture(tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None)
+        self.block.surgery.call.see_picture(tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None)

@@ -102,13 +102,9 @@ class StepLosses:
         """This trainer trains the model."""
         self._trainer = weakref.ref(trainer)
 
-    def distrust(self) -> None:
-        """The next loss is to be checked again."""
-        self.agreed = False
-
-    def agree(self) -> None:
-        """The loss was what it replaces."""
-        self.agreed = True
+    def trust(self, agreed: bool) -> None:
+        """The loss was what it replaces, or the next one is to be checked again."""
+        self.agreed = agreed
 
     def begin(self, labels: Tensor | None) -> None:
         """A step begins."""

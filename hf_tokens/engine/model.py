@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model.anatomy import image_tokens
-from ..model.pictures import PIXELS, Grid, Shapes, find_grids, picture_shapes
+from ..model.pictures import PIXELS, Shapes, picture_shapes
 from ..model.signatures import bound_arguments
 from ..roles.base import Method
+from ..tokens.token_map import in_float32
 from .block import BlockSurgery
 from .context import ForwardContext
-from .handler import Handler, all_handlers
+from .handler import HANDLERS, Handler
 from .hooks import BoundForward, SharedHook
-from .listen import Listener
 from .loss import LossReplacement, StepLosses, share_of_step
 from .results import ModelCall, World
-from .surgery import StreamSurgery
+from .surgery import Listener, StreamSurgery
 
 TEACHER = "last hidden states of the model without the adapter"
 TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and no argument of the model
@@ -79,12 +79,10 @@ class ModelSurgery:
         self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-        self._handles = [
-            base.register_forward_pre_hook(self.before, with_kwargs=True),
-            base.register_forward_hook(self.after, with_kwargs=True),
-        ]
+        self._handles = [base.register_forward_pre_hook(self.before, with_kwargs=True)]
+        self._handles.append(base.register_forward_hook(self.after, with_kwargs=True))
         if head is not None:
-            self._handles.append(base.get_submodule(head).register_forward_hook(SharedHook(self, "after_head")))
+            self._handles.append(base.get_submodule(head).register_forward_hook(SharedHook(self, ModelSurgery.after_head)))
             below = vars(base)["_modules"].get(getattr(base, "base_model_prefix", ""))
             self._handles += [] if below is None else [below.register_forward_hook(self.after_base)]
         if tower is not None:
@@ -104,23 +102,9 @@ class ModelSurgery:
         for surgery in self.streams:
             yield from surgery.blocks.values()
 
-    def add(self, surgery: StreamSurgery) -> None:
-        """Take in a stream."""
-        self.streams.append(surgery)
-
-    def block_added(self, block: BlockSurgery) -> None:
-        """Announce a block to the worlds."""
-        for world in self.worlds:
-            world.block_added(block)
-
     def refresh(self) -> None:
         """Note which handlers stand around the calls of the blocks."""
-        self.around = tuple(handler for handler in all_handlers() if handler.stands_around(self))
-
-    def training_begins(self) -> None:
-        """The model is set to training mode."""
-        for world in self.worlds:
-            world.training_begins(self)
+        self.around = tuple(handler for handler in HANDLERS.values() if handler.stands_around(self))
 
     def set_progress(self, progress: float) -> None:
         """Note how much of the training is done."""
@@ -170,7 +154,7 @@ class ModelSurgery:
         if self.call is not None:
             self.abandon()  # the last one never came to its end
         for method in self.methods():
-            method.forget_losses()
+            method.losses.clear()
         if any(kwargs.get(name) is not None for name in PIXELS):
             self.seen.clear()  # this call will run the tower itself
         try:
@@ -192,7 +176,7 @@ class ModelSurgery:
             surgery.begin(context, keeps_final=surgery in taught)
         if taught and find_cache((*args, *kwargs.values())) is None:
             self.call.held[TEACHER] = self.without(args, kwargs, taught)[1]
-        for handler in all_handlers():
+        for handler in HANDLERS.values():
             args, kwargs = handler.before_model(self.call, args, kwargs)
         return args, kwargs
 
@@ -201,10 +185,6 @@ class ModelSurgery:
         shapes = picture_shapes(module, args, kwargs)
         if shapes is not None:
             self.seen.append(shapes)
-
-    def grids(self, visual: Tensor, arguments: dict[str, Any]) -> list[Grid]:
-        """Frames, height and width in tokens of each picture among the visual tokens, (b n) bool."""
-        return find_grids(self.seen, self.base.config, arguments, visual)
 
     def _refuse_threads(self, module: nn.Module) -> None:
         """What is known of a pass belongs to the model, so that one thread at a time may be in it."""
@@ -245,7 +225,7 @@ class ModelSurgery:
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
         """The model without our adapters for a moment, and without the LoRAs in them."""
-        before = [(block, block.active()) for block in self.blocks()]
+        before = [(block, block.plan.acting) for block in self.blocks()]
         names = {name for block, _ in before for name in block.hf_tokens_methods}
         inner = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer) and m._get_available_adapters() & names]
         inner = [m for m in inner if not m.disable_adapters and not m.merged]
@@ -269,7 +249,7 @@ class ModelSurgery:
     def after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         """The model below the head has returned."""
         if self.call is not None and not self.teaching:
-            for handler in all_handlers():
+            for handler in HANDLERS.values():
                 handler.after_base(self.call, output)
 
     def after_head(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -277,7 +257,7 @@ class ModelSurgery:
         if self.call is None or self.teaching:
             return None
         before = output
-        for handler in all_handlers():
+        for handler in HANDLERS.values():
             output = handler.after_head(self.call, args[0] if args else None, output)
         return None if output is before else output
 
@@ -287,7 +267,7 @@ class ModelSurgery:
             return None
         call, before = self.call, output
         try:
-            for handler in all_handlers():
+            for handler in HANDLERS.values():
                 output = handler.after_model(call, output)
             for world in self.worlds:
                 world.after_model(output)
@@ -304,7 +284,7 @@ class ModelSurgery:
         self.call = None
         self.seen.clear()
         for surgery in self.streams:
-            surgery.end()
+            surgery.begin(ForwardContext())
 
     def abandon(self) -> None:
         """The call has raised: what was noted of it does not hold either."""
@@ -317,7 +297,7 @@ class ModelSurgery:
         for world in self.worlds:
             world.abandon()
         for method in self.methods():
-            method.forget_losses()
+            method.losses.clear()
 
     def _compare(self, call: ModelCall) -> None:
         """Let the methods learn from the model without the adapter."""
@@ -332,7 +312,7 @@ class ModelSurgery:
 
     def extra_loss(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""
-        losses = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for method in self.methods() for loss in method.losses]
+        losses = [in_float32(loss) for method in self.methods() for loss in method.losses]
         return torch.stack(losses).sum() if losses else None
 
     def _add_losses(self, call: ModelCall, output: Any) -> Any:
@@ -353,7 +333,7 @@ class ModelSurgery:
         if replacement is not None:
             part = share_of_step(self.base, arguments, replacement.unit, self.losses.trainer)
             loss = replacement.put(loss, arguments.get("num_items_in_batch"), part, check=not self.losses.agreed)
-            self.losses.agree()
+            self.losses.trust(True)
         return loss if extra is None else loss + extra.to(loss.dtype) * share_of_step(self.base, arguments)
 
 

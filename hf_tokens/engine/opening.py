@@ -41,11 +41,7 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
 
 
 def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurgery, call: BlockCall) -> StreamRun:
-    """Begin a pass at a block.
-
-    Raises:
-        UnsupportedError: A method of the stream cannot be right for such a pass.
-    """
+    """Begin a pass at a block; refused where a method of the stream cannot be right for such a pass."""
     plan = surgery.plan
     refuse_cache(plan.methods, block, call.cache)
     layers, start, memory, known = [], 0, Memory(), {}
@@ -62,7 +58,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)
-        memory.begin_pass()
+        memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)

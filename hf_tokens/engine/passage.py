@@ -13,19 +13,17 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import place
 from ..kv.layer import TokenCacheLayer
-from ..roles.base import Method
 from ..roles.signals import OF_THE_BLOCK
 from ..tokens.altered import altered
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, take
-from .ask import ask
 from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
 from .plan import PassPlan
 from .run import BlockTokens, Site
-from .supply import own_tokens
+from .supply import ask, own_tokens
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
@@ -100,7 +98,7 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
         block.tap.open()
     readers = sum(tokens.opened.m - tokens.opened.n for tokens in inserted if tokens.only_read)
     inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
-    with block.open_while_it_runs(partial(block.tapping, noting or readers > 0, readers, inside)):
+    with block.open_while_it_runs(partial(block.tap.running, noting or readers > 0, readers, inside)):
         output = call.run(block.call, x, ledger, stored)
     attends = block.plan.attends
     if missing or readers or attends is not None:
@@ -180,17 +178,13 @@ def ask_behind(pass_plan: PassPlan, site: Site) -> None:
     for handler, method in pass_plan.of("listen")[:1]:
         handler.listen(method, site)
     for method in pass_plan.methods:
-        if method.observes and ran_for(method, site):
+        # a method that needs a cache has nothing to observe without one
+        if method.observes and site.local is not None and (site.layer is not None or not handler_of(method).needs_cache):
             note = ask(method, site, "observe")
             if note is not None:
                 site.run.notes.setdefault(method.key, {})[site.block.index] = note
     for handler, method in pass_plan.of("after"):
         handler.after(method, site)
-
-
-def ran_for(method: Method, site: Site) -> bool:
-    """Whether a block ran, and for a method that needs it with a cache, so that there is something to observe."""
-    return site.local is not None and (site.layer is not None or not handler_of(method).needs_cache)
 
 
 def cache_layer(block: BlockSurgery, cache: Any) -> TokenCacheLayer | None:

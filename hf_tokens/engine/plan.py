@@ -41,7 +41,7 @@ class BlockPlan:
     """The methods of one block.
 
     Attributes:
-        acting: All that act in it.
+        acting: All that act in it, in the order of the adapters and of their stacks.
         prompt: Those that are called in the pass of a prompt.
         decode: Those that are called in the pass of a generated token.
         always: All that act, by phase: for what does not depend on the pass.

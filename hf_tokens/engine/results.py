@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError, explain
 from ..model.arguments import find_padding, find_views
 from ..tokens.altered import altered
 from ..tokens.ledger import TokenLedger
@@ -19,22 +23,20 @@ if TYPE_CHECKING:
     from .block import BlockSurgery
     from .model import ModelSurgery
 
+Held = TypeVar("Held")
 
-class World(Protocol):
-    """Another library's part in the calls of a model: its denoising steps, its trainer."""
+
+class World:
+    """Another library's part in the calls of a model: its denoising steps, its trainer. It takes no part by default."""
 
     def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Fields of the call's `ForwardContext`."""
+        return {}
 
     def after_model(self, output: Any) -> None: ...
-
-    def abandon(self) -> None:
-        """The call has raised."""
-
+    def abandon(self) -> None: ...
     def block_added(self, block: BlockSurgery) -> None: ...
-
     def training_begins(self, model: ModelSurgery) -> None: ...
-
     def detach(self) -> None: ...
 
 
@@ -54,18 +56,9 @@ class ModelCall:
         self.replacement: LossReplacement | None = None
         self.held: dict[Any, Any] = {}
 
-    def note_read(self, where: str, hidden: Tensor) -> None:
-        """Note the last hidden states."""
-        self.read[where] = hidden
-
     def replace_loss(self, replacement: LossReplacement | None) -> None:
         """Let a loss take the place of the model's own."""
         self.replacement = replacement
-
-    def put_context(self, context: ForwardContext) -> None:
-        """Let the streams be called with another context, for some of the samples."""
-        for surgery in self.model.streams:
-            surgery.begin(context, surgery.call.keeps_final)
 
 
 class StreamCall:
@@ -83,9 +76,6 @@ class StreamCall:
         self.run: StreamRun | None = None
         self.final: tuple[Tensor, Tensor | None] | None = None
         self.held: dict[Any, Any] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StreamCall:
-        return StreamCall(ForwardContext())
 
     def __reduce__(self) -> tuple:
         return StreamCall, (ForwardContext(),)
@@ -135,15 +125,53 @@ class Entry:
         memory = Memory()
         memory.hold(dict(self.tokens))
         real, first = find_padding(call.arguments, self.ledger)
-        return StreamRun(
-            self.context,
-            self.ledger,
-            real,
-            first,
-            memory,
-            call.index - 1,
-            apart=None if call.stream.causal else find_views(call.arguments, self.ledger, real),
-            inside=self.inside,
-            given=call.raw if self.kept else None,
-            spans=self.spans,
-        )
+        apart = None if call.stream.causal else find_views(call.arguments, self.ledger, real)
+        known = dict(apart=apart, inside=self.inside, given=call.raw if self.kept else None, spans=self.spans)
+        return StreamRun(self.context, self.ledger, real, first, memory, call.index - 1, **known)
+
+
+def in_backward() -> bool:
+    """Whether the code runs for a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Replays(Generic[Held]):
+    """For each block and tensor that it was given, what it needs to be run again. What a graph no longer holds will not come again."""
+
+    def __init__(self):
+        self._held: dict[int, list[tuple[weakref.ref, Held]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_held": {}}
+
+    def hold(self, block: BlockSurgery, hidden: Tensor, make: Callable[[], Held]) -> None:
+        """Hold it where the model checkpoints the block as a whole."""
+        if torch.is_grad_enabled() and block.checkpointed_outside:
+            live = [(ref, value) for ref, value in self._held.get(block.index, ()) if ref() is not None]
+            self._held[block.index] = [*live, (weakref.ref(hidden), make())]
+
+    def known(self, block: BlockSurgery) -> bool:
+        """Whether anything is held for a block."""
+        return block.index in self._held
+
+    def find(self, block: BlockSurgery, hidden: Tensor) -> Held | None:
+        """What was held first for this tensor; None if nothing was."""
+        return next((value for ref, value in self._held.get(block.index, ()) if ref() is hidden), None)
+
+    def find_last(self, block: BlockSurgery, hidden: Tensor) -> Held:
+        """What was held last for it; refused where nothing was."""
+        values = [value for ref, value in self._held.get(block.index, ()) if ref() is hidden]
+        if not values:
+            raise other_tensors(block)
+        return values[-1]
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """How much is held for each block, by its index."""
+        return {index: len(values) for index, values in self._held.items()}
+
+
+def other_tensors(block: BlockSurgery) -> UnsupportedError:
+    """The error for a block that is run again on tensors that it was not given."""
+    rule = "Gradient checkpointing of whole blocks must hand the block the same tensors again"
+    return UnsupportedError(explain(rule, f"other ones at {block.path}", "Use non-reentrant checkpointing."))

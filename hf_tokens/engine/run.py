@@ -39,10 +39,6 @@ class Memory(dict):
         self.rows: dict[str, Tensor] = {}
         self.prompted, self.end = False, 0  # whether the last pass of the sequence brought a prompt, and where it ended
 
-    def begin_pass(self) -> None:
-        """Forget what was noted of the tokens of the pass before."""
-        self.tokens.clear()
-
     def note_pass(self, prompt: bool, end: int) -> None:
         """Note what kind of pass begins, and where in the sequence it ends."""
         self.prompted, self.end = prompt, end
@@ -127,8 +123,7 @@ class Span:
 
     def _last(self, padding: Tensor | None) -> Tensor:
         """Each row's last real token, (b 1); that of padding where it has none."""
-        real = self.ledger.flags(self.ledger.filled, True)
-        real = real if padding is None else real & padding.gather(1, self.ledger.rows)
+        real = self.ledger.real(padding)
         return real.shape[1] - 1 - real.flip(1).long().argmax(dim=1, keepdim=True)
 
     def bring_back(self, notes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -240,9 +235,7 @@ class StreamRun:
 
     def first_real(self, ledger: TokenLedger) -> Tensor:
         """Index of each row's first real token among those that are left, (b)."""
-        flags = ledger.flags(ledger.filled, True)
-        flags = flags if self.padding is None else flags & self.padding.gather(1, ledger.rows)
-        return flags.long().argmax(dim=1)
+        return ledger.real(self.padding).long().argmax(dim=1)
 
     @property
     def prefill(self) -> bool:
@@ -342,8 +335,7 @@ class Site:
         ledger, padding = self.local, self.run.padding
         if ledger.filled is None and ledger.fresh is None and padding is None:
             return None
-        flags = ledger.flags(ledger.filled, True) & ~ledger.flags(ledger.fresh, False)
-        return flags if padding is None else flags & padding.gather(1, ledger.rows)
+        return ledger.real(padding) & ~ledger.flags(ledger.fresh, False)
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has dropped the first ones since."""

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
-from ..model.grids import grid
-from ..model.pictures import picture_places
-from ..roles.signals import HOOKED, PICTURED
+from ..model.pictures import find_grids, grid, picture_places
+from ..roles.base import Method
+from ..roles.signals import HOOKED, OF_A_QUERY, PICTURED, TAPPED
 from ..tokens.altered import altered
 from ..tokens.entries import cells_of, stretch
 from ..tokens.ledger import TokenLedger
-from ..tokens.token_map import TokenMap, indices, take
+from ..tokens.token_map import TokenMap, in_float32, indices, take
+from .handler import handler_of
 from .run import Site
 
 
@@ -67,11 +68,7 @@ def lower_states(site: Site, name: str) -> Tensor:
 
 def token_mask(site: Site) -> Tensor:
     """The `mask` signal."""
-    if site.whole_cache:
-        return real_entries(site)
-    ledger = site.run.ledger
-    flags = ledger.flags(ledger.filled, True)
-    return flags if site.run.padding is None else flags & site.run.padding.gather(1, ledger.rows)
+    return real_entries(site) if site.whole_cache else site.run.ledger.real(site.run.padding)
 
 
 def token_positions(site: Site) -> Tensor:
@@ -114,8 +111,8 @@ def picture_indices(site: Site) -> list[Tensor]:
     """The `pictures` signal."""
     if not bool(modality_span(site, "visual").any()):
         return []
-    ledger, context = site.run.ledger, site.run.context
-    grids = site.surgery.model.grids(context.visual, context.arguments)
+    ledger, context, model = site.run.ledger, site.run.context, site.surgery.model
+    grids = find_grids(model.seen, model.base.config, context.arguments, context.visual)
     return picture_places(context.visual.to(ledger.rows.device), grids, ledger)
 
 
@@ -144,15 +141,10 @@ def pictured_tokens(site: Site) -> tuple[Tensor, Tensor, Tensor]:
     return rows[PICTURED], rows[THERE], rows[SINCE] if first is None else rows[SINCE] - first[:, None]
 
 
-def step_output(name: str) -> Callable[[Site], Tensor | None]:
+def step_output(site: Site, name: str) -> Tensor | None:
     """What the denoiser put out at the step before, for each of the tokens at this moment."""
-
-    def supply(site: Site) -> Tensor | None:
-        ledger = site.run.ledger
-        output = getattr(site.run.context.steps_of_denoiser, name)(ledger.n)
-        return None if output is None else take(output, ledger.rows)
-
-    return supply
+    output = getattr(site.run.context.steps_of_denoiser, name)(site.run.ledger.n)
+    return None if output is None else take(output, site.run.ledger.rows)
 
 
 def attended_residual(site: Site) -> Tensor:
@@ -187,10 +179,8 @@ def newer_entries(site: Site) -> Tensor:
 
 def note_received(site: Site) -> None:
     """Add to each cached entry the attention that it gets in this pass."""
-    layer = site.layer
-    grouped = site.block.tap.signal("scores", altered(site, whole_cache=True)).columns(heads="key")  # b k n
-    grouped = grouped.to(torch.promote_types(grouped.dtype, torch.float32))
-    entries = layer.record.entries
+    grouped = in_float32(site.block.tap.signal("scores", altered(site, whole_cache=True)).columns(heads="key"))  # b k n
+    entries = site.layer.record.entries
     entries["received"] = entries["received"] + grouped if "received" in entries else grouped
 
 
@@ -206,8 +196,8 @@ class EntryStates:
         return self.layer.kv.shape[1:]
 
     def __call__(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of all entries, or of those of an index."""
-        return self.layer.states(index)
+        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
+        return self.layer.kv.ordered() if index is None else self.layer.kv.pick(index)
 
 
 def own_tokens(site: Site) -> Tensor:
@@ -241,21 +231,11 @@ def own_states(site: Site) -> Tensor:
     return take(site.hidden, index).masked_fill(~take(marks, index)[..., None], 0)
 
 
-def attention_states(name: str) -> Callable[[Site], Any]:
-    """Queries, keys or values that this block's attention call saw; of the current tokens only, but for a CacheCompressor."""
-
-    def supply(site: Site) -> Tensor:
-        return site.block.tap.signal(name, site)
-
-    return supply
-
-
+OF_A_STEP = ("step", "steps", "timestep", "elapsed", "time", "targets")  # as the call's context has them
 SUPPLY: dict[str, Callable[[Site], Any]] = {
-    "hidden": lambda m: m.hidden,
-    "queries": attention_states("queries"),
-    "keys": attention_states("keys"),
-    "values": attention_states("values"),
-    "scores": attention_states("scores"),
+    **{name: (lambda m, name=name: m.block.tap.signal(name, m)) for name in TAPPED},
+    **{name: (lambda m, name=name: getattr(m, name)) for name in ("hidden", "entered", "budget", "stays", "goes")},
+    **{name: (lambda m, name=name: getattr(m.run.context, name)) for name in OF_A_STEP},
     "mask": token_mask,
     "sizes": entry_sizes,
     "positions": token_positions,
@@ -270,27 +250,17 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "kind": lambda m: m.surgery.stream.kind,
     "layer": lambda m: m.block.index,
     "layers": lambda m: len(m.surgery.stream),
-    "step": lambda m: m.run.context.step,
-    "steps": lambda m: m.run.context.steps,
-    "timestep": lambda m: m.run.context.timestep,
-    "elapsed": lambda m: m.run.context.elapsed,
-    "time": lambda m: m.run.context.time,
-    "noise": step_output("noise"),
-    "guidance": step_output("guidance"),
+    "noise": lambda m: step_output(m, "noise"),
+    "guidance": lambda m: step_output(m, "guidance"),
     "progress": lambda m: m.surgery.model.progress,
-    "targets": lambda m: m.run.context.targets,
     "prefill": lambda m: m.run.prefill,
     "memory": lambda m: m.run.memory,
     "real": real_tokens,
-    "entered": lambda m: m.entered,
     "attended": attended_residual,
     "newer": newer_entries,
     "received": lambda m: m.layer.record.entries["received"],
     "record": lambda m: m.layer.record,
     "states": lambda m: EntryStates(m.layer),
-    "budget": lambda m: m.budget,
-    "stays": lambda m: m.stays,
-    "goes": lambda m: m.goes,
     "affinity": lambda m: m.call.affinity,
     "key_positions": key_positions,
     "own_keys": own_keys,
@@ -299,3 +269,15 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "keys_below": lambda m: lower_states(m, "keys"),
     "values_below": lambda m: lower_states(m, "values"),
 }
+
+
+def ask(method: Method, site: Site, word: str | None = None) -> Any:
+    """Call a method's verb, or another of its words, with the signals that it names."""
+    word = method.verb if word is None else word
+    site = altered(site, whole_cache=handler_of(method).reads_cache, key=method.key)
+    unused = method.ignores if not method.of_prompts or site.run.prefill else (*method.ignores, *method.of_prompts)
+    supply = {name: SUPPLY[name] for name in method.words[word] if name not in unused}
+    signals = {name: source(site) for name, source in supply.items()}
+    if site.part is not None:
+        signals = {name: value[:, site.part] if name in OF_A_QUERY else value for name, value in signals.items()}
+    return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **signals})

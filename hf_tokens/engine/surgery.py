@@ -1,4 +1,4 @@
-"""The surgery of one stream: its blocks, what the methods in them mean for it, and the call that is under way."""
+"""The surgery of one stream: its blocks, what the methods in them mean for it, the call that is under way, and who listens to it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..roles.base import Method
 from ..tokens.altered import altered
 from .context import ForwardContext, State
 from .plan import StreamPlan
-from .replay import Replays
-from .results import StreamCall
+from .results import Replays, StreamCall
+from .run import StreamRun
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
@@ -32,7 +32,7 @@ class StreamSurgery:
         self.call = StreamCall(ForwardContext())
         self.replays: Replays = Replays()
         self._states: dict[type, Any] = {}
-        model.add(self)
+        model.streams.append(self)
 
     def state(self, kind: type[State]) -> State:
         """What a handler keeps of this stream, made when it is first needed."""
@@ -43,12 +43,13 @@ class StreamSurgery:
     def methods(self) -> Iterator[Method]:
         """Every active method of the stream."""
         for block in self.blocks.values():
-            yield from block.active()
+            yield from block.plan.acting
 
     def add(self, block: BlockSurgery) -> None:
-        """Take in a block."""
+        """Take in a block, and announce it to the worlds."""
         self.blocks[block.index] = block
-        self.model.block_added(block)
+        for world in self.model.worlds:
+            world.block_added(block)
 
     def refresh(self) -> None:
         """Note what the methods that act mean for the stream."""
@@ -64,10 +65,6 @@ class StreamSurgery:
         """Go on with a call in which another one was made."""
         self.call = call
 
-    def end(self) -> None:
-        """The call is over, whether it returned or raised: nothing of it stays."""
-        self.call = StreamCall(ForwardContext())
-
     @contextlib.contextmanager
     def stopping_after(self, index: int) -> Iterator[None]:
         """The blocks behind this one do not run for a while."""
@@ -76,10 +73,6 @@ class StreamSurgery:
             yield
         finally:
             self.refresh()
-
-    def see_picture(self, picture: tuple[int, int] | None) -> None:
-        """The stream is about to be given pictures of this height and width."""
-        self.call.see_picture(picture)
 
     @property
     def examines(self) -> bool:
@@ -95,3 +88,18 @@ class StreamSurgery:
         """So many tokens were computed by a block, or by a part of it."""
         for listener in self.model.listeners:
             listener.computed(block, part, tokens)
+
+
+class Listener:
+    """Called for what happens in a model, as long as it is subscribed by `ModelSurgery.listening`; it does nothing by default."""
+
+    examines = False  # whether the methods are examined, and change nothing
+
+    def computed(self, block: BlockSurgery, part: str | None, tokens: int) -> None:
+        """A block, or a part of it, computed so many tokens."""
+
+    def examined(self, block: BlockSurgery, method: Method, finding: Any) -> None:
+        """A method was examined in a block, with this result."""
+
+    def closed(self, surgery: StreamSurgery, run: StreamRun) -> None:
+        """A pass through a stream is over."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,15 +69,15 @@ class AttentionTap:
             close_tap(self.block.attention)
             self.opened = False
 
-    def begin(self, noting: bool, readers: int, site: Site | None) -> tuple[bool, int, Site | None]:
-        """The block is about to run at a site; returns what was there before, for `restore`."""
+    @contextlib.contextmanager
+    def running(self, noting: bool, readers: int, site: Site) -> Iterator[None]:
+        """Let the hooks inside of the block work while it runs at a site, with so many tokens in front that only read."""
         before = self.noting, self.readers, self.site
         self.noting, self.readers, self.site = noting, readers, site
-        return before
-
-    def restore(self, before: tuple[bool, int, Site | None]) -> None:
-        """The block has run."""
-        self.noting, self.readers, self.site = before
+        try:
+            yield
+        finally:
+            self.noting, self.readers, self.site = before
 
     def forget(self) -> None:
         """Forget the call: the block is done."""
@@ -109,7 +110,7 @@ class AttentionTap:
         layer = self.site.layer
         if layer is None or not layer.reads_packed or not self.hands_on:
             return None
-        weighs = any(SCORED in method.asks for method in self.block.active())
+        weighs = any(SCORED in method.asks for method in self.block.plan.acting)
         out, weights = layer.attend(call.q, call.sinks, weighs, scaling=call.scaling, softcap=call.softcap)
         if weighs:
             call.known["sum", "key", torch.is_grad_enabled()] = weights
@@ -124,11 +125,7 @@ class AttentionTap:
         return config is not None and (config._attn_implementation or "").removeprefix(TAPPED_PREFIX) in BACKENDS
 
     def check_read(self, layer: TokenCacheLayer | None) -> None:
-        """Refuse an attention that should have read a cache as it lies, and did not.
-
-        Raises:
-            UnsupportedError: It got other keys than the cache returned.
-        """
+        """Refuse an attention that should have read a cache as it lies, and did not: it got other keys than the cache returned."""
         if layer is not None and layer.reads_packed:
             rule = "An attention must get the keys as the cache returns them in each pass, as it did before"
             raise UnsupportedError(explain(rule, f"other ones in {type(self.block.attention).__name__}", "Choose other layers."))
@@ -142,16 +139,12 @@ class AttentionTap:
             return False
         alone = ledger.m == 1 and ledger.untouched and layer.readable and not block.surgery.plan.shares_keys
         backend = block.attention.config._attn_implementation.removeprefix(TAPPED_PREFIX)
-        if not alone or backend != "sdpa" or call.biased or any(handler_of(m).needs_scores(m) for m in block.active()):
+        if not alone or backend != "sdpa" or call.biased or any(handler_of(m).needs_scores(m) for m in block.plan.acting):
             return False
         return all(hides_none(mask, layer) for mask in token_masks(call.arguments))
 
     def noted(self) -> AttentionCall:
-        """The attention call of this block.
-
-        Raises:
-            UnsupportedError: There was none that we could see.
-        """
+        """The attention call of this block; refused where there was none that we could see."""
         if self.call is None:
             rule = "Queries, keys, scores and masks of our own need an attention that calls the attention interface of Transformers"
             remedy = "Choose another model, or a method that looks at no attention and keeps as many tokens in each sample."

@@ -1,15 +1,3 @@
 """What the engine does for one role, a file each. They are called around a call of the model in the order in which they stand here."""
 
-from . import token_bank, token_reducer, routers, cache_compressor, attention_edit, feature_cache, pooler, weight_edit, objective  # noqa: I001
-
-__all__ = [
-    "attention_edit",
-    "cache_compressor",
-    "feature_cache",
-    "objective",
-    "pooler",
-    "routers",
-    "token_bank",
-    "token_reducer",
-    "weight_edit",
-]
+from . import token_bank, token_reducer, routers, cache_compressor, attention_edit, feature_cache, pooler, weight_edit, objective  # noqa: F401, I001

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import check_in_rows, own_attention
 from ..engine.run import Site
+from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..roles.attention_edit import AttentionEdit
 
 
 @handles("AttentionEdit")
 class AttentionEditHandler(Handler):
-    """What the engine does for attention edits."""
-
     def phases(self, method: AttentionEdit) -> tuple[str, ...]:
         return ("attention",)
 
@@ -29,38 +28,31 @@ class AttentionEditHandler(Handler):
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
         attention = own_attention(block)
         check_in_rows(block)
-        return [attention.register_forward_hook(block.state(EditedAttention).edit, with_kwargs=True)]
+        return [attention.register_forward_hook(partial(edit_output, block), with_kwargs=True)]
 
 
-class EditedAttention:
-    """The self-attention of a block whose output is edited."""
+def edit_output(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Behind the attention of a block: what it returns instead."""
+    editors = [method for _, method in block.called_inside("attention")]
+    if not editors:
+        return None
+    update = output[0] if isinstance(output, tuple) else output
+    for method in editors:
+        update = edited_update(method, block.tap.site, args[0] if args else kwargs["hidden_states"], update)
+    return (update, *output[1:]) if isinstance(output, tuple) else update
 
-    def __init__(self, block: BlockSurgery):
-        self.block = block
 
-    def edit(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Behind the attention: what it returns instead."""
-        editors = [method for _, method in self.block.called_inside("attention")]
-        if not editors:
-            return None
-        update = output[0] if isinstance(output, tuple) else output
-        for method in editors:
-            update = self._edited(method, self.block.tap.site, args[0] if args else kwargs["hidden_states"], update)
-        return (update, *output[1:]) if isinstance(output, tuple) else update
-
-    def _edited(self, method: AttentionEdit, site: Site, hidden: Tensor, update: Tensor) -> Tensor:
-        """What the attention returns, edited; another sequence that the block carries along stays as it is."""
-        m, ledger = site.local.m, site.local
-        if update.shape[1] not in (m, m + ledger.context):
-            rule = "An edit of attention needs a self-attention that answers each token of the stream"
-            got = f"{update.shape[1]} answers for {m} tokens at {self.block.path}"
-            raise UnsupportedError(explain(rule, got, "Give the model one image a call, or choose other layers."))
-        own = slice(0, m) if ledger.behind or update.shape[1] == m else slice(ledger.context, None)
-        self.block.signals.note("attention_input", hidden[:, own])
-        self.block.signals.note("attention_output", update[:, own])
-        edited = ask(method, site.inside(site.hidden, routed=None))
-        if edited is None:
-            return update
-        edited = edited.to(update.dtype)
-        self.block.signals.note("attention_output", edited)
-        return torch.cat([update[:, : own.start], edited, update[:, own.start + m :]], dim=1) if update.shape[1] > m else edited
+def edited_update(method: AttentionEdit, site: Site, hidden: Tensor, update: Tensor) -> Tensor:
+    """What the attention returns, edited; another sequence that the block carries along stays as it is."""
+    m, ledger, captured = site.local.m, site.local, site.block.signals.captured
+    if update.shape[1] not in (m, m + ledger.context):
+        rule = "An edit of attention needs a self-attention that answers each token of the stream"
+        got = f"{update.shape[1]} answers for {m} tokens at {site.block.path}"
+        raise UnsupportedError(explain(rule, got, "Give the model one image a call, or choose other layers."))
+    own = slice(0, m) if ledger.behind or update.shape[1] == m else slice(ledger.context, None)
+    captured |= {"attention_input": hidden[:, own], "attention_output": update[:, own]}
+    edited = ask(method, site.inside(site.hidden, routed=None))
+    if edited is None:
+        return update
+    captured["attention_output"] = edited = edited.to(update.dtype)
+    return torch.cat([update[:, : own.start], edited, update[:, own.start + m :]], dim=1) if update.shape[1] > m else edited

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine.ask import ask
 from ..engine.handler import Handler, handles
 from ..engine.run import Site
-from ..engine.supply import cells, counterparts, note_received, real_entries
+from ..engine.supply import ask, cells, counterparts, note_received, real_entries
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..kv.storage import FEW, Part, Polar
@@ -23,8 +22,6 @@ BEYOND = "beyond"  # entries that are stored in another format, in the books of 
 
 @handles("CacheCompressor")
 class CacheCompressorHandler(Handler):
-    """What the engine does for cache compressors."""
-
     needs_cache = reads_cache = True
 
     def phases(self, method: CacheCompressor) -> tuple[str, ...]:
@@ -81,7 +78,7 @@ def compress(method: CacheCompressor, site: Site) -> None:
 
 def blocks_of(method: CacheCompressor, site: Site) -> list[int]:
     """The blocks of a stream that a method acts in."""
-    return [i for i, block in sorted(site.surgery.blocks.items()) if any(m.key == method.key for m in block.active())]
+    return [i for i, block in sorted(site.surgery.blocks.items()) if any(m.key == method.key for m in block.plan.acting)]
 
 
 def partner(method: CacheCompressor, site: Site) -> TokenCacheLayer | None:
@@ -310,7 +307,7 @@ def share_entries(site: Site, keys: Polar, values: Polar) -> None:
     under = under.scatter(-1, torch.where(above, site.alike, lower.length), True)[..., :-1]
     pairs = [keys.pack_pair(lower.keys[under], upper.keys[above]), values.pack_pair(lower.values[under], upper.values[above])]
     for place, (layer, where) in enumerate(((lower, under), (upper, above))):
-        layer.take(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)))
+        layer.kv.add_part(Part.tight(where, (keys, values), tuple(packed[place] for packed in pairs)), layer.filled)
         note_beyond(layer, where)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
-from ..engine.context import ForwardContext
 from ..engine.opening import seen_before
 from ..engine.run import Memory, Site, StreamRun
+from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model.streams import Stream
@@ -28,51 +26,28 @@ class LookUp:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
 
-class LookUps:
-    """The ids of the last call of a stream that reached its first block: a prompt in chunks may cut apart what a bank looks for."""
+class LookUps(dict):
+    """By bank, the ids of the last call of a stream that reached its first block: a prompt in chunks may cut apart what it looks for."""
 
-    def __init__(self):
-        self._ids: dict[str, Tensor | None] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_ids": {}}
-
-    def swap(self, bank: TokenBank, ids: Tensor | None) -> Tensor | None:
-        """Note those of another call; returns the ids of the one before."""
-        before, self._ids[bank.key] = self._ids.get(bank.key), ids
-        return before
+    def __reduce__(self) -> tuple:
+        return LookUps, ()
 
 
-class Embeddings:
-    """The embedding table of a stream, whose first block this is."""
-
-    def __init__(self, block: BlockSurgery):
-        self.block = block
-
-    @property
-    def base(self) -> nn.Module:
-        """The model that it belongs to."""
-        return self.block.base
-
-    def put_in(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        """The embeddings (b n d) that the table returned for its ids, with the banks' tokens in the places that the banks find."""
-        ids, hidden, rows = args[0] if args else next(iter(kwargs.values())), output, {}
-        flat = ids.reshape(-1, ids.shape[-1] if ids.dim() else 1)
-        for _, bank in self.block.plan.always.of("arrive"):
-            tokens = ask(bank, self._site(hidden))
-            if tokens is not None:
-                at = bank.find(flat).view(ids.shape)
-                rows = {key: others.masked_fill(at >= 0, -1) for key, others in rows.items()} | {bank.key: at}  # the later bank counts
-                hidden = write_rows(hidden, at, tokens)
-        if ids.dim() > 1:  # some models look up a single id to compare with
-            self.block.surgery.call.held[LookUp] = LookUp(ids, rows)
-        return hidden
-
-    def _site(self, hidden: Tensor) -> Site:
-        """There is no pass yet."""
-        context: ForwardContext = self.block.surgery.call.context
-        ledger = TokenLedger.open(hidden.reshape(-1, *hidden.shape[-2:]), 0, True)
-        return Site(self.block.surgery, self.block, StreamRun(context, ledger, None, None, Memory()), hidden, None)
+def put_in(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    """The embeddings (b n d) that the table of a stream, whose first block this is, returned for its ids, with the banks' tokens in the
+    places that the banks find."""
+    ids, hidden, rows = args[0] if args else next(iter(kwargs.values())), output, {}
+    flat, call = ids.reshape(-1, ids.shape[-1] if ids.dim() else 1), block.surgery.call
+    for _, bank in block.plan.always.of("arrive"):
+        ledger = TokenLedger.open(hidden.reshape(-1, *hidden.shape[-2:]), 0, True)  # there is no pass yet
+        tokens = ask(bank, Site(block.surgery, block, StreamRun(call.context, ledger, None, None, Memory()), hidden, None))
+        if tokens is not None:
+            at = bank.find(flat).view(ids.shape)
+            rows = {key: others.masked_fill(at >= 0, -1) for key, others in rows.items()} | {bank.key: at}  # the later bank counts
+            hidden = write_rows(hidden, at, tokens)
+    if ids.dim() > 1:  # some models look up a single id to compare with
+        call.held[LookUp] = LookUp(ids, rows)
+    return hidden
 
 
 def write_rows(hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
@@ -91,8 +66,8 @@ def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dic
     if look_up is None and not ready:
         rule = f"{type(bank).__name__} replaces what {surgery.stream.table} looks up"
         raise UnsupportedError(explain(rule, "embeddings that came past it", "Take off adapters that read the table by themselves."))
-    ids = None if look_up is None else look_up.ids
-    before = surgery.state(LookUps).swap(bank, ids)
+    ids, known = None if look_up is None else look_up.ids, surgery.state(LookUps)
+    before, known[bank.key] = known.get(bank.key), ids
     seen = seen_before(block, find_cache((*args, *kwargs.values())))
     if ids is None or before is None or not seen or 1 in (ids.shape[1], before.shape[1]) or len(ids) != len(before):
         return

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
+from ..engine.hooks import hooked
 from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
-from ..model.grids import grid
+from ..model.pictures import grid
 from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
 from .sublayers import Sublayer, Sublayers
@@ -63,8 +64,6 @@ class Features(dict):
 
 @handles("FeatureCache")
 class FeatureCacheHandler(Handler):
-    """What the engine does for feature caches."""
-
     keeps_steps = True
 
     def phases(self, method: FeatureCache) -> tuple[str, ...]:
@@ -188,11 +187,8 @@ def run_some(sublayer: Sublayer, hidden: Tensor, index: Tensor, arguments: dict[
     queries = index if index.shape[1] else index.new_zeros(len(index), 1)  # an attention needs a query
     whole = lambda module, args: (hidden, *args[1:])
     handles = [sublayer.module.get_submodule(f"to_{letter}").register_forward_pre_hook(whole) for letter in "kv"]
-    try:
+    with hooked(handles):
         output = sublayer.inner(take(hidden, queries), **arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
     return output[0][:, : index.shape[1]], output[1:]
 
 
@@ -246,11 +242,8 @@ def noted_projections(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         return lambda module, args, output: noted.__setitem__(letter, output)
 
     handles = [source.register_forward_hook(keep(letter)) for letter, source in sources.items() if source is not None]
-    try:
+    with hooked(handles):
         yield noted
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -280,7 +273,7 @@ def wants(method: FeatureCache, sublayer: Sublayer) -> bool:
 
 def check_alone(method: FeatureCache, block: BlockSurgery) -> None:
     """Refuse company that would let a feature stand for other tokens."""
-    active, untouched = block.active(), block.surgery.call.run.ledger.untouched
+    active, untouched = block.plan.acting, block.surgery.call.run.ledger.untouched
     others = any(other.moves_tokens for other in active) or sum(isinstance(other, FeatureCache) for other in active) > 1
     if others or not untouched:
         rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"

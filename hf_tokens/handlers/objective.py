@@ -20,6 +20,7 @@ from ..errors import UnsupportedError, explain
 from ..model import families
 from ..roles.base import Method
 from ..roles.objective import Objective
+from ..tokens.token_map import in_float32
 
 IGNORED = -100  # a label that is no target
 Reader = Callable[[Any], Tensor]
@@ -70,7 +71,7 @@ def log_probabilities(output: Any, wanted: Tensor) -> Tensor:
     if logits is None:
         rule = f"An objective needs logits for each of {wanted.shape[1]} labels"
         raise UnsupportedError(explain(rule, f"{type(output).__name__} without", "Call the model with `return_dict=True` and all logits."))
-    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = in_float32(logits.flatten(0, 1))
     return -F.cross_entropy(flat, wanted.to(logits.device).flatten(), reduction="none", ignore_index=IGNORED).view(wanted.shape)
 
 
@@ -100,7 +101,7 @@ class ObjectiveSignals:
 
     @cached_property
     def target(self) -> Tensor:
-        return self.wanted.to(torch.promote_types(self.wanted.dtype, torch.float32))
+        return in_float32(self.wanted)
 
     @cached_property
     def prediction(self) -> Tensor:
@@ -210,12 +211,12 @@ class ObjectiveHandler(Handler):
     def after_base(self, call: ModelCall, output: Any) -> None:
         """Note the last hidden states, where an objective names them and no head will read them."""
         if any("hidden" in objective.signals for objective in asked_now(call.model)):
-            call.note_read("base", output["last_hidden_state"] if isinstance(output, dict) else output[0])
+            call.read["base"] = output["last_hidden_state"] if isinstance(output, dict) else output[0]
 
     def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         """Note what the head read, where an objective names it."""
         if hidden is not None and any("hidden" in objective.signals for objective in asked_now(call.model)):
-            call.note_read("head", hidden)
+            call.read["head"] = hidden
         return output
 
     def after_model(self, call: ModelCall, output: Any) -> Any:
@@ -245,11 +246,8 @@ def labels_to_judge(model: ModelSurgery, arguments: dict[str, Any], output: Any)
 
 
 def judge(signals: ObjectiveSignals, objectives: list[Objective]) -> LossReplacement | None:
-    """Call the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned.
-
-    Raises:
-        UnsupportedError: Two of them want the place of the model's own loss.
-    """
+    """Call the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned. Two that
+    want the place of the model's own loss are refused."""
     signals.model.losses.judge()
     wanted, output, replacements = signals.wanted, signals.output, []
     for objective in objectives:
@@ -285,11 +283,7 @@ def one_at_a_time(names: list[str]) -> UnsupportedError:
 
 
 def judge_prediction(model: ModelSurgery, target: Tensor, read: Reader) -> Tensor:
-    """The objectives' loss of a denoiser's last call; the mean squared error where none replaces it.
-
-    Raises:
-        UnsupportedError: The model was not called, or has no objective.
-    """
+    """The objectives' loss of a denoiser's last call, which must have been made; the mean squared error where none replaces it."""
     call = model.waiting
     model.wait(None)
     if call is None:

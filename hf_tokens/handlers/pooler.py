@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import SharedHook
 from ..engine.results import ModelCall
 from ..engine.run import BlockTokens, Site
+from ..engine.supply import ask
 from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
-from ..model.layouts import LAYOUTS
+from ..model.streams import LAYOUTS
 from ..roles.pooler import Pooler
 from ..tokens.altered import altered
 from ..tokens.token_map import TokenMap, take
@@ -39,8 +39,6 @@ class Leaving:
 
 @handles("Pooler")
 class PoolerHandler(Handler):
-    """What the engine does for poolers."""
-
     def phases(self, method: Pooler) -> tuple[str, ...]:
         return ("leave", "last") if method.words["ask"] else ("leave",)
 
@@ -49,7 +47,7 @@ class PoolerHandler(Handler):
 
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
         norm = block.surgery.stream.final_norm
-        return [] if norm is None else [norm.register_forward_hook(SharedHook(block.state(FinalNorm), "leave"), with_kwargs=True)]
+        return [] if norm is None else [norm.register_forward_hook(SharedHook(block, leave_norm), with_kwargs=True)]
 
     def insert(self, method: Pooler, site: Site) -> BlockTokens | None:
         """Tokens that only read, in the last block that runs."""
@@ -83,11 +81,8 @@ class PoolerHandler(Handler):
         return whole
 
     def after_model(self, call: ModelCall, output: Any) -> Any:
-        """The model's output, with the vectors of the poolers that make it shorter.
-
-        Raises:
-            UnsupportedError: The model has no place for them, or a pooler was never called.
-        """
+        """The model's output, with the vectors of the poolers that make it shorter; refused where it has no place for them, or where a
+        pooler was never called."""
         for surgery in call.model.streams:
             leaving = surgery.call.held.pop(Leaving, None)
             if leaving is not None and leaving.stream:
@@ -97,31 +92,20 @@ class PoolerHandler(Handler):
         return output
 
 
-class FinalNorm:
-    """The norm behind the blocks of a stream whose last block this is."""
-
-    def __init__(self, block: BlockSurgery):
-        self.block = block
-
-    @property
-    def base(self) -> nn.Module:
-        """The model that it belongs to."""
-        return self.block.base
-
-    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        """Behind the norm: what its readers get."""
-        surgery = self.block.surgery
-        leaving = surgery.call.held.get(Leaving)
-        if not self.block.active() or leaving is None or not leaving.stream:
-            return None
-        to_rows, back = LAYOUTS[surgery.stream.layout]
-        whole, ledger = to_rows(output), leaving.site.run.ledger
-        if whole.shape[:2] != (ledger.batch, ledger.n):
-            raise unread(surgery, f"a norm that took {tuple(next(iter((*args, *kwargs.values()))).shape)}")
-        for method in leaving.stream:
-            whole = hand_out(method, leaving.site, whole)
-        leaving.stream.clear()
-        return back(whole, output)
+def leave_norm(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+    """Behind the norm of a stream whose last block this is: what its readers get."""
+    surgery = block.surgery
+    leaving = surgery.call.held.get(Leaving)
+    if not block.plan.acting or leaving is None or not leaving.stream:
+        return None
+    to_rows, back = LAYOUTS[surgery.stream.layout]
+    whole, ledger = to_rows(output), leaving.site.run.ledger
+    if whole.shape[:2] != (ledger.batch, ledger.n):
+        raise unread(surgery, f"a norm that took {tuple(next(iter((*args, *kwargs.values()))).shape)}")
+    for method in leaving.stream:
+        whole = hand_out(method, leaving.site, whole)
+    leaving.stream.clear()
+    return back(whole, output)
 
 
 def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from ..engine.block import BlockSurgery
 from ..engine.context import ForwardContext
 from ..engine.handler import handler_of
 from ..engine.model import ModelSurgery
-from ..engine.replay import Replays, in_backward
-from ..engine.results import ModelCall
+from ..engine.results import ModelCall, Replays, in_backward
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.signatures import positional
@@ -54,7 +53,7 @@ class PromptReplays(Replays[PromptLayout | None]):
 
 def banks_in_prompt(model: ModelSurgery) -> list[tuple[BlockSurgery, TokenBank]]:
     """The active banks that act on the prompt, each with its block."""
-    return [(block, method) for block in model.blocks() for method in block.active() if method.site == "prompt"]
+    return [(block, method) for block in model.blocks() for method in block.plan.acting if method.site == "prompt"]
 
 
 def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -84,8 +83,8 @@ def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 def lay_out(call: ModelCall, context: ForwardContext, layout: PromptLayout | None) -> None:
     """Let the streams be called in this context, with the prompt laid out so."""
-    call.put_context(context)
     for surgery in call.model.streams:
+        surgery.begin(context, surgery.call.keeps_final)
         surgery.call.held[PromptLayout] = layout
 
 
@@ -294,7 +293,7 @@ def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: d
         rule = f"{sorted({key for key, _ in layout.own})} add to the prompt for single blocks, which must get it as the model was given it"
         got = f"{tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__} at {block.path}"
         raise UnsupportedError(explain(rule, got, "Choose another model, or one prompt for all blocks."))
-    keys = {(method.key, method.dims.place) for method in block.active() if method.site == "prompt"}
+    keys = {(method.key, method.dims.place) for method in block.plan.acting if method.site == "prompt"}
     keep = [*range(layout.length), *(i for key, own in layout.own.items() if key in keys for i in own)]
     kept = torch.tensor(keep, device=context.device)
     cut = {name: narrow_argument(name, value, context, kept, n, block) for name, value in arguments.items()}

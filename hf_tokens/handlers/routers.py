@@ -9,13 +9,12 @@ import torch
 from hf_tokens_kernels import routed_gather, routed_scatter
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import BoundForward, own_mlp
-from ..engine.replay import in_backward
-from ..engine.results import ModelCall
+from ..engine.results import ModelCall, in_backward
 from ..engine.run import Site
+from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.signatures import bound_arguments
@@ -24,8 +23,6 @@ from ..roles.routers import LayerRouter, ModelRouter, TokenRouter
 
 @handles("TokenRouter")
 class TokenRouterHandler(Handler):
-    """What the engine does for token routers."""
-
     def phases(self, method: TokenRouter) -> tuple[str, ...]:
         return ("gate",) if method.site == "block" else ("mlp",)
 
@@ -42,8 +39,6 @@ class TokenRouterHandler(Handler):
 
 @handles("LayerRouter")
 class LayerRouterHandler(Handler):
-    """What the engine does for layer routers."""
-
     def phases(self, method: LayerRouter) -> tuple[str, ...]:
         return ("gate",)
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.hooks import BoundForward
 from ..engine.run import Site
+from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..model.arguments import realign
-from ..model.parts import all_attentions, is_cross
+from ..model.parts import cross_attentions
 from ..model.signatures import bound_arguments, parameters
 from ..roles.token_reducer import TokenReducer
 from ..tokens.ledger import TokenLedger
@@ -63,7 +63,7 @@ class Sublayers:
         """The block's self-attention, cross-attention and MLP, as far as it has them."""
         stream, index = self.block.surgery.stream, self.block.index
         own = stream.attention(index)
-        cross = [module for path, module in all_attentions(stream.blocks[index]) if module is not own and is_cross(path, module)]
+        cross = [module for _, module in cross_attentions(stream.blocks[index])]
         parts = {"attention": own, "cross_attention": cross[0] if cross else None, "mlp": stream.mlp(index)}
         return {part: module for part, module in parts.items() if module is not None}
 
@@ -73,11 +73,8 @@ class Sublayers:
         return self.block.surgery.stream.context_index(self.block.index) is not None
 
     def attach(self, site: str) -> list[Sublayer]:
-        """Take over what a method of this site needs: `block` and `sublayer` of a feature cache, `merge` of a reducer.
-
-        Raises:
-            UnsupportedError: It is not a diffusers block, or its tokens cannot be computed one without the other.
-        """
+        """Take over what a method of this site needs: `block` and `sublayer` of a feature cache, `merge` of a reducer. What is no block of
+        diffusers is refused, and one whose tokens cannot be computed one without the other."""
         module, parts = self.block.module, self.parts()
         if "diffusers" not in type(module).__module__:
             rule = "What is kept or merged in a sublayer needs the blocks of a diffusers model"

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import SharedHook
 from ..engine.model import ModelSurgery
 from ..engine.results import ModelCall
 from ..engine.run import BlockTokens, Site, StreamRun
-from ..engine.supply import real_tokens, token_mask
+from ..engine.supply import ask, real_tokens, token_mask
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..roles.token_bank import TokenBank
@@ -25,7 +24,7 @@ from ..tokens.altered import altered
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, overwrite
 from . import prompt
-from .embedding import Embeddings, check_look_up, rewrite_rows
+from .embedding import check_look_up, put_in, rewrite_rows
 
 SCORES_AT_A_TIME = 1 << 24  # of an attention call that a method shapes
 # site of a bank -> the phases of a block in which it takes part
@@ -35,7 +34,10 @@ READS = "query tokens have read"
 
 @handles("TokenBank")
 class TokenBankHandler(Handler):
-    """What the engine does for token banks."""
+    arrive = staticmethod(check_look_up)
+    before_model = staticmethod(prompt.before_model)
+    around = staticmethod(prompt.on_its_own)
+    after_model = staticmethod(prompt.join_parts)
 
     def phases(self, method: TokenBank) -> tuple[str, ...]:
         closes = method.is_first_block and bool(method.words["conclude"])
@@ -47,14 +49,11 @@ class TokenBankHandler(Handler):
 
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
         table = block.base.get_submodule(block.surgery.stream.table)
-        return [table.register_forward_hook(SharedHook(block.state(Embeddings), "put_in"), with_kwargs=True)]
+        return [table.register_forward_hook(SharedHook(block, put_in), with_kwargs=True)]
 
     def quiet(self, method: TokenBank, layer: TokenCacheLayer) -> bool:
         """Whether all that it does in a block is to give tokens, which the cache holds already."""
         return method.site == "block" and method.key in layer.banks and not method.observes
-
-    def arrive(self, method: TokenBank, block: BlockSurgery, args: tuple, kwargs: dict) -> None:
-        check_look_up(method, block, args, kwargs)
 
     def before(self, method: TokenBank, site: Site) -> None:
         if method.site == "embedding":
@@ -151,17 +150,8 @@ class TokenBankHandler(Handler):
         step = max(1, SCORES_AT_A_TIME // (b * h * n))
         return [partial(shaped, slice(first, first + step)) for first in range(0, m, step)]
 
-    def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return prompt.before_model(call, args, kwargs)
-
     def stands_around(self, model: ModelSurgery) -> bool:
         return any(bank.deep for _, bank in prompt.banks_in_prompt(model))
-
-    def around(self, block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
-        return prompt.on_its_own(block, run, args, kwargs)
-
-    def after_model(self, call: ModelCall, output: Any) -> Any:
-        return prompt.join_parts(call, output)
 
 
 def tokens_of(method: TokenBank, site: Site) -> Tensor | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.ask import ask
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import check_in_rows, lacks, own_mlp
 from ..engine.run import Site, Span
+from ..engine.supply import ask
 from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
 from ..roles.signals import OF_THE_BLOCK
@@ -26,7 +27,7 @@ REDUCER_PHASES = {"before": ("before",), "middle": ("between", "after"), "after"
 
 @handles("TokenReducer")
 class TokenReducerHandler(Handler):
-    """What the engine does for token reducers."""
+    sublayer = staticmethod(run_merged)
 
     def phases(self, method: TokenReducer) -> tuple[str, ...]:
         if method.site == "before" and method.spans:
@@ -44,14 +45,11 @@ class TokenReducerHandler(Handler):
             raise lacks(block, "a norm in front of its MLP")
         mlp = own_mlp(block)
         check_in_rows(block)
-        middle = block.state(Middle)
-        return [norm.register_forward_pre_hook(middle.enter), mlp.register_forward_hook(middle.leave)]
+        enter, leave = partial(enter_middle, block), partial(leave_middle, block)
+        return [norm.register_forward_pre_hook(enter), mlp.register_forward_hook(leave)]
 
     def takes_sublayer(self, method: TokenReducer, sublayer: Sublayer) -> bool:
         return sublayer.part in method.parts
-
-    def sublayer(self, method: TokenReducer, sublayer: Sublayer, hidden: Tensor, given: dict[str, Any]) -> Any:
-        return run_merged(method, sublayer, hidden, given)
 
     def before(self, method: TokenReducer, site: Site) -> None:
         reduce_tokens(method, site)
@@ -63,11 +61,7 @@ class TokenReducerHandler(Handler):
             reduce_tokens(method, site)
 
     def end(self, method: TokenReducer, site: Site) -> None:
-        """Bring the tokens of its span back.
-
-        Raises:
-            UnsupportedError: Another method's span that began later goes on.
-        """
+        """Bring the tokens of its span back; refused where another method's span that began later goes on."""
         run = site.run
         if method.key not in [span.method.key for span in run.spans]:
             return
@@ -83,7 +77,7 @@ class TokenReducerHandler(Handler):
 def reducing_blocks(surgery: StreamSurgery) -> list[int]:
     """The blocks of a stream in which a reducer acts for the rest of the stream."""
     acts = lambda method: isinstance(method, TokenReducer) and method.site != "sublayer"
-    return [index for index, block in surgery.blocks.items() if any(acts(method) for method in block.active())]
+    return [index for index, block in surgery.blocks.items() if any(acts(method) for method in block.plan.acting)]
 
 
 def reduce_tokens(method: TokenReducer, site: Site) -> None:
@@ -120,35 +114,32 @@ def settle(method: TokenReducer, site: Site) -> None:
         site.move(tokens, tokens.apply(site.hidden, site.run.ledger.sizes), method.proportional)
 
 
-class Middle:
-    """Between the attention and the MLP of a block: the MLP runs on merged tokens."""
+def enter_middle(block: BlockSurgery, module: nn.Module, args: tuple) -> tuple | None:
+    """In front of the MLP's norm: the tokens that the MLP gets, which are merged between attention and MLP."""
+    for _, method in block.called_inside("between"):
+        return (merged(method, block.tap.site, args[0]), *args[1:])
+    return None
 
-    def __init__(self, block: BlockSurgery):
-        self.block = block
 
-    def enter(self, module: nn.Module, args: tuple) -> tuple | None:
-        """In front of the MLP's norm: the tokens that the MLP gets."""
-        for _, method in self.block.called_inside("between"):
-            return (self._merged(method, self.block.tap.site, args[0]), *args[1:])
+def merged(method: TokenReducer, site: Site, x: Tensor) -> Tensor:
+    """The tokens (b m d) behind the reducer's map, which is made once a call."""
+    if id(method) not in site.within:
+        with torch.no_grad():  # a checkpoint that runs the block again must find the same graph, and calls no verb
+            site.within[id(method)] = ask(method, altered(site, hidden=x))
+    tokens = site.within[id(method)]
+    if tokens is None:
+        return x
+    front = site.local.m - tokens.n  # tokens of this block only
+    joined = tokens.apply(x[:, front:], site.run.ledger.sizes)
+    return torch.cat([x[:, :front], joined], dim=1) if front else joined
+
+
+def leave_middle(block: BlockSurgery, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    """Behind the MLP: each token gets what its slot got."""
+    site = block.tap.site
+    tokens = next((site.within.get(id(method)) for _, method in block.called_inside("between")), None)
+    front = 0 if tokens is None else site.local.m - tokens.n
+    if tokens is None or output.shape[1] != front + tokens.m:
         return None
-
-    def _merged(self, method: TokenReducer, site: Site, x: Tensor) -> Tensor:
-        if id(method) not in site.within:
-            with torch.no_grad():  # a checkpoint that runs the block again must find the same graph, and calls no verb
-                site.within[id(method)] = ask(method, altered(site, hidden=x))
-        tokens = site.within[id(method)]
-        if tokens is None:
-            return x
-        front = site.local.m - tokens.n  # tokens of this block only
-        joined = tokens.apply(x[:, front:], site.run.ledger.sizes)
-        return torch.cat([x[:, :front], joined], dim=1) if front else joined
-
-    def leave(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Behind the MLP: each token gets what its slot got."""
-        site = self.block.tap.site
-        tokens = next((site.within.get(id(method)) for _, method in self.block.called_inside("between")), None)
-        front = 0 if tokens is None else site.local.m - tokens.n
-        if tokens is None or output.shape[1] != front + tokens.m:
-            return None
-        back = tokens.slots.unmerge(output[:, front:])
-        return torch.cat([output[:, :front], back], dim=1) if front else back
+    back = tokens.slots.unmerge(output[:, front:])
+    return torch.cat([output[:, :front], back], dim=1) if front else back

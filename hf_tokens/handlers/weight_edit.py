@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..errors import UnsupportedError, explain
-from ..model.weights import Place, block_weights
+from ..model.parts import Place, block_weights
 from ..roles.base import Method
 from ..roles.weight_edit import WeightEdit
 
 
 @handles("WeightEdit")
 class WeightEditHandler(Handler):
-    """What the engine does for weight edits."""
-
     def phases(self, method: WeightEdit) -> tuple[str, ...]:
         return ("weights",)
 

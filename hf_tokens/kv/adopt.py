@@ -6,16 +6,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from transformers import cache_utils
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
-    StaticLayer,
-)
+from transformers import Cache, DynamicCache, EncoderDecoderCache, cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ..errors import UnsupportedError, explain
 from .layer import TokenCacheLayer
@@ -75,9 +67,8 @@ def adopt(cache: Cache, last: int) -> bool:
             continue
         window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
         if window is not None and layer.get_seq_length() >= window:
-            raise UnsupportedError(
-                explain("A cache can be taken over before its window is full", f"{layer.get_seq_length()} tokens", "Start a new cache.")
-            )
+            rule, got = "A cache can be taken over before its window is full", f"{layer.get_seq_length()} tokens"
+            raise UnsupportedError(explain(rule, got, "Start a new cache."))
         taken_over = TokenCacheLayer(window)
         if window is not None and layer.record_past:
             taken_over.activate_past_recording()

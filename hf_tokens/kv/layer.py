@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import UnsupportedError, explain
 from ..tokens.entries import Arrival, Stored, alike, append, cells_of, pick_entries
 from .states import KVStates
-from .storage import Change, KVFormat, Part
+from .storage import Change, KVFormat
 
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 
@@ -54,7 +54,6 @@ class TokenCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
         self.kv = KVStates()
         self.reads_packed = False  # whether the block that runs next reads packed entries as they are
         self.returned: tuple[Tensor, Tensor] | None = None  # what the last `update` returned
@@ -88,10 +87,6 @@ class TokenCacheLayer(CacheLayerMixin):
     def values(self) -> Tensor | None:
         """All values in their order, unpacked (b k n e)."""
         return None if self.origins is None else self.kv.ordered()[1]
-
-    def states(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of all entries in their order, (b k n e), or of those of an index (b k r)."""
-        return self.kv.ordered() if index is None else self.kv.pick(index)
 
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
@@ -171,13 +166,9 @@ class TokenCacheLayer(CacheLayerMixin):
         arrival, self.arrival = self.arrival, None
         if arrival is None:
             if not self.whole:
-                raise UnsupportedError(
-                    explain(
-                        "A cache that a surgery changed is read by that surgery only",
-                        f"{self.length} entries of {self.seen} tokens and a model without it",
-                        "Start a new cache after switching the adapter off.",
-                    )
-                )
+                got = f"{self.length} entries of {self.seen} tokens and a model without it"
+                rule = "A cache that a surgery changed is read by that surgery only"
+                raise UnsupportedError(explain(rule, got, "Start a new cache after switching the adapter off."))
             origins = torch.arange(self.seen, self.seen + m, device=key_states.device).expand(batch, m)
             arrival = Arrival(origins, None, None, self.seen + m)
         if self.origins is None:
@@ -281,10 +272,6 @@ class TokenCacheLayer(CacheLayerMixin):
         """
         self.kv.convert(where, (keys, values), scale, self.filled)
 
-    def take(self, part: Part) -> None:
-        """Store some entries in a part."""
-        self.kv.add_part(part, self.filled)
-
     def get_seq_length(self) -> int:
         """Tokens seen."""
         return self.seen
@@ -345,19 +332,15 @@ class TokenCacheLayer(CacheLayerMixin):
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
         self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
-        """Move the states to the CPU."""
         self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move the states back to the layer's device."""
         if self.is_initialized:
             self._move(self.device)
 

@@ -34,13 +34,10 @@ def anatomy(model: Any) -> Anatomy:
         name = stream["name"]
         numbers[name] += 1
         stream |= {"table": table, "name": f"{name}.{numbers[name]}" if repeats[name] > 1 else name}
-    return Anatomy(
-        model=model,
-        model_type=model.config.model_type if _is_transformers(model) else type(model).__name__,
-        streams=tuple(Stream(**stream) for stream in streams),
-        head=_head(model),
-        embeddings=_embeddings(model),
-    )
+    table = _input_embeddings(model)
+    embeddings = path_of(table, model) if isinstance(table, nn.Module) else None
+    model_type = model.config.model_type if _is_transformers(model) else type(model).__name__
+    return Anatomy(model, model_type, tuple(Stream(**stream) for stream in streams), head=_head(model), embeddings=embeddings)
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -132,20 +129,13 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
     head_dim = _number(attending, "head_dim") or width // heads
     kv_heads = _number(attending, "kv_heads") or heads // (getattr(attending, "num_key_value_groups", None) or 1)
     kind = _kind(model, line)
-    return dict(
+    known = dict(kind=kind, blocks=blocks, owner=owner, config=config, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return known | dict(
         name=_name(kind, line, config, _config(model)),
-        kind=kind,
-        blocks=blocks,
         paths=tuple(f"{path}.{name}" for name in items),
-        owner=owner,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
         causal=_causal(line, blocks[0], attending, config),
         layout="n b d" if vars(attending).get("batch_first") is False else _layout(type(blocks[0])),
         mixers=tuple(mixer_of(block) for block in blocks),
-        config=config,
         final_norm=_final_norm(model, line),
     )
 
@@ -263,11 +253,6 @@ def _width(attention: nn.Module) -> int | None:
     }
     queries = [width for name, width in widths.items() if families.QUERY.search(name)]
     return next(iter(queries or widths.values()), None)
-
-
-def _embeddings(model: nn.Module) -> str | None:
-    table = _input_embeddings(model)
-    return path_of(table, model) if isinstance(table, nn.Module) else None
 
 
 def _input_embeddings(model: nn.Module) -> Any:

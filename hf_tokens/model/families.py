@@ -46,10 +46,7 @@ MIXING_MLPS = re.compile(r"^(Switch|Nllb)")
 # A block with one of these children normalises after its MLP, so that a `post_attention_*` norm of it is no norm before the MLP.
 POST_NORMS = ("post_feedforward_layernorm",)
 # block class -> the norm of its MLP, where it keeps another one under a name of the list above that it never calls
-MLP_NORM_OF = {
-    "transformer_allegro.AllegroTransformerBlock": "norm2",
-    "modeling_canary.CanaryDecoderLayer": "final_layernorm",
-}
+MLP_NORM_OF = {"transformer_allegro.AllegroTransformerBlock": "norm2", "modeling_canary.CanaryDecoderLayer": "final_layernorm"}
 # The norm behind the blocks: child names that are another norm, those that are it though registered in front of the blocks, and modules
 # whose norm behind the blocks takes the pooled token alone.
 NOT_FINAL = re.compile(r"embed|batch_norm", re.IGNORECASE)

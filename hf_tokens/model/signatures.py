@@ -51,11 +51,7 @@ CACHES = ("cache", "past_key_values")  # how a model calls its cache, the newest
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
-    """The name under which a model, or what prepares its inputs, takes a cache.
-
-    Raises:
-        UnsupportedError: It takes none.
-    """
+    """The name under which a model, or what prepares its inputs, takes a cache; one that takes none is refused."""
     names = inspect.signature(function).parameters
     for name in CACHES:
         if name in names:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from .parts import attentions, mlp_and_norm, path_of
 from .signatures import HiddenIndex, context_index, hidden_index
 
 PROMPT = "encoder_hidden_states"  # how a denoiser calls the prompt that it is given
+PACKED = "n d"  # samples one behind the other in one row
+# layout -> to (b n d), and back, with the model's own tensor for its shape; parallel residual streams (c) count as one token
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "b n d": (lambda x: x, lambda x, raw: x),
+    PACKED: (lambda x: x[None], lambda x, raw: x[0]),
+    "n b d": (lambda x: x.transpose(0, 1), lambda x, raw: x.transpose(0, 1)),
+    "b n c d": (lambda x: x.flatten(2), lambda x, raw: x.unflatten(2, raw.shape[2:])),
+    "b n (c d)": (lambda x: x, lambda x, raw: x),
+    "(b t) n d": (lambda x: x, lambda x, raw: x),
+    "b c n d": (lambda x: x.flatten(0, 1), lambda x, raw: x.unflatten(0, raw.shape[:2])),
+    "c b n d": (
+        lambda x: x.permute(1, 2, 0, 3).flatten(2),
+        lambda x, raw: x.unflatten(2, (raw.shape[0], raw.shape[3])).permute(2, 0, 1, 3),
+    ),
+}
+
+
+def axes(layout: str) -> int:
+    """The number of axes of a layout."""
+    return len(re.sub(r"\(.*?\)", "x", layout).split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,22 +83,22 @@ class Stream:
         """The same for the second sequence that a joint block carries along (the text of an MM-DiT); None where there is none."""
         return context_index(type(self.blocks[i]))
 
-    def bind(self, i: int, args: tuple, kwargs: dict) -> torch.Tensor:
+    def bind(self, i: int, args: tuple, kwargs: dict) -> Tensor:
         """The hidden states among the arguments of a call of block i."""
         return self.hidden_index(i).pick(args, kwargs)
 
-    def bind_context(self, i: int, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    def bind_context(self, i: int, args: tuple, kwargs: dict) -> Tensor | None:
         """The second sequence among the arguments of a call of block i; None where it carries none along."""
         index = self.context_index(i)
         return None if index is None else index.pick(args, kwargs)
 
-    def read(self, i: int, output: Any) -> torch.Tensor:
+    def read(self, i: int, output: Any) -> Tensor:
         """The hidden states in what block i returned."""
-        return output if isinstance(output, torch.Tensor) else output[self.hidden_index(i).returned]
+        return output if isinstance(output, Tensor) else output[self.hidden_index(i).returned]
 
-    def write(self, i: int, output: Any, hidden: torch.Tensor) -> Any:
+    def write(self, i: int, output: Any, hidden: Tensor) -> Any:
         """What block i returned, with other hidden states in it."""
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, Tensor):
             return hidden
         at = self.hidden_index(i).returned
         return type(output)((*output[:at], hidden, *output[at + 1 :]))

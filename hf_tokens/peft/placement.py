@@ -12,11 +12,9 @@ from ..handlers.objective import one_at_a_time
 from ..model import families
 from ..model.anatomy import image_tokens, prompt_width
 from ..model.blocks import layer_index
-from ..model.layouts import LAYOUTS, PACKED
-from ..model.parts import cross_attentions
+from ..model.parts import WEIGHT_SITES, block_weights, check_weights, cross_attentions
 from ..model.signatures import parameters
-from ..model.streams import PROMPT, Anatomy, Stream
-from ..model.weights import WEIGHT_SITES, block_weights, check_weights
+from ..model.streams import LAYOUTS, PACKED, PROMPT, Anatomy, Stream
 from ..roles.base import Method
 from ..roles.cache_compressor import CacheCompressor
 from ..roles.config import MethodConfig

@@ -122,14 +122,9 @@ class HFTokensModel(BaseTuner):
         stream = p.stream
         places = [(other.stream.name, i) for other in self._plan if other.slot == p.slot for i in other.layers]
         dims = Dims(
-            width=stream.width,
-            heads=stream.heads,
-            kv_heads=stream.kv_heads,
-            head_dim=stream.head_dim,
+            **{name: getattr(stream, name) for name in ("width", "heads", "kv_heads", "head_dim", "kind", "causal")},
             layer=index,
             layers=len(stream),
-            kind=stream.kind,
-            causal=stream.causal,
             is_first_block=index == p.layers[0],
             is_last_block=index == p.layers[-1],
             place=places.index((stream.name, index)),
@@ -243,18 +238,13 @@ class HFTokensModel(BaseTuner):
             layer.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
         foreign = [layer for layer in self._owned() if not isinstance(layer, BlockSurgery)]
         super().delete_adapter(adapter_name)
         for layer in foreign:
             layer.delete_adapter(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """There are no weights to merge into.
-
-        Raises:
-            UnsupportedError: Always.
-        """
+        """There are no weights to merge into: always refused."""
         rule = "Token surgery is not a change of weights and cannot be merged"
         raise UnsupportedError(explain(rule, "a call of merge", "Use `unload()`."))
 

@@ -13,24 +13,6 @@ from .token_reducer import TokenReducer
 from .vocabulary_edit import VocabularyEdit
 from .weight_edit import WeightEdit
 
-__all__ = [
-    "SIGNALS",
-    "AttentionEdit",
-    "CacheCompressor",
-    "Dims",
-    "FeatureCache",
-    "Folded",
-    "Holding",
-    "LayerRouter",
-    "Method",
-    "ModelRouter",
-    "Objective",
-    "Pooler",
-    "TokenBank",
-    "TokenReducer",
-    "TokenRouter",
-    "VocabularyEdit",
-    "WeightEdit",
-    "heavy_hitters",
-    "straight_through",
-]
+__all__ = ["SIGNALS", "AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method"]
+__all__ += ["ModelRouter", "Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "VocabularyEdit", "WeightEdit"]
+__all__ += ["heavy_hitters", "straight_through"]

@@ -157,10 +157,6 @@ class Method(nn.Module, abc.ABC):
         """Take another config of the same kind."""
         self.config = config
 
-    def forget_losses(self) -> None:
-        """A new forward begins."""
-        self.losses.clear()
-
     def observe(self) -> Tensor | None:
         """Note what the block did: called behind a block that ran, with the signals that it names, in a method that defines it.
 

@@ -74,10 +74,8 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, (tuple, list)) and all(matches(v, args[0]) for v in value)
     if origin is dict or hint is dict:
         return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 

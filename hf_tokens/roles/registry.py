@@ -76,12 +76,10 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
                 rule = f"{cls.__name__}.{word}{where and f' {where}'} may ask for {offer}"
                 raise ConfigError(explain(rule, unknown, f"{did_you_mean(unknown, known_signals)}Rename the arguments."))
         doc = inspect.getdoc(inspect.getmodule(cls)) or ""
-        card = read_card(doc)
         cls.take_words(words)
         config.take_name(name, version)
-        METHODS.setdefault(name, {})[version] = MethodInfo(
-            name=name, version=version, role=cls.role, cls=cls, config=config, doc=doc, **card
-        )
+        info = MethodInfo(name=name, version=version, role=cls.role, cls=cls, config=config, doc=doc, **read_card(doc))
+        METHODS.setdefault(name, {})[version] = info
         return cls
 
     return add
@@ -132,9 +130,8 @@ def method_info(name: str, version: int | None = None) -> MethodInfo:
     versions = METHODS[name]
     version = max(versions) if version is None else version
     if version not in versions:
-        raise ConfigError(
-            explain(f"Method {name!r} has versions {sorted(versions)}", version, "Update hf-tokens, or train the adapter again.")
-        )
+        rule, remedy = f"Method {name!r} has versions {sorted(versions)}", "Update hf-tokens, or train the adapter again."
+        raise ConfigError(explain(rule, version, remedy))
     return versions[version]
 
 

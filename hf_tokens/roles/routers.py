@@ -50,5 +50,4 @@ class ModelRouter(Method):
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
-        """The last block."""
         return (layers - 1,)

@@ -33,11 +33,9 @@ class ProbeInsert(TokenBank):
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
-        """The middle block."""
         return (layers // 2,)
 
     def tokens(self) -> Tensor | None:
-        """The bank as it is."""
         return self.bank if len(self.bank) else None
 
 
@@ -54,7 +52,6 @@ class ProbeDrop(TokenReducer):
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:
-        """The middle block."""
         return (layers // 2,)
 
     def assign(self, positions: Tensor, fresh: Tensor) -> TokenMap | None:

@@ -284,13 +284,9 @@ def _diffusers_families() -> tuple[str, ...]:
     import diffusers
     from diffusers.models import transformers, unets
 
-    names = {
-        name
-        for package in (transformers, unets)
-        for name, cls in vars(package).items()
-        if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
-    }
-    return tuple(f"diffusers/{name}" for name in sorted(names))
+    known = vars(transformers) | vars(unets)
+    names = sorted(name for name, cls in known.items() if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin))
+    return tuple(f"diffusers/{name}" for name in names)
 
 
 def _diffusers_class(family: str) -> type:

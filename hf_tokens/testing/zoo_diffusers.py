@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .zoo_inputs import noise, ones
+from .zoo_inputs import noise, noises, ones
 from .zoo_rules import BATCH, TOKENS, Row
 
 DIFFUSERS_ROWS: dict[str, Row] = {
     "diffusers/LTX2VideoTransformer3DModel": Row(
         config={"audio_in_channels": 4, "audio_out_channels": 4, "audio_cross_attention_dim": 32, "caption_channels": 32},
         inputs={
-            "hidden_states": noise(BATCH, 64, 4),
-            "audio_hidden_states": noise(BATCH, 16, 4),
-            "audio_encoder_hidden_states": noise(BATCH, TOKENS, 32),
-            "num_frames": 4,
-            "height": 4,
-            "width": 4,
-            "audio_num_frames": 16,
+            **noises(hidden_states=(64, 4), audio_hidden_states=(16, 4), audio_encoder_hidden_states=(TOKENS, 32)),
+            **{"num_frames": 4, "height": 4, "width": 4, "audio_num_frames": 16},
             "timestep": noise(BATCH),
         },
     ),
@@ -33,16 +28,10 @@ DIFFUSERS_ROWS: dict[str, Row] = {
     ),
     "diffusers/AceStepTransformer1DModel": Row(
         config={"in_channels": 12, "audio_acoustic_hidden_dim": 4, "encoder_hidden_size": 32},
-        inputs={
-            "hidden_states": noise(BATCH, 16, 4),
-            "context_latents": noise(BATCH, 16, 8),
-            "timestep": noise(BATCH),
-            "timestep_r": noise(BATCH),
-        },
+        inputs=noises(hidden_states=(16, 4), context_latents=(16, 8), timestep=(), timestep_r=()),
     ),
     "diffusers/BriaFiboTransformer2DModel": Row(
-        config={"text_encoder_dim": 16},
-        inputs={"text_encoder_layers": lambda model, inputs: [torch.randn(BATCH, TOKENS, 16)] * 8},
+        config={"text_encoder_dim": 16}, inputs={"text_encoder_layers": lambda model, inputs: [torch.randn(BATCH, TOKENS, 16)] * 8}
     ),
     **{
         f"diffusers/{name}": Row(
@@ -55,12 +44,12 @@ DIFFUSERS_ROWS: dict[str, Row] = {
         config={"attention_head_dim": 24, "max_size": (4, 8, 8), "text_embed_dim": 32, "concat_padding_mask": False},
         inputs={"timestep": noise(BATCH), "fps": None},
     ),
-    "diffusers/DreamLiteTransformer2DModel": Row(
-        config={"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32}, inputs={"hidden_states": noise(BATCH, 32, 8, 8)}
-    ),
-    "diffusers/Transformer2DModel": Row(
-        config={"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32}, inputs={"hidden_states": noise(BATCH, 32, 8, 8)}
-    ),
+    **{
+        f"diffusers/{name}": Row(
+            config={"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32}, inputs={"hidden_states": noise(BATCH, 32, 8, 8)}
+        )
+        for name in ("DreamLiteTransformer2DModel", "Transformer2DModel")
+    },
     "diffusers/TransformerTemporalModel": Row(
         config={"in_channels": 32, "num_layers": 4},
         inputs={"hidden_states": noise(8, 32, 4, 4), "num_frames": 4, "encoder_hidden_states": None},
@@ -74,11 +63,8 @@ DIFFUSERS_ROWS: dict[str, Row] = {
     ),
     "diffusers/HiDreamImageTransformer2DModel": Row(
         config={
-            "patch_size": 2,
-            "caption_channels": [32, 32],
-            "axes_dims_rope": (4, 2, 2),
-            "llama_layers": list(range(8)),
-            "max_resolution": (16, 16),
+            **{"patch_size": 2, "caption_channels": [32, 32], "axes_dims_rope": (4, 2, 2)},
+            **{"llama_layers": list(range(8)), "max_resolution": (16, 16)},
         },
         inputs={
             "hidden_states": noise(BATCH, 4, 8, 8),
@@ -119,7 +105,7 @@ DIFFUSERS_ROWS: dict[str, Row] = {
     ),
     "diffusers/MiniMaxMusic3RVQDepthDecoder": Row(inputs={"inputs_embeds": noise(BATCH, 8, 32)}),
     "diffusers/MiniMaxMusic3Transformer1DModel": Row(
-        config={"rotary_dim": 8}, inputs={"hidden_states": noise(BATCH, 4, 16), "encoder_hidden_states": noise(BATCH, 16, 32)}
+        config={"rotary_dim": 8}, inputs=noises(hidden_states=(4, 16), encoder_hidden_states=(16, 32))
     ),
     "diffusers/NucleusMoEImageTransformer2DModel": Row(
         config={"in_channels": 16, "out_channels": 4, "num_experts": 4},
@@ -136,18 +122,12 @@ DIFFUSERS_ROWS: dict[str, Row] = {
     "diffusers/PriorTransformer": Row(config={"num_embeddings": TOKENS}, inputs={"hidden_states": noise(BATCH, 32)}),
     "diffusers/QwenImageTransformer2DModel": Row(
         config={"in_channels": 16, "out_channels": 4},
-        inputs={
-            "hidden_states": noise(BATCH, 16, 16),
-            "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH,
-            "timestep": noise(BATCH),
-        },
+        inputs={"hidden_states": noise(BATCH, 16, 16), "img_shapes": lambda model, inputs: [[(1, 4, 4)]] * BATCH, "timestep": noise(BATCH)},
     ),
     "diffusers/StableAudioDiTModel": Row(
         config={"num_key_value_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "out_channels": 8},
         inputs={
-            "hidden_states": noise(BATCH, 8, 16),
-            "encoder_hidden_states": noise(BATCH, TOKENS, 32),
-            "global_hidden_states": noise(BATCH, 1, 32),
+            **noises(hidden_states=(8, 16), encoder_hidden_states=(TOKENS, 32), global_hidden_states=(1, 32)),
             "rotary_embedding": lambda model, inputs: (torch.ones(17, 8), torch.zeros(17, 8)),
         },
     ),
@@ -159,19 +139,9 @@ DIFFUSERS_ROWS: dict[str, Row] = {
     ),
     "diffusers/UNetSpatioTemporalConditionModel": Row(
         config={"projection_class_embeddings_input_dim": 96, "num_attention_heads": (4, 4, 4, 4), "block_out_channels": (32, 32, 32, 32)},
-        inputs={
-            "sample": noise(BATCH, 4, 4, 8, 8),
-            "encoder_hidden_states": noise(BATCH, 1, 32),
-            "added_time_ids": noise(BATCH, 3),
-        },
+        inputs=noises(sample=(4, 4, 8, 8), encoder_hidden_states=(1, 32), added_time_ids=(3,)),
     ),
-    "diffusers/I2VGenXLUNet": Row(
-        inputs={
-            "sample": noise(BATCH, 4, 4, 8, 8),
-            "image_latents": noise(BATCH, 4, 4, 8, 8),
-            "image_embeddings": noise(BATCH, 32),
-        }
-    ),
+    "diffusers/I2VGenXLUNet": Row(inputs=noises(sample=(4, 4, 8, 8), image_latents=(4, 4, 8, 8), image_embeddings=(32,))),
     "diffusers/UVit2DModel": Row(
         config={"sample_size": 8, "block_num_heads": 4, "cond_embed_dim": 32, "micro_cond_encode_dim": 32, "micro_cond_embed_dim": 160},
         inputs={"input_ids": lambda model, inputs: torch.randint(0, 60, (BATCH, 8, 8)), "micro_conds": noise(BATCH, 5)},

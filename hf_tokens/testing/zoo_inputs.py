@@ -16,6 +16,11 @@ def noise(*shape: int) -> Any:
     return lambda model, inputs: torch.randn(shape)
 
 
+def noises(**shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Noise for arguments by name, each of its shape behind the batch."""
+    return {name: noise(BATCH, *shape) for name, shape in shapes.items()}
+
+
 def random_ids(length: int = TOKENS, rows: int = BATCH) -> Any:
     return lambda model, inputs: torch.randint(5, 60, (rows, length))
 
@@ -50,9 +55,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)[-2:]
 
 
-def _tokens(model: nn.Module, length: int = TOKENS, name: str = "vocab_size") -> torch.Tensor:
-    vocab = setting(model, name, "vocab_size", default=VOCAB)
-    return torch.randint(5, min(vocab, 80), (BATCH, length))
+def _tokens(model: nn.Module) -> torch.Tensor:
+    return torch.randint(5, min(setting(model, "vocab_size", default=VOCAB), 80), (BATCH, TOKENS))
 
 
 def _pixels(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
@@ -153,10 +157,6 @@ def _ones_like_text(model: nn.Module, inputs: dict, names: set[str]) -> dict[str
     return {"attention_mask": torch.ones_like(inputs["input_ids"])} if inputs.get("input_ids") is not None else {}
 
 
-def _decoder_ids(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
-    return {"decoder_input_ids": _tokens(model)} if model.config.is_encoder_decoder else {}
-
-
 def _boxes(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     low = torch.randint(0, 40, (BATCH, TOKENS, 2))
     return {"bbox": torch.cat([low, low + 20], dim=-1)}
@@ -179,6 +179,7 @@ def _wave(model: nn.Module, inputs: dict, names: set[str]) -> dict[str, Any]:
     return {"input_values": torch.randn(BATCH, 4000)} if inputs.get("input_features") is None else {}
 
 
+# inputs of Transformers' models: argument name -> what to pass, in this order
 INPUTS = (
     ("pixel_values", _pixels),
     ("grid_thw", _pixels),
@@ -189,19 +190,14 @@ INPUTS = (
     ("input_ids", _text),
     ("bbox", _boxes),
     ("attention_mask", _ones_like_text),
-    ("decoder_input_ids", _decoder_ids),
+    ("decoder_input_ids", lambda model, inputs, names: {"decoder_input_ids": _tokens(model)} if model.config.is_encoder_decoder else {}),
 )
 
 
 # what configs of Diffusers call the width of the text
 TEXT_WIDTHS = (
-    "caption_channels",
-    "joint_attention_dim",
-    "cross_attention_dim",
-    "text_embed_dim",
-    "text_dim",
-    "cap_feat_dim",
-    "encoder_hidden_size",
+    *("caption_channels", "joint_attention_dim", "cross_attention_dim", "text_embed_dim", "text_dim"),
+    *("cap_feat_dim", "encoder_hidden_size"),
 )
 
 

@@ -104,6 +104,3 @@ DIFFUSERS = _rules(
     (r"(pos_embed_max_size)$", "positions", 16),
     (r"(_dim|_size|^dim|channels)$", "width", 32),
 )
-
-
-# inputs of Transformers' models: argument name -> what to pass, in this order

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .zoo_inputs import noise, ones, patch_numel, random_ids, setting, tiles
+from .zoo_inputs import noise, noises, ones, patch_numel, random_ids, setting, tiles
 from .zoo_rules import BATCH, NO_CLASS, SIDE, TOKENS, VOCAB, Row
 
 _WAVE = {"input_values": noise(BATCH, 1, 4000)}
@@ -20,33 +20,21 @@ _TIMM = "its image tower is a timm model, and timm is not installed"
 _SCIPY = "its class builds a loss that needs scipy, which is not installed"
 _ROPES = {name: {"rope_type": "default", "rope_theta": 10000.0} for name in ("sliding_attention", "full_attention")}
 _HGNETS = ("d_fine", "deimv2", "pp_doclayout_v3", "pp_doclayout_v4")
-_INDEXER = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 8,
-    "indexer_compress_ratio": 2,
-}
-_CLAP = {
-    "spec_size": 32,
-    "num_mel_bins": 8,
-    "patch_size": 4,
-    "patch_stride": [4, 4],
-    "window_size": 2,
-    "depths": [2, 2],
-    "num_attention_heads": [2, 4],
-    "hidden_size": 64,
-}
+_INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
+_CLAP = {"spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4], "window_size": 2}
+_CLAP |= {"depths": [2, 2], "num_attention_heads": [2, 4], "hidden_size": 64}
 _PROMPTS = {"image_embedding_size": 4}
+_FOUR_IN_FRONT = {"image_embeds_position_mask": lambda model, inputs: (torch.arange(TOKENS) < 4).long().expand(BATCH, -1)}
+_MLLAMA_VISION = {"intermediate_layers_indices": [0, 2], "vision_output_dim": 96}
+_ASPECTS = {
+    "pixel_values": lambda model, inputs: torch.randn(BATCH, 1, setting(model, "max_num_tiles"), 3, SIDE, SIDE),
+    "aspect_ratio_ids": ones(BATCH, 1),
+    "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, setting(model, "max_num_tiles")).long(),
+}
 _SESSION = "its forward takes a video inference session, not tensors"
 _DRAFTS = "it drafts for another model, whose hidden states it needs"
-_PASTS = {
-    "past_values": noise(BATCH, 19),
-    "past_time_features": noise(BATCH, 19, 1),
-    "past_observed_mask": ones(BATCH, 19),
-    "future_values": noise(BATCH, 8),
-    "future_time_features": noise(BATCH, 8, 1),
-}
+_PASTS = {**noises(past_values=(19,), past_time_features=(19, 1)), "past_observed_mask": ones(BATCH, 19)}
+_PASTS |= noises(future_values=(8,), future_time_features=(8, 1))
 
 
 def _flat_patches(model: nn.Module, inputs: dict) -> torch.Tensor:
@@ -61,8 +49,7 @@ def _grid(model: nn.Module, inputs: dict) -> torch.Tensor:
 TRANSFORMERS_ROWS: dict[str, Row] = {
     **{name: Row(inputs=_TILES) for name in ("idefics2", "idefics3", "smolvlm", "modernvbert", "ultravbert", "colmodernvbert")},
     **{name: Row(config={"num_key_value_heads": 2}) for name in ("llama", "qwen2", "qwen2_moe", "olmo2", "phi3", "starcoder2")},
-    "llava": Row(config={"text_config": {"num_key_value_heads": 2}}),
-    "qwen2_vl": Row(config={"text_config": {"num_key_value_heads": 2}}),
+    **{name: Row(config={"text_config": {"num_key_value_heads": 2}}) for name in ("llava", "qwen2_vl")},
     **{name: Row(config={"image_token_id": 98}) for name in ("blip-2", "instructblip")},
     "instructblipvideo": Row(config={"video_token_id": 98}, inputs={"pixel_values": noise(BATCH, 4, 3, SIDE, SIDE)}),
     "voxtral": Row(config={"audio_token_id": 98}),
@@ -70,7 +57,7 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "nemotron_h": Row(config={"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1}),
     "nemo_speechlm": Row(config={"text_config": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1}}),
     "glm4v_moe": Row(config={"text_config": {"rope_parameters": {"partial_rotary_factor": 1.0}}}),
-    "glm4v_moe_text": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    **{name: Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}) for name in ("glm4v_moe_text", "mistral4")},
     "levit": Row(config={"patch_size": 16, "image_size": 64}),
     "clvp": Row(config={name: {"hidden_size": 128} for name in ("text_config", "speech_config", "decoder_config")}),
     "clvp_encoder": Row(config={"hidden_size": 128}),
@@ -85,59 +72,34 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "lw_detr_vit": Row(config={"num_windows": 4}),
     "llama4": Row(config={"vision_config": {"intermediate_size": 128}}),
     "llama4_vision_model": Row(config={"intermediate_size": 128}),
-    "paddleocr_vl": Row(inputs={"pixel_values": noise(32, 3, 8, 8), "image_grid_thw": _grid}),
+    **{name: Row(inputs={"pixel_values": noise(32, 3, 8, 8), "image_grid_thw": _grid}) for name in ("paddleocr_vl", "kimi_k25")},
     "idefics": Row(inputs={"pixel_values": noise(BATCH, 1, 3, SIDE, SIDE), "image_attention_mask": ones(BATCH, TOKENS, 1)}),
     "qwen3_asr": Row(inputs={"input_features": noise(BATCH, 16, 200), "input_features_mask": ones(BATCH, 200)}),
     "qwen3_asr_encoder": Row(inputs={"input_features": noise(BATCH, 16, 200), "input_features_mask": ones(BATCH, 200)}),
     "qwen2_5_omni_thinker": Row(config={"vision_start_token_id": 93}, inputs={"input_features": None}),
-    "fuyu": Row(inputs={"pixel_values": None}),
-    "mllama_vision_model": Row(
-        config={"intermediate_layers_indices": [0, 2], "vision_output_dim": 96},
-        inputs={
-            "pixel_values": lambda model, inputs: torch.randn(BATCH, 1, model.config.max_num_tiles, 3, SIDE, SIDE),
-            "aspect_ratio_ids": ones(BATCH, 1),
-            "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.max_num_tiles).long(),
-        },
-    ),
+    **{name: Row(inputs={"pixel_values": None}) for name in ("fuyu", "glm_image")},
+    "mllama_vision_model": Row(config=_MLLAMA_VISION, inputs=_ASPECTS),
     **{name: Row(config=_SERIES, inputs=_PASTS) for name in ("autoformer", "informer", "time_series_transformer")},
     **{name: Row(inputs=_WAVE) for name in ("mimi_encoder", "pocket_tts_audio_tokenizer_encoder", "pe_audio", "pe_audio_encoder")},
     **{name: Row(config=_DETR) for name in ("conditional_detr", "detr", "table-transformer", "dab-detr")},
     "granitemoehybrid": Row(config={"layer_types": ["linear_attention", "full_attention"] * 2}),
     "bamba": Row(config={"attn_layer_indices": [1, 3]}),
     "jamba": Row(config={"attn_layer_period": 2, "attn_layer_offset": 1}),
-    "llava_next": Row(config=_ONE_TILE, inputs=_TWO_TILES),
-    "llava_next_video": Row(config=_ONE_TILE, inputs=_TWO_TILES),
-    "llava_onevision": Row(config=_ONE_TILE, inputs=_TWO_TILES),
+    **{name: Row(config=_ONE_TILE, inputs=_TWO_TILES) for name in ("llava_next", "llava_next_video", "llava_onevision")},
     "xmod": Row(config={"default_language": "en_XX"}),
     "lxmert": Row(inputs={"visual_feats": noise(BATCH, 9, 32), "visual_pos": noise(BATCH, 9, 4)}),
     "decision_transformer": Row(
-        inputs={
-            "states": noise(BATCH, 5, 17),
-            "actions": noise(BATCH, 5, 4),
-            "rewards": noise(BATCH, 5, 1),
-            "returns_to_go": noise(BATCH, 5, 1),
-            "timesteps": ones(BATCH, 5),
-        }
+        inputs={**noises(states=(5, 17), actions=(5, 4), rewards=(5, 1), returns_to_go=(5, 1)), "timesteps": ones(BATCH, 5)}
     ),
     "mobilebert": Row(config={"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}),
     **{name: Row(config={"encoder_in_channels": [32] * 3, "backbone_config": {"hidden_sizes": [32] * 4}}) for name in _HGNETS},
     "granite_speech": Row(inputs={"input_features": noise(BATCH, 60, 32), "input_features_mask": None}),
     "granite_speech_plus": Row(inputs={"input_features": noise(BATCH, 60, 32), "input_features_mask": None}),
     **{name: Row(config={"vision_config": {"num_pos_feats": 16}, "prompt_encoder_config": _PROMPTS}) for name in ("sam", "sam_hq")},
-    "kimi_k25": Row(inputs={"pixel_values": noise(32, 3, 8, 8), "image_grid_thw": _grid}),
     "kimi_k25_vision": Row(inputs={"pixel_values": noise(32, 3, 8, 8), "grid_thw": _grid}),
     "mimi": Row(config={"vector_quantization_hidden_dimension": 32}, inputs=_WAVE),
-    "kosmos-2": Row(
-        config={"latent_query_num": 4},
-        inputs={"image_embeds_position_mask": lambda model, inputs: (torch.arange(TOKENS) < 4).long().expand(BATCH, -1)},
-    ),
-    "kosmos-2.5": Row(
-        config={"latent_query_num": 4},
-        inputs={
-            "flattened_patches": _flat_patches,
-            "image_embeds_position_mask": lambda model, inputs: (torch.arange(TOKENS) < 4).long().expand(BATCH, -1),
-        },
-    ),
+    "kosmos-2": Row(config={"latent_query_num": 4}, inputs=_FOUR_IN_FRONT),
+    "kosmos-2.5": Row(config={"latent_query_num": 4}, inputs={"flattened_patches": _flat_patches, **_FOUR_IN_FRONT}),
     "pix2struct": Row(inputs={"flattened_patches": _flat_patches}),
     "kosmos_2_5_vision_model": Row(inputs={"flattened_patches": _flat_patches}),
     "pix2struct_vision_model": Row(inputs={"flattened_patches": _flat_patches}),
@@ -158,8 +120,7 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "video_llama_3_vision": Row(inputs={"merge_sizes": lambda model, inputs: torch.tensor([2, 2])}),
     "deepseek_vl_hybrid": Row(inputs={"high_res_pixel_values": noise(BATCH, 3, SIDE, SIDE)}),
     "blip_2_qformer": Row(inputs={"query_embeds": noise(BATCH, 8, 32), "encoder_hidden_states": noise(BATCH, 5, 32)}),
-    "granite_speech5_ctc": Row(inputs={"input_features": noise(BATCH, 64, 64)}),
-    "granite_speech5_encoder": Row(inputs={"input_features": noise(BATCH, 64, 64)}),
+    **{name: Row(inputs={"input_features": noise(BATCH, 64, 64)}) for name in ("granite_speech5_ctc", "granite_speech5_encoder")},
     "fun_asr_nano": Row(
         config={"adaptor_config": {"intermediate_size": 8}},
         inputs={"input_features": noise(BATCH, 64, 112), "input_features_mask": ones(BATCH, 64)},
@@ -174,17 +135,13 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "clap": Row(config={"audio_config": _CLAP}, inputs={"input_features": noise(BATCH, 1, 128, 8)}),
     "clap_audio_model": Row(config=_CLAP, inputs={"input_features": noise(BATCH, 1, 128, 8)}),
     "sam3_tracker": Row(
-        config={
-            "prompt_encoder_config": {"image_size": SIDE},
-            "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
-        }
+        config={"prompt_encoder_config": {"image_size": SIDE}, "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}}
     ),
     "voxtral_realtime_text": Row(inputs={"t_cond": noise(1, 32)}),
     "idefics2_perceiver": Row(inputs={"context": noise(BATCH, 9, 32), "attention_mask": ones(BATCH, 9)}),
     "blt_global_transformer": Row(inputs={"inputs_embeds": noise(BATCH, TOKENS, 32)}),
     "flava_multimodal_model": Row(inputs={"hidden_states": noise(BATCH, TOKENS, 32)}),
-    "granite_speech_encoder": Row(inputs={"hidden_states": noise(BATCH, 60, 32)}),
-    "granite_speech_plus_encoder": Row(inputs={"hidden_states": noise(BATCH, 60, 32)}),
+    **{name: Row(inputs={"hidden_states": noise(BATCH, 60, 32)}) for name in ("granite_speech_encoder", "granite_speech_plus_encoder")},
     "qwen4_exp_text": Row(config=_INDEXER),
     "qwen4_exp": Row(config={"text_config": _INDEXER}),
     "qwen2_audio": Row(
@@ -195,17 +152,13 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
         }
     ),
     "qwen3_omni_moe_thinker": Row(config={"vision_start_token_id": 93}, inputs={"input_features": None}),
-    "glm_image": Row(inputs={"pixel_values": None}),
     "zamba2": Row(
         config={"mamba_headdim": 8, "n_mamba_heads": 8, "attention_hidden_size": 64, "attention_head_dim": 16, "hybrid_layer_ids": [1, 3]}
     ),
-    "patchtst": Row(inputs={"past_values": noise(BATCH, 32, 1)}),
-    "patchtsmixer": Row(inputs={"past_values": noise(BATCH, 32, 1)}),
-    "mistral4": Row(config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    **{name: Row(inputs={"past_values": noise(BATCH, 32, 1)}) for name in ("patchtst", "patchtsmixer")},
     "ernie4_5_vl_moe": Row(config={"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}}),
     "ernie4_5_vl_moe_text": Row(config={"rope_parameters": {"mrope_section": [1, 1, 2]}}),
-    "swin": Row(config={"window_size": 2, "image_size": 64}),
-    "donut-swin": Row(config={"window_size": 2, "image_size": 64}),
+    **{name: Row(config={"window_size": 2, "image_size": 64}) for name in ("swin", "donut-swin")},
     "seggpt": Row(
         config={"image_size": (32, 16), "pretrain_image_size": 32, "intermediate_hidden_state_indices": (1, 2, 3), "merge_index": 0},
         inputs={name: noise(BATCH, 3, 16, 16) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
@@ -230,8 +183,7 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "bridgetower": Row(config={"hidden_size": 64, "vision_config": {"hidden_size": 64}, "text_config": {"hidden_size": 64}}),
     "reformer": Row(config={"axial_pos_shape": (4, 4), "axial_pos_embds_dim": (16, 16)}),
     "swin2sr": Row(config={"num_heads": [4, 4, 4, 4], "depths": [2, 2, 2, 2], "embed_dim": 32}),
-    "wav2vec2-bert": Row(config={"vocab_size": VOCAB}),
-    "wav2vec2-conformer": Row(config={"vocab_size": VOCAB}),
+    **{name: Row(config={"vocab_size": VOCAB}) for name in ("wav2vec2-bert", "wav2vec2-conformer")},
     "aria": Row(config={"projector_patch_to_query_dict": {16: 4}}),
     "chameleon": Row(config={"vocabulary_map": {"<image>": 98}}, inputs={"pixel_values": None}),
     "emu3": Row(config={"vocabulary_map": {"<image>": 98, "<|extra_200|>": 97}}, inputs={"pixel_values": None}),
@@ -241,24 +193,17 @@ TRANSFORMERS_ROWS: dict[str, Row] = {
     "lilt": Row(config={"hidden_size": 48, "max_2d_position_embeddings": 128}),
     "layoutlmv3": Row(config={"coordinate_size": 4, "shape_size": 8, "hidden_size": 32}),
     "moonshine": Row(
-        config={
-            "rope_parameters": {"partial_rotary_factor": 1.0},
-            "encoder_num_key_value_heads": 4,
-            "decoder_num_key_value_heads": 4,
-        }
+        config={"rope_parameters": {"partial_rotary_factor": 1.0}, "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4}
     ),
     "zamba": Row(config={"attention_hidden_size": 64, "attention_head_dim": 16}),
     "mllama": Row(
-        config={"vision_config": {"intermediate_layers_indices": [0, 2], "vision_output_dim": 96}},
+        config={"vision_config": _MLLAMA_VISION},
         inputs={
-            "pixel_values": lambda model, inputs: torch.randn(BATCH, 1, model.config.vision_config.max_num_tiles, 3, SIDE, SIDE),
-            "aspect_ratio_ids": ones(BATCH, 1),
-            "aspect_ratio_mask": lambda model, inputs: torch.ones(BATCH, 1, model.config.vision_config.max_num_tiles).long(),
-            "cross_attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS, 1, model.config.vision_config.max_num_tiles).long(),
+            **_ASPECTS,
+            "cross_attention_mask": lambda model, inputs: torch.ones(BATCH, TOKENS, 1, setting(model, "max_num_tiles")).long(),
         },
     ),
-    "timesfm": Row(inputs={"past_values": noise(BATCH, 64)}),
-    "timesfm2_5": Row(inputs={"past_values": noise(BATCH, 64)}),
+    **{name: Row(inputs={"past_values": noise(BATCH, 64)}) for name in ("timesfm", "timesfm2_5")},
     "speech-encoder-decoder": Row(inputs={"input_features": None}),
     "vjepa2": Row(config={"frames_per_clip": 4, "crop_size": 32}),
     "gpt_neo": Row(config={"attention_types": [[["global", "local"], 2]]}),

@@ -103,6 +103,11 @@ class TokenLedger:
         """A flag per token, with None spelled out."""
         return torch.full_like(self.rows, default, dtype=torch.bool) if flags is None else flags
 
+    def real(self, padding: Tensor | None) -> Tensor:
+        """Tokens that are there at all and no padding, (b m) bool, given the real ones of the sequence that entered, (b n)."""
+        flags = self.flags(self.filled, True)
+        return flags if padding is None else flags & padding.gather(1, self.rows)
+
     def uniform(self) -> bool:
         """Whether every sample of the batch keeps the same places."""
         return self.batch == 1 or bool((self.rows == self.rows[:1]).all())

@@ -25,6 +25,11 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return x.gather(dim, index.view(b, *[1] * (dim - 1), -1).expand(*x.shape[:-1], -1))
 
 
+def in_float32(x: Tensor) -> Tensor:
+    """A tensor in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rank(values: Tensor) -> Tensor:
     """Place of each value in its row, 0 for the highest, of two equal ones the earlier, (... n)."""
     order = values.argsort(dim=-1, descending=True, stable=True)

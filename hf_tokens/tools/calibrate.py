@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..engine.block import BlockSurgery
-from ..engine.listen import Listener
+from ..engine.surgery import Listener
 from ..errors import UnsupportedError, explain
 from ..roles.base import Method
 from ..roles.config import MethodConfig
@@ -26,7 +26,6 @@ class Findings(Listener):
         self.records: dict[str, dict[int, list]] = {}
 
     def examined(self, block: BlockSurgery, method: Method, finding: Any) -> None:
-        """Keep what is of the adapter."""
         if method.key.rpartition(".")[0] == self.adapter_name:
             self.records.setdefault(method.key, {}).setdefault(method.dims.place, []).append(finding)
 

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..engine.block import BlockSurgery
+from ..engine.hooks import hooked
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, weight_edits
 from ..model.arguments import CROSS
+from ..model.parts import Place
 from ..model.signatures import bound_arguments
 from ..roles.weight_edit import WeightEdit
+from ..tokens.token_map import in_float32
 from .surgeries import blocks_in, denoiser, evaluated, surgery_of
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
@@ -39,18 +42,13 @@ class EditedWeight:
         return f"{self.block.path}.{self.name}"
 
     @property
-    def module(self) -> nn.Module:
-        return self.block.state(EditedWeights).places[self.name][0]
+    def place(self) -> Place:
+        return self.block.state(EditedWeights).places[self.name]
 
     @property
     def effective(self) -> Tensor:
         """The weight with the changes of the edits that act."""
         return self.block.state(EditedWeights).effective(self.name)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        module, attribute = self.block.state(EditedWeights).places[self.name]
-        return module._parameters[attribute]
 
 
 def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | None = None) -> dict[str, dict[str, float]]:
@@ -112,7 +110,7 @@ def check_groups(methods: list[WeightEdit], data: Groups) -> None:
 @contextlib.contextmanager
 def switched_off(surgery: ModelSurgery, keys: set[str]) -> Iterator[None]:
     """The model without these edits for a moment."""
-    before = [(block, block.active()) for block in surgery.blocks()]
+    before = [(block, block.plan.acting) for block in surgery.blocks()]
     surgery.act((block, [method for method in acting if method.key not in keys]) for block, acting in before)
     try:
         yield
@@ -143,17 +141,8 @@ def relative_change(change: Tensor, weight: Tensor) -> float:
     return float(change.norm() / in_float32(weight).norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def in_float32(weight: Tensor) -> Tensor:
-    """A weight in float32 at least."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
 def batches_of(group: str, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The batches of a group, with a bar where they take long.
-
-    Raises:
-        UnsupportedError: There is none.
-    """
+    """The batches of a group, with a bar where they take long; refused where there is none."""
     count = 0
     for batch in logging.tqdm(batches, desc=group, delay=5):
         count += 1
@@ -182,14 +171,11 @@ def read_context(model: nn.Module, sites: list[EditedWeight], batches: Iterable[
 
     blocks = {id(site.block): site.block.module for site in sites}.values()
     handles = [block.register_forward_pre_hook(note_mask, with_kwargs=True) for block in blocks]
-    handles += [site.module.register_forward_pre_hook(partial(note, site)) for site in sites]
-    try:
+    handles += [site.place[0].register_forward_pre_hook(partial(note, site)) for site in sites]
+    with hooked(handles):
         for batch in batches:
             seen.clear()
             model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     joined = {tuple(map(id, parts)): parts for parts in rows.values()}
     joined = {ids: torch.cat(parts) for ids, parts in joined.items()}
     return {path: joined[tuple(map(id, parts))] for path, parts in rows.items()}
@@ -207,7 +193,7 @@ def real_rows(read: Tensor, mask: Tensor | None) -> Tensor:
 
 def fisher_diagonal(model: nn.Module, sites: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
     """The diagonal of the empirical Fisher information, name -> (o i): mean over the batches of the squared gradient of their loss."""
-    weights = [site.weight for site in sites]
+    weights = [module._parameters[attribute] for module, attribute in (site.place for site in sites)]
     trainable = [weight.requires_grad for weight in weights]
     total, count = [torch.zeros_like(in_float32(weight.detach())) for weight in weights], 0
     try:
@@ -228,11 +214,7 @@ def fisher_diagonal(model: nn.Module, sites: list[EditedWeight], batches: Iterab
 
 
 def own_loss(output: Any) -> Tensor:
-    """The loss that a model returned.
-
-    Raises:
-        UnsupportedError: It returned none.
-    """
+    """The loss that a model returned; refused where it returned none."""
     value = output.get("loss") if isinstance(output, dict) else None
     if value is None:
         rule = "An edit that looks at gradients needs a loss"

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import CacheLayerMixin
 
 from ..engine.block import BlockSurgery
-from ..engine.listen import Listener
-from ..engine.surgery import StreamSurgery
+from ..engine.hooks import hooked
+from ..engine.surgery import Listener, StreamSurgery
 from ..kv.adopt import find_cache, self_attention_cache
 from ..kv.layer import TokenCacheLayer, count_bytes
 from ..model.anatomy import anatomy
@@ -54,10 +54,7 @@ def grouped_flops(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any = Non
 
 
 # what torch does not count: the attention on a CPU, and products of each row with a matrix of its own
-UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._grouped_mm: grouped_flops,
-}
+UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops, torch.ops.aten._grouped_mm: grouped_flops}
 
 
 class TokenCounts(Listener):
@@ -71,7 +68,6 @@ class TokenCounts(Listener):
         self.counts[key] = self.counts.get(key, 0) + tokens
 
     def computed(self, block: BlockSurgery, part: str | None, tokens: int) -> None:
-        """Count them."""
         if self.surgery in (None, block.surgery):
             self.add(block.index if part is None else (block.index, part), tokens)
 
@@ -101,14 +97,10 @@ def measure(model: nn.Module, **inputs: Any) -> Cost:
 
             handles.append(block.register_forward_pre_hook(count, with_kwargs=True))
     surgeries = {id(block.surgery.model): block.surgery.model for block in model.modules() if isinstance(block, BlockSurgery)}
-    try:
-        with contextlib.ExitStack() as stack:
-            for surgery in surgeries.values():
-                stack.enter_context(surgery.listening(counts))
-            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-                output = model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), contextlib.ExitStack() as stack:
+        for surgery in surgeries.values():
+            stack.enter_context(surgery.listening(counts))
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+            output = model(**inputs)
     cache = find_cache(output.values()) if isinstance(output, dict) else None
     return Cost(tokens=counts.tokens, flops=counter.get_total_flops(), kv_bytes=kv_bytes(cache))

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.listen import Listener
 from ..engine.run import StreamRun
-from ..engine.surgery import StreamSurgery
+from ..engine.surgery import Listener, StreamSurgery
 from ..errors import UnsupportedError, explain
 from ..handlers.token_reducer import reducing_blocks
 from ..model.signatures import parameters
@@ -24,7 +23,6 @@ class Passes(Listener):
         self.surgery, self.runs = surgery, []
 
     def closed(self, surgery: StreamSurgery, run: StreamRun) -> None:
-        """Keep it."""
         if surgery is self.surgery:
             self.runs.append(run)
 

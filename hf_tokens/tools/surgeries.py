@@ -36,11 +36,7 @@ def blocks_in(model: Any) -> list[BlockSurgery]:
 
 
 def surgery_of(model: Any) -> ModelSurgery:
-    """The surgery of a model.
-
-    Raises:
-        UnsupportedError: There is none.
-    """
+    """The surgery of a model; refused where there is none."""
     blocks = blocks_in(model)
     if not blocks:
         raise UnsupportedError(explain("This needs a model with a surgery", type(model).__name__, "Call get_token_model first."))

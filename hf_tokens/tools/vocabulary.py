@@ -22,6 +22,7 @@ from ..model.anatomy import image_tokens
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config, method_info
 from ..roles.vocabulary_edit import VocabularyEdit
+from ..tokens.token_map import in_float32
 
 CHUNK = 1024  # rows that are made at once
 ROLES = {"bos": ("bos", "cls"), "eos": ("eos", "sep"), "cls": ("cls", "bos"), "sep": ("sep", "eos"), "pad": ("pad",), "unk": ("unk",)}
@@ -94,8 +95,8 @@ def transplant(
     unseen = (~known).nonzero().flatten()
     for group in {False, True} if donor_head is not None else {False}:
         chosen = [table for table in tables if donor_head is None or table.head == group]
-        space = raised(donor_head if group else donor_embeddings)
-        own = torch.cat([raised(table.rows) for table in chosen], dim=1)  # all that are made from one space, at once: v d
+        space = in_float32((donor_head if group else donor_embeddings).detach())
+        own = torch.cat([in_float32(table.rows.detach()) for table in chosen], dim=1)  # all that are made from one space, at once: v d
         made = own.new_empty(size, own.shape[1])
         made[donor_ids.to(own.device)] = own[base_ids.to(own.device)]
         for donor, base in roles.items():
@@ -113,11 +114,6 @@ def transplant(
 def call(edit: VocabularyEdit, signals: dict[str, Tensor]) -> Tensor:
     """The rows that the verb makes of the signals that it names."""
     return edit.rows(**{name: signals[name] for name in edit.signals})
-
-
-def raised(rows: Tensor) -> Tensor:
-    """Rows in float32 at least."""
-    return rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +136,8 @@ class Table:
 
 
 def find_tables(model: nn.Module, donor_head: Tensor | None) -> list[Table]:
-    """The embeddings, and the head and its bias where they are no part of them.
-
-    Raises:
-        UnsupportedError: The model has another vocabulary, or more than embeddings and a head for this one.
-    """
+    """The embeddings, and the head and its bias where they are no part of them. A model with another vocabulary is refused, and one
+    with more than embeddings and a head for this one."""
     check_model(model)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = {id(embeddings.weight): (embeddings.weight, False)}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.block import BlockSurgery
 from ..engine.loss import share_of_step
 from ..engine.model import ModelSurgery
+from ..engine.results import World
 from ..errors import UnsupportedError, explain
 from ..handlers.objective import asked_now
 
@@ -50,30 +50,14 @@ def reaches(node: Any, wanted: Any) -> bool:
     return False
 
 
-class TrainingWorld:
-    """The trainer's part in the calls of a model."""
+class TrainingWorld(World):
+    """The trainer's part in a model; its callback takes itself off at the end of the training."""
 
     def __init__(self):
         self.compute_loss: Any = None  # what stands in the place of a trainer's method of that name
 
     def __getstate__(self) -> dict[str, Any]:
         return {"compute_loss": None}
-
-    def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
-        """A trainer knows nothing of a single call."""
-        return {}
-
-    def after_model(self, output: Any) -> None:
-        """See `before_model`."""
-
-    def abandon(self) -> None:
-        """See `before_model`."""
-
-    def block_added(self, block: BlockSurgery) -> None:
-        """See `before_model`."""
-
-    def detach(self) -> None:
-        """The trainer's callback takes itself off at the end of the training."""
 
     def training_begins(self, model: ModelSurgery) -> None:
         """Attach the callback to the Trainer that is starting to train the model, once."""
@@ -91,7 +75,7 @@ class TrainingWorld:
         if self.compute_loss is not None and vars(trainer).get("compute_loss") is self.compute_loss:
             return
         inner, reads, agreed = trainer.compute_loss, [], []
-        surgery.losses.distrust()
+        surgery.losses.trust(False)
 
         @functools.wraps(inner)
         def compute_loss(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
 from hf_tokens import get_token_model, measure
 from hf_tokens.diffusion.steps import DenoisingWorld
-from hf_tokens.model.grids import grid, over_tokens
+from hf_tokens.model.pictures import grid, over_tokens
 from hf_tokens.testing import zoo
 
 

@@ -26,7 +26,7 @@ from hf_tokens import (
     save_adapter,
     unload,
 )
-from hf_tokens.model.weights import block_weights
+from hf_tokens.model.parts import block_weights
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import zoo
 

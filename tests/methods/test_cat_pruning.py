@@ -9,7 +9,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from hf_tokens_adapters.feature_cache.cat_pruning import CATPruning, cluster, turns
 
 from hf_tokens import CATPruningConfig, Dims, UnsupportedError, anatomy, get_token_model, load, measure
-from hf_tokens.model.grids import grid as grid_of
+from hf_tokens.model.pictures import grid as grid_of
 from hf_tokens.testing import zoo
 
 KINDS = ("unet", "dit", "pixart", "sd3")  # Flux is refused
