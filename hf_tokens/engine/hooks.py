@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 
 class BoundForward:
-    """Stands on a module's instance as its forward, `run`, until it is taken off."""
+    """Stands on a module's instance as its forward, `run`, or as another method of it, until it is taken off."""
+
+    name = "forward"
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self._before = vars(module).get("forward")
-        module.forward = self.stand_in
+        self._before = vars(module).get(self.name)
+        setattr(module, self.name, self.stand_in)
 
     @property
     def stand_in(self) -> Callable:
@@ -33,20 +35,20 @@ class BoundForward:
 
     def remove(self) -> None:
         """Give the module its own forward back, also to a hook of Accelerate's that stands around ours since."""
-        if vars(self.module).get("_old_forward") == self.stand_in:
+        if self.name == "forward" and vars(self.module).get("_old_forward") == self.stand_in:
             self.module._old_forward = self._before or type(self.module).forward.__get__(self.module)
-        if vars(self.module).get("forward") != self.stand_in:
+        if vars(self.module).get(self.name) != self.stand_in:
             return
         if self._before is None:
-            del self.module.forward
+            delattr(self.module, self.name)
         else:
-            self.module.forward = self._before
+            setattr(self.module, self.name, self._before)
 
     def inner(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that the module had."""
         if self._before is not None:
             return self._before(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
 
 class SharedHook:

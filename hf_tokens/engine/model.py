@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.generation.continuous_batching import ContinuousMixin, PagedAttentionCache
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model.anatomy import image_tokens
 from ..model.pictures import PIXELS, Shapes, picture_shapes
-from ..model.signatures import bound_arguments
+from ..model.signatures import CACHES, bound_arguments
 from ..roles.base import Method
 from ..tokens.token_map import in_float32
+from .batching import BatchedGeneration, refuse_pages
 from .block import BlockSurgery
 from .context import ForwardContext
 from .handler import HANDLERS, Handler
@@ -33,7 +35,7 @@ TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and n
 
 
 class ModelForward(BoundForward):
-    """The forward of the model: a call that raises, whatever it is, leaves nothing of itself behind. It has the signature that it had."""
+    """The forward of the model, heard also where it is called by `model.forward(...)`. It has the signature that it had."""
 
     def __init__(self, model: ModelSurgery):
         self.model = model
@@ -46,10 +48,14 @@ class ModelForward(BoundForward):
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        if not torch.compiler.is_compiling():
+            model.refuse_threads(self)
         try:
-            return self.inner(*args, **kwargs)
+            args, kwargs = model.before(args, kwargs)
+            return model.after(self.inner(*args, **kwargs))
         except BaseException:
-            self.model.abandon()
+            model.abandon()
             raise
 
 
@@ -79,15 +85,14 @@ class ModelSurgery:
         self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-        self._handles = [base.register_forward_pre_hook(self.before, with_kwargs=True)]
-        self._handles.append(base.register_forward_hook(self.after, with_kwargs=True))
+        self._handles: list[Any] = []
         if head is not None:
             self._handles.append(base.get_submodule(head).register_forward_hook(SharedHook(self, ModelSurgery.after_head)))
             below = vars(base)["_modules"].get(getattr(base, "base_model_prefix", ""))
             self._handles += [] if below is None else [below.register_forward_hook(self.after_base)]
         if tower is not None:
             self._handles.append(tower.register_forward_hook(self.see, with_kwargs=True))
-        self._forward = ModelForward(self)
+        self._bound = [ModelForward(self), *([BatchedGeneration(self)] if isinstance(base, ContinuousMixin) else [])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "call": None, "verdict": None, "waiting": None, "seen": [], "_callers": set(), "conclusions": {}}
@@ -134,44 +139,45 @@ class ModelSurgery:
                 parameter.requires_grad_(self._trainable[name])
         for handle in self._handles:
             handle.remove()
-        self._forward.remove()
+        for bound in self._bound:
+            bound.remove()
         for world in self.worlds:
             world.detach()
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the model had."""
+        return self._bound[0].inner(*args, **kwargs)
 
     @property
     def teaching(self) -> bool:
         """Whether the model runs without its surgery, for a method to learn from."""
         return self.call is not None and self.call.context.teaching
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Read the inputs; in training, run the model without the adapter first if a method learns from it."""
-        if not torch.compiler.is_compiling():
-            self._refuse_threads(module)
         targets = kwargs.get(TARGETS)
         kwargs = {name: value for name, value in kwargs.items() if name != TARGETS}
         if self.teaching:
             return args, kwargs
         if self.call is not None:
             self.abandon()  # the last one never came to its end
+        if any(isinstance(kwargs.get(name), PagedAttentionCache) for name in CACHES):
+            refuse_pages(self)  # an adapter may be switched on behind its beginning
         for method in self.methods():
             method.losses.clear()
         if any(kwargs.get(name) is not None for name in PIXELS):
             self.seen.clear()  # this call will run the tower itself
-        try:
-            return self._begin(module, args, kwargs, targets)
-        except BaseException:
-            self.abandon()
-            raise
+        return self._begin(args, kwargs, targets)
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict, targets: Any) -> tuple[tuple, dict]:
+    def _begin(self, args: tuple, kwargs: dict, targets: Any) -> tuple[tuple, dict]:
         """Begin a call of the model; returns the arguments that it gets."""
         fields: dict[str, Any] = {}
         for world in self.worlds:
             fields |= world.before_model(self, args, kwargs)
-        arguments = bound_arguments(module, args, kwargs)
+        arguments = bound_arguments(self.base, args, kwargs)
         context = ForwardContext(arguments=arguments, visual=self._visual(args, kwargs), targets=targets, **fields)
         self.call, self.waiting = ModelCall(self, context), None
-        taught = [s for s in self.streams if module.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
+        taught = [s for s in self.streams if self.base.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
         for surgery in self.streams:
             surgery.begin(context, keeps_final=surgery in taught)
         if taught and find_cache((*args, *kwargs.values())) is None:
@@ -186,12 +192,12 @@ class ModelSurgery:
         if shapes is not None:
             self.seen.append(shapes)
 
-    def _refuse_threads(self, module: nn.Module) -> None:
+    def refuse_threads(self, forward: ModelForward) -> None:
         """What is known of a pass belongs to the model, so that one thread at a time may be in it."""
         this = threading.get_ident()
         self._callers.add(this)
         known = self._callers - {this}
-        others = {thread for thread in known if is_in(thread, module)}
+        others = {thread for thread in known if is_in(thread, forward)}
         self._callers -= known - others
         if others and any(True for _ in self.methods()):
             self._callers.discard(this)
@@ -261,23 +267,18 @@ class ModelSurgery:
             output = handler.after_head(self.call, args[0] if args else None, output)
         return None if output is before else output
 
-    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def after(self, output: Any) -> Any:
         """Add the methods' losses to the model's own."""
         if self.teaching or self.call is None:
-            return None
-        call, before = self.call, output
-        try:
-            for handler in HANDLERS.values():
-                output = handler.after_model(call, output)
-            for world in self.worlds:
-                world.after_model(output)
-            self._compare(call)
-            output = self._add_losses(call, output)
-        except BaseException:
-            self.abandon()
-            raise
+            return output
+        for handler in HANDLERS.values():
+            output = handler.after_model(self.call, output)
+        for world in self.worlds:
+            world.after_model(output)
+        self._compare(self.call)
+        output = self._add_losses(self.call, output)
         self.end()
-        return None if output is before else output
+        return output
 
     def end(self) -> None:
         """The call is over: nothing of it stays."""
@@ -337,9 +338,9 @@ class ModelSurgery:
         return loss if extra is None else loss + extra.to(loss.dtype) * share_of_step(self.base, arguments)
 
 
-def is_in(thread: int, module: nn.Module) -> bool:
-    """Whether a thread is inside a call of a module."""
+def is_in(thread: int, forward: ModelForward) -> bool:
+    """Whether a thread is inside a call of a model."""
     frame = sys._current_frames().get(thread)
-    while frame is not None and not (frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module):
+    while frame is not None and not (frame.f_code is ModelForward.__call__.__code__ and frame.f_locals.get("self") is forward):
         frame = frame.f_back
     return frame is not None

@@ -59,10 +59,14 @@ def write_rows(hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
 
 
 def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dict) -> None:
-    """At the first block: refuse embeddings that bypass the table, and a prompt cut apart within the words that a bank looks for."""
+    """At the first block: refuse embeddings that bypass the table, also given ones where later blocks must know whose they are, and a prompt
+    cut apart within the words that a bank looks for."""
     surgery = block.surgery
     look_up, arguments = surgery.call.held.get(LookUp), surgery.call.context.arguments
     ready = not arguments or any("inputs_embeds" in name and value is not None for name, value in arguments.items())
+    if look_up is None and bank.deep:
+        rule = f"{type(bank).__name__} finds its tokens by their ids, in every block"
+        raise UnsupportedError(explain(rule, f"embeddings in their place, at {block.path}", "Pass `input_ids` to the whole model."))
     if look_up is None and not ready:
         rule = f"{type(bank).__name__} replaces what {surgery.stream.table} looks up"
         raise UnsupportedError(explain(rule, "embeddings that came past it", "Take off adapters that read the table by themselves."))

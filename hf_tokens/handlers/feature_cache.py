@@ -88,7 +88,7 @@ class FeatureCacheHandler(Handler):
         block, part = sublayer.block, sublayer.part
         if method.site == "block":
             return run_whole(method, sublayer, store_of(method, block), hidden, arguments)
-        if needs_gradient(method, hidden):
+        if needs_gradient(block, hidden):
             sublayer.count(hidden.shape[0] * hidden.shape[1])
             return sublayer.inner(hidden, **arguments)
         check_alone(method, block)
@@ -119,7 +119,7 @@ class FeatureCacheHandler(Handler):
         """The block's forward; at a step that reuses it, what it added at an earlier one."""
         stream, index, surgery = block.surgery.stream, block.index, block.surgery
         hidden, context = stream.bind(index, args, kwargs), stream.bind_context(index, args, kwargs)
-        if needs_gradient(method, hidden):
+        if needs_gradient(block, hidden):
             return block.inner(*args, **kwargs)
         check_alone(method, block)
         store = store_of(method, block)
@@ -260,9 +260,9 @@ def spread_mask(arguments: dict[str, Any], hidden: Tensor) -> Tensor | None:
     return mask if mask.shape[0] == len(hidden) else mask.view(len(hidden), -1, *mask.shape[2:])
 
 
-def needs_gradient(method: FeatureCache, hidden: Tensor) -> bool:
+def needs_gradient(block: BlockSurgery, hidden: Tensor) -> bool:
     """Whether a gradient is wanted: what an earlier step computed has none."""
-    return method.training or torch.is_grad_enabled() and hidden.requires_grad
+    return torch.is_grad_enabled() and block.needs_gradient((hidden,))
 
 
 def wants(method: FeatureCache, sublayer: Sublayer) -> bool:

@@ -77,7 +77,7 @@ def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dic
         of_rows, inserts_of_rows = part_of_call(arguments, inserts, rows)
         extended, layout = extend_prompt(of_rows, inserts_of_rows) if inserts_of_rows else (of_rows, None)
         lay_out(call, part_of_context(context, rows), layout)
-        parts.append((rows, None if rows is groups[-1] else call.model.base.forward(**extended)))
+        parts.append((rows, None if rows is groups[-1] else call.model.inner(**extended)))
     return (), extended
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,9 @@ def take_off(model: nn.Module, adapters: set[str]) -> None:
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, BlockSurgery):
             for name in module._get_available_adapters() & adapters:
                 module.delete_adapter(name)
+
+
+OF_SAMPLES = ("adapter_names", "alora_offsets")  # arguments of a call in which each sample has its own
 
 
 def check_name(adapter_name: str, configs: dict[str, PeftConfig]) -> None:
@@ -242,6 +246,20 @@ class HFTokensModel(BaseTuner):
         super().delete_adapter(adapter_name)
         for layer in foreign:
             layer.delete_adapter(adapter_name)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT opens it around a call that brings arguments for the adapters.
+
+        Raises:
+            UnsupportedError: Each sample names an adapter of its own, or a place where it begins.
+        """
+        given = [name for name in OF_SAMPLES if kwargs.get(name) is not None]
+        if given:
+            rule = "The adapters of a token surgery act on all samples of a batch"
+            remedy = "Switch with `set_adapter`, and call the model once for each adapter."
+            raise UnsupportedError(explain(rule, f"`{given[0]}` in a call", remedy))
+        yield
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """There are no weights to merge into: always refused."""

@@ -1,10 +1,13 @@
 """Generation: with a cache as without, in beams, in chunks, over turns; a padded row as that row alone; a static cache right or refused."""
 
+import logging
+
 import pytest
 import torch
 from contract.architectures import BATCH, PADS
 from contract.pairs import generate
 from tolerances import all_close, close
+from transformers.generation import ContinuousBatchingConfig
 
 from hf_tokens import UnsupportedError
 from hf_tokens.testing import CACHE
@@ -170,3 +173,22 @@ def test_sampling_and_prompt_lookup_run(talker):
             return
     if is_causal(talker, model):
         assert torch.equal(plain, looked)
+
+
+def test_continuous_batching_is_generation_or_refused(talker, caplog):
+    if "decoder_input_ids" in talker.inputs:
+        return  # transformers has none for them
+    caplog.set_level(logging.CRITICAL, "ContinuousBatchingLogger")  # it tells of each run
+    ids, model = talker.inputs["input_ids"] % 80, talker.attach()
+    prompts = [ids[0].tolist(), ids[1, PADS:].tolist()]
+    model.generation_config.update(suppress_tokens=None, eos_token_id=-1, max_new_tokens=NEW, do_sample=False)
+    small = ContinuousBatchingConfig(max_batch_tokens=64, max_memory_percent=0.001)
+    try:
+        answers = model.generate_batch(prompts, continuous_batching_config=small)
+    except UnsupportedError as error:
+        assert "Continuous batching" in str(error)
+        return
+    have = sorted((len(answer.prompt_ids), answer.generated_tokens, answer.error) for answer in answers.values())
+    alone = [model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long()) for prompt in prompts]
+    want = sorted((len(prompt), row[0, len(prompt) :].tolist(), None) for prompt, row in zip(prompts, alone, strict=True))
+    assert have == want

@@ -9,6 +9,8 @@ from contract.pairs import base_run, difference, mildest, planned, refused, save
 from tolerances import all_close, all_equal
 
 from hf_tokens import UnsupportedError, get_token_model
+from hf_tokens.testing import zoo
+from hf_tokens.tools.surgeries import surgery_of
 
 WORDS = r"(?s)^.+, got .+\. .+\.$"  # rule, value that came, remedy
 
@@ -53,6 +55,35 @@ def test_zero_strength_is_the_base(pair, dtype):
     model = pair.attach(config=pair.config.at_zero(), stirred=False).to(dtype)
     want = base_run(pair) if dtype == torch.float32 else pair.run(pair.base().to(dtype), inputs)
     all_close(pair.run(model, inputs), want, "zero strength")
+
+
+def test_the_model_s_forward_is_the_model_called(pair):
+    with torch.no_grad():
+        called, forward = pair.attach(), surgery_of(pair.attach()).base.forward
+        all_equal(pair.row.run(forward, pair.inputs), pair.row.run(called, pair.inputs), "forward")
+
+
+def test_a_part_that_is_called_alone_is_that_part_or_refused(pair):
+    if pair.row.timesteps:
+        return  # what surrounds a denoiser's blocks is the denoiser
+    model, calls = pair.attach(), []
+    parts = {id(part): part for surgery in surgery_of(model).streams for part in surgery.holders[1:]}
+
+    def note(part, args, kwargs, output):
+        calls.append((part, args, kwargs, [tensor.clone() for tensor in zoo.tensors(output)]))
+
+    hooks = [part.register_forward_hook(note, with_kwargs=True) for part in parts.values()]
+    with torch.no_grad():
+        pair.row.run(model, pair.inputs, **({"use_cache": False} if pair.row.generates else {}))
+        for hook in hooks:
+            hook.remove()
+        for part, args, kwargs, want in {id(call[0]): call for call in reversed(calls)}.values():
+            try:
+                have = zoo.tensors(part(*args, **kwargs))
+            except UnsupportedError as error:
+                assert re.match(WORDS, str(error)), str(error)
+            else:
+                all_equal(have, want, type(part).__name__)
 
 
 def test_a_batch_is_each_sample_alone(pair):

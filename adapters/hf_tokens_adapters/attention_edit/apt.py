@@ -31,6 +31,8 @@ class APTConfig(MethodConfig):
 
 @register("apt", APTConfig)
 class APT(AttentionEdit):
+    packed = True  # each token reads the prompts by itself
+
     def __init__(self, config: APTConfig, dims: Dims):
         super().__init__(config, dims)
         self.prompts = nn.Parameter(torch.randn(config.tokens, config.rank))
