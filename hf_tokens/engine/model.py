@@ -35,7 +35,8 @@ TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and n
 
 
 class ModelForward(BoundForward):
-    """The forward of the model, heard also where it is called by `model.forward(...)`. It has the signature that it had."""
+    """The forward of the model, a call of its own where nothing called the model: `model.forward(...)`. A call that raises, whatever it is,
+    leaves nothing of itself behind. It has the signature that it had."""
 
     def __init__(self, model: ModelSurgery):
         self.model = model
@@ -48,14 +49,14 @@ class ModelForward(BoundForward):
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        if not torch.compiler.is_compiling():
-            model.refuse_threads(self)
+        heard = self.model.hears()
         try:
-            args, kwargs = model.before(args, kwargs)
-            return model.after(self.inner(*args, **kwargs))
+            if heard:
+                return self.inner(*args, **kwargs)
+            args, kwargs = self.model.before(args, kwargs)
+            return self.model.after(self.inner(*args, **kwargs))
         except BaseException:
-            model.abandon()
+            self.model.abandon()
             raise
 
 
@@ -85,7 +86,8 @@ class ModelSurgery:
         self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-        self._handles: list[Any] = []
+        self._handles = [base.register_forward_pre_hook(self.before_call, with_kwargs=True)]
+        self._handles.append(base.register_forward_hook(self.after_call, with_kwargs=True))
         if head is not None:
             self._handles.append(base.get_submodule(head).register_forward_hook(SharedHook(self, ModelSurgery.after_head)))
             below = vars(base)["_modules"].get(getattr(base, "base_model_prefix", ""))
@@ -153,6 +155,28 @@ class ModelSurgery:
         """Whether the model runs without its surgery, for a method to learn from."""
         return self.call is not None and self.call.context.teaching
 
+    def hears(self) -> bool:
+        """Whether the forward that begins is part of a call that is known of.
+
+        Raises:
+            UnsupportedError: Another thread is in a call.
+        """
+        under_way = self.teaching or self.call is not None
+        if torch.compiler.is_compiling() or under_way and any(one is self.base for one in called(threading.get_ident())):
+            return under_way
+        self._refuse_threads()
+        return False
+
+    def before_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The model is called, not by its forward alone: TRL puts another forward in the place of ours, which calls what is below."""
+        if not torch.compiler.is_compiling():
+            self._refuse_threads()
+        return self.before(args, kwargs)
+
+    def after_call(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """It has returned."""
+        return None if (changed := self.after(output)) is output else changed
+
     def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Read the inputs; in training, run the model without the adapter first if a method learns from it."""
         targets = kwargs.get(TARGETS)
@@ -167,7 +191,11 @@ class ModelSurgery:
             method.losses.clear()
         if any(kwargs.get(name) is not None for name in PIXELS):
             self.seen.clear()  # this call will run the tower itself
-        return self._begin(args, kwargs, targets)
+        try:
+            return self._begin(args, kwargs, targets)
+        except BaseException:
+            self.abandon()
+            raise
 
     def _begin(self, args: tuple, kwargs: dict, targets: Any) -> tuple[tuple, dict]:
         """Begin a call of the model; returns the arguments that it gets."""
@@ -192,12 +220,12 @@ class ModelSurgery:
         if shapes is not None:
             self.seen.append(shapes)
 
-    def refuse_threads(self, forward: ModelForward) -> None:
+    def _refuse_threads(self) -> None:
         """What is known of a pass belongs to the model, so that one thread at a time may be in it."""
         this = threading.get_ident()
         self._callers.add(this)
         known = self._callers - {this}
-        others = {thread for thread in known if is_in(thread, forward)}
+        others = {thread for thread in known if any(one is self.base or one is self._bound[0] for one in called(thread))}
         self._callers -= known - others
         if others and any(True for _ in self.methods()):
             self._callers.discard(this)
@@ -271,12 +299,17 @@ class ModelSurgery:
         """Add the methods' losses to the model's own."""
         if self.teaching or self.call is None:
             return output
-        for handler in HANDLERS.values():
-            output = handler.after_model(self.call, output)
-        for world in self.worlds:
-            world.after_model(output)
-        self._compare(self.call)
-        output = self._add_losses(self.call, output)
+        call = self.call
+        try:
+            for handler in HANDLERS.values():
+                output = handler.after_model(call, output)
+            for world in self.worlds:
+                world.after_model(output)
+            self._compare(call)
+            output = self._add_losses(call, output)
+        except BaseException:
+            self.abandon()
+            raise
         self.end()
         return output
 
@@ -338,9 +371,10 @@ class ModelSurgery:
         return loss if extra is None else loss + extra.to(loss.dtype) * share_of_step(self.base, arguments)
 
 
-def is_in(thread: int, forward: ModelForward) -> bool:
-    """Whether a thread is inside a call of a model."""
+def called(thread: int) -> Iterator[Any]:
+    """What a thread is inside of: modules that were called, and forwards of ours."""
     frame = sys._current_frames().get(thread)
-    while frame is not None and not (frame.f_code is ModelForward.__call__.__code__ and frame.f_locals.get("self") is forward):
+    while frame is not None:
+        if frame.f_code in (nn.Module._call_impl.__code__, ModelForward.__call__.__code__):
+            yield frame.f_locals.get("self")
         frame = frame.f_back
-    return frame is not None

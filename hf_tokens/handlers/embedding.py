@@ -59,8 +59,8 @@ def write_rows(hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
 
 
 def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dict) -> None:
-    """At the first block: refuse embeddings that bypass the table, also given ones where later blocks must know whose they are, and a prompt
-    cut apart within the words that a bank looks for."""
+    """At the first block: refuse embeddings that bypass the table, given ones too where later blocks must know their ids, and a prompt cut
+    apart within the words that a bank looks for."""
     surgery = block.surgery
     look_up, arguments = surgery.call.held.get(LookUp), surgery.call.context.arguments
     ready = not arguments or any("inputs_embeds" in name and value is not None for name, value in arguments.items())

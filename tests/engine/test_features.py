@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from denoisers import calls, denoiser, sampled
-from tolerances import close
+from peft import LoraConfig, get_peft_model
+from tolerances import all_close, close, differs
 
 from hf_tokens import (
     FeatureCache,
     MethodConfig,
     ProfilingDiTConfig,
+    ToCaConfig,
     TokenMap,
     TokenReducer,
     UnsupportedError,
@@ -137,6 +139,30 @@ def test_blocks_of_videos_are_profiled_and_reused(family):
         want = [zoo.tensors(base(**call))[0] for call in run]
     close(got[0], want[0], family)
     assert not torch.allclose(got[-1], want[-1]) and got[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("config", [ProfilingDiTConfig(start=0.0, background=(0, 1)), ToCaConfig()], ids=["blocks", "tokens"])
+def test_a_model_in_train_mode_reuses_where_no_gradient_is_wanted(config):
+    run = calls("pixart", 3)
+    model = get_token_model(denoiser("pixart"), config)
+    want = sampled(model.eval(), run)
+    assert torch.equal(sampled(model.train(), run), want)
+    assert differs([want], [sampled(denoiser("pixart"), run)])
+
+
+@pytest.mark.parametrize("config", [ProfilingDiTConfig(start=0.0, background=(0, 1)), ToCaConfig()], ids=["blocks", "tokens"])
+def test_where_a_gradient_is_wanted_nothing_is_reused(config):
+    run, lora = calls("dit", 3), LoraConfig(r=2, target_modules=["to_q"])
+    model = get_token_model(denoiser("dit"), [config, lora]).eval()
+    for call in run:
+        model(**call)[0].sum().backward()
+    plain = get_peft_model(denoiser("dit"), lora).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" in k}, strict=False)
+    for call in run:
+        plain(**call)[0].sum().backward()
+    grads = lambda model: [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(g is not None and g.any() for g in grads(model)) and len(grads(model)) == 3
+    all_close(grads(model), grads(plain), "gradients")
 
 
 def test_a_block_with_other_results_is_refused():
