@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,10 @@ class LookUp:
 
     ids: Tensor
     rows: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Missed(set):
+    """The banks, by their keys, that were told once that a batch to learn from held none of their tokens."""
 
 
 class LookUps(dict):
@@ -70,6 +75,8 @@ def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dic
     if look_up is None and not ready:
         rule = f"{type(bank).__name__} replaces what {surgery.stream.table} looks up"
         raise UnsupportedError(explain(rule, "embeddings that came past it", "Take off adapters that read the table by themselves."))
+    if look_up is not None and bank.training and torch.is_grad_enabled():
+        warn_of_missing_tokens(bank, look_up, surgery.state(Missed))
     ids, known = None if look_up is None else look_up.ids, surgery.state(LookUps)
     before, known[bank.key] = known.get(bank.key), ids
     seen = seen_before(block, find_cache((*args, *kwargs.values())))
@@ -79,6 +86,18 @@ def check_look_up(bank: TokenBank, block: BlockSurgery, args: tuple, kwargs: dic
     if bool(missed.any()):
         rule = f"The words that {type(bank).__name__} looks for must come in one pass"
         raise UnsupportedError(explain(rule, "a prompt in chunks that cut them apart", "Choose a larger `prefill_chunk_size`."))
+
+
+def warn_of_missing_tokens(bank: TokenBank, look_up: LookUp, missed: Missed) -> None:
+    """Say once that a bank learns nothing from a batch: a tokenizer may join its words with the text beside them."""
+    ids = list(bank.prompt_ids(bank.config))
+    rows = look_up.rows.get(bank.key)
+    if not ids or bank.key in missed or rows is not None and bool((rows >= 0).any()):
+        return
+    missed.add(bank.key)
+    name = type(bank).__name__
+    lost = f"hf-tokens: no row of this batch holds the token ids {ids}, so {name} learns nothing from it."
+    warnings.warn(f"{lost} Tokenize its words by themselves and join the ids, not the text.", stacklevel=2)
 
 
 def rewrite_rows(bank: TokenBank, site: Site) -> None:

@@ -1,6 +1,7 @@
 """A bank at the embeddings: which tokens it finds, and that what a model looks up holds its tokens, whoever asks and however."""
 
 import copy
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -12,13 +13,17 @@ from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from hf_tokens import (
+    ATPromptConfig,
     ConfigError,
+    CPTConfig,
     CSPConfig,
     MethodConfig,
+    PREConfig,
     TokenBank,
     UnsupportedError,
     anatomy,
     get_token_model,
+    list_methods,
     match_ids,
     match_sequence,
     option,
@@ -368,3 +373,33 @@ def test_a_tower_that_is_called_by_itself_looks_up_the_same(words):
     close(features / features.norm(dim=-1, keepdim=True), whole)
     plain = base.get_text_features(**text)
     assert not torch.allclose(plain if isinstance(plain, torch.Tensor) else plain.pooler_output, features)
+
+
+WORDS = (7, 19, 33)
+BANKS = (
+    CPTConfig(ids=WORDS),
+    CSPConfig(ids=WORDS),
+    PREConfig(ids=WORDS),
+    ATPromptConfig(attributes=(WORDS,), placeholder=41, n_att=1, n_ctx=1),
+)
+
+
+@pytest.mark.parametrize("config", BANKS, ids=lambda config: type(config).__name__)
+def test_a_batch_to_learn_from_without_the_words_is_said_once_with_them(config):
+    model = get_token_model(zoo.build("llama").model, config)
+    ids = next(info for info in list_methods() if info.config is type(config)).cls.prompt_ids(config)
+    there = torch.tensor([[5, 6, *ids, 8], [9] * (3 + len(ids))])
+    lost = there.masked_fill(torch.isin(there, torch.tensor(ids)), 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(input_ids=lost)
+        model.train()(input_ids=there)
+        with torch.no_grad():
+            model(input_ids=lost)
+    with pytest.warns(
+        UserWarning, match=rf"no row of this batch holds the token ids \[.*19.*\], so {type(config).__name__[:-6]} learns nothing"
+    ):
+        model(input_ids=lost)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=lost)
