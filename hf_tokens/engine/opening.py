@@ -96,9 +96,12 @@ def begin_rows(layers: list[TokenCacheLayer], ledger: TokenLedger, real: Tensor 
 def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool) -> None:
     """A method that thinks of one sample a row cannot be right for several in one; without a cache, one that needs it does nothing."""
     several = segments is not None and len(segments) > 1
-    if several and any(not method.packed and (cached or not handler_of(method).needs_cache) for method in surgery.plan.methods):
+    alone = [m for m in surgery.plan.methods if not m.packed and (cached or not handler_of(m).needs_cache)] if several else []
+    if alone:
         rule = f"The stream {surgery.stream.name!r} packs its samples into one row, and these methods take one sample a call"
-        raise UnsupportedError(explain(rule, f"{len(segments)} segments", "Give it one sample a call, or name another stream."))
+        got = f"{len(segments)} segments and {', '.join(sorted({type(method).__name__ for method in alone}))}"
+        remedy = "Pass `packing=False` to the trainer, give it one sample a call, or name another stream."
+        raise UnsupportedError(explain(rule, got, remedy))
 
 
 def admit_prompt(methods: list[Method], memory: Memory, ledger: TokenLedger) -> None:
