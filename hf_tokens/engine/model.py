@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.generation.continuous_batching import ContinuousMixin, PagedAttentionCache
+from transformers import GenerationMixin
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
@@ -21,9 +22,9 @@ from ..model.pictures import PIXELS, Shapes, picture_shapes
 from ..model.signatures import CACHES, bound_arguments
 from ..roles.base import Method
 from ..tokens.token_map import in_float32
-from .batching import BatchedGeneration, refuse_pages
 from .block import BlockSurgery
 from .context import ForwardContext
+from .generation import BatchedGeneration, GuessedGeneration, refuse_pages
 from .handler import HANDLERS, Handler
 from .hooks import BoundForward, SharedHook
 from .loss import LossReplacement, StepLosses, share_of_step
@@ -94,7 +95,9 @@ class ModelSurgery:
             self._handles += [] if below is None else [below.register_forward_hook(self.after_base)]
         if tower is not None:
             self._handles.append(tower.register_forward_hook(self.see, with_kwargs=True))
-        self._bound = [ModelForward(self), *([BatchedGeneration(self)] if isinstance(base, ContinuousMixin) else [])]
+        self._bound = [ModelForward(self)]
+        if isinstance(base, GenerationMixin):
+            self._bound += [BatchedGeneration(self), GuessedGeneration(self)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "call": None, "verdict": None, "waiting": None, "seen": [], "_callers": set(), "conclusions": {}}

@@ -181,6 +181,8 @@ TRANSFORMERS = (
         "makes the bias of the whole sequence, which is cut to the tokens that are left",
         takes=("query_length", "key_length", "past_seen_tokens"),
     ),
+    Private("transformers.generation.GenerationMixin", "_get_candidate_generator", "assisted decoding asks for it before its first pass"),
+    Private("transformers.generation.GenerationMixin", "init_continuous_batching", "continuous batching begins with it"),
     Private(
         "transformers.generation.GenerationMixin",
         "_sample",

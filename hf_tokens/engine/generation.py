@@ -1,4 +1,4 @@
-"""Continuous batching: transformers lays the tokens of several requests end to end in one row, and keeps their keys in pages of its own."""
+"""Ways to generate that are refused where they begin: what cannot be right should not be found out behind some tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class BatchedGeneration(BoundForward):
-    """Refuses, where it begins, a generation whose rows are no samples and whose cache is no cache of ours."""
+    """Refuses, where it begins, a generation with several requests end to end in one row, and their keys in pages of transformers' own."""
 
     name = "init_continuous_batching"
 
@@ -25,6 +25,25 @@ class BatchedGeneration(BoundForward):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Begin it, if every method that acts reads each token by itself."""
         refuse_pages(self.model)
+        return self.inner(*args, **kwargs)
+
+
+class GuessedGeneration(BoundForward):
+    """Refuses, where it begins, a generation in which a draft is read behind the prompt and taken back in part."""
+
+    name = "_get_candidate_generator"
+
+    def __init__(self, model: ModelSurgery):
+        self.model = model
+        super().__init__(model.base)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin it, if no method that acts must get its prompt in one pass, or cannot take back what it has read."""
+        methods = [m for surgery in self.model.streams if surgery.stream.causal for m in surgery.methods()]
+        names = sorted({type(method).__name__ for method in methods if not method.chunks or method.spans})
+        if names:
+            rule = "Methods that look at a prompt as a whole, or cannot take tokens back, do not go with assisted decoding"
+            raise UnsupportedError(explain(rule, ", ".join(names), "Leave out the assistant, or `prompt_lookup_num_tokens`."))
         return self.inner(*args, **kwargs)
 
 
