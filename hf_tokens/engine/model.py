@@ -20,6 +20,7 @@ from ..model.anatomy import image_tokens
 from ..model.pictures import ENCODED, Grid, has_pictures, patch_grids
 from ..model.signatures import CACHES, bound_arguments
 from ..roles.base import Method
+from ..roles.signals import SPANS
 from ..tokens.token_map import in_float32
 from .batching import BatchedGeneration, refuse_pages
 from .block import BlockSurgery
@@ -347,8 +348,15 @@ class ModelSurgery:
 
     def extra_loss(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""
-        losses = [in_float32(loss) for method in self.methods() for loss in method.losses]
+        losses = [in_float32(loss) for method in self.methods() for loss in (*method.losses, *self._untouched(method))]
         return torch.stack(losses).sum() if losses else None
+
+    def _untouched(self, method: Method) -> list[Tensor]:
+        """A loss of 0 for each parameter of a method on pictures, in training on text alone: a gradient of 0, for there may be no other."""
+        visual = None if self.call is None else self.call.context.visual
+        if visual is None or not SPANS & method.asks or not (self.base.training and torch.is_grad_enabled()) or bool(visual.any()):
+            return []
+        return [parameter.flatten()[:0].sum() for parameter in method.parameters() if parameter.requires_grad]
 
     def _add_losses(self, call: ModelCall, output: Any) -> Any:
         """The model's output, with the losses of the methods in its loss."""

@@ -15,12 +15,12 @@ from hf_tokens.engine import supply
 from hf_tokens.model import families
 from hf_tokens.model.anatomy import anatomy
 from hf_tokens.model.pictures import find_grids, patch_grids, vision_tower
-from hf_tokens.roles.signals import SPANS
+from hf_tokens.peft.placement import sees
 from hf_tokens.testing import zoo
 
 MERGED = SimpleNamespace(model_type="qwen2_vl", vision_config=SimpleNamespace(spatial_merge_size=2))
 GRIDDED = {"method": "fourier-vlm", "keep": 0.5}  # its outcome depends on rows and columns
-VISUAL = [info.name for info in hf_tokens.list_methods() if SPANS & set(info.cls.signals)]
+VISUAL = [info.name for info in hf_tokens.list_methods() if sees(info.cls)]
 
 
 def flags(*rows):
@@ -271,6 +271,21 @@ def test_a_text_without_pictures_runs_as_in_the_base(name):
         }
         assert (mixed["input_ids"][0] == marker).any()
         torch.testing.assert_close(model(**mixed).logits[1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VISUAL)
+def test_a_batch_of_text_trains_nothing_and_stops_no_training(name):
+    specimen = zoo.build("llava")
+    model = get_token_model(specimen.model, name).train()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    words = specimen.inputs["input_ids"].clamp(max=80)
+    loss = model(input_ids=words, labels=words).loss
+    with model.disable_adapter():
+        assert torch.equal(loss, model(input_ids=words, labels=words).loss)
+    assert loss.requires_grad == bool(learning)
+    if learning:
+        loss.backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in learning)
 
 
 @pytest.mark.parametrize("name", VISUAL)
