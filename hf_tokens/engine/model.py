@@ -18,9 +18,10 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model.anatomy import image_tokens
-from ..model.pictures import PIXELS, Shapes, picture_shapes
+from ..model.pictures import ENCODED, Grid, has_pictures, patch_grids
 from ..model.signatures import CACHES, bound_arguments
 from ..roles.base import Method
+from ..roles.signals import SPANS
 from ..tokens.token_map import in_float32
 from .block import BlockSurgery
 from .context import ForwardContext
@@ -84,7 +85,7 @@ class ModelSurgery:
         self.conclusions: dict[str, Tensor] = {}
         self.verdict: Tensor | None = None
         self.waiting: Any = None  # a denoiser's call, until its objective is called
-        self.seen: list[Shapes] = []  # pictures that the vision tower has encoded, until the model has run on them
+        self.seen: list[list[Grid]] = []  # in patches, the pictures of each call of the vision tower, until the model has run on them
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
         self._handles = [base.register_forward_pre_hook(self.before_call, with_kwargs=True)]
@@ -192,8 +193,8 @@ class ModelSurgery:
             refuse_pages(self)  # an adapter may be switched on behind its beginning
         for method in self.methods():
             method.losses.clear()
-        if any(kwargs.get(name) is not None for name in PIXELS):
-            self.seen.clear()  # this call will run the tower itself
+        if not kwargs.get(ENCODED):
+            self.seen.clear()  # what the tower was called for before is not of this call
         try:
             return self._begin(args, kwargs, targets)
         except BaseException:
@@ -206,7 +207,7 @@ class ModelSurgery:
         for world in self.worlds:
             fields |= world.before_model(self, args, kwargs)
         arguments = bound_arguments(self.base, args, kwargs)
-        context = ForwardContext(arguments=arguments, visual=self._visual(args, kwargs), targets=targets, **fields)
+        context = ForwardContext(arguments=arguments, visual=self._visual(arguments), targets=targets, **fields)
         self.call, self.waiting = ModelCall(self, context), None
         taught = [s for s in self.streams if self.base.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
         for surgery in self.streams:
@@ -219,9 +220,9 @@ class ModelSurgery:
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Note the pictures that the vision tower has encoded."""
-        shapes = picture_shapes(module, args, kwargs)
-        if shapes is not None:
-            self.seen.append(shapes)
+        grids = None if self.teaching else patch_grids(module, args, kwargs)
+        if grids is not None:
+            self.seen.append(grids)
 
     def _refuse_threads(self) -> None:
         """What is known of a pass belongs to the model, so that one thread at a time may be in it."""
@@ -236,12 +237,13 @@ class ModelSurgery:
             remedy = "Take turns with a lock, or give each thread a `copy.deepcopy` of the model."
             raise UnsupportedError(explain(rule, "a call while another thread's runs", remedy))
 
-    def _visual(self, args: tuple, kwargs: dict) -> Tensor | None:
-        tokens, ids = image_tokens(self.base), kwargs.get("input_ids", args[0] if args else None)
+    def _visual(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Tokens that stand for pictures; None where pictures are given and no token stands for them, or where it is not known."""
+        tokens, ids = image_tokens(self.base), arguments.get("input_ids")
         if not tokens or not isinstance(ids, Tensor) or ids.is_floating_point():
             return None
         spans = torch.isin(ids, torch.tensor(tokens, device=ids.device))
-        return spans if bool(spans.any()) else None
+        return spans if not has_pictures(arguments) or bool(spans.any()) else None
 
     def without(self, args: tuple, kwargs: dict, finals: list[StreamSurgery] | None = None) -> tuple[Any, dict[StreamSurgery, Any]]:
         """The output of the model without the adapter, and the last hidden states of some of its streams."""
@@ -349,8 +351,15 @@ class ModelSurgery:
 
     def extra_loss(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""
-        losses = [in_float32(loss) for method in self.methods() for loss in method.losses]
+        losses = [in_float32(loss) for method in self.methods() for loss in (*method.losses, *self._untouched(method))]
         return torch.stack(losses).sum() if losses else None
+
+    def _untouched(self, method: Method) -> list[Tensor]:
+        """A loss of 0 for each parameter of a method on pictures, in training on text alone: a gradient of 0, for there may be no other."""
+        visual = None if self.call is None else self.call.context.visual
+        if visual is None or not SPANS & method.asks or not (self.base.training and torch.is_grad_enabled()) or bool(visual.any()):
+            return []
+        return [parameter.flatten()[:0].sum() for parameter in method.parameters() if parameter.requires_grad]
 
     def _add_losses(self, call: ModelCall, output: Any) -> Any:
         """The model's output, with the losses of the methods in its loss."""

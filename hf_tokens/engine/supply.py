@@ -93,11 +93,12 @@ def modality_span(site: Site, name: str) -> Tensor:
     if spans is None:
         if ledger.start:
             return torch.zeros_like(ledger.rows, dtype=torch.bool)
-        rule, remedy = "This method acts on visual tokens", "Give the model an image, or disable the adapter."
+        rule, remedy = "This method acts on visual tokens", "Give the model `input_ids` that hold them, or disable the adapter."
         raise UnsupportedError(explain(rule, "an input without any image or video token", remedy))
     spans = spans.to(ledger.rows.device)
-    if spans.shape[1] != ledger.n:
-        return torch.zeros_like(ledger.rows, dtype=torch.bool)
+    if spans.shape != (ledger.batch, ledger.n):
+        rule, remedy = "The visual tokens of `input_ids` are those of the stream", "Choose another method, or disable the adapter."
+        raise UnsupportedError(explain(rule, f"{tuple(spans.shape)} ids for a stream of {(ledger.batch, ledger.n)}", remedy))
     visual = spans.gather(1, ledger.rows)
     if name == "visual":
         return visual & ~ledger.flags(ledger.fresh, False)

@@ -72,9 +72,23 @@ def prompt_width(model: nn.Module) -> int | None:
 
 
 def image_tokens(model: nn.Module) -> list[int]:
-    """The ids that stand for pictures and videos in a model's text; none if it reads text alone."""
+    """The ids that stand for pictures and videos in a model's text; none if it reads text alone, or pictures beside its text."""
+    if families.READS_ACROSS.search(type(model).__name__):
+        return []
     config = vars(_config(model) or object)
     return [config[name] for name in families.IMAGE_TOKENS if isinstance(config.get(name), int)]
+
+
+def pictured_stream(model_anatomy: Anatomy) -> Stream | None:
+    """The stream whose input the pictures among a model's text are: the first that takes its tokens from the model's table."""
+
+    def table(path: str | None) -> Any:
+        return None if path is None else next(model_anatomy.model.get_submodule(path).parameters(), None)
+
+    shared = table(model_anatomy.embeddings)
+    if shared is None or not image_tokens(model_anatomy.model):
+        return None
+    return next((stream for stream in model_anatomy.streams if table(stream.table) is shared), None)
 
 
 def denoising(components: dict[str, Any]) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 # A module of such a class is an attention; what merely holds, feeds or pools one is left out by the second pattern.
 ATTENTION = re.compile(r"(attention|attn|mha)(v?\d+d?)?$", re.IGNORECASE)
@@ -31,6 +34,41 @@ MAIN_INPUTS = {
 }
 # How a model's config calls the ids that stand for pictures and videos in its text.
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+# Models that read pictures by attention across: the tokens in their text only say that there is one.
+READS_ACROSS = re.compile(r"^Mllama")
+# Parts of the names of what a model is given where it is given pictures or videos.
+PICTURES = ("pixel_values", "image_patches")
+
+
+def _pooled(config: Any) -> int:
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side // math.isqrt(config.mm_tokens_per_image)
+
+
+# model type -> patches along a side of a visual token, by its config. The tokens of a picture, or of each tile of one, lie row by row.
+# A model that is not here makes latents of a picture, ends its rows with visual tokens, or is not known.
+TOKEN_SIDES: dict[str, Callable[[Any], int]] = {
+    **dict.fromkeys(("llava", "vipllava", "video_llava", "paligemma", "janus", "deepseek_vl"), lambda config: 1),
+    **dict.fromkeys(("got_ocr2", "pp_chart2table", "step3p7"), lambda config: 4),
+    **dict.fromkeys(("aya_vision", "cohere2_vision", "lfm2_vl"), lambda config: config.downsample_factor),
+    **dict.fromkeys(("idefics3", "smolvlm"), lambda config: config.scale_factor),
+    **dict.fromkeys(("modernvbert", "ultravbert"), lambda config: config.pixel_shuffle_factor),
+    **dict.fromkeys(("internvl", "qianfan_ocr"), lambda config: round(1 / config.downsample_ratio)),
+    **dict.fromkeys(("mistral3", "lighton_ocr"), lambda config: config.spatial_merge_size),
+    **dict.fromkeys(("gemma3", "shieldgemma2"), _pooled),
+    "t5gemma2": lambda config: _pooled(config.encoder),
+    "llama4": lambda config: round(1 / config.vision_config.pixel_shuffle_ratio),
+    "ovis2": lambda config: config.vision_config.hidden_stride,
+    "kimi_k25": lambda config: config.vision_config.merge_kernel_size[0],
+    **dict.fromkeys(
+        (
+            *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "cosmos3_edge", "cosmos3_omni"),
+            *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v", "glm4v_moe", "glm46v", "glmga", "glm5_next", "glm_ocr"),
+            *("cohere_compass", "ernie4_5_vl_moe", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl", "minimax_m3_vl", "paddleocr_vl"),
+        ),
+        lambda config: config.vision_config.spatial_merge_size,
+    ),
+}
 # Names of a block's MLP and of the norm in front of it, the first that exists wins.
 MLPS = (
     *("mlp", "feed_forward", "ffn", "ff", "moe", "block_sparse_moe", "feedforward"),

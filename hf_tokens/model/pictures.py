@@ -7,7 +7,6 @@ model and passes on only what it returned.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any
@@ -18,31 +17,29 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
 from ..tokens.ledger import TokenLedger
+from . import families
 from .signatures import bound_arguments
 from .streams import Anatomy
 
 GRID_TABLES = ("grid_thw", "image_grid_thw", "video_grid_thw")  # frames, height and width of each picture, in patches
+SHAPES = "spatial_shapes"  # height and width of each, in patches
+SIZES = "image_sizes"  # height and width of each, in pixels: what lies beyond is padding
 PIXELS = ("pixel_values", "pixel_values_videos")
 ENCODED = "mm_encoder_outputs"  # what the tower returned, where it was called before
+MODALITIES = ("image", "video")  # in it
 Grid = tuple[int, int, int]  # frames, height, width
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The pictures of one call of a vision tower: frames, height and width of each, in patches or in pixels."""
-
-    pictures: list[Grid]
-    patches: bool
 
 
 def no_grid(got: str) -> UnsupportedError:
     """The error for visual tokens that form no grids."""
-    remedy = "Give the model pictures of one size, or choose a method that needs no grid."
+    remedy = "Give it pictures and text as its processor makes them, in one call, or choose a method that needs no grid."
     return UnsupportedError(explain("This method needs pictures whose tokens form a grid, row by row", got, remedy))
 
 
 def vision_tower(model_anatomy: Anatomy) -> nn.Module | None:
-    """The outermost module that holds a vision stream and no stream of text; None if there is none."""
+    """The outermost module that holds a vision stream and no stream of text; None if there is none, or it makes no grids of tokens."""
+    if not forms_grids(model_anatomy.model):
+        return None
     vision = next((s.paths[0] for s in model_anatomy.streams if s.kind == "vision"), None)
     text = [s.paths[0] for s in model_anatomy.streams if s.kind == "text"]
     if vision is None or not text:
@@ -53,56 +50,76 @@ def vision_tower(model_anatomy: Anatomy) -> nn.Module | None:
     return None if at is None else model_anatomy.model.get_submodule(at)
 
 
-def picture_shapes(module: nn.Module, args: tuple, kwargs: dict) -> Shapes | None:
-    """The pictures that a vision tower is called with; None if its arguments do not show them."""
-    arguments = bound_arguments(module, args, kwargs)
-    tables = [arguments[name] for name in GRID_TABLES if isinstance(arguments.get(name), Tensor)]
-    if tables:
-        return Shapes([tuple(row) for row in tables[0].tolist()], patches=True)
-    pixels = [arguments[name] for name in PIXELS if isinstance(arguments.get(name), Tensor) and arguments[name].dim() == 4]
-    return Shapes([(1, *pixels[0].shape[-2:])] * len(pixels[0]), patches=False) if pixels else None
+def has_pictures(arguments: dict[str, Any]) -> bool:
+    """Whether a call of a model brings pictures or videos, or what its tower made of them."""
+    encoded = arguments.get(ENCODED) or {}
+    given = any(value is not None and any(part in name for part in families.PICTURES) for name, value in arguments.items())
+    return given or any(encoded.get(modality) is not None for modality in MODALITIES)
 
 
-def square_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """The grid of so many tokens that has exactly the shape of the picture."""
-    rows = round((tokens * height / width) ** 0.5)
-    if rows == 0 or tokens % rows or rows * width != tokens // rows * height:
-        raise no_grid(f"{tokens} tokens for a picture of {height} x {width}")
-    return rows, tokens // rows
+def forms_grids(model: nn.Module) -> bool:
+    """Whether the visual tokens of a model are known to lie row by row."""
+    return getattr(getattr(model, "config", None), "model_type", None) in families.TOKEN_SIDES
 
 
-def find_grids(calls: list[Shapes], config: Any, arguments: dict[str, Any], visual: Tensor) -> list[Grid]:
+def patch_grids(tower: nn.Module, args: tuple, kwargs: dict) -> list[Grid] | None:
+    """Frames, height and width in patches of the pictures that a vision tower is called with; None if its arguments do not show them."""
+    arguments = {name: value for name, value in bound_arguments(tower, args, kwargs).items() if value is not None}
+    table = next((arguments[name] for name in GRID_TABLES if name in arguments), None)
+    if table is not None:
+        return [(t, h, w) for t, h, w in table.tolist()]
+    if SHAPES in arguments:
+        return [(1, h, w) for h, w in arguments[SHAPES].tolist()]
+    pixels = next((arguments[name] for name in PIXELS if name in arguments), None)
+    size = getattr(getattr(tower, "config", None), "patch_size", None)
+    if size is None or pixels is None or pixels.dim() != 4:
+        return None
+    sizes = torch.as_tensor(arguments[SIZES]).tolist() if SIZES in arguments else [pixels.shape[-2:]] * len(pixels)
+    patch = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return [(1, h // patch[0], w // patch[1]) for h, w in sizes]
+
+
+def find_grids(calls: list[list[Grid]], config: Any, arguments: dict[str, Any], visual: Tensor) -> list[Grid]:
     """Frames, height and width in tokens of each picture or video, in the order in which they stand among the visual tokens.
 
     Args:
-        calls: The calls of the vision tower that these tokens come from.
+        calls: The calls of the vision tower that these tokens come from: the pictures of each, in patches.
         config: The model's.
         arguments: The model's.
         visual: Visual tokens, (b n) bool.
 
     Raises:
-        UnsupportedError: The calls do not show them.
+        UnsupportedError: The calls do not show them, or the tokens are others.
     """
     if len(calls) != 1:
         raise no_grid(f"{len(calls)} calls of a vision tower with pictures in rows and columns")
-    pictures = calls[0].pictures
-    encoded = [output.pooler_output for output in (arguments.get(ENCODED) or {}).values()]
-    repeats = len(encoded[0]) // len(pictures) if encoded else 1  # beams have pictures of their own
-    if calls[0].patches:
-        merge = config.vision_config.spatial_merge_size
-        grids = [(t, h // merge, w // merge) for t, h, w in pictures]
-    else:
-        tokens = int(visual.sum()) // (len(pictures) * repeats)
-        grids = [(t, *square_grid(tokens, h, w)) for t, h, w in pictures]
+    side = families.TOKEN_SIDES[config.model_type](config)
+    grids = [(t, h // side, w // side) for t, h, w in calls[0]]
+    told = sum(map(prod, grids))
+    repeats = int(visual.sum()) // told if told and arguments.get(ENCODED) else 1  # beams have pictures of their own
+    wrong = no_grid(f"{int(visual.sum())} visual tokens for pictures of {grids} tokens (frames, height, width)")
+    if not repeats or len(visual) % repeats:
+        raise wrong
+    rows = visual.unflatten(0, (-1, repeats))
     out: list[Grid] = []
-    for count in visual.sum(dim=1)[::repeats].tolist():
+    for count in rows[:, 0].sum(dim=1).tolist():
         row: list[Grid] = []
         while grids and sum(map(prod, row)) < count:
             row.append(grids.pop(0))
+        if sum(map(prod, row)) != count:
+            raise wrong
         out += row * repeats
-    if sum(map(prod, out)) != int(visual.sum()):
-        raise no_grid(f"{int(visual.sum())} visual tokens of {len(pictures)} pictures")
+    if grids or not torch.equal(rows, rows[:, :1].expand_as(rows)) or not whole_rows(visual, out):
+        raise wrong
     return out
+
+
+def whole_rows(visual: Tensor, grids: list[Grid]) -> bool:
+    """Whether other tokens stand between visual ones, (b n), at the ends of the rows of grids alone."""
+    place = visual.flatten().nonzero()[:, 0]
+    seams = (place.diff() > 1).nonzero()[:, 0] + 1
+    widths = torch.tensor([w for t, h, w in grids for _ in range(t * h)], device=place.device)
+    return bool(torch.isin(seams, widths.cumsum(dim=0)).all())
 
 
 def picture_places(visual: Tensor, grids: list[Grid], ledger: TokenLedger) -> list[Tensor]:
@@ -114,7 +131,7 @@ def picture_places(visual: Tensor, grids: list[Grid], ledger: TokenLedger) -> li
         ledger: The tokens at hand.
 
     Raises:
-        UnsupportedError: A picture is not whole any more, or stands in two rows.
+        UnsupportedError: A picture is not whole any more.
     """
     flat = visual.flatten().nonzero()[:, 0]  # of all rows, one after the other
     pieces = flat.split([prod(shape) for shape in grids])
@@ -122,8 +139,6 @@ def picture_places(visual: Tensor, grids: list[Grid], ledger: TokenLedger) -> li
     slot = torch.where(ledger.slot < 0, -1, ledger.slot + ledger.m * rows).flatten()
     sizes: dict[Grid, list[Tensor]] = {}
     for shape, piece in zip(grids, pieces, strict=True):
-        if int(piece[0]) // ledger.n != int(piece[-1]) // ledger.n:
-            raise no_grid("a picture that stands in two rows")
         sizes.setdefault(shape, []).append(slot[piece].view(shape))
     out = [torch.stack(pictures) for pictures in sizes.values()]
     if any(bool((index < 0).any()) or index.unique().numel() < index.numel() for index in out):

@@ -10,9 +10,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, explain
 from ..handlers.objective import one_at_a_time
 from ..model import families
-from ..model.anatomy import image_tokens, prompt_width
+from ..model.anatomy import pictured_stream, prompt_width
 from ..model.blocks import layer_index
 from ..model.parts import WEIGHT_SITES, block_weights, check_weights, cross_attentions
+from ..model.pictures import forms_grids
 from ..model.signatures import parameters
 from ..model.streams import LAYOUTS, PACKED, PROMPT, Anatomy, Stream
 from ..roles.base import Method
@@ -23,7 +24,7 @@ from ..roles.objective import Objective
 from ..roles.pooler import Pooler
 from ..roles.registry import MethodInfo, method_info
 from ..roles.routers import LayerRouter, TokenRouter
-from ..roles.signals import SCORED, SPANS, TAPPED
+from ..roles.signals import GRIDDED, SCORED, SPANS, TAPPED
 from ..roles.token_bank import TokenBank
 from ..roles.token_reducer import TokenReducer
 from ..roles.weight_edit import WeightEdit
@@ -60,7 +61,9 @@ def reads_prompt(cls: type[Method], stream: Stream, base: Anatomy) -> bool:
 def fits(info: MethodInfo, stream: Stream, base: Anatomy) -> bool:
     """Whether a method supports a stream."""
     cls = info.cls
-    if sees(cls) and not image_tokens(base.model) or cls.site == "embedding" and stream.table is None:
+    if sees(cls) and stream is not pictured_stream(base) or cls.site == "embedding" and stream.table is None:
+        return False
+    if GRIDDED in names_of(cls) and not forms_grids(base.model):
         return False
     if cls.site == "prompt" and not reads_prompt(cls, stream, base):
         return False
@@ -81,7 +84,9 @@ def demand(info: MethodInfo) -> str:
         each = " and hands it to each block" if info.cls.deep else ""
         return f"a {causal}stream{kinds} of a denoiser that is given a prompt of any length, `{PROMPT}`{each}"
     table = " and come from a table of embeddings" if info.cls.site == "embedding" else ""
-    return f"a {causal}stream{kinds} whose tokens stand in a row{table}{', with tokens of pictures among them' if sees(info.cls) else ''}"
+    pictures = ", with tokens of pictures among them" if sees(info.cls) else ""
+    pictures += ", known to lie row by row" if GRIDDED in names_of(info.cls) else ""
+    return f"a {causal}stream{kinds} whose tokens stand in a row{table}{pictures}"
 
 
 def head_outputs(base: Anatomy) -> int | None:

@@ -106,5 +106,6 @@ HOOKED = {
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 SCORED = "received"  # the signal that is kept from the scores of each pass
 SPANS = {"visual", "instruction", "pictures", "pictured"}  # these need a model that has tokens of pictures among its text
+GRIDDED = "pictures"  # the one of these that needs their grids
 PICTURED = "pictured"  # the signal that a sequence remembers, in our layers of its cache
 OF_THE_OUTPUT = {"noise", "guidance"}  # signals of what the model put out

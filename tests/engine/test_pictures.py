@@ -1,59 +1,312 @@
-"""The find_grids of pictures among the tokens of a vision-language model."""
+"""The grids of pictures among the tokens of a vision-language model."""
 
+import inspect
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
+import hf_tokens
 from hf_tokens import MethodConfig, TokenReducer, UnsupportedError, get_token_model, option, register
-from hf_tokens.model.pictures import Shapes, find_grids
+from hf_tokens.engine import supply
+from hf_tokens.model import families
+from hf_tokens.model.anatomy import anatomy
+from hf_tokens.model.pictures import find_grids, patch_grids, vision_tower
+from hf_tokens.peft.placement import sees
 from hf_tokens.testing import zoo
 
-MERGED = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+MERGED = SimpleNamespace(model_type="qwen2_vl", vision_config=SimpleNamespace(spatial_merge_size=2))
+GRIDDED = {"method": "fourier-vlm", "keep": 0.5}  # its outcome depends on rows and columns
+VISUAL = [info.name for info in hf_tokens.list_methods() if sees(info.cls)]
 
 
 def flags(*rows):
     return torch.tensor([[mark == "x" for mark in row] for row in rows])
 
 
-# per case: calls of the tower, visual tokens, pictures that the tower said (None: it was not asked before), find_grids in their order
+# per case: pictures of the tower's calls in patches, visual tokens, whether the tower was called before, grids in their order
 GRIDS = {
-    "patches": ([Shapes([(1, 4, 6), (1, 2, 2)], True)], ("xxxxxx.x",), None, [(1, 2, 3), (1, 1, 1)]),
-    "a video": ([Shapes([(3, 4, 2)], True)], ("xx.xx.xx",), None, [(3, 2, 1)]),
-    "pixels": ([Shapes([(1, 8, 16)] * 2, False)], ("xxxxxxxx", "xxxxxxxx"), None, [(1, 2, 4)] * 2),
+    "pictures of two sizes": ([[(1, 4, 6), (1, 2, 2)]], ("xxxxxx.x",), False, [(1, 2, 3), (1, 1, 1)]),
+    "rows that end": ([[(1, 4, 4), (1, 8, 2)]], ("xx.xx..", "x.x.x.x"), False, [(1, 2, 2), (1, 4, 1)]),
+    "a video": ([[(3, 4, 2)]], ("xx.xx.xx",), False, [(3, 2, 1)]),
+    "tiles in one row": ([[(1, 4, 4)] * 3], ("xxxx.xxxx", "....xxxx."), False, [(1, 2, 2)] * 3),
+    "a row of text": ([[(1, 4, 4)]], ("xxxx.", "....."), False, [(1, 2, 2)]),
     "beams": (
-        [Shapes([(1, 4, 6), (1, 2, 2), (1, 2, 4)], True)],
+        [[(1, 4, 6), (1, 2, 2), (1, 2, 4)]],
         ("xxxxxxx",) * 2 + ("xx.....",) * 2,
-        6,
+        True,
         [(1, 2, 3), (1, 1, 1)] * 2 + [(1, 1, 2)] * 2,
     ),
-    "beams of pixels": ([Shapes([(1, 8, 8)] * 2, False)], ("xxxx.",) * 6, 6, [(1, 2, 2)] * 6),
+    "beams of tiles": ([[(1, 4, 4)] * 2], ("xxxx.xxxx",) * 3, True, [(1, 2, 2)] * 6),
 }
 
 
 @pytest.mark.parametrize("case", GRIDS)
 def test_the_grids_of_a_batch(case):
-    heard, rows, said, want = GRIDS[case]
-    given = {} if said is None else {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=[None] * said)}}
-    assert find_grids(heard, MERGED, given, flags(*rows)) == want
+    calls, rows, before, want = GRIDS[case]
+    given = {"mm_encoder_outputs": {"image": object()}} if before else {}
+    assert find_grids(calls, MERGED, given, flags(*rows)) == want
 
 
-# per case: calls of the tower, visual tokens, what the error says
+# per case: pictures of the tower's calls, visual tokens, what the error says
 LOST = {
     "no call": ([], ("xxxx",), "0 calls"),
-    "two calls": ([Shapes([(1, 4, 4)], True)] * 2, ("xxxx",), "2 calls"),
-    "another shape": ([Shapes([(1, 8, 8)], False)], ("xxxxxx",), "6 tokens for a picture of 8 x 8"),
-    "too few tokens": ([Shapes([(1, 4, 4)], True)], ("xxx.",), "3 visual tokens of 1 pictures"),
-    "too many tokens": ([Shapes([(1, 4, 4)], True)], ("xxxxx",), "5 visual tokens of 1 pictures"),
+    "two calls": ([[(1, 4, 4)]] * 2, ("xxxx",), "2 calls"),
+    "too few tokens": ([[(1, 4, 4)]], ("xxx.",), "3 visual tokens for pictures of"),
+    "too many tokens": ([[(1, 4, 4)]], ("xxxxx",), "5 visual tokens for pictures of"),
+    "a picture in two rows": ([[(1, 4, 4)]], ("xxx", "x.."), "4 visual tokens for pictures of"),
+    "a picture that no token stands for": ([[(1, 4, 4)] * 2], ("xxxx",), "4 visual tokens for pictures of"),
+    "a row that ends elsewhere": ([[(1, 4, 8)]], ("xx.xx.xx.xx",), "8 visual tokens for pictures of"),
 }
 
 
 @pytest.mark.parametrize("case", LOST)
 def test_visual_tokens_that_form_no_grids_are_refused(case):
-    heard, rows, came = LOST[case]
+    calls, rows, came = LOST[case]
     with pytest.raises(UnsupportedError, match=f"tokens form a grid, row by row, got {came}"):
-        find_grids(heard, MERGED, {}, flags(*rows))
+        find_grids(calls, MERGED, {}, flags(*rows))
+
+
+def test_beams_are_rows_that_are_alike():
+    with pytest.raises(UnsupportedError, match="8 visual tokens for pictures of"):
+        find_grids([[(1, 4, 4)]], MERGED, {"mm_encoder_outputs": {"image": object()}}, flags("xxxx.", ".xxxx"))
+
+
+def pictures_of(inputs):
+    return {name: value for name, value in inputs.items() if re.search("pixel|image|spatial", name)}
+
+
+ONE_OF_EACH_ROW = """
+llava got_ocr2 step3p7 aya_vision cohere2_vision lfm2_vl idefics3 smolvlm ultravbert internvl qianfan_ocr mistral3 lighton_ocr gemma3
+t5gemma2 ovis2 kimi_k25 paddleocr_vl
+""".split()
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH_ROW)
+def test_visual_tokens_lie_row_by_row_over_their_patches(family):
+    """Without attention in the tower, each token of a picture is made of the patches that its place in the grid names, and of no other."""
+    specimen = zoo.build(family)
+    tower, given = vision_tower(anatomy(specimen.model)), pictures_of(specimen.inputs)
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if re.search("attn|attention", name):
+                parameter.zero_()
+    calls = []
+    tower.register_forward_hook(lambda module, args, kwargs, output: calls.append(patch_grids(module, args, kwargs)), with_kwargs=True)
+    pixels = given["pixel_values"] = given["pixel_values"].requires_grad_()
+    encode = next(module.get_image_features for module in specimen.model.modules() if hasattr(module, "get_image_features"))
+    out = encode(**{name: value for name, value in given.items() if name in inspect.signature(encode).parameters})
+    tokens = out.pooler_output if getattr(out, "pooler_output", None) is not None else out.last_hidden_state
+    (grids,) = calls
+    side = families.TOKEN_SIDES[specimen.model.config.model_type](specimen.model.config)
+    _, height, width = grids[0]
+    first = tokens[0].flatten(0, -2)
+    assert len(first) == (height // side) * (width // side)
+    for i, token in enumerate(first):
+        (gradient,) = torch.autograd.grad(token.square().sum(), pixels, retain_graph=True)
+        if {"spatial_shapes", "image_grid_thw"} & set(given):  # patch by patch, those of the first picture in front
+            patches = gradient[0] if "spatial_shapes" in given else gradient[: height * width]
+            found = patches.abs().flatten(1).sum(dim=1).view(height, width)
+        else:
+            picture = gradient.view(-1, *gradient.shape[-3:])[0].abs().sum(dim=0)
+            found = picture.unflatten(1, (width, -1)).unflatten(0, (height, -1)).sum(dim=(1, 3))
+        row, column = divmod(i, width // side)
+        own = torch.zeros_like(found)
+        own[row * side : (row + 1) * side, column * side : (column + 1) * side] = 1
+        assert (found * (1 - own)).sum() < 0.01 * found.sum()
+
+
+def with_picture_tokens(inputs, marker, count):
+    """The text of a specimen with so many visual tokens in each row."""
+    ids = inputs["input_ids"]
+    there = (ids == marker).any(dim=0)
+    at, text = int(there.nonzero()[0]), ids[:, ~there]
+    new = torch.cat([text[:, :at], torch.full((len(ids), count), marker), text[:, at:]], dim=1)
+    kinds = {"mm_token_type_ids": (new == marker).long()} if "mm_token_type_ids" in inputs else {}
+    return {"input_ids": new, "attention_mask": torch.ones_like(new), **kinds}
+
+
+OWN_SHAPES = {"image_grid_thw", "spatial_shapes", "image_sizes"}
+
+
+def two_pictures(family):
+    """A model, a batch of two pictures, 1 by 2 tokens and 2 by 1 where it takes them, and each of them alone."""
+    if family == "pixtral":
+        part = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        vision, text = PixtralVisionConfig(**part, patch_size=8, image_size=32), LlamaConfig(**part, vocab_size=99)
+        strategy = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=98, **strategy)).eval()
+        zoo.liven(model)
+        inputs = {"input_ids": torch.tensor([[5, 6, 98, 7, 8, 9]] * 2), "pixel_values": torch.randn(2, 3, 32, 32), "image_sizes": True}
+    else:
+        specimen = zoo.build(family)
+        model, inputs = specimen.model, specimen.inputs
+    if not OWN_SHAPES & set(inputs):
+        return model, inputs, [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(2)]
+    config = model.config
+    side = families.TOKEN_SIDES[config.model_type](config)
+    marker = vars(config).get("image_token_id", vars(config).get("image_token_index"))
+    text, shapes = with_picture_tokens(inputs, marker, 2), torch.tensor([[side, 2 * side], [2 * side, side]])
+    pixels = inputs["pixel_values"]
+    if "image_grid_thw" in inputs:
+        patches = torch.randn(2, 2 * side * side, *pixels.shape[1:])
+        shown = lambda rows: {
+            "pixel_values": patches[rows].flatten(0, 1),
+            "image_grid_thw": torch.cat([torch.ones(2, 1).long(), shapes], 1)[rows],
+        }
+    elif "spatial_shapes" in inputs:
+        patches = torch.randn(2, 2 * side * side, pixels.shape[-1])
+        shown = lambda rows: {
+            "pixel_values": patches[rows],
+            "spatial_shapes": shapes[rows],
+            "pixel_attention_mask": torch.ones(patches[rows].shape[:2]).long(),
+        }
+    else:
+        padded, sizes = torch.zeros(2, 3, 16 * side, 16 * side), 8 * shapes
+        for picture, (height, width) in zip(padded, sizes.tolist(), strict=True):
+            picture[:, :height, :width] = torch.randn(3, height, width)
+        shown = lambda rows: {
+            "pixel_values": padded[rows][..., : int(sizes[rows, 0].max()), : int(sizes[rows, 1].max())],
+            "image_sizes": sizes[rows],
+        }
+    cut = lambda rows: {**{name: value[rows] for name, value in text.items()}, **shown(rows)}
+    return model, cut([0, 1]), [cut([0]), cut([1])]
+
+
+BOTH_WAYS = {"t5gemma2", "modernvbert", "ultravbert"}  # their text is not causal, which the method needs
+NOT_RUN = {"llama4"}  # un-skip when the zoo runs it
+SWEPT = [family for family in zoo.families("transformers") if family in {*families.TOKEN_SIDES} - BOTH_WAYS - NOT_RUN]
+
+
+@pytest.mark.parametrize("family", ["pixtral", *SWEPT])
+def test_each_picture_is_in_a_batch_what_it_is_alone(family, monkeypatch):
+    """Landscape beside portrait, where the model takes pictures of their own shapes."""
+    grids = []
+    monkeypatch.setattr(supply, "find_grids", lambda *given: grids.append(find_grids(*given)) or grids[-1])
+    base, both, alone = two_pictures(family)
+    model = get_token_model(base, GRIDDED).eval()
+    with torch.no_grad():
+        together = model(**both).logits
+        for row, given in zip(together, alone, strict=True):
+            torch.testing.assert_close(row, model(**given).logits[0], atol=1e-3, rtol=1e-3)
+    if OWN_SHAPES & set(both):
+        assert grids[0] == [(1, 1, 2), (1, 2, 1)]
+    assert len(grids) == 3 and grids[1] + grids[2] == grids[0]
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "idefics3"])
+def test_each_tile_of_a_picture_is_a_grid(family):
+    """Two tiles in one row, beside a row with one: forward and generate, in a batch and alone."""
+    specimen = zoo.build(family)
+    marker, pixels = specimen.model.config.image_token_id, specimen.inputs["pixel_values"]
+    count = int((specimen.inputs["input_ids"][0] == marker).sum())
+    rows = [[5, 6, *[marker] * count, 7, *[marker] * count, 8, 9], [0] * (count + 1) + [5, 6, *[marker] * count, 8, 9]]
+    ids, tiles = torch.tensor(rows), torch.zeros(2, 2, *pixels.shape[2:])
+    tiles[0], tiles[1, 0] = torch.randn(2, *pixels.shape[2:]), torch.randn(pixels.shape[2:])
+    model = get_token_model(specimen.model, GRIDDED).eval()
+    given = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": tiles}
+    given["pixel_attention_mask"] = torch.ones(2, 2, *pixels.shape[-2:]).long()
+    new = dict(max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    with torch.no_grad():
+        together, said = model(**given).logits, model.generate(**given, **new)
+        assert torch.equal(together[:, -1].argmax(dim=-1), said[:, ids.shape[1]])
+        for i in range(2):
+            alone = {name: value[i : i + 1] for name, value in given.items()}
+            torch.testing.assert_close(together[i, -3:], model(**alone).logits[0, -3:], atol=1e-4, rtol=1e-4)
+            assert torch.equal(said[i], model.generate(**alone, **new)[0])
+
+
+@pytest.mark.parametrize("family", ["blip-2", "instructblip", "idefics2", "aria", "llava_next", "deepseek_ocr2", "hunyuan_vl"])
+def test_latents_and_rows_with_newlines_are_no_grid(family):
+    with pytest.raises(UnsupportedError, match="with tokens of pictures among them, known to lie row by row, got"):
+        get_token_model(zoo.build(family).model, GRIDDED)
+
+
+@pytest.mark.parametrize("family", ["florence2", "mllama"])
+@pytest.mark.parametrize("name", VISUAL)
+def test_a_stream_that_carries_no_pictures_is_refused(family, name):
+    """A decoder whose pictures stand in the encoder, and a model that reads them by attention across."""
+    with pytest.raises(UnsupportedError, match="with tokens of pictures among them"):
+        get_token_model(zoo.build(family).model, name)
+
+
+@dataclass(frozen=True)
+class SpotConfig(MethodConfig):
+    off: bool = option(True, zero=True, help="It never does anything.")
+
+
+@pytest.mark.parametrize("family", ["florence2", "t5gemma2", "idefics2", "llava"])
+def test_visual_tokens_are_those_of_the_stream_that_takes_them(family):
+    heard = []
+
+    @register("test-spot", SpotConfig)
+    class Spot(TokenReducer):
+        def assign(self, visual):
+            heard.append(visual)
+
+    specimen = zoo.build(family)
+    model = get_token_model(specimen.model, SpotConfig(layers=(1,))).eval()
+    model(**specimen.inputs)
+    config = specimen.model.config
+    marker = vars(config).get("image_token_id", vars(config).get("image_token_index"))
+    assert len(heard) == 1 and heard[0].any() and torch.equal(heard[0], specimen.inputs["input_ids"] == marker)
+
+
+@pytest.mark.parametrize("name", VISUAL)
+def test_a_text_without_pictures_runs_as_in_the_base(name):
+    specimen = zoo.build("llava")
+    marker = specimen.model.config.image_token_id
+    model = get_token_model(specimen.model, name).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "hf_tokens" in key:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    given = specimen.inputs
+    words = {"input_ids": given["input_ids"].clamp(max=80), "attention_mask": given["attention_mask"]}
+    new = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        logits, said = model(**words).logits, model.generate(**words, **new).logits
+        with model.disable_adapter():
+            assert torch.equal(logits, model(**words).logits)
+            for ours, base in zip(said, model.generate(**words, **new).logits, strict=True):
+                torch.testing.assert_close(ours, base, atol=1e-5, rtol=1e-5)
+            alone = model(input_ids=words["input_ids"][1:]).logits[0]
+            assert not torch.allclose(logits, model(**given).logits)
+        mixed = {
+            **given,
+            "input_ids": torch.cat([given["input_ids"][:1], words["input_ids"][1:]]),
+            "pixel_values": given["pixel_values"][:1],
+        }
+        assert (mixed["input_ids"][0] == marker).any()
+        torch.testing.assert_close(model(**mixed).logits[1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VISUAL)
+def test_a_batch_of_text_trains_nothing_and_stops_no_training(name):
+    specimen = zoo.build("llava")
+    model = get_token_model(specimen.model, name).train()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    words = specimen.inputs["input_ids"].clamp(max=80)
+    loss = model(input_ids=words, labels=words).loss
+    with model.disable_adapter():
+        assert torch.equal(loss, model(input_ids=words, labels=words).loss)
+    assert loss.requires_grad == bool(learning)
+    if learning:
+        loss.backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in learning)
+
+
+@pytest.mark.parametrize("name", VISUAL)
+def test_embeddings_that_do_not_show_the_visual_tokens_are_refused(name):
+    specimen = zoo.build("qwen2_vl")
+    model = get_token_model(specimen.model, name).eval()
+    embedded = specimen.model.get_input_embeddings()(specimen.inputs["input_ids"])
+    with pytest.raises(UnsupportedError, match="acts on visual tokens, got an input without any image or video token. Give the model"):
+        model(inputs_embeds=embedded, attention_mask=specimen.inputs["attention_mask"])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from hf_tokens import (
     Dims,
     SafeLLaVA,
     SafeLLaVAConfig,
-    UnsupportedError,
     aux_loss,
     conclusions,
     get_token_model,
@@ -172,8 +171,6 @@ def test_what_it_refuses():
         model(**given, hf_tokens_targets=torch.tensor([4, 0]))
     with pytest.raises(ConfigError, match="hf_tokens_targets"):
         model(**given, hf_tokens_targets=torch.tensor([[1, 0]]))
-    with pytest.raises(UnsupportedError, match="visual tokens"):
-        model(input_ids=torch.arange(3, 9)[None])
     assert SafeLLaVA(SafeLLaVAConfig(), Dims(8, 2, 2, 4, 0, 1, "text", True)).follow(
         torch.tensor([[0, 1, 0, 1, 1, 0]]).bool()
     ).tolist() == [[False, False, False, False, True, False]]
