@@ -21,6 +21,19 @@ TAP = "_hf_tokens_tap"
 STRANGE = ("sinks", "indices", "block_indices")  # arguments of attention functions that change the probabilities
 
 
+class TappedName(str):
+    """The name of a backend's tapped function: the registries look that up, and code that compares names still finds its backend."""
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __eq__(self, other: object) -> bool:
+        return other in (str(self), self.removeprefix(TAPPED_PREFIX))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 class Tap(Protocol):
     """What a block's surgery does with its attention call: it returns those in its place, each for some of the queries, in their order."""
 
@@ -92,12 +105,12 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
     return backend
 
 
-def tapped_name(backend: str) -> str:
+def tapped_name(backend: str) -> TappedName:
     """Name of a backend's tapped function, registered with its mask function."""
-    name = TAPPED_PREFIX + backend
+    name = TappedName(TAPPED_PREFIX + backend)
     if name not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(name, tapped(backend))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+        ALL_ATTENTION_FUNCTIONS.register(str(name), tapped(backend))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(str(name), ALL_MASK_ATTENTION_FUNCTIONS[backend])
     return name
 
 
