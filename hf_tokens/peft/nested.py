@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
 
 from ..engine.block import BlockSurgery
@@ -77,19 +77,24 @@ def rewrites(changed: list[str]) -> UnsupportedError:
     return UnsupportedError(explain(rule, got, remedy))
 
 
+def address(tensor: Tensor) -> int:
+    """Where the values of a tensor begin; 0 for one that has none of its own: on the meta device, or in shards."""
+    return 0 if tensor.is_meta or is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+
+
 class WriteGuard(TorchDispatchMode):
     """Refuses to write into tensors, before it is done."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
-        self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items() if not tensor.is_meta}
+        self.names = {t.untyped_storage().data_ptr(): name for name, t in tensors.items() if address(t)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         declared = func._schema.arguments
         given = [*zip(declared, args, strict=False), *((each, kwargs[each.name]) for each in declared if each.name in kwargs)]
         for argument, value in given:
-            if argument.is_write and isinstance(value, Tensor) and not value.is_meta:
+            if argument.is_write and isinstance(value, Tensor) and address(value):
                 name = self.names.get(value.untyped_storage().data_ptr())
                 if name is not None:
                     raise rewrites([name])
@@ -109,7 +114,7 @@ class BaseRecord:
 
     def changes(self) -> list[str]:
         """What is not as it was: tensors with other values, modules that are gone, and modules that came, but for a method's own."""
-        rewritten = [name for name, (tensor, data) in self.tensors.items() if tensor.data_ptr() != data.data_ptr()]
+        rewritten = [name for name, (tensor, data) in self.tensors.items() if address(tensor) != address(data)]
         held = {id(p) for p in self.model.parameters()}
         rewritten += [name for name, (tensor, _) in self.tensors.items() if isinstance(tensor, nn.Parameter) and id(tensor) not in held]
         modules, own, came = set(self.model.modules()), (), []
@@ -141,7 +146,7 @@ class BaseRecord:
                 module._modules.update(children)
             module._parameters.update(self.parameters[module])
         for tensor, data in self.tensors.values():
-            if tensor.data_ptr() != data.data_ptr():
+            if address(tensor) != address(data):
                 tensor.data = data
         for config, values in self.configs:
             vars(config).update(values)
