@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig, PeftType, get_peft_config
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
 from ..errors import ConfigError, explain
@@ -102,8 +102,15 @@ class HFTokensConfig(PeftConfig):
         return [method_config(method) for method in self.methods if method["method"] != PEFT_METHOD]
 
     def peft_configs(self) -> list[PeftConfig]:
-        """The PEFT configs among the methods."""
-        return [get_peft_config({**m["config"], "inference_mode": self.inference_mode}) for m in self.methods if m["method"] == PEFT_METHOD]
+        """The PEFT configs among the methods, each told what is said of the whole adapter."""
+        return [get_peft_config({**m["config"], **self._told(m["config"])}) for m in self.methods if m["method"] == PEFT_METHOD]
+
+    def _told(self, inner: dict[str, Any]) -> dict[str, Any]:
+        """What a PEFT config in the stack hears of the adapter: a LoRA keeps out of the head of a task, and of modules saved as a whole."""
+        saved = dict.fromkeys([*(inner.get("modules_to_save") or ()), *(self.modules_to_save or ())])
+        told = {"inference_mode": self.inference_mode, "task_type": inner.get("task_type") or self.task_type}
+        takes = {knob.name for knob in fields(PEFT_TYPE_TO_CONFIG_MAPPING[inner["peft_type"]])}
+        return {**told, "modules_to_save": list(saved)} if saved and "modules_to_save" in takes else told
 
 
 def plain_form(method: Any) -> dict[str, Any]:

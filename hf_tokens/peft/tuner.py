@@ -26,6 +26,7 @@ from ..model.streams import Stream
 from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
+from .nested import BaseRecord, calling_loader, check_nested, take_off, tell_loader
 from .placement import Placement, head_outputs, plan
 
 CHILD = "hf_tokens"
@@ -34,34 +35,6 @@ CHILD = "hf_tokens"
 def names_of_ours(configs: dict[str, PeftConfig]) -> set[str]:
     """Names of our adapters among those of a model."""
     return {name for name, config in configs.items() if config.peft_type == HF_TOKENS}
-
-
-def bare(module: nn.Module, adapters: set[str]) -> nn.Module:
-    """What is left of a module without the layers that only a LoRA or `modules_to_save` of these adapters put around it."""
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, BlockSurgery):
-        if not module._get_available_adapters() <= adapters:
-            break
-        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
-    return module
-
-
-def take_off(model: nn.Module, adapters: set[str]) -> None:
-    """Give modules that a LoRA or `modules_to_save` of these adapters wraps their own place back; leave what another adapter wraps."""
-    done = None
-    for path, module in list(model.named_modules()):
-        if done is not None and path.startswith(done):
-            continue
-        inner = bare(module, adapters)
-        if inner is not module:
-            model.set_submodule(path, inner)
-            done = f"{path}."
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            names = module._get_available_adapters()
-            for name in names & adapters:
-                module.delete_adapter(name, new_active_adapters=sorted(names - adapters)[:1])
-        elif isinstance(module, BaseTunerLayer) and not isinstance(module, BlockSurgery):
-            for name in module._get_available_adapters() & adapters:
-                module.delete_adapter(name)
 
 
 OF_SAMPLES = ("adapter_names", "alora_offsets")  # arguments of a call in which each sample has its own
@@ -92,6 +65,8 @@ class HFTokensModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
+        for nested in peft_config.peft_configs():
+            check_nested(nested)
         self._anatomy = anatomy(self.model)
         self._plan = plan(self._anatomy, peft_config)
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -171,15 +146,32 @@ class HFTokensModel(BaseTuner):
             self._put_in_place(adapter_name)
             for block in self._surgeries():
                 block.know(self._own_adapters)
-            for inner in config.peft_configs():
-                self._inject_peft(model, inner, adapter_name, kwargs.get("low_cpu_mem_usage", False))
             if config.peft_configs():
-                self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+                self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
         except BaseException:
             self._roll_back(adapter_name)
             raise
         finally:
             config.aim(None)
+
+    def _inject_nested(self, model: nn.Module, config: HFTokensConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        trained = {p: p.requires_grad for p in model.parameters()}
+        with BaseRecord(model).kept(adapter_name):
+            for inner in config.peft_configs():
+                self._inject_peft(model, inner, adapter_name, low_cpu_mem_usage)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        for parameter, flag in trained.items():  # only what came now is switched by the new config
+            parameter.requires_grad = flag
+        loader = calling_loader()
+        if loader is not None:
+            tell_loader(loader, adapter_name, self._nested_names(model, adapter_name))
+
+    def _nested_names(self, model: nn.Module, adapter_name: str) -> dict[str, str]:
+        """Names of an adapter's tensors outside of our layers and of modules saved as a whole, with those that they have in a file."""
+        wrapped = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, (AuxiliaryTrainingWrapper, BlockSurgery)))
+        state = self._get_adapter_state_dict(model, self.peft_config[adapter_name], adapter_name, model.state_dict(), [])
+        names = [name for name in state if not name.startswith(wrapped)]
+        return {name: self._remove_adapter_name_from_key(name, adapter_name) for name in names}
 
     def _inject_peft(self, model: nn.Module, inner: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         configs = vars(model).pop("peft_config", None)  # or the inner tuner would write its config into our dict
@@ -236,10 +228,18 @@ class HFTokensModel(BaseTuner):
         for layer in self._owned():
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
+        vars(self).pop("_trained", None)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for layer in [*self._owned(), *self._wrappers()]:
+        """Switch our layers on or off; PEFT freezes what goes off and trains what comes back, but what was frozen before stays so."""
+        layers = [*self._owned(), *self._wrappers()]
+        if not enabled and "_trained" not in vars(self):
+            vars(self)["_trained"] = {p: p.requires_grad for layer in layers for p in layer.parameters()}
+        for layer in layers:
             layer.enable_adapters(enabled)
+        if enabled:
+            for parameter, flag in vars(self).pop("_trained", {}).items():
+                parameter.requires_grad = flag
 
     def delete_adapter(self, adapter_name: str) -> None:
         foreign = [layer for layer in self._owned() if not isinstance(layer, BlockSurgery)]

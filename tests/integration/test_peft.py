@@ -267,17 +267,6 @@ def test_a_lora_among_the_methods_is_one_file(tmp_path):
         surgery.merge_and_unload()
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_lora_that_begins_in_the_base_s_weights_loads(start, tmp_path):
-    specimen = zoo.build("llama")
-    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
-    surgery = stir(get_token_model(copy.deepcopy(specimen.model), ["probe-insert", lora]).eval())
-    surgery.save_pretrained(tmp_path)
-    again = hf_tokens.load(tmp_path, specimen.model).eval()
-    with torch.no_grad():
-        all_equal([again(**specimen.inputs).logits], [surgery(**specimen.inputs).logits])
-
-
 def test_tokens_trained_in_the_stack_come_out():
     specimen = zoo.build("llama")
     off, before = specimen.run(), snapshot(specimen.model)
@@ -292,7 +281,7 @@ def test_a_failure_behind_a_lora_rolls_back():
     model = zoo.build("llama").model
     before, trained = snapshot(model), [p.requires_grad for p in model.parameters()]
     good, bad = LoraConfig(r=2, target_modules=["q_proj"]), LoraConfig(target_modules=["nonesuch"])
-    with pytest.raises(ValueError, match="nonesuch"):
+    with pytest.raises(ValueError, match="No modules were targeted"):
         get_token_model(model, ["deep-prompt", good, bad], modules_to_save=["lm_head"])
     assert not difference(before, snapshot(model)) and trained == [p.requires_grad for p in model.parameters()]
 
