@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -16,6 +19,8 @@ from ..roles.registry import method_config
 
 NAME = "HF_TOKENS"
 PEFT_METHOD = "peft"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # arguments that say where a file is
 FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
 
 
@@ -72,7 +77,7 @@ class HFTokensConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = HF_TOKENS
+        self.peft_type, self._weights = HF_TOKENS, None
         if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
             self.methods = [self.methods]
         if self.methods is not None and not isinstance(self.methods, Iterable):
@@ -88,6 +93,25 @@ class HFTokensConfig(PeftConfig):
         if self.hf_tokens_version != FORMAT:
             rule, remedy = f"This hf-tokens reads adapters of format {FORMAT}", "Update hf-tokens, or train the adapter again."
             raise ConfigError(explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", remedy))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> HFTokensConfig:
+        """The config in a folder or on the Hub, which knows the file of tensors beside it until it is put into a model."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS)
+        if not Path(pretrained_model_name_or_path).is_dir():
+            hub = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
+            try:
+                weights = Path(hf_hub_download(pretrained_model_name_or_path, WEIGHTS, subfolder=subfolder, **hub))
+            except EntryNotFoundError:  # a file of another kind, which PEFT reads
+                return config
+        config._weights = weights if weights.exists() else None
+        return config
+
+    def take_weights(self) -> Path | None:
+        """The file of tensors beside the file that this was read from; but once."""
+        weights, self._weights = self._weights, None
+        return weights
 
     def aim(self, modules: list[str] | None) -> None:
         """Name the blocks to PEFT, for as long as it injects the adapter."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
@@ -26,6 +26,7 @@ from ..model.streams import Stream
 from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
+from .files import check_file, check_state
 from .nested import BaseRecord, calling_loader, check_nested, take_off, tell_loader
 from .placement import Placement, head_outputs, plan
 
@@ -141,6 +142,7 @@ class HFTokensModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
+        check_file(model, config, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._put_in_place(adapter_name)
@@ -295,6 +297,18 @@ class HFTokensModel(BaseTuner):
         if config.peft_configs():
             return {key: value for key, value in state.items() if f".{adapter_name}" in key}
         return {key: value for key, value in state.items() if f".{CHILD}.hf_tokens_" in key or key.startswith(f"{CHILD}.")}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Called of what is to be loaded: that is an adapter's own, or it is refused."""
+        named, own = super()._remap_adapter_state_dict_for_load, get_peft_model_state_dict(model, None, adapter_name, False, False)
+        for path, module in model.named_modules():  # what PEFT has named already in what is to be loaded
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                names = module.adapter_state_dict_load_map(adapter_name)
+                own |= {f"{path}.{inside}": own.pop(f"{path}.{saved}") for saved, inside in names.items()}
+        loaded = named(model, config, adapter_name, state_dict)
+        check_state(named(model, config, adapter_name, own), loaded)
+        return loaded
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import is_diffusers_available
 
 from ..errors import AdapterError, UnsupportedError, explain
-from ..peft.config import NAME, PEFT_METHOD, HFTokensConfig
+from ..peft.config import CONFIG, WEIGHTS, HFTokensConfig
+from ..peft.files import PEFT_PREFIX, header, read_config, whole
 from ..peft.tuner import check_name
 from .surgeries import blocks_in, denoiser, instances, surgery_of
-
-TRIAL = "a_trial"  # adapter that only shows which tensors an adapter has
-PEFT_PREFIX = "base_model.model."  # how a PeftModel calls what is in its base
 
 
 def beside_its_like(model: Any, config: HFTokensConfig) -> bool:
@@ -63,15 +60,14 @@ def load(
             rule = "An adapter is a folder or a Hub id like owner/name"
             raise AdapterError(explain(rule, repr(str(repo)), "There is no such folder: check the path.")) from None
     check_files(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    with whole(f"{CONFIG} must be that of an adapter", "Download or save it again."):
+        config = HFTokensConfig.from_pretrained(str(folder))
     if model is None:
         model = base_model(config, token=token, **kwargs)
     inner = denoiser(model)
     beside = inner is None and beside_its_like(model, config)
     if beside:
         check_name(adapter_name, model.peft_config)
-    if beside or not blocks_in(model):
-        check_tensors(model if inner is None else inner, config, folder)
     if inner is not None:
         return load_into(model, inner, folder, config, adapter_name)
     if beside:
@@ -83,48 +79,11 @@ def load(
 
 def check_files(folder: Path) -> None:
     """Refuse an adapter whose files are missing or damaged, before anything is changed."""
-    weights = folder / "adapter_model.safetensors"
-    for path in (folder / "adapter_config.json", weights):
+    for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
             raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
-    try:
-        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        rule = "adapter_config.json must be a whole JSON file"
-        raise AdapterError(explain(rule, f"one that says: {error}", "Download or save it again.")) from error
-    kind = data.get("peft_type") if isinstance(data, dict) else None
-    if kind != NAME:
-        raise AdapterError(explain(f"hf_tokens.load needs an adapter of type {NAME}", repr(kind), "Use peft for other adapters."))
-    try:
-        with safe_open(str(weights), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                file.get_slice(key).get_shape()
-    except SafetensorError as error:
-        rule = f"{weights.name} must be a whole safetensors file"
-        raise AdapterError(explain(rule, f"one that says: {error}", "Download or save it again.")) from error
-
-
-def check_tensors(model: nn.Module, config: HFTokensConfig, folder: Path) -> None:
-    """Refuse an adapter whose file lacks tensors that its methods need, or holds others: one is tried, and the model is as it was."""
-    tried = copy.deepcopy(config)
-    for method in tried.methods:  # nothing begins here, and some beginnings of a LoRA change the base
-        if method["method"] == PEFT_METHOD:
-            method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
-    if beside_its_like(model, config):
-        model.add_adapter(TRIAL, tried)
-        trial, take_out = model, partial(model.delete_adapter, TRIAL)
-    else:
-        trial = get_peft_model(model, tried, adapter_name=TRIAL)
-        take_out = trial.unload
-    state = get_peft_model_state_dict(trial, adapter_name=TRIAL, save_embedding_layers=False)
-    needed = {key: list(value.shape) for key, value in state.items()}
-    take_out()
-    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
-        saved = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
-    wrong = [f"{key} {saved.get(key, 'missing')}" for key, shape in needed.items() if saved.get(key) != shape]
-    if wrong:
-        rule = f"adapter_model.safetensors holds the {len(needed)} tensors of the methods in adapter_config.json"
-        raise AdapterError(explain(rule, f"{len(wrong)} missing or of another shape, the first {wrong[0]}", "Save the adapter again."))
+    read_config(folder)
+    header(folder / WEIGHTS)
 
 
 AUTO_CLASSES = {
@@ -137,15 +96,40 @@ AUTO_CLASSES = {
 }
 
 
+def kinds_of_base(library: str) -> tuple[type, ...]:
+    """The classes of a library whose subclasses an adapter may name as its base's; none of a stranger's library."""
+    root = library.partition(".")[0]
+    if root == "transformers":
+        return PreTrainedModel, _BaseAutoModelClass
+    if root == "diffusers" and is_diffusers_available():
+        from diffusers import ModelMixin
+
+        return (ModelMixin,)
+    return ()
+
+
+def class_of_base(library: Any, name: Any) -> type:
+    """The class that an adapter names: that of a model of Transformers or Diffusers; nothing else is imported."""
+    kinds = kinds_of_base(str(library))
+    try:
+        cls = getattr(importlib.import_module(library), name) if kinds else None
+    except (ImportError, AttributeError, TypeError):
+        cls = None
+    if not isinstance(cls, type) or not issubclass(cls, kinds):
+        rule = "An adapter names a class of models of transformers or diffusers"
+        raise AdapterError(explain(rule, repr(f"{library}.{name}")[:120], "Load the base yourself, and pass `model=`."))
+    return cls
+
+
 def base_model(config: HFTokensConfig, **kwargs: Any) -> nn.Module:
     """The base model that an adapter names."""
     mapping, name = config.auto_mapping or {}, config.base_model_name_or_path
     if name is None or "base_model_class" not in mapping and config.task_type is None:
         raise AdapterError(explain("An adapter names its base model and class", name, "Pass `model=`."))
-    if "base_model_class" not in mapping:
-        cls = AUTO_CLASSES[getattr(config.task_type, "value", config.task_type)]
-        mapping = {"parent_library": "transformers", "base_model_class": cls}
-    cls = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+    if "base_model_class" in mapping:
+        cls = class_of_base(mapping.get("parent_library"), mapping["base_model_class"])
+    else:
+        cls = class_of_base("transformers", AUTO_CLASSES[getattr(config.task_type, "value", config.task_type)])
     return cls.from_pretrained(name, revision=config.revision, **kwargs)
 
 

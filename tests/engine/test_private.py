@@ -86,6 +86,12 @@ PEFT = (
         "an adapter is saved with the LoRAs of its stack, and without those beside it",
         ("model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
     ),
+    Private(
+        TUNER,
+        "_remap_adapter_state_dict_for_load",
+        "what is to be loaded is an adapter's own, or it is refused",
+        ("model", "config", "adapter_name", "state_dict"),
+    ),
     Private(TUNER, "_remove_adapter_name_from_key", "the adapter's name stands in the middle of our keys", ("key", "adapter_name")),
     Private(
         TUNER,
@@ -109,6 +115,7 @@ PEFT = (
     Private(LAYER, "_move_adapter_to_device_of_base_layer", "the base of our layer is its block", ("adapter_name", "device")),
     Private(WRAPPER, "_get_available_adapters", "says whose adapters a module that is saved whole holds", ()),
     Private(WRAPPER, "delete_adapter", "takes ours out of one that a neighbour shares", ("adapter_name", "new_active_adapters")),
+    Private(WRAPPER, "adapter_state_dict_load_map", "how PEFT names what is saved whole, before our tuner sees it", ("adapter_name",)),
     Private(WRAPPER, "enable_adapters", "switched with our layers", takes=("enabled",)),
     Private(WRAPPER, "original_module", "the base's module under one that is saved whole"),
     Private("peft.utils", "load_peft_weights", "reads an adapter for a pipeline's denoiser", takes=("model_id",)),
@@ -140,6 +147,7 @@ TRANSFORMERS = (
             *("bidirectional_mask", "bidirectional_sliding_window_mask"),
         )
     ),
+    Private("transformers.models.auto.auto_factory", "_BaseAutoModelClass", "an adapter may name such a class as its base's"),
     Private("transformers.modeling_layers", "GradientCheckpointingLayer", "a block of it checkpoints its own class's forward"),
     Private("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "a block under it throws its cache away"),
     Private(

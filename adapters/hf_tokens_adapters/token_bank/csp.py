@@ -40,7 +40,7 @@ class CSP(TokenBank):
         words = [(i,) for i in config.ids] if config.words is None else config.words
         found = dims.embed([i for word in words for i in word])  # n d
         lengths = torch.tensor([len(word) for word in words], dtype=torch.long, device=found.device)
-        owner = torch.arange(len(words), device=found.device).repeat_interleave(lengths)
+        owner = torch.arange(len(words), device=found.device).repeat_interleave(lengths, output_size=len(found))
         total = found.new_zeros(len(words), found.shape[-1]).index_add(0, owner, found)
         self.vectors = nn.Parameter(total / lengths[:, None])
         self.dropout = nn.Dropout(config.attr_dropout)

@@ -1,0 +1,312 @@
+"""What stands in an adapter's files is exactly the adapter's own, or it is refused by every door and the base is as it was."""
+
+import copy
+import json
+import re
+import sys
+
+import pytest
+import torch
+from contract.pairs import difference, snapshot
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+from tolerances import all_equal
+
+import hf_tokens
+from hf_tokens import AdapterError, DeepPromptConfig, HFTokensError, get_token_model
+from hf_tokens.testing import zoo
+from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
+
+ADAPTERS = {
+    "no parameters": lambda: get_token_model(zoo.build("llama").model, ProbeDropConfig()),
+    "a bank": lambda: get_token_model(zoo.build("llama").model, ProbeInsertConfig()),
+    "a stack": lambda: get_token_model(
+        zoo.build("llama").model,
+        [DeepPromptConfig(tokens=3), LoraConfig(r=2, target_modules=["q_proj"])],
+        modules_to_save=["lm_head"],
+    ),
+}
+
+
+def beside(door):
+    """A door of a model that has another adapter already."""
+
+    def load(folder, base):
+        model = get_token_model(base, ProbeDropConfig(), adapter_name="first")
+        try:
+            return door(model, folder)
+        except HFTokensError:
+            assert set(model.peft_config) == {"first"} and model.active_adapters == ["first"]
+            raise
+        finally:
+            model.unload()
+
+    return load
+
+
+DOORS = {
+    "hf_tokens.load": lambda folder, base: hf_tokens.load(folder, base),
+    "PeftModel.from_pretrained": lambda folder, base: PeftModel.from_pretrained(base, folder),
+    "on the meta device": lambda folder, base: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "hf_tokens.load beside another": beside(lambda model, folder: hf_tokens.load(folder, model, adapter_name="second")),
+    "load_adapter": beside(lambda model, folder: model.load_adapter(folder, "second")),
+}
+FIRST = {
+    "renamed": lambda key, value: {f"{key}x": value},
+    "without the prefix": lambda key, value: {key.removeprefix("base_model.model."): value},
+    "missing": lambda key, value: {},
+    "longer": lambda key, value: {key: torch.cat([value, value])},
+    "flat": lambda key, value: {key: value.flatten()},
+    "empty": lambda key, value: {key: value[:0]},
+    "NaN": lambda key, value: {key: torch.full_like(value, torch.nan)},
+    "infinite": lambda key, value: {key: torch.full_like(value, -torch.inf)},
+    **{
+        str(kind): lambda key, value, kind=kind: {key: value.to(kind)}
+        for kind in (torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
+    },
+}
+MORE = {
+    "of the base": {"base_model.model.lm_head.weight": torch.zeros(99, 32)},
+    "inside the base": {"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(64, 32)},
+    "of the base under its own name": {"model.norm.weight": torch.zeros(32)},
+    "of nothing": {"more": torch.zeros(3)},
+}
+CASES = [
+    *(("a bank", what, change) for what, change in FIRST.items()),
+    *(("a stack", what, FIRST[what]) for what in ("missing", "NaN", str(torch.int64))),
+    *((adapter, what, more) for adapter in ("no parameters", "a bank") for what, more in MORE.items()),
+    ("a stack", "inside the base", MORE["inside the base"]),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folders = {}
+    for name, make in ADAPTERS.items():
+        folders[name] = tmp_path_factory.mktemp("adapters") / name
+        make().save_pretrained(folders[name])
+    return folders
+
+
+def change(folder, to, change):
+    """A copy of an adapter with another first tensor, or with more of them."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if isinstance(change, dict):
+        tensors |= change
+    else:
+        key = sorted(tensors)[-1]
+        tensors |= (parts := change(key, tensors.pop(key)))
+        assert all(part.numel() or part.shape[0] == 0 for part in parts.values())
+    save_file({key: value.contiguous() for key, value in tensors.items()}, to / "adapter_model.safetensors")
+    (to / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    return to
+
+
+def refused(door, folder, words):
+    base = zoo.build("llama").model
+    before = snapshot(base)
+    with pytest.raises(AdapterError, match=words):
+        door(str(folder), base)
+    assert not difference(before, snapshot(base))
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize(("adapter", "what", "changed"), CASES, ids=[f"{adapter}-{what}" for adapter, what, _ in CASES])
+def test_a_tensor_that_is_not_the_adapters_own_is_refused_and_the_base_is_as_it_was(saved, tmp_path, door, adapter, what, changed):
+    words = "are finite, got .* with NaN or infinity" if what in ("NaN", "infinite") else "file holds the .* tensors of its methods, got"
+    refused(door, change(saved[adapter], tmp_path, changed), words)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_floating_numbers_of_any_width_are_accepted(saved, tmp_path, door, kind):
+    for adapter in ADAPTERS:
+        folder = saved[adapter]
+        save_file(
+            {key: value.to(kind) for key, value in load_file(folder / "adapter_model.safetensors").items()},
+            tmp_path / "adapter_model.safetensors",
+        )
+        (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+        door(str(tmp_path), zoo.build("llama").model)
+
+
+@pytest.mark.parametrize("what", ["missing", "NaN", "of the base"])
+def test_a_state_that_is_not_the_adapters_own_is_refused_in_a_model_that_has_it(saved, tmp_path, what):
+    folder = change(saved["a bank"], tmp_path, {**FIRST, **MORE}[what])
+    model = ADAPTERS["a bank"]()
+    before = snapshot(model)
+    for load in (
+        lambda: set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors")),
+        lambda: model.load_adapter(str(folder), "default"),
+    ):
+        with pytest.raises(AdapterError):
+            load()
+        assert not difference(before, snapshot(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("door", [hf_tokens.load, lambda folder, base: PeftModel.from_pretrained(base, folder)], ids=["load", "PEFT"])
+def test_what_peft_has_for_layers_is_loaded_in_a_stack(tmp_path, door):
+    """Among them are some whose beginning cannot be tried without the numbers of the base."""
+    tried = []
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        try:
+            model = get_token_model(zoo.build("llama").model, ["probe-insert", config(target_modules=["q_proj"])]).eval()
+        except (ValueError, TypeError, ImportError):  # it needs more to be told, or does not suit a model so small
+            continue
+        model.save_pretrained(tmp_path / str(kind))
+        again = get_peft_model_state_dict(door(str(tmp_path / str(kind)), zoo.build("llama").model))
+        all_equal(list(again.values()), list(get_peft_model_state_dict(model).values()), str(kind))
+        tried.append(str(getattr(kind, "value", kind)))
+    assert {"LORA", "BOFT", "FROD", "UNILORA"} <= set(tried) and len(tried) > 20
+
+
+# -- the class of the base -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("stranger", "Model"),
+        ("transformers_stranger", "Model"),
+        ("os", "system"),
+        ("subprocess", "Popen"),
+        ("transformers", "pipeline"),
+        ("transformers", "AutoTokenizer"),
+        ("transformers.nonesuch", "AutoModel"),
+        ("transformers", "nonesuch"),
+        ("transformers.modeling_utils", "os"),
+        ("diffusers", "DDIMScheduler"),
+        (None, "AutoModel"),
+        ("transformers", ["AutoModel"]),
+    ],
+)
+def test_no_module_of_a_stranger_is_imported(saved, tmp_path, monkeypatch, library, name):
+    folder = change(saved["a bank"], tmp_path, {})
+    for module in ("stranger", "transformers_stranger"):
+        (tmp_path / f"{module}.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Model: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = json.loads((folder / "adapter_config.json").read_text())
+    data |= {"auto_mapping": {"parent_library": library, "base_model_class": name}, "base_model_name_or_path": "x"}
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    before = set(sys.modules)
+    with pytest.raises(AdapterError, match="names a class of models of transformers or diffusers, got .* Load the base yourself"):
+        hf_tokens.load(tmp_path)
+    assert not (tmp_path / "ran").exists() and not {"stranger", "transformers_stranger"} & (set(sys.modules) - before)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("transformers", "AutoModelForCausalLM"), (None, None), ("transformers", "LlamaForCausalLM")]
+)
+def test_the_base_that_an_adapter_names_is_loaded(tmp_path, library, name):
+    specimen = zoo.build("llama")
+    specimen.model.save_pretrained(tmp_path / "base")
+    model = get_token_model(type(specimen.model).from_pretrained(tmp_path / "base"), ProbeInsertConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    data = json.loads(path.read_text())
+    assert data["auto_mapping"]["parent_library"].startswith("transformers.models.llama")
+    if library is not None:
+        path.write_text(json.dumps({**data, "auto_mapping": {"parent_library": library, "base_model_class": name}}))
+    with torch.no_grad():
+        all_equal([hf_tokens.load(tmp_path / "adapter").eval()(**specimen.inputs).logits], [model.eval()(**specimen.inputs).logits])
+
+
+# -- configs ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(folder, to, text):
+    """Load an adapter with another text as its config: it works, or it is one of our errors and the model is as it was."""
+    change(folder, to, {})
+    (to / "adapter_config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    base = zoo.build("llama").model
+    before = snapshot(base)
+    try:
+        hf_tokens.load(to, base).unload()
+    except HFTokensError as error:
+        assert not difference(before, snapshot(base))
+        return str(error)
+    assert not difference(before, snapshot(base))
+    return ""
+
+
+def leaves(tree, path=()):
+    yield path
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in parts:
+        yield from leaves(value, (*path, key))
+
+
+def planted(tree, path, value):
+    """A copy of a tree with another value at a path."""
+    if not path:
+        return value
+    tree = copy.deepcopy(tree)
+    inner = tree
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return tree
+
+
+def deep(n):
+    return 1 if n == 0 else [deep(n - 1)]
+
+
+ODD = [
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1,
+        10**9,
+        10**30,
+        1.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "x" * 10_000,
+        "\u202e\x00",
+        "../../etc/passwd",
+        "deep-prompt",
+    ),
+    *([], {}, deep(50), {"a": {"b": []}}, [None], ["x", 1, None], [[1]], {"method": "ftp"}, "LORA", "all-linear", ["q_proj"]),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_a_config_with_anything_in_it_works_or_is_one_error(saved, tmp_path_factory, data):
+    folder = saved[data.draw(st.sampled_from(["a bank", "a stack"]))]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    path = data.draw(st.sampled_from(list(leaves(config))))
+    load_config(folder, tmp_path_factory.mktemp("odd"), json.dumps(planted(config, path, data.draw(st.sampled_from(ODD)))))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: "[" * 100_000, "must be a whole JSON file, got one that says: RecursionError"),
+        (lambda text: text[:-2] + f', "more": {"1" * 6000}}}', "must be a whole JSON file, got one that says: ValueError"),
+        (lambda text: text + " " * (1 << 20), "has at most 1048576 bytes"),
+        (lambda text: text.replace('"methods": [', '"methods": [' + '{"method": "ftp"},' * 1000), "has at most 100 methods, got 1002"),
+        (lambda text: text.replace('"tokens": 3', '"tokens": 1000000000000'), "of shape"),
+        (lambda text: text.replace('"r": 2', '"r": 1000000000000'), "of shape"),
+        (lambda text: text.replace('"lora_alpha": 8', '"lora_alpha": 1e999'), "no finite number"),
+        (lambda text: text.replace('"r": 2', '"r": "2"'), "must go into LlamaForCausalLM, got one that says: TypeError"),
+        (
+            lambda text: text.replace('"auto_mapping"', '"self": 3, "auto_mapping"'),
+            "must be that of an adapter, got one that says: TypeError",
+        ),
+    ],
+)
+def test_a_config_beyond_all_bounds_is_refused_before_anything_is_allocated(saved, tmp_path, change, words):
+    text = (saved["a stack"] / "adapter_config.json").read_text()
+    assert change(text) != text
+    assert re.search(words, load_config(saved["a stack"], tmp_path, change(text)))
