@@ -27,7 +27,7 @@ MOST_BYTES, MOST_METHODS = 1 << 20, 100  # of an adapter_config.json
 PEFT_PREFIX = "base_model.model."  # how a file calls what is in the base
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-BY_VALUE = ("BOFT", "FROD", "UNILORA")  # PEFT methods whose beginning reads the numbers of tensors: no trial without any
+BY_VALUE = ("BOFT", "FROD", "SHIRA", "UNILORA")  # PEFT methods whose beginning reads the numbers of tensors: no trial without any
 
 Saved = tuple[list[int], torch.dtype | None]  # shape and kind of a saved tensor; None for a kind that no adapter has
 
