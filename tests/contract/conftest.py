@@ -5,7 +5,7 @@
 """
 
 import pytest
-from contract.pairs import PAIRS, planned, refused
+from contract.pairs import PAIRS, Pair, planned, refused
 from contract.selection import ALL, library, streams, thin
 from peft import PeftModel
 
@@ -40,14 +40,14 @@ def kinds_for(fixture):
 def pytest_collection_modifyitems(items):
     """Put the checks of a pair side by side: the first one makes what the others find made."""
     checks = [item for item in items if pair_of(item)]
-    ordered = iter(sorted(checks, key=lambda item: PLACES[pair_of(item)]))
+    ordered = iter(sorted(checks, key=lambda item: PLACES.get(pair_of(item), len(PLACES))))
     items[:] = [next(ordered) if pair_of(item) else item for item in items]
 
 
 def pair_of(item):
     """The pair that a check runs with; None for another test."""
-    names = FIXTURES.keys() & item.fixturenames if isinstance(item, pytest.Function) else ()
-    return item.callspec.params[next(iter(names))] if names else None
+    cases = vars(item).get("callspec")
+    return None if cases is None else next((value for value in cases.params.values() if isinstance(value, Pair)), None)
 
 
 @pytest.fixture(autouse=True)

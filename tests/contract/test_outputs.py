@@ -57,16 +57,16 @@ def test_zero_strength_is_the_base(pair, dtype):
     all_close(pair.run(model, inputs), want, "zero strength")
 
 
-def test_the_model_s_forward_is_the_model_called(pair):
+def test_the_model_s_forward_is_the_model_called(host):
     with torch.no_grad():
-        called, forward = pair.attach(), surgery_of(pair.attach()).base.forward
-        all_equal(pair.row.run(forward, pair.inputs), pair.row.run(called, pair.inputs), "forward")
+        called, forward = host.attach(), surgery_of(host.attach()).base.forward
+        all_equal(host.row.run(forward, host.inputs), host.row.run(called, host.inputs), "forward")
 
 
-def test_a_part_that_is_called_alone_is_that_part_or_refused(pair):
-    if pair.row.timesteps:
+def test_a_part_that_is_called_alone_is_that_part_or_refused(host):
+    if host.row.timesteps:
         return  # what surrounds a denoiser's blocks is the denoiser
-    model, calls = pair.attach(), []
+    model, calls = host.attach(), []
     parts = {id(part): part for surgery in surgery_of(model).streams for part in surgery.holders[1:]}
 
     def note(part, args, kwargs, output):
@@ -74,7 +74,7 @@ def test_a_part_that_is_called_alone_is_that_part_or_refused(pair):
 
     hooks = [part.register_forward_hook(note, with_kwargs=True) for part in parts.values()]
     with torch.no_grad():
-        pair.row.run(model, pair.inputs, **({"use_cache": False} if pair.row.generates else {}))
+        host.row.run(model, host.inputs, **({"use_cache": False} if host.row.generates else {}))
         for hook in hooks:
             hook.remove()
         for part, args, kwargs, want in {id(call[0]): call for call in reversed(calls)}.values():
