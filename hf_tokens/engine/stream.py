@@ -22,19 +22,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import adopt, find_cache
-from ..model.blocks import tells_no_places
 from .call import BlockCall
-from .handler import handler_of
-from .opening import expect, lend, open_pass
+from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
 from .plan import PassPlan
 from .results import Entry, in_backward, other_tensors
 from .run import Site, StreamRun
+from .shortcuts import changes_anything, is_quiet, run_as_it_came, run_quietly
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
@@ -187,59 +185,3 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
     if cache is not None and indices:
         adopt(cache, max(indices))
-
-
-def changes_anything(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict) -> bool:
-    """Whether anything is to be done around a block, or its arguments are to be cut."""
-    plan, run, index = block.surgery.plan, block.surgery.call.run, block.index
-    if pass_plan.methods or index >= plan.exit or plan.sees_all or plan.remembers and index == 0:
-        return True
-    if run is not None and not run.ledger.untouched or index == plan.exit - 1 and plan.last:
-        return True
-    if block.shares_keys and run is not None:
-        lent, stored = run.lent.get(block.layer_type, (None, None))
-        return stored is not None or lent is not None and not lent.untouched
-    layer = cache_layer(block, find_cache((*args, *kwargs.values()))) if plan.moves and block.layer_idx is not None else None
-    return layer is not None and not layer.whole  # its mask must be cut
-
-
-def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
-    """Run a block around which nothing is to be done."""
-    surgery, output = block.surgery, block.inner(*args, **kwargs)
-    if surgery.model.listeners:
-        hidden = surgery.stream.bind(block.index, args, kwargs)
-        surgery.count(block, hidden.numel() // hidden.shape[-1])
-    if block.index == len(surgery.stream) - 1:
-        run = surgery.call.run
-        surgery.call.note_final(surgery.stream.read(block.index, output), None if run is None else run.padding)
-    return output
-
-
-def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict) -> bool:
-    """Whether a block runs on a generated token as it came: no method is called before it is done, and no mask is cut to its cache."""
-    surgery = block.surgery
-    run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
-    if layer is None or layer.filled is not None or layer.packed or not run.ledger.untouched:
-        return False
-    ends = block.index >= min(surgery.plan.exit, len(surgery.stream)) - 1 or surgery.plan.sees_all
-    shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None
-    if ends or shaped or torch.is_grad_enabled() and block.checkpointed_outside:
-        return False
-    quiet = all(handler_of(method).quiet(method, layer) for method in pass_plan.methods)
-    return quiet and tells_no_places(block.module, args, kwargs)
-
-
-def run_quietly(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
-    """Run such a block."""
-    surgery, layer = block.surgery, cache_layer(block, find_cache((*args, *kwargs.values())))
-    run = surgery.call.run
-    run.enter(block.index, run.ledger.context)
-    lend(surgery, block, run.ledger, run, expect(layer, run.ledger))
-    output = block.inner(*args, **kwargs)
-    surgery.count(block, run.ledger.batch)
-    if block.plan.decode.of("after"):
-        hidden = surgery.stream.read(block.index, output)
-        ask_behind(block.plan.decode, Site(surgery, block, run, hidden, layer, local=run.ledger))
-    block.signals.captured.clear()
-    layer.release()
-    return output

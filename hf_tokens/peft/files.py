@@ -33,13 +33,13 @@ Saved = tuple[list[int], torch.dtype | None]  # shape and kind of a saved tensor
 
 
 @contextlib.contextmanager
-def whole(rule: str, remedy: str) -> Iterator[None]:
-    """Read what somebody else wrote: whatever goes wrong in it is said in our words, with the cause."""
+def whole(rule: str, remedy: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Read what somebody else wrote: errors of these kinds in it are said in our words, with the cause."""
     try:
         yield
     except HFTokensError:
         raise
-    except Exception as error:
+    except kinds as error:
         got = f"one that says: {type(error).__name__}: {error}" if str(error) else f"one that says: {type(error).__name__}"
         raise AdapterError(explain(rule, got, remedy)) from error
 

@@ -20,6 +20,8 @@ from ..peft.files import PEFT_PREFIX, header, read_config, whole
 from ..peft.tuner import check_name
 from .surgeries import blocks_in, denoiser, instances, surgery_of
 
+MISREAD = (ValueError, TypeError, KeyError, AttributeError)  # what a library says of a value in a config that it cannot read
+
 
 def beside_its_like(model: Any, config: HFTokensConfig) -> bool:
     """Whether a model is a PeftModel of adapters like ours, which takes one more; around another one goes a PeftModel of our own."""
@@ -68,13 +70,14 @@ def load(
     beside = inner is None and beside_its_like(model, config)
     if beside:
         check_name(adapter_name, model.peft_config)
-    if inner is not None:
-        return load_into(model, inner, folder, config, adapter_name)
-    if beside:
-        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
-        model.set_adapter(adapter_name)
-        return model
-    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config)
+    with whole(f"The methods in {CONFIG} must go into {type(model).__name__}", "Save the adapter again.", MISREAD):
+        if inner is not None:
+            return load_into(model, inner, folder, config, adapter_name)
+        if beside:
+            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+            model.set_adapter(adapter_name)
+            return model
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config)
 
 
 def check_files(folder: Path) -> None:
