@@ -15,6 +15,7 @@ from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..engine.results import World
 from ..model import families
+from ..model.callers import callers
 from ..model.pictures import over_tokens
 from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
@@ -48,16 +49,12 @@ class StepOutput:
 def guides() -> bool | None:
     """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or its code does not show it."""
     module = sys.modules.get("diffusers.pipelines.pipeline_utils")
-    frame = None if module is None else sys._getframe(1)
-    for _ in range(FRAMES_TO_PIPELINE):
-        if frame is None:
-            return None
+    for frame in callers(0 if module is None else FRAMES_TO_PIPELINE):
         pipeline, code = frame.f_locals.get("self"), frame.f_code
         if code.co_name == "__call__" and isinstance(pipeline, module.DiffusionPipeline):
             if BATCHED in code.co_varnames:
                 return frame.f_locals.get(BATCHED)
             return bool(getattr(pipeline, BATCHED)) if BATCHED in code.co_names else False
-        frame = frame.f_back
     return None
 
 

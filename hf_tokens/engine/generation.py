@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError, explain
@@ -13,42 +14,34 @@ if TYPE_CHECKING:
     from .model import ModelSurgery
 
 
-class BatchedGeneration(BoundForward):
-    """Refuses, where it begins, a generation with several requests end to end in one row, and their keys in pages of transformers' own."""
+class CheckedBeginning(BoundForward):
+    """A method of the model with which a way to generate begins, behind a check of the methods that act."""
 
-    name = "init_continuous_batching"
-
-    def __init__(self, model: ModelSurgery):
-        self.model = model
+    def __init__(self, model: ModelSurgery, name: str, check: Callable[[ModelSurgery], None]):
+        self.model, self.name, self.check = model, name, check
         super().__init__(model.base)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin it, if every method that acts reads each token by itself."""
-        refuse_pages(self.model)
+        """Begin, if nothing is refused."""
+        self.check(self.model)
         return self.inner(*args, **kwargs)
 
 
-class GuessedGeneration(BoundForward):
-    """Refuses, where it begins, a generation in which a draft is read behind the prompt and taken back in part."""
+def refuse_drafts(model: ModelSurgery) -> None:
+    """In assisted decoding a draft is read behind the prompt, and taken back in part.
 
-    name = "_get_candidate_generator"
-
-    def __init__(self, model: ModelSurgery):
-        self.model = model
-        super().__init__(model.base)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin it, if no method that acts must get its prompt in one pass, or cannot take back what it has read."""
-        methods = [m for surgery in self.model.streams if surgery.stream.causal for m in surgery.methods()]
-        names = sorted({type(method).__name__ for method in methods if not method.chunks or method.spans})
-        if names:
-            rule = "Methods that look at a prompt as a whole, or cannot take tokens back, do not go with assisted decoding"
-            raise UnsupportedError(explain(rule, ", ".join(names), "Leave out the assistant, or `prompt_lookup_num_tokens`."))
-        return self.inner(*args, **kwargs)
+    Raises:
+        UnsupportedError: A method must get its prompt in one pass, or cannot take back what it has read.
+    """
+    methods = [m for surgery in model.streams if surgery.stream.causal for m in surgery.methods()]
+    names = sorted({type(method).__name__ for method in methods if not method.chunks or method.spans})
+    if names:
+        rule = "Methods that look at a prompt as a whole, or cannot take tokens back, do not go with assisted decoding"
+        raise UnsupportedError(explain(rule, ", ".join(names), "Leave out the assistant, or `prompt_lookup_num_tokens`."))
 
 
 def refuse_pages(model: ModelSurgery) -> None:
-    """Only a method that reads each token by itself is right there.
+    """Continuous batching lays several requests end to end in one row, and keeps their keys in pages of transformers' own.
 
     Raises:
         UnsupportedError: One moves tokens, thinks of one sample a row, looks for words in it, or sees the attention call.
@@ -59,3 +52,10 @@ def refuse_pages(model: ModelSurgery) -> None:
         rule = "Continuous batching lays several samples into one row, and these methods take one sample a row"
         got = ", ".join(sorted({type(method).__name__ for method in (*moving, *reading)}))
         raise UnsupportedError(explain(rule, got, "Use `generate`, or disable the adapter."))
+
+
+# methods of transformers' `GenerationMixin`, and what is checked before they run
+BEGINNINGS: tuple[tuple[str, Callable[[ModelSurgery], None]], ...] = (
+    ("init_continuous_batching", refuse_pages),
+    ("_get_candidate_generator", refuse_drafts),
+)

@@ -25,7 +25,7 @@ from ..roles.signals import SPANS
 from ..tokens.token_map import in_float32
 from .block import BlockSurgery
 from .context import ForwardContext
-from .generation import BatchedGeneration, GuessedGeneration, refuse_pages
+from .generation import BEGINNINGS, CheckedBeginning, refuse_pages
 from .handler import HANDLERS, Handler
 from .hooks import BoundForward, SharedHook
 from .loss import LossReplacement, StepLosses, share_of_step
@@ -98,7 +98,7 @@ class ModelSurgery:
             self._handles.append(tower.register_forward_hook(self.see, with_kwargs=True))
         self._bound = [ModelForward(self)]
         if isinstance(base, GenerationMixin):
-            self._bound += [BatchedGeneration(self), GuessedGeneration(self)]
+            self._bound += [CheckedBeginning(self, name, check) for name, check in BEGINNINGS]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "call": None, "verdict": None, "waiting": None, "seen": [], "_callers": set(), "conclusions": {}}
@@ -165,7 +165,7 @@ class ModelSurgery:
         Raises:
             UnsupportedError: Another thread is in a call.
         """
-        under_way = self.teaching or self.call is not None
+        under_way = self.call is not None
         if torch.compiler.is_compiling() or under_way and any(one is self.base for one in called(threading.get_ident())):
             return under_way
         self._refuse_threads()

@@ -41,6 +41,7 @@ PICTURES = ("pixel_values", "image_patches")
 
 
 def _pooled(config: Any) -> int:
+    """Patches along a side of what Gemma's projector pools into a token: it makes a square of `mm_tokens_per_image`."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     return side // math.isqrt(config.mm_tokens_per_image)
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from ..engine.block import BlockSurgery
 from ..errors import UnsupportedError, explain
+from ..model.callers import callers
 
 # knobs that act beyond the layers of their method: the value that they must have, what they need, and whether only training needs it
 BEYOND_LAYERS: tuple[tuple[str, Any, str, bool], ...] = (
@@ -156,13 +157,9 @@ class BaseRecord:
 def calling_loader() -> FrameType | None:
     """The call of transformers' `load_adapter` that is under way, if one is."""
     module = sys.modules.get("transformers.integrations.peft")
-    frame = None if module is None else sys._getframe(1)
-    for _ in range(FRAMES_TO_LOADER):
-        if frame is None:
-            return None
+    for frame in callers(0 if module is None else FRAMES_TO_LOADER):
         if frame.f_code.co_name == "load_adapter" and frame.f_code.co_filename == module.__file__:
             return frame
-        frame = frame.f_back
     return None
 
 

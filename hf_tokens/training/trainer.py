@@ -15,6 +15,7 @@ from ..engine.model import ModelSurgery
 from ..engine.results import World
 from ..errors import UnsupportedError, explain
 from ..handlers.objective import asked_now
+from ..model.callers import callers
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -25,13 +26,7 @@ FRAMES_TO_TRAINER = 64  # frames between Trainer.training_step and the block who
 def calling_trainer() -> Trainer | None:
     """The Trainer whose code is setting the model to training mode, if one is."""
     module = sys.modules.get("transformers.trainer")
-    if module is None:
-        return None
-    frame = sys._getframe(1)
-    for _ in range(FRAMES_TO_TRAINER):
-        frame = frame.f_back
-        if frame is None:
-            return None
+    for frame in callers(0 if module is None else FRAMES_TO_TRAINER):
         if frame.f_code.co_filename == module.__file__ and isinstance(frame.f_locals.get("self"), module.Trainer):
             return frame.f_locals["self"]
     return None
