@@ -60,6 +60,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
+    facts["tokens_first"] = surgery.stream.layout == "n b d"
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)
     segments = None if start else call.segments(real)
