@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model.arguments import find_padding, find_views
+from ..model.signatures import STATES
 from ..roles.base import Method
 from ..tokens.entries import Arrival, Stored
 from ..tokens.ledger import TokenLedger
@@ -40,10 +41,20 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
         raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
 
+def refuse_state(methods: list[Method], context: ForwardContext) -> None:
+    """A method that must know where in the sequence a token stands cannot go on from a state that does not tell."""
+    carried = [name for name in STATES if context.arguments.get(name) is not None]
+    placing = sorted({type(method).__name__ for method in methods if method.moves_tokens or not method.caches})
+    if carried and placing:
+        rule = f"{', '.join(placing)} must be told how long the sequence is that goes on"
+        raise UnsupportedError(explain(rule, f"a model's own `{carried[0]}`", "Pass none, and `use_cache=False` to `generate`."))
+
+
 def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurgery, call: BlockCall) -> StreamRun:
     """Begin a pass at a block; refused where a method of the stream cannot be right for such a pass."""
     plan = surgery.plan
     refuse_cache(plan.methods, block, call.cache)
+    refuse_state(plan.methods, context)
     layers, start, memory, known = [], 0, Memory(), {}
     if plan.moves:
         cache = call.cache
@@ -60,6 +71,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
+    facts["tokens_first"] = surgery.stream.layout == "n b d"
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)
     segments = None if start else call.segments(real)

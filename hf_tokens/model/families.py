@@ -161,6 +161,16 @@ COUNTS = re.compile(
 HALF_WINDOW = "one_sided_attn_window_size"
 # block class -> the table that it looks up at its `position_ids`, and that must stay whole for it
 INDEXED = {"ClvpEncoderLayer": "rotary_pos_emb"}
+# block class -> arguments of this many axes, or of any number, that belong to another sequence or to a whole sample, under names by which
+# other blocks are given something of each token
+FOREIGN_OF = (
+    (re.compile(r"(Detr|DabDetr|TableTransformer)DecoderLayer$"), re.compile(r"^(spatial_position_embeddings|object_queries)$"), None),
+    (re.compile(r"^Sam3(LiteText)?DetrDecoderLayer$"), re.compile(r"^(query_pos|vision_pos_encoding)$"), None),
+    (re.compile(r"TwoWayAttentionBlock$"), re.compile(r"^(keys|key_point_embedding)$"), None),
+    (re.compile(r"^HunyuanVideo15Transformer"), re.compile(r"^attention_mask$"), None),
+    (re.compile(r"^(AceStep|Wan|JoyImage|Chroma|Krea2)\w*Block$"), re.compile(r"^temb$"), 3),
+    (re.compile(r"^LTX2Video"), re.compile(r"^temb_ca_"), 3),
+)
 # What stands beside the prompt of a denoiser: its masks, tables of its places, and lengths that no longer hold once tokens are added.
 PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
 PROMPT_PLACES = ("txt_ids",)

@@ -149,6 +149,12 @@ class Method(nn.Module, abc.ABC):
         """Whether this instance is that of the first block that the method acts on."""
         return self.dims.is_first_block
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of its parameters, or of those that its instances share; None if it has none."""
+        instances = (self, *self._firsts)
+        return next((p.dtype for method in instances for p in method.parameters() if p.is_floating_point()), None)
+
     def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:
         """Note the name of the method's place in the adapter, and its first instances."""
         self.key, self._firsts = key, (stream_first, model_first)

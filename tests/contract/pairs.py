@@ -184,7 +184,8 @@ class Pair:
         edits = [method for method in instances(model, adapter_name) if isinstance(method, WeightEdit)]
         if edits:
             names = sorted({name for method in edits for name in (*method.groups, *method.maybe)})
-            edit(model, {name: [self.varied(i)] for i, name in enumerate(names)}, adapter_name, loss=self.any_loss)
+            dtype = next(iter(base_parameters(model).values())).dtype
+            edit(model, {name: [cast(self.varied(i), dtype)] for i, name in enumerate(names)}, adapter_name, loss=self.any_loss)
         return model
 
     def varied(self, i: int) -> Inputs:
@@ -220,6 +221,11 @@ class Pair:
         more = {"custom_generate": route_to(other(self.architecture))} if operated else {}
         with torch.no_grad():
             return generate(model, inputs, 3, **more) if self.speaks else self.row.run(model, inputs)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs with their fractions in this precision."""
+    return {name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in inputs.items()}
 
 
 @cache
