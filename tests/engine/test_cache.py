@@ -343,7 +343,7 @@ def test_a_prompt_that_was_cropped_is_refused_where_it_was_looked_at_as_a_whole(
     model(input_ids=ids[:, 1:2], **{CACHE: cache})  # a token of generation
     cache = model(**inputs, use_cache=True).past_key_values
     cache.crop(-2)
-    with pytest.raises(UnsupportedError, match=r"in one pass, got PrefixKV and a prompt that was cropped\. Leave out"):
+    with pytest.raises(UnsupportedError, match=r"in one pass, got PrefixKV and a prompt that was cropped\. Take back whole prompts"):
         model(input_ids=ids[:, -2:-1], **{CACHE: cache})
 
 
