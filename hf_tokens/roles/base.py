@@ -67,7 +67,7 @@ class Method(nn.Module, abc.ABC):
         parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
         spans: A reducer at the site `before` is called in front of the first of its blocks; behind the last its tokens are there again.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
-        chunks: The method is right for a prompt that is given in several passes; False makes the engine refuse one.
+        chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one in chunks, or cropped.
         placed: It sits in blocks, as an adapter; False for one that a function of its own applies.
         allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
         ignores: Signals that its config has no use for; they are None and not computed.
