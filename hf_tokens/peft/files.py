@@ -9,7 +9,7 @@ import json
 import math
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import AdapterError, HFTokensError, explain
 from ..roles.config import matches
-from .config import CONFIG, NAME, PEFT_METHOD, HFTokensConfig
+from .config import NAME, PEFT_METHOD, HFTokensConfig
+from .doors import CONFIG, PICKLE, calling_loader, given_to, without_weights
+from .saving import PEFT_PREFIX, digest_of
 
 MOST_BYTES, MOST_METHODS = 1 << 20, 100  # of an adapter_config.json
-PEFT_PREFIX = "base_model.model."  # how a file calls what is in the base
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 BY_VALUE = ("BOFT", "FROD", "SHIRA", "UNILORA")  # PEFT methods whose beginning reads the numbers of tensors: no trial without any
@@ -82,11 +83,26 @@ def header(weights: Path) -> dict[str, Saved]:
         return {key: (part.get_shape(), kinds.get(part.get_dtype())) for key, part in slices.items()}
 
 
-def opened(weights: Path) -> Any:
-    """A safetensors file; a pipe or a device in its place would never end."""
+def check_is_file(weights: Path) -> None:
+    """Refuse a pipe or a device in the place of a file: it would never end."""
     if not weights.is_file():
         raise AdapterError(explain(f"{weights.name} must be a file", weights, "Download or save it again."))
+
+
+def opened(weights: Path) -> Any:
+    """A safetensors file."""
+    check_is_file(weights)
     return safe_open(str(weights), framework="pt")
+
+
+def read_pickle(weights: Path) -> dict[str, Tensor]:
+    """The tensors in torch's own kind of file, which PEFT writes with `safe_serialization=False`; nothing in it is run."""
+    check_is_file(weights)
+    with whole(f"{weights.name} must be a whole file of tensors", "Download or save it again."):
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise TypeError("there is more than tensors by their names")
+    return state
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
@@ -111,17 +127,29 @@ def check_same(needed: Mapping[str, Tensor], held: Mapping[str, Saved]) -> None:
         raise AdapterError(explain(rule, f"{len(wrong)} that are not right, the first {wrong[0]}", remedy))
 
 
-def check_values(tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Refuse numbers that are none."""
+def finite_ones(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, one by one; numbers that are none are refused."""
     for key, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise AdapterError(explain("The tensors of an adapter are finite", f"{key} with NaN or infinity", "Train the adapter again."))
+        yield key, tensor
 
 
-def check_state(needed: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def check_values(tensors: Iterable[tuple[str, Tensor]], digest: str | None = None) -> None:
+    """Refuse numbers that are none, and tensors of another digest than the config has: one file is of another save, or was changed."""
+    if digest is None:
+        for _ in finite_ones(tensors):
+            pass
+    elif (found := digest_of(finite_ones(tensors))) != digest:
+        rule = f"The tensors beside {CONFIG} have the digest that it names, {digest[:80]}"
+        remedy = "A save was broken off, or a file changed: save or download it again, or delete `digest` there if you changed it yourself."
+        raise AdapterError(explain(rule, found, remedy))
+
+
+def check_state(needed: Mapping[str, Tensor], state: Mapping[str, Tensor], digest: str | None = None) -> None:
     """Refuse a state dict that is not exactly that of an adapter."""
     check_same(needed, {key: (list(tensor.shape), tensor.dtype) for key, tensor in state.items()})
-    check_values(iter(state.items()))
+    check_values(state.items(), digest)
 
 
 class Hollow(TorchFunctionMode):
@@ -135,11 +163,8 @@ class Hollow(TorchFunctionMode):
 
 def tried(model: nn.Module, config: HFTokensConfig, adapter_name: str) -> dict[str, Tensor]:
     """The tensors that an adapter has in a model, by the names of its file, found in a copy of the model without any numbers."""
-    config, meta = copy.deepcopy(config), True
-    for method in config.methods:  # nothing begins here
-        if method["method"] == PEFT_METHOD:
-            method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
-            meta = meta and method["config"]["peft_type"] not in BY_VALUE
+    config = config.for_trial()
+    meta = not any(method["config"]["peft_type"] in BY_VALUE for method in config.methods if method["method"] == PEFT_METHOD)
     with Hollow() if meta else contextlib.nullcontext():
         trial = copy.deepcopy(model)
     configs = trial.peft_config if isinstance(trial, PeftModel) else vars(trial).get("peft_config", {})
@@ -153,11 +178,21 @@ def tried(model: nn.Module, config: HFTokensConfig, adapter_name: str) -> dict[s
 
 
 def check_file(model: nn.Module, config: HFTokensConfig, adapter_name: str) -> None:
-    """Refuse a config that was read with other tensors beside it than its methods have in a model, which is not touched."""
-    weights = config.take_weights()
-    if weights is None:
+    """Refuse a config that is being loaded with other tensors than its methods have in a model, which is not touched."""
+    weights, digest = config.take_source()
+    loader = None if config.in_trial else calling_loader()
+    given = weights if loader is None else given_to(loader)
+    if given is None:
+        if loader is not None:
+            raise without_weights(loader.f_locals["peft_model_id"])
         return
-    held = header(weights)
-    check_same(tried(model, config, adapter_name), held)
-    with opened(weights) as file:
-        check_values((key, file.get_tensor(key)) for key in held)
+    if isinstance(given, Path) and given.name == PICKLE:
+        given = read_pickle(given)
+    needed = tried(model, config, adapter_name)
+    if isinstance(given, Mapping):
+        check_state(needed, {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): tensor for key, tensor in given.items()}, digest)
+        return
+    held = header(given)
+    check_same(needed, held)
+    with opened(given) as file:
+        check_values(((key, file.get_tensor(key)) for key in held), digest)

@@ -26,8 +26,9 @@ from ..model.streams import Stream
 from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
+from .doors import calling_loader, tell_loader
 from .files import check_file, check_state
-from .nested import BaseRecord, calling_loader, check_nested, take_off, tell_loader
+from .nested import BaseRecord, check_nested, take_off
 from .placement import Placement, head_outputs, plan
 
 CHILD = "hf_tokens"
@@ -164,7 +165,7 @@ class HFTokensModel(BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         for parameter, flag in trained.items():  # only what came now is switched by the new config
             parameter.requires_grad = flag
-        loader = calling_loader()
+        loader = None if config.in_trial else calling_loader()
         if loader is not None:
             tell_loader(loader, adapter_name, self._nested_names(model, adapter_name))
 

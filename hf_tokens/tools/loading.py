@@ -15,8 +15,10 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import is_diffusers_available
 
 from ..errors import AdapterError, UnsupportedError, explain
-from ..peft.config import CONFIG, WEIGHTS, HFTokensConfig
-from ..peft.files import PEFT_PREFIX, header, read_config, whole
+from ..peft.config import HFTokensConfig
+from ..peft.doors import CONFIG, WEIGHTS
+from ..peft.files import header, read_config, whole
+from ..peft.saving import PEFT_PREFIX
 from ..peft.tuner import check_name
 from .surgeries import blocks_in, denoiser, instances, surgery_of
 
@@ -172,5 +174,6 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
-    save_file({PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
-    inner.peft_config[adapter_name].save_pretrained(str(folder))
+    tensors = {PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}
+    save_file(tensors, str(folder / WEIGHTS))
+    inner.peft_config[adapter_name].save_with(tensors, folder)
