@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..errors import ConfigError, explain
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config
 from .doors import CONFIG, file_beside, is_loading, tensors_being_saved, without_weights
+from .reading import read_config, whole
 from .saving import digest_of, has_bytes, replacing
 
 NAME = "HF_TOKENS"
@@ -79,7 +81,7 @@ class HFTokensConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type, self._weights, self._in_trial = HF_TOKENS, None, False
+        self.peft_type, self._weights, self._in_trial, self._is_loaded = HF_TOKENS, None, False, False
         if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
             self.methods = [self.methods]
         if self.methods is not None and not isinstance(self.methods, Iterable):
@@ -97,10 +99,22 @@ class HFTokensConfig(PeftConfig):
             raise ConfigError(explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", remedy))
 
     @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """What the file of a config says, within bounds."""
+        data = read_config(Path(path_json_file), cls, NAME)
+        return {key: value for key, value in data.items() if key != "runtime_config"}
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> HFTokensConfig:
+        """The config that a file says."""
+        with whole(f"{CONFIG} must be that of an adapter", "Download or save it again."):
+            return super().from_peft_type(**kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> HFTokensConfig:
         """The config in a folder or on the Hub, which knows the file of tensors beside it until it is put into a model."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config._weights = file_beside(pretrained_model_name_or_path, subfolder, **kwargs)
+        config._is_loaded, config._weights = True, file_beside(pretrained_model_name_or_path, subfolder, **kwargs)
         if config._weights is None and is_loading():
             raise without_weights(pretrained_model_name_or_path)
         return config
@@ -110,6 +124,16 @@ class HFTokensConfig(PeftConfig):
         weights, digest = self._weights, self.digest
         self._weights = self.digest = None
         return weights, digest
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it was read from a file, which can say anything."""
+        return self._is_loaded
+
+    @property
+    def goes_around_layers(self) -> bool:
+        """Whether PEFT puts something of it around layers of the model: only a trial shows its tensors."""
+        return bool(self.modules_to_save) or any(method["method"] == PEFT_METHOD for method in self.methods)
 
     @property
     def in_trial(self) -> bool:
@@ -172,8 +196,11 @@ def plain_form(method: Any) -> dict[str, Any]:
         if not isinstance(method.get("config"), dict) or "peft_type" not in method["config"]:
             raise ConfigError(explain("A 'peft' method has a config with a 'peft_type'", repr(method), "Pass the PeftConfig itself."))
         kind = method["config"]["peft_type"]
-        if kind == NAME or not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object), BaseTuner):
+        if not isinstance(kind, str) or kind == NAME or not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object), BaseTuner):
             rule = "A 'peft' method is one of PEFT's that act on layers, such as LORA"
             raise ConfigError(explain(rule, repr(kind), "Put another kind around the model, by `peft.get_peft_model`."))
+        for key, value in method["config"].items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(explain("The numbers of a 'peft' method are finite", f"{key}={value}", "Set another one."))
         return method
     return method_config(method).to_dict()

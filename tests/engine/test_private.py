@@ -57,6 +57,8 @@ A_LORA = "diffusers calls it on every layer of PEFT's, ours among them"
 
 PEFT = (
     Private("peft.PeftModel.save_pretrained", "output_state_dict", "a local: the tensors of the file that it writes before our config"),
+    Private("peft.PeftConfig", "from_json_file", "reads a config, ours within bounds", ("path_json_file", "kwargs")),
+    Private("peft.PeftConfig", "from_peft_type", "makes a config of what it read", ("kwargs",)),
     Private("peft.PeftModel", "from_pretrained", "what has no tensors is refused before PEFT puts it into a model"),
     Private("peft.PeftModel", "load_adapter", "the same"),
     Private("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING", "says whether our type is registered"),
