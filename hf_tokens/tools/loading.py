@@ -15,8 +15,11 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import is_diffusers_available
 
 from ..errors import AdapterError, UnsupportedError, explain
-from ..peft.config import CONFIG, WEIGHTS, HFTokensConfig
-from ..peft.files import PEFT_PREFIX, header, read_config, whole
+from ..peft.config import HFTokensConfig
+from ..peft.doors import CONFIG, WEIGHTS
+from ..peft.files import header
+from ..peft.reading import whole
+from ..peft.saving import PEFT_PREFIX
 from ..peft.tuner import check_name
 from .surgeries import blocks_in, denoiser, instances, surgery_of
 
@@ -62,8 +65,7 @@ def load(
             rule = "An adapter is a folder or a Hub id like owner/name"
             raise AdapterError(explain(rule, repr(str(repo)), "There is no such folder: check the path.")) from None
     check_files(folder)
-    with whole(f"{CONFIG} must be that of an adapter", "Download or save it again."):
-        config = HFTokensConfig.from_pretrained(str(folder))
+    config = HFTokensConfig.from_pretrained(str(folder))
     if model is None:
         model = base_model(config, token=token, **kwargs)
     inner = denoiser(model)
@@ -85,7 +87,7 @@ def check_files(folder: Path) -> None:
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
             raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
-    read_config(folder)
+    HFTokensConfig.from_json_file(str(folder / CONFIG))
     header(folder / WEIGHTS)
 
 
@@ -172,5 +174,6 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
-    save_file({PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
-    inner.peft_config[adapter_name].save_pretrained(str(folder))
+    tensors = {PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}
+    save_file(tensors, str(folder / WEIGHTS))
+    inner.peft_config[adapter_name].save_with(tensors, folder)

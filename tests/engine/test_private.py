@@ -56,6 +56,11 @@ ALONE = "says whether a sublayer computes each token by itself, so that the othe
 A_LORA = "diffusers calls it on every layer of PEFT's, ours among them"
 
 PEFT = (
+    Private("peft.PeftModel.save_pretrained", "output_state_dict", "a local: the tensors of the file that it writes before our config"),
+    Private("peft.PeftConfig", "from_json_file", "reads a config, ours within bounds", ("path_json_file", "kwargs")),
+    Private("peft.PeftConfig", "from_peft_type", "makes a config of what it read", ("kwargs",)),
+    Private("peft.PeftModel", "from_pretrained", "what has no tensors is refused before PEFT puts it into a model"),
+    Private("peft.PeftModel", "load_adapter", "the same"),
     Private("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING", "says whether our type is registered"),
     Private("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", "the tuner of a LoRA that stands in a stack"),
     Private(TUNER, "forward", "a tuner with one of its own does more in a stack than its layers can"),
@@ -216,6 +221,17 @@ TRANSFORMERS = (
         "peft_weight_conversions",
         "a local: what it knows of the names in an adapter's file, which is told those of the LoRAs in a stack too",
     ),
+    Private(
+        "transformers.integrations.peft.PeftAdapterMixin",
+        "load_adapter",
+        "its arguments say which tensors it puts into a model",
+        takes=("peft_model_id", "adapter_state_dict", "load_config"),
+    ),
+    *(
+        Private("transformers.modeling_utils.LoadStateDictConfig", name, "which file of tensors it finds")
+        for name in ("use_safetensors", "download_kwargs")
+    ),
+    Private("transformers.PreTrainedModel.save_pretrained", "state_dict", "the tensors of the file that it writes behind our config"),
     Private("transformers.core_model_loading", "WeightRenaming", "how it is told", takes=("source_patterns", "target_patterns")),
     Private("transformers.core_model_loading.WeightRenaming", "rename_source_key", "tries what it is told", ("source_key",)),
     Private("transformers.integrations.peft.PeftAdapterMixin", "_hf_peft_config_loaded", "goes with the last adapter of a model"),

@@ -1,10 +1,14 @@
 """What stands in an adapter's files is exactly the adapter's own, or it is refused by every door and the base is as it was."""
 
 import copy
+import itertools
 import json
+import os
 import re
+import signal
 import sys
 
+import gates
 import pytest
 import torch
 from contract.pairs import difference, snapshot
@@ -14,9 +18,10 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from tolerances import all_equal
+from transformers import Trainer, TrainingArguments
 
 import hf_tokens
-from hf_tokens import AdapterError, DeepPromptConfig, HFTokensError, get_token_model
+from hf_tokens import AdapterError, DeepPromptConfig, HFTokensConfig, HFTokensError, get_token_model
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
@@ -51,6 +56,7 @@ DOORS = {
     "hf_tokens.load": lambda folder, base: hf_tokens.load(folder, base),
     "PeftModel.from_pretrained": lambda folder, base: PeftModel.from_pretrained(base, folder),
     "on the meta device": lambda folder, base: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "transformers' load_adapter": lambda folder, base: base.load_adapter(folder),
     "hf_tokens.load beside another": beside(lambda model, folder: hf_tokens.load(folder, model, adapter_name="second")),
     "load_adapter": beside(lambda model, folder: model.load_adapter(folder, "second")),
 }
@@ -91,6 +97,13 @@ def saved(tmp_path_factory):
     return folders
 
 
+def without_digest(folder, to):
+    """A copy of an adapter's config as earlier releases wrote it, and as it is left by who changes the tensors by hand."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config.pop("digest").startswith("sha256:")
+    (to / "adapter_config.json").write_text(json.dumps(config))
+
+
 def change(folder, to, change):
     """A copy of an adapter with another first tensor, or with more of them."""
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -129,8 +142,39 @@ def test_floating_numbers_of_any_width_are_accepted(saved, tmp_path, door, kind)
             {key: value.to(kind) for key, value in load_file(folder / "adapter_model.safetensors").items()},
             tmp_path / "adapter_model.safetensors",
         )
-        (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+        without_digest(folder, tmp_path)
         door(str(tmp_path), zoo.build("llama").model)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize("kind", ["nothing", "a pipe", "a folder", "a link to itself", "a device"])
+def test_what_is_no_file_of_tensors_is_refused_and_the_base_is_as_it_was(saved, tmp_path, door, kind):
+    weights = change(saved["a bank"], tmp_path, {}) / "adapter_model.safetensors"
+    weights.unlink()
+    made = {
+        "a pipe": os.mkfifo,
+        "a folder": os.mkdir,
+        "a link to itself": lambda w: w.symlink_to(w),
+        "a device": lambda w: w.symlink_to("/dev/zero"),
+    }
+    made.get(kind, lambda w: None)(weights)
+    refused(door, tmp_path, "adapter_model.safetensors")
+
+
+def test_a_pickle_of_tensors_is_read_as_one_and_compared_too(tmp_path):
+    model, base = ADAPTERS["a stack"](), zoo.build("llama").model
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    all_equal(list(get_peft_model_state_dict(again).values()), list(get_peft_model_state_dict(model).values()))
+    pickle = tmp_path / "adapter_model.bin"
+    tensors = torch.load(pickle)
+    for bad, words in (
+        ({key: value + 1 for key, value in tensors.items()}, "have the digest that it names"),
+        ({**tensors, "base_model.model.model.norm.weight": torch.zeros(32)}, "holds the .* tensors of its methods"),
+        ([1], "must be a whole file of tensors"),
+    ):
+        torch.save(bad, pickle)
+        refused(DOORS["PeftModel.from_pretrained"], tmp_path, words)
 
 
 @pytest.mark.parametrize("what", ["missing", "NaN", "of the base"])
@@ -162,6 +206,130 @@ def test_what_peft_has_for_layers_is_loaded_in_a_stack(tmp_path, door):
         all_equal(list(again.values()), list(get_peft_model_state_dict(model).values()), str(kind))
         tried.append(str(getattr(kind, "value", kind)))
     assert {"LORA", "BOFT", "FROD", "UNILORA"} <= set(tried) and len(tried) > 20
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+def filled(make, value):
+    """A surgery whose every parameter has one value."""
+    model = make()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.fill_(value)
+    return model
+
+
+def stack(share):
+    return [ProbeDropConfig(share=share / 10), DeepPromptConfig(tokens=3), LoraConfig(r=2, target_modules=["q_proj"])]
+
+
+def bare(share):
+    """A model of transformers' with an adapter in it, and no PeftModel around it."""
+    model = zoo.build("llama").model.requires_grad_(False)
+    model.add_adapter(HFTokensConfig(methods=stack(share)))
+    return model
+
+
+MAKERS = {
+    "PEFT": (lambda n: get_token_model(zoo.build("llama").model, stack(n)), lambda model, folder: model.save_pretrained(folder)),
+    "save_adapter": (lambda n: get_token_model(zoo.build("llama").model, stack(n)), hf_tokens.save_adapter),
+    "transformers": (bare, lambda model, folder: model.save_pretrained(folder)),
+    "Trainer": (
+        lambda n: get_token_model(zoo.build("llama").model, stack(n)),
+        lambda model, folder: Trainer(model, TrainingArguments(str(folder), report_to=[])).save_model(),
+    ),
+}
+
+
+def of(makers):
+    return [pytest.param(maker, marks=gates.add_adapter if maker == "transformers" else ()) for maker in makers]
+
+
+@pytest.mark.parametrize("maker", of(MAKERS))
+def test_tensors_of_one_save_and_the_config_of_another_are_refused_by_every_door(tmp_path, maker):
+    make, save = MAKERS[maker]
+    for value in (1, 2):
+        save(filled(lambda value=value: make(value), value), tmp_path / str(value))
+        for door in DOORS.values():
+            door(str(tmp_path / str(value)), zoo.build("llama").model)
+    (tmp_path / "2" / "adapter_config.json").write_bytes((tmp_path / "1" / "adapter_config.json").read_bytes())
+    for door in DOORS.values():
+        refused(
+            door, tmp_path / "2", "have the digest that it names, sha256:.* got sha256:.* delete `digest` there if you changed it yourself"
+        )
+    without_digest(tmp_path / "1", tmp_path / "2")
+    hf_tokens.load(tmp_path / "2", zoo.build("llama").model)
+
+
+def test_a_file_that_was_written_anew_with_the_same_tensors_is_the_same(saved, tmp_path):
+    tensors = load_file(change(saved["a stack"], tmp_path, {}) / "adapter_model.safetensors")
+    save_file(dict(reversed(tensors.items())), tmp_path / "adapter_model.safetensors", metadata={"format": "pt", "by": "somebody"})
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != (saved["a stack"] / "adapter_model.safetensors").read_bytes()
+    for door in DOORS.values():
+        door(str(tmp_path), zoo.build("llama").model)
+
+
+def test_a_config_saved_by_itself_says_nothing_of_tensors(saved, tmp_path):
+    config = HFTokensConfig.from_pretrained(str(saved["a bank"]))
+    config.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["digest"] is None
+
+
+STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "tempfile.mkdtemp", "shutil.rmtree")
+
+
+def killed_in(step, save, model, folder):
+    """Save in another process, which is killed in this step of those that touch the folder; whether it came to its end before."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(step))
+        here = lambda event, args: event in STEPS and str(args[0]).startswith(str(folder))
+        sys.addaudithook(lambda event, args: here(event, args) and next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            save(model, folder)
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("maker", of(["PEFT", "transformers"]))
+def test_a_save_that_is_killed_leaves_the_old_or_the_new_or_is_refused_and_no_litter_behind_the_next(tmp_path, maker):
+    make, save = MAKERS[maker]
+    old, new = (filled(lambda value=value: make(value), value) for value in (1, 2))
+    save(old, tmp_path)
+    files, seen = {path.name for path in tmp_path.iterdir()}, []
+    for step in itertools.count():
+        (tmp_path / ".tmpAbC123").write_bytes(bytes(100))  # what safetensors leaves
+        done = killed_in(step, save, new, tmp_path)
+        seen.append(held(tmp_path))
+        save(old, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == files and held(tmp_path) == (1, 1)
+        if done:
+            break
+    assert seen[-1] == (2, 2) and seen[0] == (1, 1) and set(seen) <= {(1, 1), (2, 2), "refused"}
+
+
+def held(folder):
+    """What a folder says of its tensors and its config, if it can be loaded."""
+    try:
+        model = hf_tokens.load(folder, zoo.build("llama").model)
+    except AdapterError as error:
+        assert "have the digest that it names" in str(error)
+        return "refused"
+    values = {float(value) for tensor in get_peft_model_state_dict(model).values() for value in tensor.unique()}
+    assert len(values) == 1
+    return (*values, model.peft_config["default"].methods[0]["share"] * 10)
+
+
+def test_what_is_not_a_saves_own_stays(saved, tmp_path):
+    """Files that only look like what a killed save leaves."""
+    kept = [tmp_path / name for name in (".tmpAbC123", ".tmp", ".tmpAbC1234", "tmpAbC123")]
+    for path in kept:
+        path.write_text("somebody's notes")
+    (tmp_path / ".tmpAbC124").mkdir()
+    ADAPTERS["a bank"]().save_pretrained(tmp_path)
+    assert all(path.read_text() == "somebody's notes" for path in kept) and (tmp_path / ".tmpAbC124").is_dir()
 
 
 # -- the class of the base -------------------------------------------------------------------------------------------
