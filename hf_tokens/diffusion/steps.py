@@ -37,11 +37,13 @@ class StepOutput:
 
     Attributes:
         output: The prediction, cut to the channels of the sample: what stands behind them is a variance.
+        shape: That of the sample.
         halves: Whether the two halves of the batch had the same sample, so that they differ by their condition only.
         like: The first call of the step that had this sample.
     """
 
     output: Tensor
+    shape: torch.Size
     halves: bool
     like: Context
 
@@ -188,16 +190,21 @@ class DenoisingWorld(World):
             out = out.narrow(channel, 0, sample.shape[channel])
         like = next((key for key, (other, _) in self.now.items() if same_values(other, sample)), self.context)
         halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2))
-        self.now[self.context] = sample, StepOutput(out.detach(), halves, like)
+        self.now[self.context] = sample, StepOutput(out.detach(), sample.shape, halves, like)
+
+    def before(self) -> StepOutput | None:
+        """What this context put out at the step before; None where it then ran on other samples, as where guidance ends within a run."""
+        output = self.last.get(self.context)
+        return output if output is not None and self.sample is not None and output.shape == self.sample.shape else None
 
     def noise(self, n: int) -> Tensor | None:
-        """What this context put out at the step before, (b n f)."""
-        output = self.last.get(self.context)
+        """That for each token, (b n f)."""
+        output = self.before()
         return None if output is None else over_tokens(output.output, n)
 
     def guidance(self, n: int) -> Tensor | None:
         """How much the condition changed it, (b n): over the halves of a batch, or between the two calls for one sample."""
-        last = self.last.get(self.context)
+        last = self.before()
         if last is None:
             return None
         calls = {key: output.output for key, output in self.last.items() if output.like == last.like}

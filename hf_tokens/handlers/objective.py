@@ -70,7 +70,8 @@ class Draws:
             now.restore()
         if not drawn.equals(self.begin) and not drawn.equals(self.end):
             rule = "An objective's reference drops what the model has dropped, which draws no more random numbers than without its adapter"
-            raise UnsupportedError(explain(rule, "others between them", "Set the dropout of the adapter (`lora_dropout`) or the model to 0."))
+            remedy = "Set the dropout of the adapter (`lora_dropout`), or of the model, to 0."
+            raise UnsupportedError(explain(rule, "others between them", remedy))
 
 
 @dataclass(frozen=True)
