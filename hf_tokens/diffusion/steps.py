@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..engine.results import World
+from ..errors import UnsupportedError, explain
 from ..model import families
-from ..model.callers import callers
 from ..model.pictures import over_tokens
+from ..model.pipelines import ALONE
 from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
+from .guidance import REMEDY, guidance_of
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
 RUN_OVER = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
-GUIDED = ("cond", "uncond")  # names that pipelines give the two calls of guidance
-BATCHED = "do_classifier_free_guidance"  # how pipelines call what decides on guidance within one batch
-FRAMES_TO_PIPELINE = 64  # frames between a pipeline's call and its denoiser's
+GUIDED = ("cond", "uncond", "pred_cond", "pred_uncond")  # names that pipelines give the two calls of guidance
 GUIDANCE_PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
 Context = tuple[str, int]
 
@@ -46,18 +46,6 @@ class StepOutput:
     shape: torch.Size
     halves: bool
     like: Context
-
-
-def guides() -> bool | None:
-    """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or its code does not show it."""
-    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
-    for frame in callers(0 if module is None else FRAMES_TO_PIPELINE):
-        pipeline, code = frame.f_locals.get("self"), frame.f_code
-        if code.co_name == "__call__" and isinstance(pipeline, module.DiffusionPipeline):
-            if BATCHED in code.co_varnames:
-                return frame.f_locals.get(BATCHED)
-            return bool(getattr(pipeline, BATCHED)) if BATCHED in code.co_names else False
-    return None
 
 
 class DenoisingWorld(World):
@@ -82,6 +70,8 @@ class DenoisingWorld(World):
         self.context: Context = ("default", 1)
         self.last: dict[Context, StepOutput] = {}  # of the step before
         self.now: dict[Context, tuple[Tensor, StepOutput]] = {}
+        self.untold: tuple[Any, Tensor | None, Tensor] | None = None  # place, sample and prompt of a call whose prompt nobody told of
+        self.joined: str | None = None
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
             self.hook = context_hook(self.forget)
             if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not called at the end otherwise
@@ -117,7 +107,7 @@ class DenoisingWorld(World):
 
     def forget(self) -> None:
         """Let the next call begin a run."""
-        self.place = None
+        self.place = self.untold = None
 
     def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Context, step, steps, timestep, share of the run and picture of this call."""
@@ -165,19 +155,30 @@ class DenoisingWorld(World):
 
     def negative(self, call: dict[str, Any]) -> Tensor | None:
         """Samples of the negative prompt in this call, (b) bool; None where there is no prompt."""
-        prompt, sample = call.get(PROMPT), self.sample
+        prompt = call.get(PROMPT)
         if not isinstance(prompt, Tensor):
             return None
-        if self.context[0].startswith(GUIDED[1]):
-            return torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
-        for parts in GUIDANCE_PARTS if sample is not None and len(sample) == len(prompt) and guides() is not False else ():
-            latents, prompts = sample.chunk(parts), prompt.chunk(parts)
-            if len(prompt) % parts == 0 and all(same_values(latents[0], other) for other in latents[1:]):
-                base = prompts[-1 if families.PROMPT_FIRST.search(type(self.model).__name__) else 0]
-                negative = [same_values(other, base) for other in prompts]
-                if not all(negative):
-                    return torch.tensor(negative, device=prompt.device).repeat_interleave(len(prompt) // parts)
-        return torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+        guidance = guidance_of(self.context[0])
+        self.joined = guidance.joined
+        if guidance.parts is None:
+            self.check_untold(prompt)
+        parts = guidance.parts or ALONE
+        if len(prompt) % len(parts):
+            rule = f"A batch under guidance has {len(parts)} parts"
+            raise UnsupportedError(explain(rule, f"{len(prompt)} prompts", REMEDY))
+        return torch.tensor(parts, device=prompt.device).repeat_interleave(len(prompt) // len(parts))
+
+    def check_untold(self, prompt: Tensor) -> None:
+        """Refuse a denoiser that is called without a pipeline for one sample with two prompts: one of them may be negative."""
+        sample, before = self.sample, self.untold
+        twice = before is not None and before[0] == self.place and same_values(before[1], sample) and not same_values(before[2], prompt)
+        for parts in GUIDANCE_PARTS if sample is not None and len(sample) == len(prompt) else ():
+            alike = len(prompt) % parts == 0 and all(same_values(sample.chunk(parts)[0], other) for other in sample.chunk(parts))
+            twice |= alike and not all(same_values(prompt.chunk(parts)[0], other) for other in prompt.chunk(parts))
+        if twice:
+            rule = "Which prompt is the negative one is known of the pipeline that calls, or told by the context of the call"
+            raise UnsupportedError(explain(rule, "one sample with two prompts, and neither", REMEDY))
+        self.untold = None if sample is None else (self.place, sample, prompt)
 
     def after_model(self, output: Any) -> None:
         """A call has ended; keep what it put out, if a method names a signal of it."""

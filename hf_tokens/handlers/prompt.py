@@ -95,7 +95,11 @@ def join_parts(call: ModelCall, output: Any) -> Any:
 
 
 def refuse_parts(call: ModelCall) -> None:
-    """What a method keeps from one call to the next is of all samples; a call in parts has some of them."""
+    """What a method keeps from one call to the next is of all samples, and so is an attention that joins them; a call in parts has some."""
+    if call.context.steps_of_denoiser.joined is not None:
+        rule = "Where only some samples of a call take tokens into their prompt, as under guidance, its attention reads each sample alone"
+        got = f"{call.context.steps_of_denoiser.joined}, whose perturbed attention joins them"
+        raise UnsupportedError(explain(rule, got, "Turn that off (`pag_scale=0`), or give the tokens to the negative prompt too."))
     keeping = sorted({type(method).__name__ for method in call.model.methods() if handler_of(method).keeps_steps})
     keeping += ["noise or guidance"] if call.context.steps_of_denoiser.keeps_output else []
     if keeping or vars(call.model.base).get("_cache_config") is not None:

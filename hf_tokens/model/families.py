@@ -171,8 +171,6 @@ FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
-# Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.
-PROMPT_FIRST = re.compile(r"^LuminaNextDiT2D")
 # Denoisers whose timestep is a share of 1, where others count to 1000; and those whose timestep rises as the noise falls.
 UNIT_TIME = re.compile(r"^(Flux|Chroma|QwenImage|OvisImage|LongCatImage|AuraFlow|Lumina2|ZImage)")
 RISING_TIME = re.compile(r"^(Lumina2|ZImage)")
