@@ -132,6 +132,10 @@ def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments,
             rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
             got = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise UnsupportedError(explain(rule, got, "Pass one, or disable the adapter."))
+        if time is None and any("time" in names for names in bank.words.values()):
+            rule = f"{type(bank).__name__} needs to know how much noise a timestep means"
+            got = f"a timestep of {type(block.surgery.model.base).__name__} in a unit that is not known"
+            raise UnsupportedError(explain(rule, got, "Call it from a pipeline whose scheduler counts to `num_train_timesteps`."))
         if bank.key not in takers:
             rows = ask_at_prompt(block, bank, call, context, "takes")
             rows = ~context.negative if rows is None else rows

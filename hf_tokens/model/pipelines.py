@@ -7,12 +7,12 @@ import sys
 from typing import Any
 
 from ..errors import UnsupportedError, explain
+from . import families
 from .signatures import parameters
 
 # -- which components denoise ------------------------------------------------------------------------------------------
 SURGICAL = ("transformer", "unet")  # the names of components in which a surgery is
 SECOND = ("transformer_2", "unconditional_transformer")  # names of a second denoiser, whatever is wrapped around it
-TIMESTEPS = {"timestep", "timesteps", "timestep_ratio", "t"}  # what a denoiser takes, whatever a pipeline calls it
 BESIDE_DENOISER = re.compile(r"ControlNet|Adapter")  # these take a timestep, and put out what a denoiser reads
 
 
@@ -35,8 +35,12 @@ def denoises(name: str, component: Any) -> bool:
     if component is None or name in (*SURGICAL, *SECOND):
         return component is not None
     model = isinstance(component, sys.modules["diffusers"].ModelMixin) and not BESIDE_DENOISER.search(type(component).__name__)
-    return model and not TIMESTEPS.isdisjoint(parameters(type(component)))
+    return model and not set(families.TIMESTEPS).isdisjoint(parameters(type(component)))
 
+
+# -- how far it is ------------------------------------------------------------------------------------------------------
+STEPPED = ("t", "t_sched")  # how pipelines call the timestep of their scheduler at which they call
+CLOCKS = ("scheduler", "inverse_scheduler")  # their schedulers
 
 # -- whose prompt a call is given --------------------------------------------------------------------------------------
 POSITIVE, NEGATIVE = False, True  # of each part of a batch, whether its prompt is the negative one
