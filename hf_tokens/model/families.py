@@ -181,8 +181,18 @@ FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
-# Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.
-PROMPT_FIRST = re.compile(r"^LuminaNextDiT2D")
-# Denoisers whose timestep is a share of 1, where others count to 1000; and those whose timestep rises as the noise falls.
-UNIT_TIME = re.compile(r"^(Flux|Chroma|QwenImage|OvisImage|LongCatImage|AuraFlow|Lumina2|ZImage)")
-RISING_TIME = re.compile(r"^(Lumina2|ZImage)")
+# How a denoiser calls its timestep.
+TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
+# Denoisers whose timestep is a share of 1, where others count to 1000; those whose timestep rises as the noise falls; and those whose
+# pipelines give it in units of their own, so that only a pipeline's scheduler tells how much noise it means.
+UNIT_TIME = re.compile(
+    r"^(Flux|Chroma|QwenImage|OvisImage|LongCat|AuraFlow|Lumina2|LuminaNextDiT2D|ZImage|AceStep|BriaFibo2|Krea2|NucleusMoE|PRX|Ideogram4|"
+    r"OmniGen)"
+)
+RISING_TIME = re.compile(r"^(Lumina2|LuminaNextDiT2D|ZImage|Ideogram4|OmniGen|Mochi)")
+UNKNOWN_TIME = re.compile(r"^(Cosmos|StableAudio)")
+# Schedulers whose timesteps are shares of `num_train_timesteps`, all of it at pure noise.
+SCHEDULERS = re.compile(
+    r"^(DDIM|DDPM|PNDM|LMS|Euler|Heun|KDPM2|DPMSolver|DEIS|UniPC|SASolver|LCM|TCD|CogVideoX|FlowMatch|FlowMap|Helios|Piflow|UnCLIP|RePaint)"
+    r"(?!Wuerstchen)"
+)
