@@ -354,8 +354,8 @@ class Site:
         return ledger.real(padding) & ~ledger.flags(ledger.fresh, False)
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
-        """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has dropped the first ones since."""
-        return self.layer.kv.in_order(x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length), dim)
+        """What belongs to the cached entries in a tensor over the keys of the call; some have left since."""
+        return self.layer.bring(x, dim)
 
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""

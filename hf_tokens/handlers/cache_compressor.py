@@ -18,6 +18,7 @@ from ..tokens.entries import alike
 
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 WAITING = "blocks whose entries are shared out once all have run"
+SHARES = "the part of the tokens seen that a layer may hold"
 BEYOND = "beyond"  # entries that are stored in another format, in the books of each entry
 
 
@@ -69,11 +70,11 @@ def compress(method: CacheCompressor, site: Site) -> None:
         return
     if method.allots and run.prefill:
         score = None if "budget" in method.signals else score_entries(method, site)
-        waiting = run.held.setdefault((WAITING, method.key), [])
-        waiting.append((site, score))
+        if score is not None:
+            site.layer.record.entries[method.key] = score  # another compressor may let entries go before they are shared out
+        run.held.setdefault((WAITING, method.key), []).append(site)
         if site.block.index == max(blocks_of(method, site)):
-            run.held.pop((WAITING, method.key))
-            allot(method, waiting, run.notes.pop(method.key, {}))
+            allot(method, run.held.pop((WAITING, method.key)), run.notes.pop(method.key, {}))
         return
     limit(method, site)
 
@@ -101,7 +102,13 @@ def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:
 
 def score_entries(method: CacheCompressor, site: Site) -> Tensor:
     """The score of every entry, -inf where there is none."""
-    score, real = ask(method, site), real_entries(site)
+    return among_real(ask(method, site), site)
+
+
+def among_real(score: Tensor, site: Site) -> Tensor:
+    """Scores, -inf where there is no entry."""
+    real = real_entries(site)
+    score = score[:, None].expand_as(real) if score.dim() < real.dim() else score
     return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
 
 
@@ -114,15 +121,13 @@ def brought(site: Site, real: Tensor) -> Tensor:
     return seen + ((cells(site.layer, fresh) if real.dim() == 3 else fresh) & real).sum(dim=-1)
 
 
-def whole_entries(site: Site) -> Tensor:
-    """Real entries that are stored as they came, (b n) or (b k n)."""
+def count_entries(method: CacheCompressor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries that a method decides on, how many these are, and how many tokens there were so far: of each row (b) or head (b k).
+
+    One that drops entries decides on all, whatever their format; one that stores them otherwise on those that are stored as they came.
+    """
     real, beyond = real_entries(site), site.layer.record.entries.get(BEYOND)
-    return real if beyond is None else cells(site.layer, real) & (beyond == 0)
-
-
-def count_entries(site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries that are stored as they came, how many these are, and how many tokens there were so far: of each row (b) or head (b k)."""
-    real = whole_entries(site)
+    real = cells(site.layer, real) & (beyond == 0) if beyond is not None and holds(method) else real
     lengths, seen = real.sum(dim=-1), brought(site, real_entries(site))
     return real, lengths, seen if seen.shape == lengths.shape else seen[:, None].expand_as(lengths)
 
@@ -136,9 +141,9 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
         site = altered(site, budget=torch.full((len(layer.origins), 1), layer.length - 1, device=layer.origins.device))
         drop_entry(site, lowest(ask(method, site) if score is None else score))
         return
-    real, lengths, seen = count_entries(site)
+    real, lengths, seen = count_entries(method, site)
     if method.allots:
-        shares = layer.shares.to(lengths.device).view(-1, *[1] * (lengths.dim() - 1))
+        shares = shares_of(method, layer).to(lengths.device).view(-1, *[1] * (lengths.dim() - 1))
         budgets = (shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
     else:
         pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
@@ -163,7 +168,7 @@ def surplus(method: CacheCompressor, site: Site) -> int | None:
         return None
     seen, n = run.ledger.start + run.ledger.n, layer.length
     if method.allots:
-        budgets = [max(1, int(share * seen + EPSILON)) for share in layer.shares.tolist()]
+        budgets = [max(1, int(share * seen + EPSILON)) for share in shares_of(method, layer).tolist()]
     else:
         budgets = [method.budget(n, seen)]
     alike = type(budgets[0]) is int and budgets.count(budgets[0]) == len(budgets)
@@ -202,16 +207,23 @@ def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, b
     return bool((budgets < more).any()) or int(lengths.max()) < layer.length
 
 
-def allot(method: CacheCompressor, waiting: list[tuple[Site, Tensor | None]], notes: dict[int, Tensor]) -> None:
+def allot(method: CacheCompressor, waiting: list[Site], notes: dict[int, Tensor]) -> None:
     """Every block has run: share the entries out."""
-    parts = method.stream_first.allot({site.block.index: score for site, score in waiting if score is not None}, notes)
-    for site, score in waiting:
-        part, (_, lengths, seen) = parts[site.block.index], count_entries(site)
+    named = {site.block.index: (site, site.layer.record.entries.pop(method.key, None)) for site in waiting}
+    scores = {index: among_real(score, site) for index, (site, score) in named.items() if score is not None}
+    parts = method.stream_first.allot(scores, notes)
+    for site in waiting:
+        part, (_, lengths, seen) = parts[site.block.index], count_entries(method, site)
         if not part.is_floating_point():
             part = part.minimum(lengths.view(len(part), -1).amax(dim=1)).double() / seen.view(len(part), -1).amax(dim=1)
         note_change(site)
-        site.layer.share_out(part.double().cpu())  # it is read at each token, and a device would have to be waited for
-        limit(method, site, score)
+        site.layer.record[method.key, SHARES] = part.double().cpu()  # it is read at each token, and a device would have to be waited for
+        limit(method, site, scores.get(site.block.index))
+
+
+def shares_of(method: CacheCompressor, layer: TokenCacheLayer) -> Tensor:
+    """The part of the tokens seen that a layer may hold, (b) on the CPU, as the method allotted it."""
+    return layer.record[method.key, SHARES]
 
 
 def holds(method: CacheCompressor) -> bool:

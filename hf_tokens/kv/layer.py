@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
-from ..tokens.entries import Arrival, Stored, alike, append, cells_of, pick_entries
+from ..tokens.entries import Arrival, Stored, alike, append, bring, cells_of, pick_entries
 from .states import KVStates
 from .storage import Change, KVFormat
 
@@ -63,11 +63,11 @@ class TokenCacheLayer(CacheLayerMixin):
         self.fresh: Tensor | None = None  # b n
         self.seen = 0
         self.num_returned = 0  # entries among it
+        self.returned_at: Tensor | None = None  # where among these each entry lies, (b n) or (b k n), if some have left since
         self.arrival: Arrival | None = None
         self.banks: dict[str, int] = {}  # token banks whose keys are stored, and the tokens seen before them
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
         self.placed = False  # whether `first` is known
-        self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b) on the CPU, if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
         self.record = Record()  # what they remember of its rows and entries here
         self.reruns: list[TokenCacheLayer] = []  # the same of the block's later runs, where it runs several times in a pass
@@ -90,7 +90,19 @@ class TokenCacheLayer(CacheLayerMixin):
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
         self.kv.release()
-        self.returned = None
+        self.returned = self.returned_at = None
+
+    def bring(self, x: Tensor, dim: int) -> Tensor:
+        """Of something of each key that the last `update` returned, along an axis of x (b h ...), that of the entries, in their order."""
+        x = x.narrow(dim, x.shape[dim] - self.num_returned, self.num_returned)
+        if self.returned_at is None and self.kv.slots is None:
+            return x.narrow(dim, self.num_returned - self.length, self.length)  # a sliding window has dropped the first ones since
+        return bring(x, self._places() if self.returned_at is None else self.returned_at, dim)
+
+    def _places(self) -> Tensor:
+        """Where each entry lies among those that were returned, (b n) or (b k n), as long as none has left since."""
+        order = torch.arange(self.length, device=self.origins.device).expand_as(self.origins) if self.kv.slots is None else self.kv.slots
+        return order + self.num_returned - self.length
 
     @property
     def length(self) -> int:
@@ -141,10 +153,6 @@ class TokenCacheLayer(CacheLayerMixin):
         """Note the place of each row's first real token, (b); None if it is 0."""
         self.first, self.placed = first, True
 
-    def share_out(self, shares: Tensor) -> None:
-        """Note the part of the tokens seen that the layer may hold, (b)."""
-        self.shares = shares
-
     def read_packed(self) -> None:
         """Let the next attention read packed entries as they are."""
         self.reads_packed = True
@@ -177,7 +185,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = append(self.origins, arrival.origins)
         self.seen = arrival.total
         self.kv.append(key_states, value_states, self.filled)
-        self.returned, self.num_returned = self.kv.hand_out(blank=self.reads_packed), self.length
+        self.returned, self.num_returned, self.returned_at = self.kv.hand_out(blank=self.reads_packed), self.length, None
         self._slide()
         return self.returned
 
@@ -225,6 +233,8 @@ class TokenCacheLayer(CacheLayerMixin):
 
         Where heads keep different numbers, filler takes no room. `gone` are the entries that are not in the index, where they are known.
         """
+        if self.returned is not None and self.returned_at is None:
+            self.returned_at = self._places()
         if self.filled is not None:
             old = pick_entries(self.filled, index)
             filled = old if filled is None else torch.logical_and(*alike(filled, old))
@@ -239,6 +249,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = change(self.origins)
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
+        self.returned_at = None if self.returned_at is None else change(self.returned_at)
         self.record.entries = {name: change(t) for name, t in self.record.entries.items()}
 
     def stored(self) -> Stored | None:
@@ -308,7 +319,6 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def _map_rows(self, change: Change) -> None:
         self.first = None if self.first is None else change(self.first)
-        self.shares = None if self.shares is None else change(self.shares)
         for name, value in self.record.items():
             self.record[name] = change(value)
         if self.memory is not None:

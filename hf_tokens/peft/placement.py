@@ -212,6 +212,11 @@ def reduces(cls: type[Method], site: str) -> bool:
     return issubclass(cls, TokenReducer) and cls.site == site
 
 
+def changes(cls: type[Method], word: str) -> bool:
+    """Whether a cache compressor defines what becomes of entries that do not stay as they are: a word of its role."""
+    return issubclass(cls, CacheCompressor) and getattr(cls, word) is not getattr(CacheCompressor, word)
+
+
 # what one block takes: a rule, the methods that it is about, and those that may not stand beside one of them, another of their own kind too
 COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
     (
@@ -224,6 +229,16 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
         "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens",
         lambda cls: issubclass(cls, FeatureCache),
         lambda cls: cls.moves_tokens,
+    ),
+    (
+        "One block takes one cache compressor that stores entries in another format",
+        lambda cls: changes(cls, "hold"),
+        lambda cls: False,
+    ),
+    (
+        "Entries that two blocks store as one take in no others",
+        lambda cls: changes(cls, "hold") and cls.pairs,
+        lambda cls: changes(cls, "fold"),
     ),
     (
         "A bank that shapes an attention call stands beside no method that looks at it",

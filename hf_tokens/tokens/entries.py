@@ -88,6 +88,13 @@ def alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (cells_of(x, heads), cells_of(y, heads)) if heads else (x, y)
 
 
+def bring(x: Tensor, places: Tensor, dim: int) -> Tensor:
+    """What lies at the places of entries, (b n) or (b k n), along an axis of x (b h ...)."""
+    places = places[:, None] if places.dim() == 2 else places.repeat_interleave(x.shape[1] // places.shape[1], dim=1)
+    places = places.view(*places.shape[:2], *[1] * (dim - 2), -1, *[1] * (x.dim() - dim - 1))
+    return x.gather(dim, places.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+
+
 def pick_entries(x: Tensor, index: Tensor) -> Tensor:
     """Of something of each entry, (b n) or (b k n), that of some entries, (b r) or (b k r)."""
     x, index = alike(x, index)
