@@ -28,7 +28,7 @@ from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
 from .doors import calling_loader, tell_loader
-from .files import check_file, check_state, in_silence, misread, tried
+from .files import MISREAD, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, check_nested, take_off
 from .patterns import check_patterns
 from .placement import Placement, head_outputs, plan
@@ -164,12 +164,13 @@ class HFTokensModel(BaseTuner):
             with misread(config, model):
                 check_file(config, lambda: tried(model, config, adapter_name))
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._put_in_place(adapter_name)
-            for block in self._surgeries():
-                block.know(self._own_adapters)
-            if config.peft_configs():
-                self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+            with misread(config, model, MISREAD):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._put_in_place(adapter_name)
+                for block in self._surgeries():
+                    block.know(self._own_adapters)
+                if config.peft_configs():
+                    self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
         except BaseException:
             self._roll_back(adapter_name)
             raise

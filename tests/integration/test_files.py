@@ -385,6 +385,33 @@ def test_the_base_that_an_adapter_names_is_loaded(tmp_path, library, name):
         all_equal([hf_tokens.load(tmp_path / "adapter").eval()(**specimen.inputs).logits], [model.eval()(**specimen.inputs).logits])
 
 
+def refused_by(door, folder, family, words):
+    base = zoo.build(family).model
+    before = snapshot(base)
+    with pytest.raises(AdapterError, match=words):
+        door(str(folder), base)
+    assert not difference(before, snapshot(base))
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_model_of_another_type_with_blocks_of_the_same_shape_is_refused(tmp_path, door, family):
+    get_token_model(zoo.build("llama").model, [DeepPromptConfig(tokens=3)]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    refused_by(door, tmp_path, family, f"was made for a model of type 'llama', got '{family}'. .* or delete `base_type` from its config")
+    config = json.loads(path.read_text())
+    assert config.pop("base_type") == "llama"
+    path.write_text(json.dumps(config))  # as earlier releases saved it
+    door(str(tmp_path), zoo.build(family).model)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model_index.json"])
+def test_a_base_model_in_the_place_of_an_adapter_is_called_one(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(AdapterError, match=r"needs an adapter, got .*, which is a base model. Load it by its own `from_pretrained`"):
+        hf_tokens.load(tmp_path)
+
+
 # -- configs ---------------------------------------------------------------------------------------------------------
 
 
