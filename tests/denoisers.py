@@ -5,6 +5,7 @@ import functools
 
 import torch
 from diffusers import (
+    CacheMixin,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -65,6 +66,11 @@ def calls(kind, steps, size=(8, 8), seed=1, batch=2, guided=False, dtype=torch.f
     name = "sample" if kind == "unet" else "hidden_states"
     times = [1 - step / (steps + 1) if kind == "flux" else 990 - 900 * step // (steps + 1) for step in range(steps)]
     return [{name: twice(picture + 0.3 * noise[i]), "timestep": torch.tensor([times[i]] * rows), **more} for i in range(steps)]
+
+
+def within(model, name="cond_uncond"):
+    """A cache context around a PeftModel's denoiser, which says whose prompt its calls are given."""
+    return CacheMixin.cache_context(model.base_model.model, name)
 
 
 def half(call, which):

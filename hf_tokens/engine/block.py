@@ -266,7 +266,10 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             return
         methods = self.hf_tokens_methods[adapter_name]
         if not any(p.is_meta for p in methods.parameters()):
+            buffers = dict(methods.named_buffers())
             methods.to(device or like.device, like.dtype)
+            for name, value in methods.named_buffers():  # what a method only looks up keeps its precision
+                value.data = buffers[name].to(value.device, torch.promote_types(buffers[name].dtype, value.dtype))
 
     def train(self, mode: bool = True) -> BlockSurgery:
         """Train or evaluate; a Trainer that trains the model is found here and gets the schedule's callback."""

@@ -14,7 +14,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
-from ..model.blocks import BIAS, CROSS_BIAS, bias_maker, counts_tokens, mask_name, mixes_more, passed_on
+from ..model.blocks import BIAS, CROSS_BIAS, bias_maker, counts_tokens, is_foreign, mask_name, mixes_more, passed_on
 from ..model.signatures import positional
 from ..model.streams import LAYOUTS, PACKED, Stream, axes
 from ..tokens.entries import Stored
@@ -84,7 +84,8 @@ class BlockCall:
         self._refuse_filler(ledger)
         self._spell_out_bias(ledger)
         whole = (self.hidden_name, families.INDEXED.get(type(self.block).__name__))
-        cut = {name: value if name in whole else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
+        kept = {name for name, value in self.arguments.items() if name in whole or is_foreign(self.block, name, value)}
+        cut = {name: value if name in kept else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
         cut[self.hidden_name] = original
         name = self._mask_name()
         if name is not None and self.layout != "n d":

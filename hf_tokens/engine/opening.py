@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model.arguments import find_padding, find_views
+from ..model.signatures import STATES
 from ..roles.base import Method
 from ..tokens.entries import Arrival, Stored
 from ..tokens.ledger import TokenLedger
@@ -40,10 +41,20 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
         raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
 
+def refuse_state(methods: list[Method], context: ForwardContext) -> None:
+    """A method that must know where in the sequence a token stands cannot go on from a state that does not tell."""
+    carried = [name for name in STATES if context.arguments.get(name) is not None]
+    placing = sorted({type(method).__name__ for method in methods if method.moves_tokens or not method.caches})
+    if carried and placing:
+        rule = f"{', '.join(placing)} must be told how long the sequence is that goes on"
+        raise UnsupportedError(explain(rule, f"a model's own `{carried[0]}`", "Pass none, and `use_cache=False` to `generate`."))
+
+
 def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurgery, call: BlockCall) -> StreamRun:
     """Begin a pass at a block; refused where a method of the stream cannot be right for such a pass."""
     plan = surgery.plan
     refuse_cache(plan.methods, block, call.cache)
+    refuse_state(plan.methods, context)
     layers, start, memory, known = [], 0, Memory(), {}
     if plan.moves:
         cache = call.cache
@@ -60,12 +71,13 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
+    facts["tokens_first"] = surgery.stream.layout == "n b d"
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)
     segments = None if start else call.segments(real)
     refuse_packed(surgery, segments, call.cache is not None)
     apart = None if surgery.stream.causal else find_views(call.arguments, ledger, real)
-    admit_prompt(plan.methods, memory, ledger)
+    admit_pass(plan.methods, memory, ledger)
     if layers:
         first = begin_rows(layers, ledger, real, first)
     visual = context.visual
@@ -104,21 +116,20 @@ def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool)
         raise UnsupportedError(explain(rule, got, remedy))
 
 
-def admit_prompt(methods: list[Method], memory: Memory, ledger: TokenLedger) -> None:
-    """A prompt right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
-    prompt, cropped = ledger.n > 1 or ledger.start == 0, ledger.start < memory.end
-    whole = [type(method).__name__ for method in methods if not method.chunks]
-    if (prompt or cropped) and ledger.start and memory.prompted and whole:
+def admit_pass(methods: list[Method], memory: Memory, ledger: TokenLedger) -> None:
+    """A prompt of which a part was taken back is no more what was looked at."""
+    cut = any(start < ledger.start < end for start, end in memory.prompts)
+    whole = sorted({type(method).__name__ for method in methods if not method.chunks})
+    if cut and whole:
         rule = "Methods that look at a prompt as a whole must get it in one pass"
-        got = f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}"
-        remedy = "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once."
-        raise UnsupportedError(explain(rule, got, remedy))
+        remedy = "Take back whole prompts, leave out assisted decoding, or pass the whole prompt to the model at once."
+        raise UnsupportedError(explain(rule, f"{', '.join(whole)} and a prompt that was cropped", remedy))
     running = sorted({type(method).__name__ for method in methods if method.spans})
-    if cropped and running:
+    if ledger.start < memory.end and running:
         rule = f"Tokens that {', '.join(running)} has read cannot be taken back"
         got = f"a cache cut from {memory.end} tokens to {ledger.start}"
         raise UnsupportedError(explain(rule, got, "Start a new cache, and leave out assisted decoding."))
-    memory.note_pass(prompt, ledger.start + ledger.n)
+    memory.note_pass(ledger.start, ledger.start + ledger.n)
 
 
 def lend(surgery: StreamSurgery, block: BlockSurgery, ledger: TokenLedger, run: StreamRun, stored: Stored | None) -> Stored | None:

@@ -109,12 +109,22 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
     if not site.within.get("reused"):
         site.surgery.count(block, x.shape[0] * x.shape[1])
     block.learn_blank(call.blank(output))
-    y = remove_tokens(call, site, inserted, call.read(output)[:, :m])
+    y = call.read(output)
+    check_tokens(block, x, y, ledger)
+    y = remove_tokens(call, site, inserted, y[:, :m])
     if y.shape[-1] != hidden.shape[-1] and not ledger.untouched:
         rule = "A block that gets other tokens than the model gave must keep their width"
         got = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {block.path}"
         raise UnsupportedError(explain(rule, got, "Choose other layers."))
     return output, y if gate is None else join_routed(gate, routed, hidden.to(y.dtype), y)
+
+
+def check_tokens(block: BlockSurgery, x: Tensor, y: Tensor, ledger: TokenLedger) -> None:
+    """Refuse a block that returns other tokens than those that it was given, unless it merely leaves out some of the model's own."""
+    if y.shape[:2] != x.shape[:2] and (not ledger.untouched or y.shape[1] > x.shape[1] or len(y) != len(x)):
+        rule = "A block must return as many tokens as it was given"
+        got = f"{tuple(x.shape[:2])} (samples, tokens) in and {tuple(y.shape[:2])} out, at {block.path} ({type(block.module).__name__})"
+        raise UnsupportedError(explain(rule, got, "Run one sample at a time, without a cache, or choose other layers or another model."))
 
 
 def route_tokens(gate: Tensor | None, dense: bool, ledger: TokenLedger, hidden: Tensor) -> tuple[TokenLedger, Tensor, TokenMap | None]:

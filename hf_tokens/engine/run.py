@@ -37,11 +37,27 @@ class Memory(dict):
         super().__init__()
         self.tokens: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
-        self.prompted, self.end = False, 0  # whether the last pass of the sequence brought a prompt, and where it ended
+        self.prompts: list[tuple[int, int]] = []  # where passes that brought several tokens begin and end in the sequence
+        self.end = 0  # where the last pass ended
+        self.settled: Tensor | int = 0  # end of the last pass that dropped or changed entries of earlier tokens
 
-    def note_pass(self, prompt: bool, end: int) -> None:
-        """Note what kind of pass begins, and where in the sequence it ends."""
-        self.prompted, self.end = prompt, end
+    def note_pass(self, start: int, end: int) -> None:
+        """Note where in the sequence a pass begins and ends."""
+        self.prompts = [*((a, b) for a, b in self.prompts if b <= start), *([(start, end)] if end - start > 1 else [])]
+        self.end = end
+
+    def note_change(self, start: int, end: int, first: Tensor | None = None) -> None:
+        """Note that a pass dropped or changed entries: what was there before, or the entries from the place `first` on."""
+        if start:
+            before = self.settled if isinstance(self.settled, int) or first is None else self.settled.to(first.device)
+            self.settled = end if first is None else torch.where(first < start, end, before)
+
+    def crop(self, length: int) -> None:
+        """Tokens are taken back; refused where the entries of those that stay are no more what they were."""
+        if length and length < self.settled:
+            rule = "A cache can be cropped to a length since which no older entry was dropped or changed"
+            remedy = "Give each question a `copy.deepcopy` of the cache, and leave out assisted decoding."
+            raise UnsupportedError(explain(rule, f"{length} tokens, where those up to {int(self.settled)} shaped it", remedy))
 
     def hold(self, tokens: dict[str, Tensor]) -> None:
         """Let the per-token entries be these."""

@@ -184,4 +184,4 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     cache = find_cache((*args, *kwargs.values()))
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
     if cache is not None and indices:
-        adopt(cache, max(indices))
+        adopt(cache, max(indices), surgery.stream.config)

@@ -272,6 +272,17 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
 }
 
 
+def in_dtype_of(method: Method, signals: dict[str, Any]) -> dict[str, Any]:
+    """The signals in the precision of the method's parameters, which is that of the model, or float32 where PEFT keeps these so."""
+    tensors = (t for value in signals.values() for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor))
+    given = {t.dtype for t in tensors if t.is_floating_point()}
+    dtype = method.dtype if given else None
+    if dtype is None or given == {dtype}:
+        return signals
+    cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    return {name: tuple(map(cast, value)) if isinstance(value, tuple) else cast(value) for name, value in signals.items()}
+
+
 def ask(method: Method, site: Site, word: str | None = None) -> Any:
     """Call a method's verb, or another of its words, with the signals that it names."""
     word = method.verb if word is None else word
@@ -281,4 +292,5 @@ def ask(method: Method, site: Site, word: str | None = None) -> Any:
     signals = {name: source(site) for name, source in supply.items()}
     if site.part is not None:
         signals = {name: value[:, site.part] if name in OF_A_QUERY else value for name, value in signals.items()}
+    signals = in_dtype_of(method, signals)
     return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **signals})

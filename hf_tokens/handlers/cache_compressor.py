@@ -14,6 +14,7 @@ from ..kv.storage import FEW, Part, Polar
 from ..roles.cache_compressor import CacheCompressor, Folded
 from ..roles.signals import OF_THE_CACHE, SCORED
 from ..tokens.altered import altered
+from ..tokens.entries import alike
 
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 WAITING = "blocks whose entries are shared out once all have run"
@@ -42,6 +43,7 @@ class CacheCompressorHandler(Handler):
     def listen(self, method: CacheCompressor, site: Site) -> None:
         if site.local is not None and site.layer is not None:
             note_received(site)
+            note_change(site)
 
     def after(self, method: CacheCompressor, site: Site) -> None:
         if site.local is not None and site.layer is not None:
@@ -132,7 +134,7 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
         return
     if spare == 1 and type(method).fold is CacheCompressor.fold:
         site = altered(site, budget=torch.full((len(layer.origins), 1), layer.length - 1, device=layer.origins.device))
-        drop_entry(layer, lowest(ask(method, site) if score is None else score))
+        drop_entry(site, lowest(ask(method, site) if score is None else score))
         return
     real, lengths, seen = count_entries(site)
     if method.allots:
@@ -168,8 +170,16 @@ def surplus(method: CacheCompressor, site: Site) -> int | None:
     return max(0, n - budgets[0]) if alike else None
 
 
-def drop_entry(layer: TokenCacheLayer, gone: Tensor) -> None:
+def note_change(site: Site, gone: Tensor | None = None) -> None:
+    """Note for a later crop that the cache changed in this pass, or that the entries of the tokens at the places `gone` did."""
+    ledger = site.run.ledger
+    site.run.memory.note_change(ledger.start, ledger.start + ledger.n, None if gone is None else gone.min())
+
+
+def drop_entry(site: Site, gone: Tensor) -> None:
     """Let one entry of each row (b 1) or head (b k 1) go."""
+    layer = site.layer
+    note_change(site)
     index = torch.arange(layer.length - 1, device=gone.device)
     layer.keep(index + (index >= gone), gone=gone)
 
@@ -199,6 +209,7 @@ def allot(method: CacheCompressor, waiting: list[tuple[Site, Tensor | None]], no
         part, (_, lengths, seen) = parts[site.block.index], count_entries(site)
         if not part.is_floating_point():
             part = part.minimum(lengths.view(len(part), -1).amax(dim=1)).double() / seen.view(len(part), -1).amax(dim=1)
+        note_change(site)
         site.layer.share_out(part.double().cpu())  # it is read at each token, and a device would have to be waited for
         limit(method, site, score)
 
@@ -219,6 +230,8 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
         score = score.masked_fill(fresh & real, torch.inf)
     stays = highest(score, budgets, real)
+    origins, goes = alike(layer.origins, real & ~stays)
+    note_change(site, origins.masked_fill(~goes, layer.seen))
     folds = type(method).fold is not CacheCompressor.fold
     if folds or holds(method):
         site = altered(site, stays=cells(layer, stays), goes=cells(layer, real & ~stays))
@@ -275,7 +288,7 @@ def fold_entries(method: CacheCompressor, site: Site) -> None:
     elif folded is not None:
         layer.rewrite(*folded)
     if folded is not None:
-        layer.note_folded(int(cells(layer, layer.origins)[site.goes].max()) + 1)
+        note_change(site)
 
 
 def put_away(method: CacheCompressor, site: Site) -> None:

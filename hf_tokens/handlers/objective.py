@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..engine.handler import Handler, handles
@@ -27,18 +29,65 @@ Reader = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
+class RandomState:
+    """Where the generators of random numbers stood, on every device of a model."""
+
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+
+    @classmethod
+    def note(cls, model: nn.Module) -> RandomState:
+        return cls(torch.get_rng_state(), *get_device_states(*{p.device: p for p in model.parameters()}.values()))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states)
+
+    def equals(self, other: RandomState) -> bool:
+        return all(torch.equal(x, y) for x, y in zip((self.cpu, *self.states), (other.cpu, *other.states), strict=True))
+
+
+BEFORE = "random numbers before the model's call"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers that a call drew, between two states: its dropout, in which its reference is to be the same."""
+
+    begin: RandomState
+    end: RandomState
+
+    @contextlib.contextmanager
+    def again(self, model: nn.Module) -> Iterator[None]:
+        """Draw the same ones for a moment; refused where others were drawn, because the adapter drew some between the model's own."""
+        now = RandomState.note(model)
+        self.begin.restore()
+        try:
+            yield
+            drawn = RandomState.note(model)
+        finally:
+            now.restore()
+        if not drawn.equals(self.begin) and not drawn.equals(self.end):
+            rule = "An objective's reference drops what the model has dropped, which draws no more random numbers than without its adapter"
+            remedy = "Set the dropout of the adapter (`lora_dropout`), or of the model, to 0."
+            raise UnsupportedError(explain(rule, "others between them", remedy))
+
+
+@dataclass(frozen=True)
 class DenoiserCall:
-    """A denoiser's call that waits for its target: what it got, what it returned, and the precision that it ran in."""
+    """A denoiser's call that waits for its target: what it got, drew and returned, and the precision that it ran in."""
 
     arguments: dict[str, Any]
     output: Any
+    draws: Draws | None
     device: str
     dtype: torch.dtype | None
 
     @classmethod
-    def note(cls, arguments: dict[str, Any], output: Any) -> DenoiserCall:
+    def note(cls, arguments: dict[str, Any], output: Any, draws: Draws | None) -> DenoiserCall:
         device = first_tensor(output).device.type
-        return cls(arguments, output, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        return cls(arguments, output, draws, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
     def again(self) -> torch.autocast:
         """The same precision: a reference in another one would differ by its rounding alone."""
@@ -90,6 +139,7 @@ class ObjectiveSignals:
     wanted: Tensor
     read: Reader
     states: dict[str, Tensor]
+    draws: Draws | None = None
 
     @cached_property
     def labels(self) -> Tensor:
@@ -110,7 +160,8 @@ class ObjectiveSignals:
     @cached_property
     def reference(self) -> Tensor:
         """Runs the model without the adapter."""
-        output, _ = self.model.without((), self.arguments)
+        with contextlib.nullcontext() if self.draws is None else self.draws.again(self.model.base):
+            output, _ = self.model.without((), self.arguments)
         return self._like_target(output) if self.wanted.is_floating_point() else log_probabilities(output, self.wanted)
 
     def _like_target(self, output: Any) -> Tensor:
@@ -208,6 +259,12 @@ def asked_now(model: ModelSurgery) -> list[Objective]:
 class ObjectiveHandler(Handler):
     """What the engine does for objectives, and for methods of any role that weigh the targets."""
 
+    def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Note what random numbers come next, where an objective compares with the model without the adapter."""
+        if any("reference" in objective.signals for objective in objectives_of(call.model)):
+            call.held[BEFORE] = RandomState.note(call.model.base)
+        return args, kwargs
+
     def after_base(self, call: ModelCall, output: Any) -> None:
         """Note the last hidden states, where an objective names them and no head will read them."""
         if any("hidden" in objective.signals for objective in asked_now(call.model)):
@@ -222,14 +279,15 @@ class ObjectiveHandler(Handler):
     def after_model(self, call: ModelCall, output: Any) -> Any:
         """Call the objectives; those of a denoiser have to wait for their target."""
         model, arguments = call.model, call.context.arguments
+        draws = Draws(call.held[BEFORE], RandomState.note(model.base)) if BEFORE in call.held else None
         if model.is_denoiser:
-            model.wait(DenoiserCall.note(arguments, output) if objectives_of(model) else None)
+            model.wait(DenoiserCall.note(arguments, output, draws) if objectives_of(model) else None)
             return output
         weighing = [method for method in model.methods() if method.weighs and method.is_first_block]
         objectives = asked_now(model)
         wanted = labels_to_judge(model, arguments, output) if weighing or objectives else None
         if wanted is not None:
-            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read)
+            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read, draws)
             reweigh(signals, weighing)
             if objectives:
                 call.replace_loss(judge(signals, objectives))
@@ -289,7 +347,7 @@ def judge_prediction(model: ModelSurgery, target: Tensor, read: Reader) -> Tenso
     if call is None:
         rule = "`objective_loss` speaks of the denoiser's last call, once"
         raise UnsupportedError(explain(rule, "none since", "Attach an objective, call the denoiser, then ask."))
-    signals = ObjectiveSignals(model, call.arguments, call.output, target, read, {})
+    signals = ObjectiveSignals(model, call.arguments, call.output, target, read, {}, call.draws)
     with call.again():
         values = [(objective, ask_objective(objective, signals)) for objective in objectives_of(model)]
     values = [(objective, value) for objective, value in values if value is not None]

@@ -109,11 +109,15 @@ def leave_norm(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict
 
 
 def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:
-    """The pooled vector in every place of the sequence (b n d), filler and padding too."""
+    """The pooled vector in every place of the sequence (b n d), filler and padding too; a row of padding alone has none and stays."""
+    padding = site.run.padding
+    empty = None if padding is None else ~padding.any(dim=1, keepdim=True)  # b 1
+    site = site if empty is None else altered(site, run=altered(site.run, padding=padding | empty))
     vector = pool(method, site, whole)
     if vector is None:
         return whole
     pooled = vector[:, None].to(whole.dtype).expand_as(whole)
+    pooled = pooled if empty is None else torch.where(empty[..., None], whole, pooled)
     return pooled.contiguous() if method.strength == 1 else torch.lerp(whole, pooled, method.strength)  # a head may want a view of it
 
 

@@ -95,7 +95,11 @@ def join_parts(call: ModelCall, output: Any) -> Any:
 
 
 def refuse_parts(call: ModelCall) -> None:
-    """What a method keeps from one call to the next is of all samples; a call in parts has some of them."""
+    """What a method keeps from one call to the next is of all samples, and so is an attention that joins them; a call in parts has some."""
+    if call.context.steps_of_denoiser.joined is not None:
+        rule = "Where only some samples of a call take tokens into their prompt, as under guidance, its attention reads each sample alone"
+        got = f"{call.context.steps_of_denoiser.joined}, whose perturbed attention joins them"
+        raise UnsupportedError(explain(rule, got, "Turn that off (`pag_scale=0`), or give the tokens to the negative prompt too."))
     keeping = sorted({type(method).__name__ for method in call.model.methods() if handler_of(method).keeps_steps})
     keeping += ["noise or guidance"] if call.context.steps_of_denoiser.keeps_output else []
     if keeping or vars(call.model.base).get("_cache_config") is not None:
@@ -128,6 +132,10 @@ def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments,
             rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
             got = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise UnsupportedError(explain(rule, got, "Pass one, or disable the adapter."))
+        if time is None and any("time" in names for names in bank.words.values()):
+            rule = f"{type(bank).__name__} needs to know how much noise a timestep means"
+            got = f"a timestep of {type(block.surgery.model.base).__name__} in a unit that is not known"
+            raise UnsupportedError(explain(rule, got, "Call it from a pipeline whose scheduler counts to `num_train_timesteps`."))
         if bank.key not in takers:
             rows = ask_at_prompt(block, bank, call, context, "takes")
             rows = ~context.negative if rows is None else rows

@@ -54,11 +54,11 @@ class ModelRouterHandler(Handler):
     """What the engine does for model routers: they are called once the head has returned."""
 
     def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
-        routers = [method for method in call.model.methods() if isinstance(method, ModelRouter)]
-        hidden, logits = None if hidden is None else hidden.detach(), output.detach() if isinstance(output, Tensor) else None
         call.model.put_verdict(None)
-        if not routers or hidden is None or logits is None or logits.dim() != 3:
+        routers = [method for method in call.model.methods() if isinstance(method, ModelRouter)]
+        if not routers or not isinstance(hidden, Tensor) or not isinstance(output, Tensor) or output.dim() != 3:
             return output
+        hidden, logits = hidden.detach(), output.detach()
         supply = {
             "hidden": lambda: hidden,
             "logits": lambda: logits,

@@ -14,7 +14,7 @@ from ..engine.hooks import BoundForward
 from ..engine.run import Site
 from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
-from ..model.arguments import realign
+from ..model.arguments import realign, token_form
 from ..model.parts import cross_attentions
 from ..model.signatures import bound_arguments, parameters
 from ..roles.token_reducer import TokenReducer
@@ -197,8 +197,7 @@ def all_share(name: str, value: Any, ledger: TokenLedger) -> bool:
         return any(all_share(name, item, ledger) for item in value)
     if isinstance(value, dict):
         return any(all_share(key, item, ledger) for key, item in value.items())
-    over = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] in (ledger.n, ledger.n + ledger.context)
-    return over and "mask" not in name and (value.dim() < 3 or value.shape[0] != ledger.batch)
+    return isinstance(value, Tensor) and "mask" not in name and (token_form(ledger, name, value) or "b")[0] == "n"
 
 
 def of_sample(name: str, value: Any, i: int, ledger: TokenLedger) -> Any:

@@ -70,7 +70,6 @@ class TokenCacheLayer(CacheLayerMixin):
         self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b) on the CPU, if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
         self.record = Record()  # what they remember of its rows and entries here
-        self.folded = 0  # end of the tokens whose keys are part of other entries
         self.reruns: list[TokenCacheLayer] = []  # the same of the block's later runs, where it runs several times in a pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -145,10 +144,6 @@ class TokenCacheLayer(CacheLayerMixin):
     def share_out(self, shares: Tensor) -> None:
         """Note the part of the tokens seen that the layer may hold, (b)."""
         self.shares = shares
-
-    def note_folded(self, end: int) -> None:
-        """Tokens before this place are part of other entries."""
-        self.folded = max(self.folded, end)
 
     def read_packed(self) -> None:
         """Let the next attention read packed entries as they are."""
@@ -288,10 +283,8 @@ class TokenCacheLayer(CacheLayerMixin):
         """Forget the last tokens seen; the number is zero or negative, as in transformers."""
         if tokens_to_remove > 0:
             raise UnsupportedError(explain("`crop` takes zero or a negative number", tokens_to_remove, "Pass -k to remove k tokens."))
-        if self.seen + tokens_to_remove < self.folded:
-            got = f"{self.folded - self.seen - tokens_to_remove} of them"
-            rule = "Tokens whose keys were folded into other entries cannot be taken back"
-            raise UnsupportedError(explain(rule, got, "Start a new cache, and leave out assisted decoding."))
+        if self.memory is not None and tokens_to_remove < 0:
+            self.memory.crop(max(self.seen + tokens_to_remove, 0))
         self.kv.release()
         for rerun in self.reruns:
             rerun.crop(tokens_to_remove)

@@ -15,15 +15,35 @@ from ..tokens.ledger import TokenLedger, hide
 from ..tokens.token_map import take
 
 # Arguments that belong to another sequence, to a sample, or to a step, never to the tokens of this stream.
-FOREIGN = re.compile(r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|layer_head_mask|past|cache|use_cache|output_)")
+FOREIGN = re.compile(
+    r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|layer_head_mask|past|cache|use_cache|output_|state$|lang_ids|t_cond|"
+    r"embedded_timestep|spatial_shapes|level_start|valid_ratios|rel_embeddings|global_hidden|text_(feat|embed|att|self|pos|enc)|image_hidden|"
+    r"visual(_feats)?$|vision_(encoder|features)|(ca_|temb_ca_|temb_)?audio_(enc|hidden|rotary|scale|gate)|temb_audio)"
+)
 CROSS = re.compile(r"encoder|cross(?!_attention_gate)|context|memory|image_attention")
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
 PAIRS = re.compile(r"bias|(^|_)rel(ative)?_|bbox")  # the same, whatever stands beside the two tokens
+PAIR_BIAS = "position_bias"  # of three axes, what it adds for each pair of tokens
 HIDES = re.compile(r"masked$|padding_mask$")  # a bool mask that is True where a token is hidden
 LENGTHS = re.compile(r"^(query_length|num_memory_tokens|segments)$")  # how many tokens in front are of another kind
 SEGMENTS = re.compile(r"^cu_(seq|window)")
+# How a tensor over the tokens (n) lies, by its number of axes; the first form that fits its sizes counts, so that one which is that of
+# another axis by chance changes nothing. b: the samples, or one for all; h: these times heads; s: sections of a rotary table; d: features.
+FORMS = {1: ("n",), 2: ("nd",), 3: ("bnd", "hnd"), 4: ("bndd", "bbnd", "sbnd", "bdnd")}
+PLACE_FORMS = {1: ("n",), 2: ("bn", "nd"), 3: ("sbn", "bnd", "bbn"), 4: ("bndd", "bbnd")}  # of whole numbers and flags
+PAIR_FORMS = ("nn", "bnn", "nnd", "nndd")
+SECTIONS, MOST_AXES = (3, 4), 4
+# The same by name, tried in front of these.
+NAMED_FORMS = (
+    (re.compile(r"mask|gate|paddings"), ("bn",)),
+    (re.compile(r"position_ids"), ("sbn", "bn")),
+    (re.compile(r"^freqs_ci$"), ("nbd",)),
+    (re.compile(r"^image_rotary_emb$"), ("bnd", "ndd")),
+    (re.compile(r"^(sinusoidal_pos|query|key|query_point_embedding)$"), ("bbnd",)),
+    (re.compile(r"^position_embeddings$"), ("sbnd",)),
+)
 
 
 def realign(ledger: TokenLedger, name: str, value: Any, stored: Stored | None) -> Any:
@@ -66,53 +86,64 @@ def cut_tensor(ledger: TokenLedger, name: str, value: Tensor, stored: Stored | N
     if is_mask(ledger, name, value):
         hides = HIDES.search(name) and value.dtype == torch.bool
         return ~cut_mask(ledger, name, ~value, stored) if hides else cut_mask(ledger, name, value, stored)
-    pair = [d for d in range(value.dim()) if value.shape[d] == ledger.n]
-    if len(pair) > 1 and PAIRS.search(name) and ledger.n != ledger.batch and not CROSS.search(name):
-        if value.shape[0] == 1 and ledger.uniform():  # it has no batch, and need get none
-            return value.index_select(pair[1], ledger.rows[0]).index_select(pair[0], ledger.rows[0])
-        return take_axis(ledger, name, take_axis(ledger, name, value, pair[1]), pair[0])
-    axis = token_axis(ledger, name, value)
-    return value if axis is None else take_axis(ledger, name, value, axis)
+    pair = pair_form(ledger, name, value)
+    if pair == "bnn" and value.shape[0] == 1 and ledger.uniform():  # it has no batch, and need get none
+        return value.index_select(2, ledger.rows[0]).index_select(1, ledger.rows[0])
+    if pair is not None:
+        first = pair.index("n")
+        return take_axis(ledger, name, take_axis(ledger, name, value, pair, first + 1), pair, first)
+    form = token_form(ledger, name, value)
+    return value if form is None else take_axis(ledger, name, value, form, form.index("n"))
+
+
+def pair_form(ledger: TokenLedger, name: str, value: Tensor) -> str | None:
+    """How a table of all pairs of the stream's tokens lies; None if it is none."""
+    forms = PAIR_FORMS if PAIRS.search(name) and not CROSS.search(name) else ()
+    forms = ("nnd",) if name == PAIR_BIAS and value.dim() == 3 else forms
+    return next((form for form in forms if lies(ledger, form, value)), None)
 
 
 def is_mask(ledger: TokenLedger, name: str, value: Tensor) -> bool:
     """Whether a tensor is a table from token to token of this stream."""
-    if not BETWEEN.search(name):
+    if not BETWEEN.search(name) or value.dim() == 3 and name == PAIR_BIAS:
         return False
     seen = (ledger.n, ledger.start + ledger.n, ledger.n + ledger.context)
     return value.dim() >= 2 and (value.shape[-1] in seen or value.dim() == 4 and value.shape[-2] == ledger.n)
 
 
-def token_axis(ledger: TokenLedger, name: str, value: Tensor) -> int | None:
-    """The axis of a tensor that runs over the tokens of the stream; None if there is none."""
-    sizes = {ledger.n, ledger.n + ledger.context, ledger.n - ledger.prefix}
-    last = value.dim() > 2 and value.is_floating_point() and "position_ids" not in name  # features, maybe as many as tokens
-    dims = [d for d in range(value.dim() - last) if value.shape[d] in sizes]
-    if CROSS.search(name):
+def token_form(ledger: TokenLedger, name: str, value: Tensor) -> str | None:
+    """How a tensor lies whose one axis runs over the tokens of the stream, a letter for each axis; None if there is none."""
+    if CROSS.search(name) or EMBEDDING.search(name) and value.dim() < 3:
         return None
-    if value.dim() > 1 and 0 in dims and value.shape[0] == ledger.batch and (len(dims) > 1 or EMBEDDING.search(name)):
-        dims.remove(0)
-    if not dims or EMBEDDING.search(name) and value.dim() < 3:
-        return None
-    if value.dim() == 2 and len(dims) == 2:
-        return 1 if value.shape[0] in (1, ledger.batch) and ledger.n != ledger.batch else 0
-    return dims[0]
+    own = next((forms for names, forms in NAMED_FORMS if names.search(name)), ())
+    usual = FORMS if value.is_floating_point() or value.is_complex() else PLACE_FORMS
+    first = ("nbd",) if ledger.tokens_first else ()
+    forms = (*own, *first, *usual.get(min(value.dim(), MOST_AXES), ()))
+    return next((form for form in forms if lies(ledger, form, value)), None)
 
 
-def take_axis(ledger: TokenLedger, name: str, value: Tensor, axis: int) -> Tensor:
+def lies(ledger: TokenLedger, form: str, value: Tensor) -> bool:
+    """Whether a tensor has the sizes of a form; more axes than forms tell are features."""
+    tokens = (ledger.n, ledger.n + ledger.context, ledger.n - ledger.prefix)
+    sizes = {"n": tokens, "b": (1, ledger.batch), "s": SECTIONS}
+    fits = {**{axis: sizes[axis].__contains__ for axis in sizes}, "h": lambda size: size % ledger.batch == 0, "d": lambda size: True}
+    return len(form) == min(value.dim(), MOST_AXES) and all(fits[axis](size) for axis, size in zip(form, value.shape, strict=False))
+
+
+def take_axis(ledger: TokenLedger, name: str, value: Tensor, form: str, axis: int) -> Tensor:
     """A tensor whose axis runs over the tokens of the stream, cut there."""
     index = ledger.rows
     if value.shape[axis] == ledger.n + ledger.context and ledger.context:
         index = ledger.joint()
     elif value.shape[axis] != ledger.n:
         index = rows_behind_prefix(ledger, name)
-    if axis > 0 and value.shape[0] in (1, ledger.batch):
+    if form[0] == "b":
         return take(value, index, axis)
-    if axis == 2 and value.shape[1] in (1, ledger.batch):  # M-RoPE: sections x batch x tokens
+    if form[0] == "s":  # M-RoPE: sections x batch x tokens
         return take(value.movedim(1, 0), index, axis).movedim(0, 1)
     if ledger.uniform():
         return value.index_select(axis, index[0])
-    if axis > 0 and value.shape[0] % ledger.batch == 0:  # heads folded into the batch
+    if form[0] == "h":  # heads folded into the batch
         return take(value.unflatten(0, (ledger.batch, -1)), index, axis + 1).flatten(0, 1)
     raise unlike_samples(ledger, name)
 
@@ -138,7 +169,7 @@ def cut_mask(ledger: TokenLedger, name: str, value: Tensor, stored: Stored | Non
     if value.dim() == 3:
         return cut_mask(ledger, name, value[:, None], stored)[:, 0]
     cross = CROSS.search(name) is not None
-    if value.dim() == 2 and len(value) not in (1, ledger.batch) and not cross:  # queries by keys, for all samples
+    if value.dim() == 2 and (len(value) not in (1, ledger.batch) or "causal" in name) and not cross:  # queries by keys, for all samples
         out = cut_mask(ledger, name, value[None, None], stored)[:, 0]
         if not ledger.uniform():
             raise unlike_samples(ledger, name)

@@ -52,6 +52,13 @@ def bias_maker(block: nn.Module) -> nn.Module | None:
     return attention if makes and "compute_bias" in dir(type(attention)) else None
 
 
+def is_foreign(block: nn.Module, name: str, value: Any) -> bool:
+    """Whether an argument is not of the block's own tokens, though its name does not say so."""
+    axes, cls = value.dim() if isinstance(value, Tensor) else None, type(block).__name__
+    rows = [(names, number) for classes, names, number in families.FOREIGN_OF if classes.search(cls)]
+    return any(names.search(name) and number in (None, axes) for names, number in rows)
+
+
 def passed_on(output: Any, argument: Tensor) -> bool:
     """Whether a block returned an argument unchanged; a reentrant checkpoint returns another tensor over the same memory."""
     if output is argument or not isinstance(output, Tensor) or torch.compiler.is_compiling():

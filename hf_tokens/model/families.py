@@ -161,6 +161,16 @@ COUNTS = re.compile(
 HALF_WINDOW = "one_sided_attn_window_size"
 # block class -> the table that it looks up at its `position_ids`, and that must stay whole for it
 INDEXED = {"ClvpEncoderLayer": "rotary_pos_emb"}
+# block class -> arguments of this many axes, or of any number, that belong to another sequence or to a whole sample, under names by which
+# other blocks are given something of each token
+FOREIGN_OF = (
+    (re.compile(r"(Detr|DabDetr|TableTransformer)DecoderLayer$"), re.compile(r"^(spatial_position_embeddings|object_queries)$"), None),
+    (re.compile(r"^Sam3(LiteText)?DetrDecoderLayer$"), re.compile(r"^(query_pos|vision_pos_encoding)$"), None),
+    (re.compile(r"TwoWayAttentionBlock$"), re.compile(r"^(keys|key_point_embedding)$"), None),
+    (re.compile(r"^HunyuanVideo15Transformer"), re.compile(r"^attention_mask$"), None),
+    (re.compile(r"^(AceStep|Wan|JoyImage|Chroma|Krea2)\w*Block$"), re.compile(r"^temb$"), 3),
+    (re.compile(r"^LTX2Video"), re.compile(r"^temb_ca_"), 3),
+)
 # What stands beside the prompt of a denoiser: its masks, tables of its places, and lengths that no longer hold once tokens are added.
 PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
 PROMPT_PLACES = ("txt_ids",)
@@ -171,8 +181,18 @@ FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
-# Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.
-PROMPT_FIRST = re.compile(r"^LuminaNextDiT2D")
-# Denoisers whose timestep is a share of 1, where others count to 1000; and those whose timestep rises as the noise falls.
-UNIT_TIME = re.compile(r"^(Flux|Chroma|QwenImage|OvisImage|LongCatImage|AuraFlow|Lumina2|ZImage)")
-RISING_TIME = re.compile(r"^(Lumina2|ZImage)")
+# How a denoiser calls its timestep.
+TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
+# Denoisers whose timestep is a share of 1, where others count to 1000; those whose timestep rises as the noise falls; and those whose
+# pipelines give it in units of their own, so that only a pipeline's scheduler tells how much noise it means.
+UNIT_TIME = re.compile(
+    r"^(Flux|Chroma|QwenImage|OvisImage|LongCat|AuraFlow|Lumina2|LuminaNextDiT2D|ZImage|AceStep|BriaFibo2|Krea2|NucleusMoE|PRX|Ideogram4|"
+    r"OmniGen)"
+)
+RISING_TIME = re.compile(r"^(Lumina2|LuminaNextDiT2D|ZImage|Ideogram4|OmniGen|Mochi)")
+UNKNOWN_TIME = re.compile(r"^(Cosmos|StableAudio)")
+# Schedulers whose timesteps are shares of `num_train_timesteps`, all of it at pure noise.
+SCHEDULERS = re.compile(
+    r"^(DDIM|DDPM|PNDM|LMS|Euler|Heun|KDPM2|DPMSolver|DEIS|UniPC|SASolver|LCM|TCD|CogVideoX|FlowMatch|FlowMap|Helios|Piflow|UnCLIP|RePaint)"
+    r"(?!Wuerstchen)"
+)

@@ -48,6 +48,7 @@ def bound_arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, An
 
 
 CACHES = ("cache", "past_key_values")  # how a model calls its cache, the newest name first
+STATES = ("state", "past_buckets_states")  # and what it goes on from that is none: it tells not how many tokens it has read
 
 
 def cache_argument(function: Callable[..., Any]) -> str:

@@ -67,7 +67,7 @@ class Method(nn.Module, abc.ABC):
         parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
         spans: A reducer at the site `before` is called in front of the first of its blocks; behind the last its tokens are there again.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
-        chunks: The method is right for a prompt that is given in several passes; False makes the engine refuse one.
+        chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one in chunks, or cropped.
         placed: It sits in blocks, as an adapter; False for one that a function of its own applies.
         allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
         ignores: Signals that its config has no use for; they are None and not computed.
@@ -148,6 +148,12 @@ class Method(nn.Module, abc.ABC):
     def is_first_block(self) -> bool:
         """Whether this instance is that of the first block that the method acts on."""
         return self.dims.is_first_block
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of its parameters, or of those that its instances share; None if it has none."""
+        instances = (self, *self._firsts)
+        return next((p.dtype for method in instances for p in method.parameters() if p.is_floating_point()), None)
 
     def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:
         """Note the name of the method's place in the adapter, and its first instances."""

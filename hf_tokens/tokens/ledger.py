@@ -29,6 +29,7 @@ class TokenLedger:
         sizes: How many entry tokens each token stands for, (b m), or None for one each.
         context: Length of the second sequence that the blocks get, to carry it along or to read it.
         behind: Whether it stands behind the tokens in what they share, and not in front.
+        tokens_first: Whether tables of tokens and samples have the tokens first.
         prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
@@ -49,6 +50,7 @@ class TokenLedger:
     sizes: Tensor | None = None
     context: int = 0
     behind: bool = False
+    tokens_first: bool = False
     prefix: int = 0
     additive: bool = False
     proportional: bool = False

@@ -101,16 +101,21 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora(stream: Stream, **more: Any) -> LoraConfig:
-    """A LoRA on every projection of the stream's attentions."""
+    """A LoRA on every projection of the stream's first and last attention."""
     targets = {
         f"{stream.paths[i]}.{path_in(stream.blocks[i], stream.attention(i))}.{name}": module
-        for i in range(len(stream))
-        if stream.attention(i) is not None
+        for i in outer(stream)
         for name, module in stream.attention(i).named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
     transposed = any(isinstance(module, Conv1D) for module in targets.values())
     return LoraConfig(r=2, target_modules=sorted(targets), fan_in_fan_out=transposed, **more)
+
+
+def outer(stream: Stream) -> set[int]:
+    """The first block with an attention, and the last one."""
+    attending = [i for i in range(len(stream)) if stream.attention(i) is not None]
+    return {attending[0], attending[-1]}
 
 
 def path_in(block: nn.Module, module: nn.Module) -> str:
@@ -179,7 +184,8 @@ class Pair:
         edits = [method for method in instances(model, adapter_name) if isinstance(method, WeightEdit)]
         if edits:
             names = sorted({name for method in edits for name in (*method.groups, *method.maybe)})
-            edit(model, {name: [self.varied(i)] for i, name in enumerate(names)}, adapter_name, loss=self.any_loss)
+            dtype = next(iter(base_parameters(model).values())).dtype
+            edit(model, {name: [cast(self.varied(i), dtype)] for i, name in enumerate(names)}, adapter_name, loss=self.any_loss)
         return model
 
     def varied(self, i: int) -> Inputs:
@@ -215,6 +221,11 @@ class Pair:
         more = {"custom_generate": route_to(other(self.architecture))} if operated else {}
         with torch.no_grad():
             return generate(model, inputs, 3, **more) if self.speaks else self.row.run(model, inputs)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs with their fractions in this precision."""
+    return {name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in inputs.items()}
 
 
 @cache

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from contract.architectures import BATCH, PADS
-from contract.pairs import base_run, difference, mildest, planned, refused, saves, snapshot, unwrapped
+from contract.pairs import base_run, cast, difference, mildest, planned, refused, saves, snapshot, tiny, unwrapped
 from tolerances import all_close, all_equal
 
 from hf_tokens import UnsupportedError, get_token_model
@@ -50,11 +50,19 @@ def test_it_does_what_its_role_promises(pair):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_zero_strength_is_the_base(pair, dtype):
-    cast = lambda value: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-    inputs = {name: cast(value) for name, value in pair.inputs.items()}
+    inputs = cast(pair.inputs, dtype)
     model = pair.attach(config=pair.config.at_zero(), stirred=False).to(dtype)
     want = base_run(pair) if dtype == torch.float32 else pair.run(pair.base().to(dtype), inputs)
     all_close(pair.run(model, inputs), want, "zero strength")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_base_in_half_precision_takes_it(host, dtype):
+    inputs, base = cast(host.inputs, dtype), host.base().to(dtype)
+    want = host.run(base, inputs)
+    have = host.run(host.surgery(base, [tiny(host.info.config)]), inputs)  # its own parameters are in float32
+    assert [t.dtype for t in have] == [t.dtype for t in want]
+    assert all(t.isfinite().all() for t, other in zip(have, want, strict=True) if other.isfinite().all())
 
 
 def test_the_model_s_forward_is_the_model_called(host):
@@ -103,3 +111,20 @@ def test_a_padded_batch_is_each_sample_alone(pair, side):
     for i in range(BATCH):
         real = row.sample(whole, i, *row.real(pair.inputs, i, side))
         all_close(real, row.run(model, row.alone(pair.inputs, i, PADS * i)), f"{side} padding, sample {i}")
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_harms_none(pair):
+    row, inputs = pair.row, {**pair.inputs}
+    if not row.pads:
+        return
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1] = 0
+    try:
+        row.run(pair.base(), inputs)
+    except ValueError:
+        return  # Qwen2-VL cannot place its tokens
+    model = pair.attach()
+    whole = row.run(model, inputs)
+    assert all(tensor.isfinite().all() for tensor in whole)
+    all_close(row.sample(whole, 0), row.run(model, row.alone(inputs, 0)), "the other sample")

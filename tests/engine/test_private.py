@@ -196,6 +196,12 @@ TRANSFORMERS = (
         takes=("query_length", "key_length", "past_seen_tokens"),
     ),
     Private("transformers.generation.GenerationMixin", "_get_candidate_generator", "assisted decoding asks for it before its first pass"),
+    Private(
+        "transformers.generation.GenerationMixin",
+        "_prefill",
+        "says whether a prompt comes in chunks",
+        ("input_ids", "generation_config", "model_kwargs", "is_first_iteration"),
+    ),
     Private("transformers.generation.GenerationMixin", "init_continuous_batching", "continuous batching begins with it"),
     Private(
         "transformers.generation.GenerationMixin",

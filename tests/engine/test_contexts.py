@@ -1,0 +1,210 @@
+"""A context is compressed once and asked many questions: each is a turn of its own, read over what the cache holds, at the right places."""
+
+import copy
+
+import pytest
+import torch
+from tolerances import close
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from hf_tokens import (
+    D2OConfig,
+    DrLLMConfig,
+    FTPConfig,
+    MiKVConfig,
+    MiniCacheConfig,
+    PrefixKVConfig,
+    R2RConfig,
+    RazorAttentionConfig,
+    SelectionPConfig,
+    SqueezeAttentionConfig,
+    UnsupportedError,
+    anatomy,
+    get_token_model,
+    route_to,
+    unload,
+)
+from hf_tokens.engine.hooks import hooked
+from hf_tokens.testing import CACHE, zoo
+from hf_tokens.tokens.entries import cells_of
+
+COMPRESSORS = {
+    "prefixkv": PrefixKVConfig(budget=0.5, distance=3),
+    "prefixkv online": PrefixKVConfig(budget=0.5, distance=3, online=True),
+    "squeezeattention": SqueezeAttentionConfig(budget=0.5),
+    "squeezeattention sinks": SqueezeAttentionConfig(budget=0.5, policy="sinks", sinks=1),
+    "razorattention": RazorAttentionConfig(heads=(0, 3), sinks=1, compression=3),
+    "d2o": D2OConfig(budget=0.5),
+    "minicache": MiniCacheConfig(gamma=0.3),
+    "mikv": MiKVConfig(importance=0.3, bits=4),
+}
+ROUTERS = {
+    "ftp": FTPConfig(sparsity=0.3, strict=True),
+    "ftp static": FTPConfig(sparsity=0.3, router="static"),
+    "dr-llm": DrLLMConfig(windows=2),
+    "selection-p": SelectionPConfig(keep=0.5),
+}
+METHODS = {**COMPRESSORS, **ROUTERS}
+FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen3"]
+LENGTH, ASKED, PADS = 18, 5, 4
+
+
+def texts(seed=0):
+    """A context of two rows, the second padded in front, and two questions."""
+    g = torch.Generator().manual_seed(seed)
+    context, *questions = (torch.randint(5, 80, (2, n), generator=g) for n in (LENGTH, ASKED, ASKED))
+    mask = torch.ones_like(context)
+    mask[1, :PADS] = 0
+    return context, mask, questions
+
+
+@torch.no_grad()
+def ask(model, ids, mask, cache=None, **more):
+    """What the model says of tokens behind a cache, given the mask of all."""
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, position_ids=places, **{CACHE: cache}, use_cache=True, **more)
+
+
+def longer(mask, ids):
+    return torch.cat([mask, torch.ones_like(ids)], dim=1)
+
+
+@torch.no_grad()
+def over_what_is_held(base, stream, before, ran, ids, mask):
+    """The base's own reading of a question (b m) over the entries of a cache: each block, row and head sees those that are there, by a mask
+    of its own, and the tokens that ran the block, (b m) for each."""
+    cache, handles, m = DynamicCache(), [], ids.shape[1]
+    start = mask.shape[1] - m
+
+    def skips(i):
+        def hook(module, args, output):
+            hidden = stream.read(i, output)
+            return stream.write(i, output, torch.where(ran[i][..., None], hidden, args[0]))
+
+        return hook
+
+    for i, layer in enumerate(before.layers):
+        cache.layers.append(DynamicLayer())
+        handles.append(stream.blocks[i].register_forward_hook(skips(i)))
+        if layer.origins is None:
+            continue  # no token ran it
+        cache.layers[i].update(layer.keys, layer.values)
+        origins, real = cells_of(layer.origins, layer.heads), torch.nn.functional.pad(mask[:, :start], (0, 1)).bool()
+        there = layer.there & real[:, None].expand(-1, layer.heads, -1).gather(2, origins.clamp(max=start))  # b k n
+        weight = torch.zeros_like(origins, dtype=torch.float32)
+        weight = weight if layer.sizes is None else cells_of(layer.sizes, layer.heads).log()
+        query = torch.arange(start, start + m)[:, None]
+        seen = there[:, :, None].expand(-1, -1, m, -1)
+        own = torch.ones(m, m, dtype=torch.bool).tril() & (ran[i][:, None, None] | torch.eye(m, dtype=torch.bool))
+        if layer.window is not None:
+            seen = seen & (origins[:, :, None] > query - layer.window)
+            own = own & (query.T > query - layer.window)
+        old = torch.where(seen, weight[:, :, None], -torch.inf)
+        new = torch.where(own, 0.0, -torch.inf).expand(-1, layer.heads, -1, -1)
+        bias = torch.cat([old, new], dim=-1).repeat_interleave(stream.heads // layer.heads, dim=1)
+        shown = lambda module, args, kwargs, bias=bias: (args, {**kwargs, "attention_mask": bias})
+        handles.append(stream.attention(i).register_forward_pre_hook(shown, with_kwargs=True))
+    try:
+        return ask(base, ids, mask, cache).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def who_ran(method, after, count):
+    """For each block, which of the last tokens ran it, (b m): by the books of a cache from which nothing was evicted."""
+    everyone = torch.ones(2, count, dtype=torch.bool)
+    if method in COMPRESSORS:
+        return [everyone] * len(after.layers)
+    place = torch.arange(after.get_seq_length() - count, after.get_seq_length())
+    origins = [None if x.origins is None else torch.where(x.there[:, 0], x.origins, -1) for x in after.layers]
+    return [~everyone if x is None else (x[:, None] == place[:, None]).any(dim=-1) for x in origins]
+
+
+def prepared(method, family="llama", told=True):
+    """A model with a method, what its calls are given beside the text, and its cache behind the context."""
+    torch.manual_seed(1)
+    model = get_token_model(zoo.build(family).model, METHODS[method]).eval()
+    blocks = len(anatomy(model).streams[-1])
+    more = {"hf_tokens_targets": torch.tensor([[1, 0] + [1] * (blocks - 2)] * 2)} if told and method == "dr-llm" else {}
+    context, mask, _ = texts()
+    return model, more, ask(model, context, mask, **more).past_key_values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_question_is_read_over_what_is_held_of_the_context(method, family):
+    model, more, held = prepared(method, family)
+    base = zoo.build(family).model
+    stream, (_, mask, questions) = anatomy(base).streams[-1], texts()
+    lengths = [layer.length for layer in held.layers]
+    for question in questions:
+        whole, cache = longer(mask, question), copy.deepcopy(held)
+        answer = ask(model, question, whole, cache, **more)
+        ran = who_ran(method, cache, ASKED)
+        close(answer.logits, over_what_is_held(base, stream, held, ran, question, whole), f"{family} {method}")
+        assert cache.get_seq_length() == LENGTH + ASKED
+        assert method in COMPRESSORS or not all(bool(tokens.all()) for tokens in ran)
+    assert [layer.length for layer in held.layers] == lengths  # no question reaches the context that others are asked of
+    assert any(layer.kv.parts is not None or layer.length < LENGTH for layer in held.layers)
+    unload(model)
+
+
+@pytest.mark.parametrize("answer", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_turn_behind_a_short_answer_is_a_prompt_of_its_own(method, answer):
+    model, _, held = prepared(method, told=False)
+    context, mask, (question, _) = texts()
+    given = {"attention_mask": mask, "do_sample": False, "return_dict_in_generate": True}
+    with torch.no_grad():
+        first = model.generate(input_ids=context, max_new_tokens=answer, min_new_tokens=answer, **given)
+        turn = torch.cat([first.sequences, question], dim=1)
+        given["attention_mask"] = longer(mask, turn[:, LENGTH:])
+        second = model.generate(input_ids=turn, max_new_tokens=3, output_logits=True, **{**given, CACHE: first.past_key_values})
+    for token in range(answer - 1):  # by hand, one pass after the other
+        ask(model, first.sequences[:, LENGTH + token :][:, :1], longer(mask, turn[:, LENGTH : LENGTH + token + 1]), held)
+    close(second.logits[0], ask(model, turn[:, held.get_seq_length() :], given["attention_mask"], held).logits[:, -1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cache_cropped_to_its_context_is_as_a_copy_or_the_crop_is_refused(method):
+    model, more, held = prepared(method)
+    _, mask, questions = texts()
+    used, before = copy.deepcopy(held), ask(model, questions[1], longer(mask, questions[1]), copy.deepcopy(held), **more).logits
+    ask(model, questions[0], longer(mask, questions[0]), used, **more)
+    ask(model, questions[1][:, :1], torch.nn.functional.pad(mask, (0, ASKED + 1), value=1), used, **more)
+    entries = [layer.length for layer in used.layers]
+    try:
+        used.crop(LENGTH - used.get_seq_length())
+    except UnsupportedError as error:
+        assert "`copy.deepcopy` of the cache" in str(error) and method not in {*ROUTERS, "minicache"}
+        assert [layer.length for layer in used.layers] == entries
+        return
+    close(ask(model, questions[1], longer(mask, questions[1]), used, **more).logits, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prompt_in_chunks_is_refused_before_the_first(method):
+    model, _, _ = prepared(method, told=False)
+    context, mask, _ = texts()
+    given = {"input_ids": context, "attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
+    whole = model.generate(**given, prefill_chunk_size=LENGTH)
+    assert torch.equal(whole, model.generate(**given))
+    calls = []
+    with hooked([model.get_base_model().register_forward_pre_hook(lambda *_: calls.append(True))]):
+        with pytest.raises(UnsupportedError, match=r"in one pass, got \w+ and a prompt in chunks of 7\. Leave out `prefill_chunk_size`"):
+            model.generate(**given, prefill_chunk_size=7)
+    assert not calls
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_large_model_with_a_compressed_cache_goes_on_where_a_small_one_stopped(compressor):
+    """At threshold 0 each token is the large model's, so that it reads one at a time, as by itself."""
+    small = get_token_model(zoo.build("llama").model, R2RConfig(threshold=0.0)).eval()
+    large = get_token_model(zoo.build("llama", seed=3).model, COMPRESSORS[compressor]).eval()
+    ids = texts()[0][:1]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(small.generate(**given, custom_generate=route_to(large)), large.generate(**given))
+    some = get_token_model(zoo.build("llama").model, R2RConfig(threshold=0.5)).eval()
+    assert some.generate(**given, custom_generate=route_to(large)).shape == (1, LENGTH + 6)
