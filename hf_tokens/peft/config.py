@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError, explain
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config
-from .doors import CONFIG, file_beside, is_loading, tensors_being_saved, without_weights
+from .doors import CONFIG, file_beside, is_loading, tensors_being_saved, without
 from .reading import read_config, whole
 from .saving import digest_of, has_bytes, replacing
 
@@ -76,6 +76,7 @@ class HFTokensConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     init_weights: bool = field(default=True)
     base: dict[str, list[Any]] | None = field(default=None)
+    base_type: str | None = field(default=None)
     hf_tokens_version: int = field(default=FORMAT)
     digest: str | None = field(default=None)
 
@@ -116,7 +117,7 @@ class HFTokensConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         config._is_loaded, config._weights = True, file_beside(pretrained_model_name_or_path, subfolder, **kwargs)
         if config._weights is None and is_loading():
-            raise without_weights(pretrained_model_name_or_path)
+            raise without(pretrained_model_name_or_path)
         return config
 
     def take_source(self) -> tuple[Path | None, str | None]:
@@ -167,9 +168,9 @@ class HFTokensConfig(PeftConfig):
         """Name the blocks to PEFT, for as long as it injects the adapter."""
         self.target_modules = modules
 
-    def note_base(self, base: dict[str, list[Any]]) -> None:
-        """Note the base that the adapter is made for."""
-        self.base = base
+    def note_base(self, base: dict[str, list[Any]], kind: str) -> None:
+        """Note the base that the adapter is made for: its streams, and what it is."""
+        self.base, self.base_type = base, kind
 
     def stack(self) -> list[MethodConfig]:
         """The method configs, in order, without the PEFT configs among them."""

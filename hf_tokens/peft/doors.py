@@ -55,9 +55,9 @@ def is_loading() -> bool:
     return any(True for _ in under_way(OF_PEFT, ("from_pretrained", "load_adapter"), FRAMES_TO_LOADER))
 
 
-def without_weights(repo: object) -> AdapterError:
-    """What is said of an adapter that has no tensors."""
-    return AdapterError(explain(f"An adapter has a file {WEIGHTS}", f"{repo} without it", "Save or download the adapter again."))
+def without(repo: object, name: str = WEIGHTS) -> AdapterError:
+    """What is said of an adapter that lacks a file."""
+    return AdapterError(explain(f"An adapter has a file {name}", f"{repo} without it", "Save or download the adapter again."))
 
 
 def calling_loader() -> FrameType | None:

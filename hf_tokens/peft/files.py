@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import AdapterError, explain
 from .config import PEFT_METHOD, HFTokensConfig
-from .doors import CONFIG, PICKLE, calling_loader, given_to, without_weights
+from .doors import CONFIG, PICKLE, calling_loader, given_to, without
 from .reading import whole
 from .saving import PEFT_PREFIX, digest_of
 
@@ -137,11 +137,14 @@ def in_silence() -> Iterator[None]:
         yield
 
 
-def misread(config: HFTokensConfig, model: nn.Module) -> contextlib.AbstractContextManager:
+MISREAD = (ValueError, TypeError, KeyError, AttributeError)  # what a library says of a value in a config that it cannot read
+
+
+def misread(config: HFTokensConfig, model: nn.Module, kinds: Any = Exception) -> contextlib.AbstractContextManager:
     """Errors about a config that is being loaded are the file's: they are said in our words."""
-    remedy = "Save or download the adapter again."
+    rule, remedy = f"The methods in {CONFIG} must go into {type(model).__name__}", "Save or download the adapter again."
     loading = config.is_loaded or not config.in_trial and calling_loader() is not None
-    return whole(f"The methods in {CONFIG} must go into {type(model).__name__}", remedy) if loading else contextlib.nullcontext()
+    return whole(rule, remedy, kinds) if loading else contextlib.nullcontext()
 
 
 def check_file(config: HFTokensConfig, needed: Callable[[], Mapping[str, Tensor]]) -> None:
@@ -151,7 +154,7 @@ def check_file(config: HFTokensConfig, needed: Callable[[], Mapping[str, Tensor]
     given = weights if loader is None else given_to(loader)
     if given is None:
         if loader is not None:
-            raise without_weights(loader.f_locals["peft_model_id"])
+            raise without(loader.f_locals["peft_model_id"])
         return
     if isinstance(given, Path) and given.name == PICKLE:
         given = read_pickle(given)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, explain
 from ..handlers.objective import one_at_a_time
@@ -303,6 +305,11 @@ def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> Non
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
 
 
+def type_of(model: nn.Module) -> str:
+    """What a model is: the type that its config names, whatever its head; elsewhere its class."""
+    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+
+
 def check_base(base: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
     """Compare the base that an adapter was made for with this one."""
     now = {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
@@ -314,4 +321,8 @@ def check_base(base: Anatomy, config: HFTokensConfig, placements: list[Placement
             made_for = repr(config.base)
         rule = f"This adapter was made for a base with {made_for}"
         raise AdapterError(explain(rule, text(now), "Load the base model that its card names."))
-    config.note_base(now)
+    kind = type_of(base.model)
+    if config.base_type not in (None, kind):
+        remedy = "Load the base model that its card names; or delete `base_type` from its config if you mean it."
+        raise AdapterError(explain(f"This adapter was made for a model of type {config.base_type!r}", repr(kind), remedy))
+    config.note_base(now, kind)

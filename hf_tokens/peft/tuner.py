@@ -28,8 +28,9 @@ from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
 from .doors import calling_loader, tell_loader
-from .files import check_file, check_state, in_silence, misread, tried
+from .files import MISREAD, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, check_nested, take_off
+from .patterns import check_patterns
 from .placement import Placement, head_outputs, plan
 from .saving import PEFT_PREFIX
 
@@ -70,11 +71,12 @@ class HFTokensModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
         with misread(peft_config, self.model):
+            names = {id(module): name for name, module in self.model.named_modules()}
             for nested in peft_config.peft_configs():
                 check_nested(nested)
+                check_patterns(nested, names.values())
             self._anatomy = anatomy(self.model)
             self._plan = plan(self._anatomy, peft_config)
-            names = {id(module): name for name, module in self.model.named_modules()}
             if not peft_config.goes_around_layers:
                 check_file(peft_config, lambda: self._needed(names))
         self._blocks = {id(p.stream.blocks[i]): (p.stream, i) for p in self._plan for i in range(len(p.stream))}
@@ -162,12 +164,13 @@ class HFTokensModel(BaseTuner):
             with misread(config, model):
                 check_file(config, lambda: tried(model, config, adapter_name))
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._put_in_place(adapter_name)
-            for block in self._surgeries():
-                block.know(self._own_adapters)
-            if config.peft_configs():
-                self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+            with misread(config, model, MISREAD):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._put_in_place(adapter_name)
+                for block in self._surgeries():
+                    block.know(self._own_adapters)
+                if config.peft_configs():
+                    self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
         except BaseException:
             self._roll_back(adapter_name)
             raise

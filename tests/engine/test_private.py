@@ -314,6 +314,8 @@ OTHERS = (
     Private("torch.ops.aten", "_scaled_dot_product_flash_attention_for_cpu", "its FLOPs, which torch does not count"),
     Private("torch.ops.aten", "_grouped_mm", "its FLOPs, which torch does not count"),
     Private("accelerate.hooks.add_hook_to_module", "_old_forward", "a forward of ours under a hook of Accelerate's is taken off there"),
+    Private("re", "_parser", "takes a pattern of a stranger's apart, so that its steps are counted before they are walked"),
+    Private("re", "_constants", "the names of its parts"),
     Private("sys", "_getframe", "a surgery finds the Trainer or the pipeline that is calling"),
     Private("sys", "_current_frames", "whether another thread is inside a call of the model"),
 )

@@ -21,7 +21,8 @@ from tolerances import all_equal
 from transformers import Trainer, TrainingArguments
 
 import hf_tokens
-from hf_tokens import AdapterError, DeepPromptConfig, HFTokensConfig, HFTokensError, get_token_model
+from hf_tokens import AdapterError, ConfigError, DeepPromptConfig, HFTokensConfig, HFTokensError, get_token_model
+from hf_tokens.peft.patterns import check_patterns
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
@@ -121,7 +122,7 @@ def change(folder, to, change):
 def refused(door, folder, words):
     base = zoo.build("llama").model
     before = snapshot(base)
-    with pytest.raises(AdapterError, match=words):
+    with pytest.raises(HFTokensError, match=words):
         door(str(folder), base)
     assert not difference(before, snapshot(base))
 
@@ -384,6 +385,33 @@ def test_the_base_that_an_adapter_names_is_loaded(tmp_path, library, name):
         all_equal([hf_tokens.load(tmp_path / "adapter").eval()(**specimen.inputs).logits], [model.eval()(**specimen.inputs).logits])
 
 
+def refused_by(door, folder, family, words):
+    base = zoo.build(family).model
+    before = snapshot(base)
+    with pytest.raises(AdapterError, match=words):
+        door(str(folder), base)
+    assert not difference(before, snapshot(base))
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_model_of_another_type_with_blocks_of_the_same_shape_is_refused(tmp_path, door, family):
+    get_token_model(zoo.build("llama").model, [DeepPromptConfig(tokens=3)]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    refused_by(door, tmp_path, family, f"was made for a model of type 'llama', got '{family}'. .* or delete `base_type` from its config")
+    config = json.loads(path.read_text())
+    assert config.pop("base_type") == "llama"
+    path.write_text(json.dumps(config))  # as earlier releases saved it
+    door(str(tmp_path), zoo.build(family).model)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model_index.json"])
+def test_a_base_model_in_the_place_of_an_adapter_is_called_one(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(AdapterError, match=r"needs an adapter, got .*, which is a base model. Load it by its own `from_pretrained`"):
+        hf_tokens.load(tmp_path)
+
+
 # -- configs ---------------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +483,50 @@ def test_a_config_with_anything_in_it_works_or_is_one_error(saved, tmp_path_fact
     config = json.loads((folder / "adapter_config.json").read_text())
     path = data.draw(st.sampled_from(list(leaves(config))))
     load_config(folder, tmp_path_factory.mktemp("odd"), json.dumps(planted(config, path, data.draw(st.sampled_from(ODD)))))
+
+
+HANG = (
+    *("(([a-z._0-9])+)+Z", "(.*)*x", ".*.*.*.*.*.*x", r"(\w+\.?)+x", r"(\w+)\1+x", "(?=(.*)*)q", "(?:(?:.?){50}){50}x", "((?:)){1000000}x"),
+    "(.|.)" * 25 + "x",
+)
+USUAL = (
+    *(r".*\.(q|v)_proj", r"^(?!.*visual).*(?:k_proj|q_proj).*", r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"),
+    r"(?:.*?(?:language|layers).*?(?:self_attn|attention|attn|mlp|ffn).*?(?:k_proj|v_proj|q_proj|o_proj|up_proj).*?)|(?:\bmodel\.[\d]{1,}\.q)",
+)
+
+
+def with_knobs(saved, to, **knobs):
+    """An adapter with other knobs in the config of its LoRA."""
+    config = json.loads((change(saved["a stack"], to, {}) / "adapter_config.json").read_text())
+    config["methods"][1]["config"] |= knobs
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("knob", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern"])
+@pytest.mark.parametrize("pattern", HANG)
+def test_a_pattern_that_would_not_come_to_an_end_is_found(pattern, knob):
+    names = [name for name, _ in zoo.build("llama").model.named_modules()]
+    knobs = {"target_modules": ["q_proj"], "layers_to_transform": 1, knob: {pattern: 2} if knob == "rank_pattern" else pattern}
+    if knob == "target_modules":
+        del knobs["layers_to_transform"]
+    with pytest.raises(ConfigError, match="takes at most 100000 steps with the name of a module, got .* Name the modules, in a list"):
+        check_patterns(LoraConfig(**knobs), names)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_a_pattern_that_would_not_come_to_an_end_is_refused(saved, tmp_path, door):
+    refused(door, with_knobs(saved, tmp_path, target_modules=HANG[0]), "takes at most 100000 steps")
+    refused(door, with_knobs(saved, tmp_path, alpha_pattern={f"q{i}": 2 for i in range(2000)}), "has at most 1000 keys, got 2000")
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_usual_patterns_are_taken(tmp_path, pattern):
+    model = get_token_model(zoo.build("llama").model, ["probe-insert", LoraConfig(r=2, target_modules=pattern)])
+    model.save_pretrained(tmp_path)
+    for door in (DOORS["hf_tokens.load"], DOORS["PeftModel.from_pretrained"]):
+        state = get_peft_model_state_dict(door(str(tmp_path), zoo.build("llama").model))
+        all_equal(list(state.values()), list(get_peft_model_state_dict(model).values()))
 
 
 @pytest.mark.parametrize(
