@@ -61,3 +61,9 @@ class ForwardContext:
     picture: tuple[int, ...] | None = None
     steps_of_denoiser: DenoiserSteps | None = None
     teaching: bool = False
+
+    @property
+    def gives_places(self) -> bool:
+        """Whether the call may say where its tokens are; if it does not, the model counts them, from one end to the other."""
+        given = {name for name, value in self.arguments.items() if value is not None}
+        return not given or any(name.endswith("position_ids") for name in given)

@@ -61,10 +61,11 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         if cache is not None:
             slots = {i: b.layer_idx for i, b in surgery.blocks.items() if b.layer_idx is not None and b.layer_idx < len(cache.layers)}
             known = {i: cache.layers[slot] for i, slot in slots.items()}
-            known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
+            known = {i: known[i] for i in sorted(known) if isinstance(known[i], TokenCacheLayer)}
             layers = list(known.values())
-            start = min((layer.seen for i, layer in known.items() if i >= block.index), default=0)  # blocks before have been run
-    else:
+            left = [layer.seen for i, layer in known.items() if i >= block.index]  # blocks before have been run
+            start = min(left) if left else 0
+    if not layers:
         start = seen_before(block, call.cache)
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
@@ -74,7 +75,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     facts["tokens_first"] = surgery.stream.layout == "n b d"
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)
-    segments = None if start else call.segments(real)
+    segments = None if start else call.segments(real, context.gives_places)
     refuse_packed(surgery, segments, call.cache is not None)
     apart = None if surgery.stream.causal else find_views(call.arguments, ledger, real)
     admit_pass(plan.methods, memory, ledger)

@@ -132,7 +132,7 @@ class Entry:
 
 def in_backward() -> bool:
     """Whether the code runs for a backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Replays(Generic[Held]):

@@ -179,7 +179,7 @@ class StreamRun:
         memory: What its blocks share.
         at: Index of the block that runs, or ran last.
         layers: The cache layers of its blocks.
-        apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
+        apart: The first token that each real one sees, -1 for the others, (b n); None where no mask says it.
         segments: Where each sample begins in a packed row, (s); None if each has a row of its own.
         inside: The tokens that are left, behind the last block that ran, (b m d).
         given: What that block returned to the model.

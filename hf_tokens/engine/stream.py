@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import adopt, find_cache
+from ..kv.static import front, is_static
 from .call import BlockCall
 from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
@@ -64,11 +65,11 @@ def run_pass(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     if replayed is None and not changes_anything(block, pass_plan, args, kwargs):
         return run_as_it_came(block, args, kwargs)
     if in_backward():
-        return run_again(block, BlockCall(surgery.stream, block.index, args, kwargs), replayed)
+        return run_again(block, BlockCall(surgery.stream, block.index, block.facts, args, kwargs), replayed)
     try:
         if later and is_quiet(block, pass_plan, args, kwargs):
             return run_quietly(block, args, kwargs)
-        return walk(block, BlockCall(surgery.stream, block.index, args, kwargs))
+        return walk(block, BlockCall(surgery.stream, block.index, block.facts, args, kwargs))
     except BaseException:
         abandon_pass(block)
         raise
@@ -183,5 +184,9 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     """Let our layers hold the cache from the first token on."""
     cache = find_cache((*args, *kwargs.values()))
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
-    if cache is not None and indices:
+    if cache is None or not indices:
+        return
+    if surgery.plan.fronts and is_static(cache):
+        front(cache, indices)
+    else:
         adopt(cache, max(indices), surgery.stream.config)

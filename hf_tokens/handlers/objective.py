@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hf_tokens_kernels.lazily import lazy
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -141,23 +141,23 @@ class ObjectiveSignals:
     states: dict[str, Tensor]
     draws: Draws | None = None
 
-    @cached_property
+    @lazy
     def labels(self) -> Tensor:
         return self.wanted
 
-    @cached_property
+    @lazy
     def logps(self) -> Tensor:
         return log_probabilities(self.output, self.wanted)
 
-    @cached_property
+    @lazy
     def target(self) -> Tensor:
         return in_float32(self.wanted)
 
-    @cached_property
+    @lazy
     def prediction(self) -> Tensor:
         return self._like_target(self.output)
 
-    @cached_property
+    @lazy
     def reference(self) -> Tensor:
         """Runs the model without the adapter."""
         with contextlib.nullcontext() if self.draws is None else self.draws.again(self.model.base):
@@ -177,7 +177,7 @@ class ObjectiveSignals:
     def _decoder(self) -> str:
         return "decoder_" if getattr(self.model.base.config, "is_encoder_decoder", False) else ""
 
-    @cached_property
+    @lazy
     def ids(self) -> Tensor:
         ids = self.arguments.get(f"{self._decoder}input_ids")
         if isinstance(ids, Tensor):
@@ -188,7 +188,7 @@ class ObjectiveSignals:
         start = torch.full_like(self.wanted[:, :1], self.model.base.config.decoder_start_token_id)
         return torch.cat([start, self.wanted[:, :-1]], dim=1)  # so the model shifts its labels itself
 
-    @cached_property
+    @lazy
     def positions(self) -> Tensor:
         n, device = self.wanted.shape[1], self.wanted.device
         places, mask = self.arguments.get("position_ids"), self.arguments.get(f"{self._decoder}attention_mask")
@@ -200,7 +200,7 @@ class ObjectiveSignals:
             begins[:, 1:] |= mask[:, 1:].bool() & ~mask[:, :-1].bool()
         return place - torch.where(begins, place, 0).cummax(dim=1).values
 
-    @cached_property
+    @lazy
     def hidden(self) -> Tensor:
         hidden = self.states.get("head", self.states.get("base"))
         width = self.model.streams[-1].stream.width
@@ -209,7 +209,7 @@ class ObjectiveSignals:
             raise UnsupportedError(explain(rule, "none" if hidden is None else tuple(hidden.shape), "Choose another model."))
         return hidden
 
-    @cached_property
+    @lazy
     def head(self) -> Callable[[Tensor], Tensor]:
         model = self.model.base
         module, config = model.get_submodule(self.model.head), model.config.get_text_config()
@@ -224,8 +224,9 @@ class ObjectiveSignals:
             return logits if cap == 1 else cap * torch.tanh(logits / cap)
 
         logits = logits_of(self.output, self.wanted.shape)
-        if logits is not None and not self.model.losses.agreed:
+        if logits is not None and not self.model.losses.head_agreed:
             self._check_head(head, logits[:1, -1])
+            self.model.losses.trust_head()
         return head
 
     @torch.no_grad()
@@ -331,7 +332,7 @@ def reweigh(signals: ObjectiveSignals, methods: list[Method]) -> None:
         weights = F.pad(method.weigh(signals.ids)[:, 1:], (0, 1), value=1.0)  # a token's target is the one behind it
         counted = real & (weights > 0)
         change = weights * counted / counted.sum().clamp(min=1) - real / real.sum().clamp(min=1)
-        if bool(change.any()):
+        if torch.compiler.is_compiling() or bool(change.any()):
             method.add_loss(-(signals.logps * change).sum())
 
 

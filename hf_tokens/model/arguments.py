@@ -244,12 +244,11 @@ def find_padding(arguments: dict[str, Any], ledger: TokenLedger) -> tuple[Tensor
 
 
 def find_views(arguments: dict[str, Any], ledger: TokenLedger, padding: Tensor | None) -> Tensor | None:
-    """The first token that each real one sees by the block's own mask, -1 for the others, (b n); None if all see the same."""
+    """The first token that each real one sees by the block's own mask, -1 for the others, (b n); None where none is square."""
     for mask in token_masks(arguments):
         if mask.shape[-2:] != (ledger.n, ledger.n):
             continue
         seen = shown_by(mask)
         first = seen.reshape(-1, *seen.shape[-3:]).any(dim=1).long().argmax(dim=-1).expand(ledger.batch, -1)  # b n
-        first = first if padding is None else first.masked_fill(~padding, -1)
-        return None if bool((first == first.amax(dim=1, keepdim=True)).logical_or(first < 0).all()) else first
+        return first if padding is None else first.masked_fill(~padding, -1)
     return None

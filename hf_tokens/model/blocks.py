@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Callable
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,38 +12,22 @@ from torch import Tensor, nn
 from . import families
 from .arguments import BETWEEN, CROSS, HIDES
 from .parts import attentions
-from .signatures import bound_arguments
+from .signatures import bound_arguments, read_once
 
 BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
 
 
-def once_a_block(read: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """Remember what a function reads off a block, for as long as the block lives."""
-    known: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-
-    @functools.wraps(read)
-    def remembered(block: nn.Module) -> Any:
-        if block not in known:
-            known[block] = read(block)
-        return known[block]
-
-    return remembered
-
-
-@once_a_block
 def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
     """Whether a block counts its tokens by itself: whatever it is given, and where it is not given their places."""
     names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
     return tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
 
 
-@once_a_block
 def mixes_more(block: nn.Module) -> bool:
     """Whether a block mixes its tokens by a convolution or a second self-attention too."""
     return len(attentions(block)) > 1 or any(isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1 for m in block.modules())
 
 
-@once_a_block
 def bias_maker(block: nn.Module) -> nn.Module | None:
     """The block's attention, if it makes a bias of the distances: in T5 that of the first block, in UMT5 that of each."""
     attention = next(iter(attentions(block)), None)
@@ -52,11 +35,32 @@ def bias_maker(block: nn.Module) -> nn.Module | None:
     return attention if makes and "compute_bias" in dir(type(attention)) else None
 
 
-def is_foreign(block: nn.Module, name: str, value: Any) -> bool:
-    """Whether an argument is not of the block's own tokens, though its name does not say so."""
-    axes, cls = value.dim() if isinstance(value, Tensor) else None, type(block).__name__
-    rows = [(names, number) for classes, names, number in families.FOREIGN_OF if classes.search(cls)]
-    return any(names.search(name) and number in (None, axes) for names, number in rows)
+@dataclass(frozen=True, eq=False)
+class BlockFacts:
+    """What is read off a block once, so that nothing of it is looked for while it runs.
+
+    Attributes:
+        counts: Whether it counts its tokens by itself: whatever it is given, and where it is not given their places.
+        mixes_more: Whether it mixes its tokens by more than one attention.
+        bias_maker: Its attention, if that makes a bias of the distances.
+        foreign: Names of arguments that are not of its own tokens, though they do not say so, and how many axes they then have.
+    """
+
+    counts: tuple[bool, bool]
+    mixes_more: bool
+    bias_maker: nn.Module | None
+    foreign: tuple[tuple[re.Pattern, int | None], ...]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> BlockFacts:
+        """Those of a block."""
+        foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(type(block).__name__))
+        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), foreign)
+
+    def is_foreign(self, name: str, value: Any) -> bool:
+        """Whether an argument is not of the block's own tokens, though its name does not say so."""
+        axes = value.dim() if isinstance(value, Tensor) else None
+        return any(names.search(name) and number in (None, axes) for names, number in self.foreign)
 
 
 def passed_on(output: Any, argument: Tensor) -> bool:
@@ -66,16 +70,16 @@ def passed_on(output: Any, argument: Tensor) -> bool:
     return output.shape == argument.shape and output.numel() > 0 and output.data_ptr() == argument.data_ptr()
 
 
-@functools.cache
+@read_once
 def mask_name(*names: str) -> str | None:
     """Of the names of a block's arguments, the first that is a mask of its own tokens."""
     own = [name for name in names if "mask" in name and not CROSS.search(name) and not HIDES.search(name)]
     return next((name for name in own if "head" not in name), None)
 
 
-def tells_no_places(block: nn.Module, args: tuple, kwargs: dict) -> bool:
+def tells_no_places(block: nn.Module, facts: BlockFacts, args: tuple, kwargs: dict) -> bool:
     """Whether a block is given no mask, makes no bias of the places, and does not count its tokens by itself."""
-    if any(counts_tokens(block)) or bias_maker(block) is not None:
+    if any(facts.counts) or facts.bias_maker is not None:
         return False
     return all(value is None for name, value in bound_arguments(block, args, kwargs).items() if BETWEEN.search(name))
 

@@ -7,7 +7,6 @@ model and passes on only what it returned.
 from __future__ import annotations
 
 import math
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, explain
 from ..tokens.ledger import TokenLedger
 from . import families
-from .signatures import bound_arguments
+from .signatures import bound_arguments, read_once
 from .streams import Anatomy
 
 GRID_TABLES = ("grid_thw", "image_grid_thw", "video_grid_thw")  # frames, height and width of each picture, in patches
@@ -166,7 +165,7 @@ def over_tokens(x: Tensor, n: int) -> Tensor | None:
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-@cache
+@read_once
 def grid(n: int, picture: tuple[int, ...] | None) -> tuple[int, int]:
     """Height and width of n tokens that share the picture's shape as nearly as n allows; frames of a video stand below each other."""
     if picture is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
+from hf_tokens_kernels.lazily import lazy
 from torch import Tensor
 
 
@@ -41,17 +41,17 @@ class Stored:
         self.length = origins.shape[-1]
         self._origins, self._filled, self._entries, self._slots = origins, filled, entries or {}, slots
 
-    @functools.cached_property
+    @lazy
     def origins(self) -> Tensor:
         """Place of each in the sequence that the model was given, (b n) or (b k n)."""
         return self._as_it_lay(self._origins)
 
-    @functools.cached_property
+    @lazy
     def filled(self) -> Tensor | None:
         """Which of them are there at all, (b n) or (b k n); None if all are."""
         return self._as_it_lay(self._filled)
 
-    @functools.cached_property
+    @lazy
     def sizes(self) -> Tensor | None:
         """How many tokens each stands for, (b n) or (b k n); None if one each."""
         return self.entries("sizes")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from hf_tokens_kernels import Slots, take_rows, unmerge
+from hf_tokens_kernels.lazily import lazy
 from torch import Tensor
 
 
@@ -76,7 +76,7 @@ class TokenMap:
     reads: Tensor | None = None
     loses: bool = True
 
-    @functools.cached_property
+    @lazy
     def slots(self) -> Slots:
         """What moves along the map need of its slots."""
         return Slots(self.slot, self.m)

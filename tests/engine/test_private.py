@@ -182,7 +182,8 @@ TRANSFORMERS = (
     Private(f"{CACHES}.DynamicSlidingWindowLayer", "activate_past_recording", LAYER_OF_CACHE, ()),
     Private(f"{CACHES}.DynamicSlidingWindowLayer", "record_past", "a layer that is taken over goes on recording"),
     Private(f"{CACHES}.DynamicSlidingWindowLayer", "sliding_window", "a layer that is taken over keeps its window"),
-    Private(CACHES, "StaticLayer", "a cache of such layers is refused"),
+    Private(CACHES, "StaticLayer", "a cache of such layers is refused, or gets tokens in front"),
+    Private(f"{CACHES}.StaticLayer", "update", "ours keeps what stands in front apart", ("key_states", "value_states", "args", "kwargs")),
     Private(CACHES, "DummyLayer", "stands where a block stores nothing, and may stay in a cache that is taken over"),
     Private("transformers.models.llama.modeling_llama.LlamaAttention", "layer_idx", "the slot of a block in the cache"),
     Private(
