@@ -33,16 +33,15 @@ def tick() -> Tick | None:
     """The step of the pipeline that is calling; None where none is, or its code does not say it."""
     for frame in calling():
         pipeline = frame.f_locals.get("self")
-        given = [frame.f_locals[name] for name in pipelines.STEPPED if name in frame.f_locals]
-        clocks = [vars(pipeline)[name] for name in pipelines.CLOCKS if name in vars(pipeline)]
-        for clock in clocks if given and isinstance(given[0], (Tensor, int, float)) else ():
-            if (found := place(clock, float(given[0]))) is not None:
-                return found
-        return None
+        given = next((frame.f_locals[name] for name in pipelines.STEPPED if name in frame.f_locals), None)
+        if pipeline is None or not isinstance(given, (int, float)) and not (isinstance(given, Tensor) and given.numel() == 1):
+            return None
+        ticks = [find_tick(vars(pipeline)[name], float(given)) for name in pipelines.CLOCKS if name in vars(pipeline)]
+        return next((found for found in ticks if found is not None), None)
     return None
 
 
-def place(scheduler: Any, timestep: float) -> Tick | None:
+def find_tick(scheduler: Any, timestep: float) -> Tick | None:
     """Where a timestep stands in the table of a scheduler."""
     table = vars(scheduler).get("timesteps")
     if not isinstance(table, Tensor) or not len(table):
@@ -75,10 +74,12 @@ def own_level(name: str, timestep: Tensor) -> Tensor | None:
 
 
 def falling(name: str, timestep: Tensor) -> float:
-    """A timestep in the units of a class of denoisers, counted from the end of the noise: that of the token that has most of it."""
+    """A timestep in the units of a class of denoisers, counted from the end of the noise; of parts at several ones it falls with each."""
+    values = timestep.flatten()
+    value = float(values[0] if bool((values == values[0]).all()) else values.double().mean())
     if not families.RISING_TIME.search(name):
-        return float(timestep.amax())
-    return (1 if families.UNIT_TIME.search(name) else 1000) - float(timestep.amin())
+        return value
+    return (1 if families.UNIT_TIME.search(name) else 1000) - value
 
 
 def agree(levels: Tensor, told: float) -> bool:

@@ -1,24 +1,28 @@
 """What pipelines of diffusers tell: all that denoises in them is known, or the pipeline is refused; swept over all that are installed."""
 
 import ast
+import collections
 import functools
 import importlib
 import inspect
 import pkgutil
 import re
-import textwrap
 import typing
 import warnings
+from pathlib import Path
 
 import diffusers.pipelines
 import pytest
 import torch
-from denoisers import denoiser
+from denoisers import calls, denoiser, sampled
 from diffusers import (
     AutoencoderKL,
     CacheMixin,
+    DDIMInverseScheduler,
     DDIMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
@@ -35,9 +39,13 @@ from diffusers import (
 from tolerances import all_equal
 
 from hf_tokens import ProSpectConfig, UnsupportedError, calibrate, edit, get_token_model, load, measure, save_adapter, unload
+from hf_tokens.diffusion.clock import falling, find_tick
 from hf_tokens.diffusion.steps import DenoisingWorld
-from hf_tokens.model.pipelines import BESIDE_DENOISER, DECIDES, PREDICTION, PREDICTIONS, PROMPTS, denoising
+from hf_tokens.model import families
+from hf_tokens.model.pipelines import BESIDE_DENOISER, DECIDES, PREDICTION, PREDICTIONS, PROMPTS, STEPPED, denoising
 from hf_tokens.model.streams import PROMPT
+from hf_tokens.testing import zoo
+from hf_tokens.tools.surgeries import surgery_of
 
 NEED_MORE = ("cv2", "note-seq", "PyAV", "flax", "onnx")  # modules that another package would have to be installed for
 
@@ -159,27 +167,39 @@ UNTOLD = {
 
 
 @functools.cache
-def code_of(cls):
-    return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+def classes_in(file):
+    """The classes of a file, parsed."""
+    return {node.name: node for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.ClassDef)}
+
+
+@functools.cache
+def functions_of(cls):
+    """All nodes of each method of a class."""
+    code = classes_in(importlib.import_module(cls.__module__).__file__)[cls.__name__]
+    return [[*ast.walk(method)] for method in code.body if isinstance(method, ast.FunctionDef)]
+
+
+@functools.cache
+def calls_of(cls):
+    """For each method of a pipeline that calls its denoiser, its nodes and these calls."""
+    calls = ([n for n in nodes if isinstance(n, ast.Call) and DENOISER.match(ast.unparse(n.func))] for nodes in functions_of(cls))
+    return [(nodes, found) for nodes, found in zip(functions_of(cls), calls, strict=True) if found]
 
 
 def prompts(cls):
     """What a pipeline's code gives its denoiser as the prompt, in calls that no context names."""
-    named = {
-        id(n)
-        for w in ast.walk(code_of(cls))
-        if isinstance(w, ast.With) and any(TOLD.search(ast.unparse(item.context_expr)) for item in w.items)
-        for n in ast.walk(w)
-    }
-    calls = (n for n in ast.walk(code_of(cls)) if isinstance(n, ast.Call) and id(n) not in named and DENOISER.match(ast.unparse(n.func)))
-    given = (ast.unparse(word.value) for call in calls for word in call.keywords if word.arg == PROMPT)
-    return {value for value in given if value != "None"}
+    given = set()
+    for nodes, found in calls_of(cls):
+        contexts = (n for n in nodes if isinstance(n, ast.With) and any(TOLD.search(ast.unparse(item.context_expr)) for item in n.items))
+        named = {id(node) for context in contexts for node in ast.walk(context)}
+        given |= {ast.unparse(word.value) for call in found if id(call) not in named for word in call.keywords if word.arg == PROMPT}
+    return given - {"None"}
 
 
 def layouts(cls, name):
     """How a pipeline's code puts the prompts of a batch together under a name: which of the parts are negative."""
     found = set()
-    for node in ast.walk(code_of(cls)):
+    for node in (node for nodes in functions_of(cls) for node in nodes):
         if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
             cats = (n.args[0] for n in ast.walk(node.value) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.cat" and n.args)
             found |= {tuple(bool(NEGATED.search(ast.unparse(e))) for e in cat.elts) for cat in cats if isinstance(cat, ast.List)}
@@ -250,7 +270,7 @@ def drawn(pipe, images, same, **more):
     if "transformer" in pipe.components:
         embedded["pooled_prompt_embeds"] = torch.randn(images, 6)
     embedded |= {f"negative_{name}": value.clone() if same else torch.randn_like(value) for name, value in embedded.items()}
-    return pipe(num_inference_steps=2, output_type="latent", **embedded, **more).images
+    return pipe(num_inference_steps=more.pop("steps", 2), output_type="latent", **embedded, **more).images
 
 
 class OwnPipeline(StableDiffusionPipeline):
@@ -314,3 +334,143 @@ def test_a_pipeline_that_is_not_known_is_refused_unless_a_context_tells():
         pipe(torch.randn(1, 5, 6))
     with CacheMixin.cache_context(pipe.unet, "cond"):
         assert bool(pipe(torch.randn(1, 5, 6)).sample.isfinite().all())
+
+
+# -- how far it is -----------------------------------------------------------------------------------------------------
+SHARE = re.compile(r"/ ?\(?(1000|num_train_timesteps|self\.scheduler\.config\.num_train_timesteps)")
+RISES = re.compile(r"\b(1(\.0)?|1000) - (t\b|current_timestep|timestep)")
+# Denoisers whose units are made by their scheduler and not by the code of their pipelines.
+BY_SCHEDULER = {
+    "OmniGenTransformer2DModel": (True, True),
+    "MochiTransformer3DModel": (False, True),
+    "AceStepTransformer1DModel": (True, False),
+}
+# Pipelines whose denoiser runs at timesteps that are not those of a loop over their scheduler's.
+NO_LOOP = {
+    *("AnyFlowFARPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "AmusedPipeline", "RFD4ProteinaPipeline"),
+    *("SanaWMLTX2Refiner", "StableDiffusionAttendAndExcitePipeline", "StableDiffusionDiffEditPipeline", "UniDiffuserPipeline"),
+}
+
+
+def denoising_calls(cls):
+    """What a pipeline gives its denoiser as the timestep, with what it makes that of."""
+    for nodes, found in calls_of(cls):
+        made = collections.defaultdict(list)
+        for node in nodes:
+            if isinstance(node, ast.Assign):
+                made[ast.unparse(node.targets[0])].append(ast.unparse(node.value))
+        for call in found:
+            words = {word.arg: word.value for word in call.keywords}
+            given = next((ast.unparse(words[name]) for name in families.TIMESTEPS if name in words), None)
+            parts = [given or (ast.unparse(call.args[1]) if len(call.args) > 1 else "")]
+            for _ in range(2):
+                names = {name for part in parts for name in re.findall(r"\w+", part) if "step" in name or name.startswith(("t_", "curr_"))}
+                parts += [value for name in names for value in made[name]]
+            yield " ; ".join(parts)
+
+
+def test_the_units_of_every_denoiser_are_those_of_its_pipelines():
+    known = set()
+    for name, cls in pipelines().items():
+        for kind in {type(model).__name__ for part, model in components(cls).items() if part in ("transformer", "unet")}:
+            for text in denoising_calls(cls):
+                known.add(kind)
+                want = BY_SCHEDULER.get(kind, (bool(SHARE.search(text)), bool(RISES.search(text))))
+                assert (bool(families.UNIT_TIME.search(kind)), bool(families.RISING_TIME.search(kind))) == want, (name, kind, text)
+    assert len(known) > 60
+
+
+def test_a_pipeline_s_loop_says_at_which_timestep_of_its_scheduler_it_is():
+    others = set()
+    for name, cls in pipelines().items():
+        for nodes, _ in calls_of(cls):
+            loops = (node.target for node in nodes if isinstance(node, ast.For))
+            if not {n.id for target in loops for n in ast.walk(target) if isinstance(n, ast.Name)} & set(STEPPED):
+                others.add(name)
+    assert others == NO_LOOP
+
+
+FLOW = [1000, 750.2, 500.5, 250.8, 1]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of the schedulers' own
+@pytest.mark.parametrize(
+    ("scheduler", "given", "levels", "falls"),
+    [
+        (lambda: DDIMScheduler(steps_offset=1), {}, [801, 601, 401, 201, 1], True),
+        (lambda: DDIMInverseScheduler(), {}, [0, 200, 400, 600, 800], False),
+        (lambda: FlowMatchEulerDiscreteScheduler(), {}, FLOW, True),
+        (lambda: FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, FLOW, True),
+        (lambda: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1), {"sigmas": [1.0, 0.5, 0.25]}, [1000, 500, 250], True),
+        (lambda: EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), {}, [None] * 5, None),
+        (lambda: EDMEulerScheduler(), {}, [None] * 5, None),
+    ],
+    ids=["falling", "inversion", "flow", "inverted", "unit", "continuous", "EDM"],
+)
+def test_a_scheduler_tells_how_much_noise_a_timestep_means(scheduler, given, levels, falls):
+    scheduler = scheduler()
+    scheduler.set_timesteps(**(given or {"num_inference_steps": 5}))
+    ticks = [find_tick(scheduler, float(timestep)) for timestep in scheduler.timesteps]
+    assert [tick.index for tick in ticks] == list(range(len(levels)))
+    assert [tick.level if tick.level is None else round(tick.level, 1) for tick in ticks] == levels
+    assert {tick.falls for tick in ticks} == {falls}
+
+
+INVERTED = dict(guidance_scale=4.0, height=8, width=8)
+
+
+@pytest.mark.parametrize("method", ["toca", "profilingdit"])
+def test_an_inversion_is_a_run_whose_noise_rises(method):
+    """Its first step is computed whole, later ones are not: each is a step of one run, at its own noise."""
+    pipe, heard = get_token_model(stable(StableDiffusionPipeline), method), []
+    pipe.scheduler = DDIMInverseScheduler(clip_sample=False)
+    model = surgery_of(pipe)
+    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(model.call.context))
+    drawn(pipe, 1, False, **INVERTED | {"steps": 4})
+    drawn(pipe, 1, False, **INVERTED | {"steps": 2})
+    assert [(c.step, c.begins, c.elapsed) for c in heard] == [*((i, i == 0, i / 4) for i in range(4)), (0, True, 0.0), (1, False, 0.5)]
+    assert [c.time.tolist() for c in heard[:4]] == [[t, t] for t in (1, 251, 501, 751)] or [c.time[0] for c in heard[:2]] == [0, 250]
+
+
+def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_noise_there_is():
+    pipe, heard = get_token_model(stable(StableDiffusionPipeline), "profilingdit"), []
+    pipe.scheduler, model = EDMEulerScheduler(), surgery_of(pipe)
+    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(model.call.context))
+    drawn(pipe, 1, False, **INVERTED | {"steps": 4})
+    assert [(c.step, c.elapsed, c.time) for c in heard] == [(i, i / 4, None) for i in range(4)]
+    pipe = get_token_model(stable(StableDiffusionPipeline), "prospect")
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(UnsupportedError, match="how much noise a timestep means, got a timestep of UNet2DConditionModel in a unit"):
+        drawn(pipe, 1, False, **INVERTED)
+
+
+def falling_run(kind, steps=6):
+    """Timesteps of a denoiser's own run, in the units of its class."""
+    unit = 1 if families.UNIT_TIME.search(kind) else 1000
+    shares = [0.9 - 0.15 * i for i in range(steps)]
+    return [unit * (1 - share if families.RISING_TIME.search(kind) else share) for share in shares]
+
+
+DENOISERS = [family.partition("/")[2] for family in zoo.families("diffusers")]
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_every_denoiser_alone_counts_the_steps_of_its_run(kind):
+    cls = getattr(diffusers, kind)
+    steps = DenoisingWorld(cls.__new__(cls))
+    for _ in range(2):
+        for i, value in enumerate(falling_run(kind)):
+            steps.step("default", None, None, falling(kind, torch.tensor([value] * 2)))
+            assert (steps.index, steps.begins) == (i, i == 0)
+
+
+def test_steps_that_go_back_one_after_the_other_are_refused_where_something_is_kept():
+    call = calls("sd3", 1)[0]
+    for method in ("toca", "profilingdit", "importance-token-merge"):
+        model = get_token_model(denoiser("sd3"), method).eval()
+        run = lambda *times, model=model: [sampled(model, [{**call, "timestep": torch.full((2,), time)}]) for time in times]
+        run(900, 500, 900, 500, 700)
+        with pytest.raises(UnsupportedError, match="steps whose noise falls.* Call the denoiser within `CacheMixin.cache_context"):
+            run(100, 300, 500, 700)
+    model = get_token_model(denoiser("sd3"), "prospect").eval()
+    assert len([model(**{**call, "timestep": torch.full((2,), time)}) for time in (100, 300, 500)]) == 3
