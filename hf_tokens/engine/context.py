@@ -63,6 +63,12 @@ class ForwardContext:
     teaching: bool = False
 
     @property
+    def pictures_alone(self) -> bool:
+        """Whether all that the call brings is a batch of pictures of one size, in which every patch is real."""
+        given = {name for name, value in self.arguments.items() if isinstance(value, Tensor) and name != "labels"}
+        return given == {"pixel_values"} and self.arguments["pixel_values"].dim() == 4
+
+    @property
     def gives_places(self) -> bool:
         """Whether the call may say where its tokens are; if it does not, the model counts them, from one end to the other."""
         given = {name for name, value in self.arguments.items() if value is not None}

@@ -75,6 +75,18 @@ def refuse_chunks(
         raise UnsupportedError(explain(rule, f"{', '.join(names)} and a prompt in chunks of {size}", "Leave out `prefill_chunk_size`."))
 
 
+def refuse_export(model: ModelSurgery) -> None:
+    """A graph is recorded once, and cannot do other things for other numbers.
+
+    Raises:
+        UnsupportedError: A method looks at them.
+    """
+    looking = sorted({type(method).__name__ for method in model.methods() if not method.exports})
+    if looking:
+        rule = "A model is exported with methods that decide nothing by the values of tensors"
+        raise UnsupportedError(explain(rule, ", ".join(looking), "Call `torch.compile`, or disable the adapter."))
+
+
 # methods of transformers' `GenerationMixin`, and what is checked before they run
 BEGINNINGS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("init_continuous_batching", refuse_pages),

@@ -25,7 +25,7 @@ from ..roles.signals import SPANS
 from ..tokens.token_map import in_float32
 from .block import BlockSurgery
 from .context import ForwardContext
-from .generation import BEGINNINGS, CheckedBeginning, refuse_pages
+from .generation import BEGINNINGS, CheckedBeginning, refuse_export, refuse_pages
 from .handler import HANDLERS, Handler
 from .hooks import BoundForward, SharedHook
 from .loss import LossReplacement, StepLosses, share_of_step
@@ -203,6 +203,8 @@ class ModelSurgery:
 
     def _begin(self, args: tuple, kwargs: dict, targets: Any) -> tuple[tuple, dict]:
         """Begin a call of the model; returns the arguments that it gets."""
+        if torch.compiler.is_exporting():
+            refuse_export(self)
         fields: dict[str, Any] = {}
         for world in self.worlds:
             fields |= world.before_model(self, args, kwargs)

@@ -13,6 +13,7 @@ from ..kv.layer import TokenCacheLayer
 from ..model.arguments import find_padding, find_views
 from ..model.signatures import STATES
 from ..roles.base import Method
+from ..tokens.altered import altered
 from ..tokens.entries import Arrival, Stored
 from ..tokens.ledger import TokenLedger
 from .call import BlockCall
@@ -74,10 +75,12 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
     facts["tokens_first"] = surgery.stream.layout == "n b d"
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
-    real, first = find_padding(call.arguments, ledger)
+    whole = torch.compiler.is_compiling() and context.pictures_alone  # a mask is made there in any case
+    real, first = (None, None) if whole else find_padding(call.arguments, ledger)
+    ledger = ledger if real is not None else altered(ledger, plain=ledger.n - surgery.prefix)
     segments = None if start else call.segments(real, context.gives_places)
     refuse_packed(surgery, segments, call.cache is not None)
-    apart = None if surgery.stream.causal else find_views(call.arguments, ledger, real)
+    apart = None if surgery.stream.causal or whole else find_views(call.arguments, ledger, real)
     admit_pass(plan.methods, memory, ledger)
     if layers:
         first = begin_rows(layers, ledger, real, first)

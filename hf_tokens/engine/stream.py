@@ -27,6 +27,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import adopt, find_cache
 from ..kv.static import front, is_static
+from ..model.arguments import BETWEEN
 from .call import BlockCall
 from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
@@ -180,13 +181,19 @@ def abandon_pass(block: BlockSurgery) -> None:
         layer.release()
 
 
+def reads_by_mask(surgery: StreamSurgery, kwargs: dict) -> bool:
+    """Whether nothing but a mask tells the blocks of the keys in a cache: no bias by their places."""
+    biased = any(block.facts.bias_maker is not None for block in surgery.blocks.values())
+    return not biased and all(value is None or "mask" in name or not BETWEEN.search(name) for name, value in kwargs.items())
+
+
 def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     """Let our layers hold the cache from the first token on."""
     cache = find_cache((*args, *kwargs.values()))
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
     if cache is None or not indices:
         return
-    if surgery.plan.fronts and is_static(cache):
+    if surgery.plan.fronts and is_static(cache) and reads_by_mask(surgery, kwargs):
         front(cache, indices)
     else:
         adopt(cache, max(indices), surgery.stream.config)

@@ -241,6 +241,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "sizes": entry_sizes,
     "positions": token_positions,
     "fresh": lambda m: m.run.ledger.flags(m.run.ledger.fresh, False),
+    "plain": lambda m: m.run.ledger.plain,
     "prefix": lambda m: m.surgery.prefix,
     "visual": lambda m: modality_span(m, "visual"),
     "pictures": picture_indices,

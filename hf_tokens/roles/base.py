@@ -78,6 +78,7 @@ class Method(nn.Module, abc.ABC):
         unit: What an objective's loss that replaces is a mean over, "token" or "sample".
         evaluates: An objective is called in evaluation too; the others leave that to the model's own loss.
         weighs: `weigh` returns how much each target counts in a text model's own loss.
+        exports: It decides nothing by the values of tensors where every token is real, so that `torch.export` can record what it does.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
 
@@ -99,6 +100,7 @@ class Method(nn.Module, abc.ABC):
     trains_dense: ClassVar[bool] = False
     teaches: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
     proportional: bool = False
     decodes: bool = True
     parts: tuple[str, ...] = ("attention",)

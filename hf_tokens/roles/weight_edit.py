@@ -23,7 +23,7 @@ class WeightEdit(Method):
         maybe: Names of those that it can do without.
     """
 
-    role, verb, moves_tokens, packed, in_block = "WeightEdit", "edit", False, True, False
+    role, verb, moves_tokens, packed, in_block, exports = "WeightEdit", "edit", False, True, False, True
     site, sites = "block", ("block", "context")
     groups: ClassVar[tuple[str, ...]] = ()
     maybe: ClassVar[tuple[str, ...]] = ()
