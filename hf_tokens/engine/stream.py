@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import adopt, find_cache
+from ..model.blocks import several_slots
 from .call import BlockCall
 from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
@@ -183,5 +184,9 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     """Let our layers hold the cache from the first token on."""
     cache = find_cache((*args, *kwargs.values()))
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
+    if cache is not None and any(several_slots(block.module) for block in surgery.blocks.values()):
+        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache", "two attentions with a slot each"
+        remedy = "Pass `use_cache=False`, or choose another model."
+        raise UnsupportedError(explain(rule, f"{got} in {type(surgery.stream.blocks[0]).__name__}", remedy))
     if cache is not None and indices:
         adopt(cache, max(indices), surgery.stream.config)

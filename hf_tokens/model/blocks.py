@@ -78,6 +78,12 @@ def borrows_keys(attention: nn.Module | None) -> bool:
     return attention is not None and vars(attention).get("is_kv_shared_layer") is True
 
 
+@once_a_block
+def several_slots(block: nn.Module) -> bool:
+    """Whether the self-attentions of a block store their keys in several slots of a cache."""
+    return len({vars(attention).get("layer_idx") for attention in attentions(block)}) > 1
+
+
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
     """The cache slot of a block; None if it has none, or reads the keys of another block."""
     if borrows_keys(attention):
