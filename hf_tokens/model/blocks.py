@@ -81,7 +81,8 @@ def borrows_keys(attention: nn.Module | None) -> bool:
 @once_a_block
 def several_slots(block: nn.Module) -> bool:
     """Whether the self-attentions of a block store their keys in several slots of a cache."""
-    return len({vars(attention).get("layer_idx") for attention in attentions(block)}) > 1
+    slots = (vars(attention).get("layer_idx") for attention in attentions(block))
+    return len({slot for slot in slots if slot is not None}) > 1
 
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
