@@ -14,6 +14,7 @@ from ..attention.call import AttentionCall, Scores
 from ..attention.tap import BACKENDS, TAPPED_PREFIX, close_tap, open_tap, tapped_name, tapped_now
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
+from ..model import families
 from ..model.arguments import shown_by, token_masks
 from ..roles.base import Method
 from ..roles.signals import SCORED, TAPPED
@@ -94,11 +95,12 @@ class AttentionTap:
         site = self.site
         local, layer = site.local, site.layer
         returned = None if layer is None else layer.returned
-        usual = call.bias is None and not call.strange
+        usual = call.bias is None and not call.strange and shared_mask(call.mask)
         self.hands_on = usual and returned is not None and call.k is returned[0] and call.v is returned[1]
         if returned is not None:
             pairs = zip((call.k, call.v), returned, strict=True)
             self.same_keys, self.same_values = (read_alike(states, cached) for states, cached in pairs)
+            self.same_values &= not families.MIXES_HEADS.search(type(self.block.attention).__name__)
         mask = site.mask if call.mask is None else call.mask
         bias = call.bias if site.bias is None else site.bias
         n, p = call.k.shape[2], self.readers
@@ -185,6 +187,13 @@ class AttentionTap:
         if site.whole_cache:
             self.check_heads(site.layer, alike=True)
         return site.from_local({"queries": call.q, "keys": call.k, "values": call.v}[name], 2)
+
+
+def shared_mask(mask: Tensor | None) -> bool:
+    """Whether a mask (b h|1 m n) only hides keys, from all heads alike, and so may come from the model: Doge's attention makes its own."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask is None or mask.shape[1] == 1
+    return mask.shape[1] == 1 and bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all())
 
 
 def read_alike(states: Tensor, cached: Tensor) -> bool:
