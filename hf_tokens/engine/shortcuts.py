@@ -63,7 +63,7 @@ def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict
     """Whether a block runs on a generated token as it came: no method is called before it is done, and no mask is cut to its cache."""
     surgery = block.surgery
     run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
-    if layer is None or layer.filled is not None or layer.packed or not run.ledger.untouched:
+    if layer is None or layer.filled is not None or layer.packed or layer.outlives or not run.ledger.untouched:
         return False
     ends = block.index >= min(surgery.plan.exit, len(surgery.stream)) - 1 or surgery.plan.sees_all
     shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None

@@ -211,11 +211,12 @@ def own_tokens(site: Site) -> Tensor:
 
 def own_keys(site: Site) -> Tensor:
     """The `own_keys` signal."""
-    own = own_tokens(site)
+    own, heads = own_tokens(site), site.call.k.shape[1]
     if site.past is None:
-        return own[:, None]
+        return own[:, None].expand(-1, heads, -1)
     marks = site.past.entries(site.key)
-    return stretch(torch.zeros_like(site.past.origins, dtype=torch.bool) if marks is None else marks, own)
+    own = stretch(torch.zeros_like(site.past.origins, dtype=torch.bool) if marks is None else marks, own)
+    return own.expand(-1, heads, -1)
 
 
 def key_positions(site: Site) -> Tensor:

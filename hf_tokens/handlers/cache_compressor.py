@@ -54,6 +54,7 @@ class CacheCompressorHandler(Handler):
 def compress(method: CacheCompressor, site: Site) -> None:
     """Behind a block: score the entries of its cache, and keep as many as the method's budget allows."""
     run = site.run
+    method.note_heads(site.layer.heads)
     if method.pairs:
         lower = partner(method, site)
         if lower is None:
@@ -95,6 +96,7 @@ def partner(method: CacheCompressor, site: Site) -> TokenCacheLayer | None:
 def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:
     """What `calibrate` gets of a block: the scores of a budget for all, if the method does not define it."""
     if type(method).examine is not CacheCompressor.examine:
+        site.block.tap.check_heads(site.layer)
         return ask(method, site, "examine")
     lengths = real_entries(site).sum(dim=-1)
     return score_entries(method, altered(site, budget=lengths if lengths.dim() == 2 else lengths[:, None]))
@@ -250,6 +252,8 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
     if holds(method):
         put_away(method, site)
         return
+    if stays.dim() == 3 and layer.heads > 1:
+        site.block.tap.check_heads(layer, values=True)
     if folds and bool(site.goes.any()):
         fold_entries(method, site)
     layer.keep(*kept_places(stays))

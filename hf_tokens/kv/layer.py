@@ -62,6 +62,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
         self.seen = 0
+        self.contiguous = True  # whether the last tokens seen are stored, as many as there are entries
         self.num_returned = 0  # entries among it
         self.returned_at: Tensor | None = None  # where among these each entry lies, (b n) or (b k n), if some have left since
         self.arrival: Arrival | None = None
@@ -183,6 +184,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.filled = join(self.filled, arrival.filled, self.origins, arrival.origins, True)
         self.fresh = join(self.fresh, arrival.fresh, self.origins, arrival.origins, False)
         self.origins = append(self.origins, arrival.origins)
+        self.contiguous &= m == arrival.total - self.seen
         self.seen = arrival.total
         self.kv.append(key_states, value_states, self.filled)
         self.returned, self.num_returned, self.returned_at = self.kv.hand_out(blank=self.reads_packed), self.length, None
@@ -233,6 +235,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
         Where heads keep different numbers, filler takes no room. `gone` are the entries that are not in the index, where they are known.
         """
+        self.contiguous = False
         if self.returned is not None and self.returned_at is None:
             self.returned_at = self._places()
         if self.filled is not None:
@@ -254,7 +257,19 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def stored(self) -> Stored | None:
         """The books of the entries that are there now, as they lie; None if there never were any."""
-        return None if self.origins is None else Stored(self.origins, self.filled, self.record.entries, self.kv.slots)
+        return None if self.origins is None else Stored(self.origins, self._visible(), self.record.entries, self.kv.slots)
+
+    @property
+    def outlives(self) -> bool:
+        """Whether it may hold entries that have left its window: the cache alone hides them in Moshi, whose mask is a causal one."""
+        return self.window is not None and self.seen >= self.window and not self.contiguous
+
+    def _visible(self) -> Tensor | None:
+        """The entries that are there and that a later query can see, (b n) or (b k n); None if all are."""
+        if not self.outlives:
+            return self.filled
+        live = self.origins > self.seen - self.window
+        return live if self.filled is None else torch.logical_and(*alike(live, self.filled))
 
     def mark(self, name: str, flags: Tensor) -> None:
         """Mark some of the last tokens that were stored, (b m) bool, under a name."""

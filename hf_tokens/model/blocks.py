@@ -43,19 +43,21 @@ class BlockFacts:
         counts: Whether it counts its tokens by itself: whatever it is given, and where it is not given their places.
         mixes_more: Whether it mixes its tokens by more than one attention.
         bias_maker: Its attention, if that makes a bias of the distances.
+        several_slots: Whether its self-attentions store their keys in several slots of a cache.
         foreign: Names of arguments that are not of its own tokens, though they do not say so, and how many axes they then have.
     """
 
     counts: tuple[bool, bool]
     mixes_more: bool
     bias_maker: nn.Module | None
+    several_slots: bool
     foreign: tuple[tuple[re.Pattern, int | None], ...]
 
     @classmethod
     def of(cls, block: nn.Module) -> BlockFacts:
         """Those of a block."""
         foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(type(block).__name__))
-        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), foreign)
+        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), several_slots(block), foreign)
 
     def is_foreign(self, name: str, value: Any) -> bool:
         """Whether an argument is not of the block's own tokens, though its name does not say so."""
@@ -87,6 +89,12 @@ def tells_no_places(block: nn.Module, facts: BlockFacts, args: tuple, kwargs: di
 def borrows_keys(attention: nn.Module | None) -> bool:
     """Whether an attention reads the keys that an earlier block of its type stored."""
     return attention is not None and vars(attention).get("is_kv_shared_layer") is True
+
+
+def several_slots(block: nn.Module) -> bool:
+    """Whether the self-attentions of a block store their keys in several slots of a cache."""
+    slots = (vars(attention).get("layer_idx") for attention in attentions(block))
+    return len({slot for slot in slots if slot is not None}) > 1
 
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:

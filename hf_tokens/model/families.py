@@ -153,6 +153,7 @@ PREFIX_TOKENS = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distil
 # the block is given one of these arguments, and those that count whatever they are given.
 TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
 PLACES = re.compile(r"position|relative")
+MIXES_HEADS = re.compile(r"^Doge")  # attentions that read the cached values of all heads of a token together
 COUNTS = re.compile(
     r"(^|\.)(rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$|"
     r"^(LongT5(Local|TransientGlobal)Attention|MptAttention|SinusoidalPositionalEmbedding)$"

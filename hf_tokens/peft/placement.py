@@ -13,7 +13,7 @@ from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, 
 from ..handlers.objective import one_at_a_time
 from ..model import families
 from ..model.anatomy import pictured_stream, prompt_width
-from ..model.blocks import layer_index
+from ..model.blocks import layer_index, several_slots
 from ..model.parts import WEIGHT_SITES, block_weights, check_weights, cross_attentions
 from ..model.pictures import forms_grids
 from ..model.signatures import parameters
@@ -262,9 +262,10 @@ def check_company(placements: list[Placement], path: str) -> None:
 
 def check_cache(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
     """A cache compressor needs a cache."""
-    without = [i for i in layers if layer_index(stream.blocks[i], stream.attention(i)) is None]
+    blocks = {i: stream.blocks[i] for i in layers}
+    without = [i for i, block in blocks.items() if layer_index(block, stream.attention(i)) is None or several_slots(block)]
     if issubclass(info.cls, CacheCompressor) and without:
-        rule, at = f"Method {info.name!r} needs blocks that store their keys in a cache", without[0]
+        rule, at = f"Method {info.name!r} needs blocks that store their keys in a slot of a cache", without[0]
         got = f"{type(stream.blocks[at]).__name__} at {stream.paths[at]}"
         raise UnsupportedError(explain(rule, got, "Choose another stream or model."))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ class Dims:
 
     width: int
     heads: int
-    kv_heads: int
+    kv_heads: int  # for a CacheCompressor, once the block has stored keys: those of its cache
     head_dim: int
     layer: int
     layers: int
@@ -160,6 +160,11 @@ class Method(nn.Module, abc.ABC):
     def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:
         """Note the name of the method's place in the adapter, and its first instances."""
         self.key, self._firsts = key, (stream_first, model_first)
+
+    def note_heads(self, kv_heads: int) -> None:
+        """Note how many key heads the cache of its block holds."""
+        if kv_heads != self.dims.kv_heads:
+            self.dims = replace(self.dims, kv_heads=kv_heads)
 
     def reconfigure(self, config: MethodConfig) -> None:
         """Take another config of the same kind."""
