@@ -20,6 +20,7 @@ from ..engine.hooks import hooked
 from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
 from ..model.pictures import grid
+from ..model.pipelines import their_caches
 from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
 from .sublayers import Sublayer, Sublayers
@@ -79,6 +80,10 @@ class FeatureCacheHandler(Handler):
         if call.context.begins:
             for surgery in call.model.streams:
                 surgery.state(Features).clear()
+            caching = sorted({type(method).__name__ for method in call.model.methods() if isinstance(method, FeatureCache)})
+            if caching and (theirs := their_caches(call.model.base)):
+                rule = "A feature cache stands alone, without a cache of diffusers' own"
+                raise UnsupportedError(explain(rule, [*caching, *theirs], "Call `disable_cache()`, or disable the adapter."))
         return args, kwargs
 
     def takes_sublayer(self, method: FeatureCache, sublayer: Sublayer) -> bool:

@@ -16,6 +16,7 @@ from ..engine.model import ModelSurgery
 from ..engine.results import ModelCall, Replays, in_backward
 from ..errors import UnsupportedError, explain
 from ..model import families
+from ..model.pipelines import SHARED_CACHES, their_caches
 from ..model.signatures import positional
 from ..model.streams import PROMPT
 from ..roles.token_bank import TokenBank
@@ -65,6 +66,7 @@ def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dic
     context = altered(call.context, negative=steps.negative(arguments))
     inserts = gather_inserts(banks, arguments, context)
     if not inserts:
+        refuse_shared(call, banks, context)
         return args, kwargs
     groups = group_samples(inserts)
     if len(groups) == 1:
@@ -94,6 +96,16 @@ def join_parts(call: ModelCall, output: Any) -> Any:
     return output if parts is None else join_outputs([*parts[:-1], (parts[-1][0], output)])
 
 
+def refuse_shared(call: ModelCall, banks: list[tuple[BlockSurgery, TokenBank]], context: ForwardContext) -> None:
+    """Refuse a negative prompt without the tokens beside a cache that keeps the same for it and for the prompt with them."""
+    if context.negative is None or not bool(context.negative.any()):
+        return
+    if shared := [name for name in their_caches(call.model.base) if SHARED_CACHES.search(name)]:
+        rule = f"Beside a cache of diffusers' own that is one for both prompts, {type(banks[0][1]).__name__} gives its tokens to both"
+        remedy = "Give them to the negative prompt too, or enable another cache, such as FirstBlockCacheConfig."
+        raise UnsupportedError(explain(rule, f"{shared} and a negative prompt without them", remedy))
+
+
 def refuse_parts(call: ModelCall) -> None:
     """What a method keeps from one call to the next is of all samples, and so is an attention that joins them; a call in parts has some."""
     if call.context.steps_of_denoiser.joined is not None:
@@ -102,10 +114,11 @@ def refuse_parts(call: ModelCall) -> None:
         raise UnsupportedError(explain(rule, got, "Turn that off (`pag_scale=0`), or give the tokens to the negative prompt too."))
     keeping = sorted({type(method).__name__ for method in call.model.methods() if handler_of(method).keeps_steps})
     keeping += ["noise or guidance"] if call.context.steps_of_denoiser.keeps_output else []
-    if keeping or vars(call.model.base).get("_cache_config") is not None:
+    keeping = keeping or their_caches(call.model.base)
+    if keeping:
         rule = "Where only some samples of a call take tokens into their prompt, as under guidance, nothing may be kept from call to call"
         remedy = "Call the denoiser once for each half, within `cache_context('cond')` and `cache_context('uncond')`."
-        raise UnsupportedError(explain(rule, keeping or "a cache of diffusers' own", remedy))
+        raise UnsupportedError(explain(rule, keeping, remedy))
 
 
 def ask_at_prompt(block: BlockSurgery, bank: TokenBank, call: Arguments, context: ForwardContext, word: str) -> Tensor | None:

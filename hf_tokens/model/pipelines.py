@@ -6,6 +6,8 @@ import re
 import sys
 from typing import Any
 
+from torch import nn
+
 from ..errors import UnsupportedError, explain
 from . import families
 from .signatures import parameters
@@ -36,6 +38,18 @@ def denoises(name: str, component: Any) -> bool:
         return component is not None
     model = isinstance(component, sys.modules["diffusers"].ModelMixin) and not BESIDE_DENOISER.search(type(component).__name__)
     return model and not set(families.TIMESTEPS).isdisjoint(parameters(type(component)))
+
+
+# -- caches of diffusers' own -------------------------------------------------------------------------------------------
+CACHE_HOOKS = re.compile(r"Cache|^FBC|Broadcast")  # classes of their hooks
+SHARED_CACHES = re.compile(r"^(FasterCache|PyramidAttentionBroadcast)")  # those that keep the same for a prompt and the negative prompt
+
+
+def their_caches(model: nn.Module) -> list[str]:
+    """The classes of hooks by which caches of diffusers' own are in a model."""
+    registries = (vars(module).get("_diffusers_hook") for module in model.modules())
+    hooks = (type(hook).__name__ for registry in registries if registry is not None for hook in registry.hooks.values())
+    return sorted({name for name in hooks if CACHE_HOOKS.search(name)})
 
 
 # -- how far it is ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ..model.anatomy import pictured_stream, prompt_width
 from ..model.blocks import layer_index, several_slots
 from ..model.parts import WEIGHT_SITES, block_weights, check_weights, cross_attentions
 from ..model.pictures import forms_grids
+from ..model.pipelines import their_caches
 from ..model.signatures import parameters
 from ..model.streams import LAYOUTS, PACKED, PROMPT, Anatomy, Stream
 from ..roles.base import Method
@@ -202,6 +203,7 @@ def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
             info.cls.check(method, stream.kind, len(stream), layers)
             placements.append(Placement(slot, method, info, stream, layers))
     check_single(placements)
+    check_inside(base, placements)
     for stream in base.streams:
         for index in range(len(stream)):
             check_company([p for p in placements if p.stream is stream and index in p.layers], stream.paths[index])
@@ -288,6 +290,15 @@ def check_single(placements: list[Placement]) -> None:
     replacing = [p.info.name for p in placements if issubclass(p.info.cls, Objective) and p.info.cls.replaces]
     if len(replacing) > 1:
         raise one_at_a_time(replacing)
+
+
+def check_inside(base: Anatomy, placements: list[Placement]) -> None:
+    """What changes the tokens of a block, or keeps what it returned, stands inside of a cache of diffusers' own, and never around it."""
+    names = [p.info.name for p in placements if p.info.cls.moves_tokens or issubclass(p.info.cls, FeatureCache)]
+    caches = their_caches(base.model) if names else []
+    if caches:
+        rule = f"{sorted(set(names))} must be in a denoiser before a cache of diffusers' own"
+        raise UnsupportedError(explain(rule, f"one with {caches}", "Call `disable_cache()`, and `enable_cache` again behind it."))
 
 
 def check_first(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:

@@ -36,13 +36,24 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.hooks import FirstBlockCacheConfig, ModelHook, PyramidAttentionBroadcastConfig, apply_first_block_cache
 from tolerances import all_equal
 
 from hf_tokens import ProSpectConfig, UnsupportedError, calibrate, edit, get_token_model, load, measure, save_adapter, unload
 from hf_tokens.diffusion.clock import falling, find_tick
 from hf_tokens.diffusion.steps import DenoisingWorld
 from hf_tokens.model import families
-from hf_tokens.model.pipelines import BESIDE_DENOISER, DECIDES, PREDICTION, PREDICTIONS, PROMPTS, STEPPED, denoising
+from hf_tokens.model.pipelines import (
+    BESIDE_DENOISER,
+    CACHE_HOOKS,
+    DECIDES,
+    PREDICTION,
+    PREDICTIONS,
+    PROMPTS,
+    SHARED_CACHES,
+    STEPPED,
+    denoising,
+)
 from hf_tokens.model.streams import PROMPT
 from hf_tokens.testing import zoo
 from hf_tokens.tools.surgeries import surgery_of
@@ -474,3 +485,71 @@ def test_steps_that_go_back_one_after_the_other_are_refused_where_something_is_k
             run(100, 300, 500, 700)
     model = get_token_model(denoiser("sd3"), "prospect").eval()
     assert len([model(**{**call, "timestep": torch.full((2,), time)}) for time in (100, 300, 500)]) == 3
+
+
+# -- caches of diffusers' own ------------------------------------------------------------------------------------------
+
+
+def test_every_cache_of_diffusers_is_known_by_its_hooks():
+    caches, shared = set(), set()
+    for info in pkgutil.iter_modules(importlib.import_module("diffusers.hooks").__path__, "diffusers.hooks."):
+        module = importlib.import_module(info.name)
+        hooks = {
+            name for name, cls in vars(module).items() if isinstance(cls, type) and issubclass(cls, ModelHook) and cls is not ModelHook
+        }
+        hooks = {name for name in hooks if vars(module)[name].__module__ == info.name}
+        if hooks and ("cache" in info.name or "broadcast" in info.name):
+            caches |= hooks
+            shared |= set() if "StateManager" in vars(module) else hooks
+        else:
+            assert not any(CACHE_HOOKS.search(name) for name in hooks), info.name
+    assert caches and all(CACHE_HOOKS.search(name) for name in caches)
+    assert {name for name in caches if SHARED_CACHES.search(name)} == shared
+
+
+CACHES = {
+    "first block": lambda model: apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.05)),
+    "broadcast": lambda model: model.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000), current_timestep_callback=lambda: 500
+        )
+    ),
+}
+GUIDED_FLUX = dict(height=16, width=16, true_cfg_scale=4.0, guidance_scale=1.0, steps=4)
+
+
+AROUND, BESIDE, BOTH = "must be in a denoiser before a cache", "without a cache of diffusers' own", "gives its tokens to both"
+# method -> what is said where the cache was there first, where it came behind, and beside one that is shared by both prompts
+SAID = {
+    "apt": (None, None, None),
+    "prospect": (None, None, BOTH),
+    "importance-token-merge": (AROUND, None, None),
+    "profilingdit": (AROUND, BESIDE, BESIDE),
+}
+
+
+def both(method, cache, theirs_first):
+    """What a pipeline draws with a surgery and a cache, put in in this order."""
+    pipe = flux(FluxPipeline)
+    if theirs_first:
+        CACHES[cache](pipe.transformer)
+    torch.manual_seed(0)
+    get_token_model(pipe, method)
+    if not theirs_first:
+        CACHES[cache](pipe.transformer)
+    return drawn(pipe, 1, False, **GUIDED_FLUX)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("method", SAID)
+def test_a_cache_of_diffusers_beside_a_surgery_gives_the_same_in_both_orders_or_is_refused(method, cache):
+    before, behind, shared = SAID[method]
+    drawings = []
+    for theirs_first, said in ((True, before), (False, behind)):
+        said = shared if cache == "broadcast" and said is None else said
+        if said is None:
+            drawings.append(both(method, cache, theirs_first))
+            continue
+        with pytest.raises(UnsupportedError, match=said):
+            both(method, cache, theirs_first)
+    all_equal(drawings[1:], drawings[:-1], "the other order")

@@ -270,7 +270,6 @@ DIFFUSERS = (
     Private(HOOKS, "StateManager", "`cache_context` tells what it finds of this class in a hook"),
     *(Private(f"{HOOKS}.CacheContext", name, "what is told of a call") for name in ("name", "step_index", "num_inference_steps")),
     Private(HOOKS, "BaseState", "a StateManager is made for one"),
-    Private("diffusers.models.cache_utils.CacheMixin", "_cache_config", "a cache of diffusers' own is refused beside ours"),
     Private("diffusers.pipelines.pipeline_utils.DiffusionPipeline", "_reset_stateful_cache", "what a pipeline calls at its end"),
     Private("diffusers.hooks", "_helpers", "where the registry of blocks stands"),
     Private("diffusers.hooks._helpers.TransformerBlockRegistry", "_register", "fills the registry"),
