@@ -12,6 +12,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model.arguments import find_padding, find_views
 from ..model.signatures import STATES
+from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
 from ..tokens.entries import Arrival, Stored
 from ..tokens.ledger import TokenLedger
@@ -41,6 +42,14 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
         raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
 
+def refuse_order(surgery: StreamSurgery, start: int) -> None:
+    """Where each token sees all, those that methods put in or take out stand in no cache of ours."""
+    moving = sorted({type(method).__name__ for method in surgery.plan.methods if method.moves_tokens})
+    if start and moving:
+        rule = f"{', '.join(moving)} must see the whole sequence in one pass where its tokens have no order"
+        raise UnsupportedError(explain(rule, f"a cache of {start} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
+
+
 def refuse_state(methods: list[Method], context: ForwardContext) -> None:
     """A method that must know where in the sequence a token stands cannot go on from a state that does not tell."""
     carried = [name for name in STATES if context.arguments.get(name) is not None]
@@ -66,12 +75,13 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
             start = min((layer.seen for i, layer in known.items() if i >= block.index), default=0)  # blocks before have been run
     else:
         start = seen_before(block, call.cache)
+        refuse_order(surgery, start)
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
-    facts["tokens_first"] = surgery.stream.layout == "n b d"
+    facts["tokens_first"] = surgery.stream.layout == TOKENS_FIRST
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     real, first = find_padding(call.arguments, ledger)
     segments = None if start else call.segments(real)
