@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
 from ..model.blocks import BIAS, CROSS_BIAS, BlockFacts, mask_name, passed_on
 from ..model.signatures import positional
-from ..model.streams import LAYOUTS, PACKED, Stream, axes
+from ..model.streams import LAYOUTS, PACKED, Stream, axes, rebuilt
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
+from .trial import run_or_refuse
 
 
 class BlockCall:
@@ -86,23 +88,17 @@ class BlockCall:
         self._refuse_counting()
         self._refuse_filler(ledger)
         self._spell_out_bias(ledger)
-        whole = (self.hidden_name, families.INDEXED.get(type(self.block).__name__))
-        kept = {name for name, value in self.arguments.items() if name in whole or self.facts.is_foreign(name, value)}
+        whole_names = (self.hidden_name, families.INDEXED.get(type(self.block).__name__))
+        kept = {name for name, value in self.arguments.items() if name in whole_names or self.facts.is_foreign(name, value)}
         cut = {name: value if name in kept else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
         cut[self.hidden_name] = original
         name = self._mask_name()
         if name is not None and self.layout != "n d":
             cut[name] = self._implied(cut.get(name), hidden, ledger, stored)
-        try:
-            output = self._apply(inner, cut)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            if isinstance(error, UnsupportedError) or ledger.m == ledger.n:
-                raise
-            rule = f"The blocks of a stream must run on another number of tokens than the model gave ({ledger.m}, not {ledger.n})"
-            raise UnsupportedError(explain(rule, f"{self.where}, which says: {error}", "Choose other layers or another model.")) from error
-        return self._give_back(output, cut)
+        rule = f"The blocks of a stream must run on another number of tokens than the model gave ({ledger.m}, not {ledger.n})"
+        words, whole = (rule, self.where, "Choose other layers or another model."), self._ordered(self.arguments)
+        output = run_or_refuse(partial(self._apply, inner, cut), self.block, whole, self._ordered(cut), words)
+        return self._give_back(output, cut, ledger)
 
     @property
     def attends(self) -> bool:
@@ -186,12 +182,8 @@ class BlockCall:
         return mask_name(*self.arguments, *positional(type(self.block)))
 
     def _apply(self, inner: Callable, arguments: dict) -> Any:
-        args, kwargs = self._spread(arguments)
+        args, kwargs = self._ordered(arguments)
         return inner(*args, **kwargs)
-
-    def _spread(self, arguments: dict) -> tuple[tuple, dict]:
-        by_name = {name: value for name, value in arguments.items() if name not in self.names}
-        return (*(arguments[name] for name in self.names), *self.rest), by_name
 
     def behind_front(self, layer: FrontedLayer) -> tuple[tuple, dict]:
         """The block's arguments where the tokens of a surgery stand in front of its cache already."""
@@ -201,14 +193,28 @@ class BlockCall:
             rule = "A static cache with tokens in front needs a mask over all its places in each block"
             got = f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} for {layer.max_cache_len}, at {self.where}"
             raise UnsupportedError(explain(rule, got, "Leave out `cache_implementation`."))
-        return self._spread({**self.arguments, name: layer.widened(mask)})
+        return self._ordered({**self.arguments, name: layer.widened(mask)})
 
-    def _give_back(self, output: Any, cut: dict) -> Any:
-        """An argument that the block passes on leaves it whole: the next block cuts it anew."""
+    def _ordered(self, arguments: dict) -> tuple[tuple, dict]:
+        by_name = {name: value for name, value in arguments.items() if name not in self.names}
+        return (*(arguments[name] for name in self.names), *self.rest), by_name
+
+    def _give_back(self, output: Any, cut: dict, ledger: TokenLedger) -> Any:
+        """An argument that the block passes on leaves it whole: the next block cuts it anew. What else it returns for each token, who
+        reads it would take for that of all tokens."""
         if not isinstance(output, tuple):
             return output
         pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
-        return tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
+        items = [next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output]
+        known = [
+            index.returned for index in (self.stream.hidden_index(self.index), self.stream.context_index(self.index)) if index is not None
+        ]
+        beside = [item for at, item in enumerate(items) if at not in known and item is output[at] and isinstance(item, Tensor)]
+        if any(item.dim() == 3 and item.shape[:2] == (ledger.batch, ledger.m) for item in beside):
+            rule = "A block returns for each token its hidden states and nothing else, or all of its tokens must be there"
+            got = f"{[tuple(item.shape) for item in beside]} beside them, from {self.where}"
+            raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
+        return rebuilt(output, tuple(items))
 
     def read(self, output: Any) -> Tensor:
         """The hidden states in a block's output, (b m d)."""

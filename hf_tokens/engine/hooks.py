@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
 from ..model.signatures import bound_arguments, parameters
+from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
 from ..roles.signals import HOOKED
 
@@ -122,6 +123,9 @@ class SignalHooks:
 
     def attach(self, hook: str) -> list[Any] | None:
         """Hang a hook for signals on the block; None if it is another kind of hook."""
+        layout = self.block.surgery.stream.layout
+        if hook in HOOKED.values() and layout == TOKENS_FIRST:
+            raise lacks(self.block, f"the tokens of a sample one behind the other, and not {layout!r},")
         if hook in ("attention", "mlp"):
             module = own_attention(self.block) if hook == "attention" else own_mlp(self.block)
             return [module.register_forward_hook(partial(self._note, hook), with_kwargs=True)]

@@ -12,6 +12,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model.arguments import find_padding, find_views
 from ..model.signatures import STATES
+from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
 from ..tokens.altered import altered
 from ..tokens.entries import Arrival, Stored
@@ -42,6 +43,14 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
         raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
 
+def refuse_order(surgery: StreamSurgery, start: int) -> None:
+    """Where each token sees all, those that methods put in or take out stand in no cache of ours."""
+    moving = sorted({type(method).__name__ for method in surgery.plan.methods if method.moves_tokens})
+    if start and moving:
+        rule = f"{', '.join(moving)} must see the whole sequence in one pass where its tokens have no order"
+        raise UnsupportedError(explain(rule, f"a cache of {start} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
+
+
 def refuse_state(methods: list[Method], context: ForwardContext) -> None:
     """A method that must know where in the sequence a token stands cannot go on from a state that does not tell."""
     carried = [name for name in STATES if context.arguments.get(name) is not None]
@@ -68,12 +77,13 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
             start = min(left) if left else 0
     if not layers:
         start = seen_before(block, call.cache)
+        refuse_order(surgery, start)
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
-    facts["tokens_first"] = surgery.stream.layout == "n b d"
+    facts["tokens_first"] = surgery.stream.layout == TOKENS_FIRST
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     whole = torch.compiler.is_compiling() and context.pictures_alone  # a mask is made there in any case
     real, first = (None, None) if whole else find_padding(call.arguments, ledger)

@@ -148,12 +148,24 @@ def step_output(site: Site, name: str) -> Tensor | None:
     return None if output is None else take(output, site.run.ledger.rows)
 
 
+def noted(site: Site, name: str) -> Tensor:
+    """What a part of the block got or returned, for each token of the stream; refused where it has no row for each token of each sample."""
+    x, batch = site.block.signals.captured[name], site.local.batch
+    if x.dim() == 2 and len(x) == batch * site.local.m:  # the samples one behind the other
+        x = x.unflatten(0, (batch, -1))
+    if x.dim() != 3 or len(x) != batch:
+        rule = f"The signal {name!r} has a row for each token of each sample"
+        got = f"{tuple(x.shape)} for {batch} x {site.local.m} tokens at {site.block.path}"
+        raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
+    return site.from_local(x, 1)
+
+
 def attended_residual(site: Site) -> Tensor:
     """The `attended` signal: a token that skipped the block got nothing from its attention."""
     captured = site.block.signals.captured
     if "attended" not in captured:  # the block's branches stand side by side
-        return site.entered + site.from_local(captured["update"], 1)
-    out = site.from_local(captured["attended"], 1)
+        return site.entered + noted(site, "update")
+    out = noted(site, "attended")
     if site.routed is None:
         return out
     return torch.where((site.routed.slot < 0)[..., None], site.entered.to(out), out)
@@ -248,7 +260,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "pictures": picture_indices,
     "pictured": pictured_tokens,
     "instruction": lambda m: modality_span(m, "instruction"),
-    **{name: (lambda m, name=name: m.from_local(m.block.signals.captured[name], 1)) for name in HOOKED if name != "attended"},
+    **{name: (lambda m, name=name: noted(m, name)) for name in HOOKED if name != "attended"},
     "grid": patch_grid,
     "kind": lambda m: m.surgery.stream.kind,
     "layer": lambda m: m.block.index,

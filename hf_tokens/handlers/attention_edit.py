@@ -45,9 +45,9 @@ def edit_output(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dic
 def edited_update(method: AttentionEdit, site: Site, hidden: Tensor, update: Tensor) -> Tensor:
     """What the attention returns, edited; another sequence that the block carries along stays as it is."""
     m, ledger, captured = site.local.m, site.local, site.block.signals.captured
-    if update.shape[1] not in (m, m + ledger.context):
+    if update.dim() != 3 or len(update) != ledger.batch or update.shape[1] not in (m, m + ledger.context):
         rule = "An edit of attention needs a self-attention that answers each token of the stream"
-        got = f"{update.shape[1]} answers for {m} tokens at {site.block.path}"
+        got = f"{tuple(update.shape)} for {ledger.batch} x {m} tokens at {site.block.path}"
         raise UnsupportedError(explain(rule, got, "Give the model one image a call, or choose other layers."))
     own = slice(0, m) if ledger.behind or update.shape[1] == m else slice(ledger.context, None)
     captured |= {"attention_input": hidden[:, own], "attention_output": update[:, own]}

@@ -14,6 +14,7 @@ from ..engine.context import ForwardContext
 from ..engine.handler import handler_of
 from ..engine.model import ModelSurgery
 from ..engine.results import ModelCall, Replays, in_backward
+from ..engine.trial import run_or_refuse
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.pipelines import SHARED_CACHES, their_caches
@@ -292,16 +293,10 @@ def on_its_own(block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) ->
     if layout is None:
         return run(block, args, kwargs)
     cut_args, cut_kwargs, restore = cut_to_own(layout, block, args, kwargs)
-    try:
-        return restore(run(block, cut_args, cut_kwargs))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        if isinstance(error, UnsupportedError):
-            raise
-        rule = "A block with a prompt of its own must run on another number of its tokens than the model was given"
-        got = f"{type(block.module).__name__} at {block.path}, which says: {error}"
-        raise UnsupportedError(explain(rule, got, "Choose another model, or one prompt for all blocks.")) from error
+    rule = "A block with a prompt of its own must run on another number of its tokens than the model was given"
+    words = (rule, f"{type(block.module).__name__} at {block.path}", "Choose another model, or one prompt for all blocks.")
+    cut = (cut_args, cut_kwargs)
+    return restore(run_or_refuse(lambda: run(block, *cut), block.module, (args, kwargs), cut, words))
 
 
 def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: dict) -> tuple[tuple, dict, Callable[[Any], Any]]:

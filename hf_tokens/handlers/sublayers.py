@@ -13,6 +13,7 @@ from ..engine.block import BlockSurgery
 from ..engine.hooks import BoundForward
 from ..engine.run import Site
 from ..engine.supply import ask
+from ..engine.trial import run_or_refuse
 from ..errors import UnsupportedError, explain
 from ..model.arguments import realign, token_form
 from ..model.parts import cross_attentions
@@ -159,35 +160,31 @@ def run_short(sublayer: Sublayer, mapped: Tensor, tokens: TokenMap, hidden: Tens
     foreign = {name: value for name, value in arguments.items() if sublayer.part != "attention" and OF_CONTEXT.search(name)}
     own = {name: value for name, value in arguments.items() if name not in (*foreign, *itself)}
     if all(value is None or type(value) in (bool, float, str) for value in own.values()):  # nothing to cut
-        return run_checked(sublayer, mapped, arguments | dict.fromkeys(itself, mapped))
+        return run_checked(sublayer, mapped, arguments | dict.fromkeys(itself, mapped), hidden, arguments)
     open_ledger = partial(TokenLedger.open, start=0, causal=False, context=length, behind=sublayer.block.tap.site.local.behind)
     ledger = open_ledger(hidden).move(tokens)
     if not any(all_share(name, value, ledger) for name, value in own.items()) or ledger.uniform():
         cut = {name: realign(ledger, name, value, None) for name, value in own.items()}
-        return run_checked(sublayer, mapped, foreign | cut | dict.fromkeys(itself, mapped))
+        return run_checked(sublayer, mapped, foreign | cut | dict.fromkeys(itself, mapped), hidden, arguments)
     outputs = []
     for i in range(len(hidden)):  # a table that all samples share can be cut for one of them at a time
         ledger_of_one, x = open_ledger(hidden[i : i + 1]).move(tokens.row(i)), mapped[i : i + 1]
         cut = {name: realign(ledger_of_one, name, of_sample(name, value, i, ledger), None) for name, value in own.items()}
         beside = {name: of_sample(name, value, i, ledger) for name, value in foreign.items()}
-        outputs.append(run_checked(sublayer, x, beside | cut | dict.fromkeys(itself, x)))
+        outputs.append(run_checked(sublayer, x, beside | cut | dict.fromkeys(itself, x), hidden, arguments))
     return tuple(map(torch.cat, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
 
 
-def run_checked(sublayer: Sublayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
-    """A sublayer on another number of tokens than the model gave."""
-    try:
-        output = sublayer.inner(hidden, **arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        rule = "The sublayers of a block must run on another number of tokens than the model gave"
-        got = f"{type(sublayer.module).__name__}, which says: {error}"
-        raise UnsupportedError(explain(rule, got, "Choose other layers or another model.")) from error
+def run_checked(sublayer: Sublayer, mapped: Tensor, cut: dict[str, Any], hidden: Tensor, arguments: dict[str, Any]) -> Any:
+    """A sublayer on another number of tokens than the model gave, which were `hidden` with these `arguments`."""
+    rule = "The sublayers of a block must run on another number of tokens than the model gave"
+    words = (rule, type(sublayer.module).__name__, "Choose other layers or another model.")
+    run = partial(sublayer.inner, mapped, **cut)
+    output = run_or_refuse(run, sublayer.module, ((hidden,), arguments), ((mapped,), cut), words)
     first = output[0] if isinstance(output, tuple) else output
-    if first.shape[:2] != hidden.shape[:2]:
+    if first.shape[:2] != mapped.shape[:2]:
         rule = "A sublayer must return as many tokens as it got"
-        raise UnsupportedError(explain(rule, f"{tuple(hidden.shape)} in and {tuple(first.shape)} out", "Choose other layers."))
+        raise UnsupportedError(explain(rule, f"{tuple(mapped.shape)} in and {tuple(first.shape)} out", "Choose other layers."))
     return output
 
 

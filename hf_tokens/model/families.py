@@ -108,6 +108,7 @@ BLOCK_LAYOUTS = (
     (re.compile(r"Qwen4Exp\w*DecoderLayer"), "b n (c d)"),
     (re.compile(r"Gemma3nTextDecoder"), "c b n d"),
     (re.compile(r"XLNetLayer|modeling_fsmt|BridgeTowerResidualAttention|ErnieImageSharedAdaLNBlock"), "n b d"),
+    (re.compile(r"SqueezeBertModule"), "b d n"),
     (re.compile(r"TemporalBasicTransformerBlock"), "(b t) n d"),
 )
 # Blocks that put a second sequence behind their own tokens where they join the two, and not in front of them.

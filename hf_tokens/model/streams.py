@@ -16,11 +16,13 @@ from .signatures import HiddenIndex, context_index, hidden_index
 
 PROMPT = "encoder_hidden_states"  # how a denoiser calls the prompt that it is given
 PACKED = "n d"  # samples one behind the other in one row
+TOKENS_FIRST = "n b d"
+SIDE_BY_SIDE = ("b n c d", "b n (c d)", "c b n d")  # parallel residual streams, of which each token has one of each
 # layout -> to (b n d), and back, with the model's own tensor for its shape; parallel residual streams (c) count as one token
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "b n d": (lambda x: x, lambda x, raw: x),
     PACKED: (lambda x: x[None], lambda x, raw: x[0]),
-    "n b d": (lambda x: x.transpose(0, 1), lambda x, raw: x.transpose(0, 1)),
+    TOKENS_FIRST: (lambda x: x.transpose(0, 1), lambda x, raw: x.transpose(0, 1)),
     "b n c d": (lambda x: x.flatten(2), lambda x, raw: x.unflatten(2, raw.shape[2:])),
     "b n (c d)": (lambda x: x, lambda x, raw: x),
     "(b t) n d": (lambda x: x, lambda x, raw: x),
@@ -35,6 +37,11 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], 
 def axes(layout: str) -> int:
     """The number of axes of a layout."""
     return len(re.sub(r"\(.*?\)", "x", layout).split())
+
+
+def rebuilt(output: Any, items: tuple) -> Any:
+    """A tuple or a list, one with named fields too, with other items."""
+    return type(output)(items) if type(output) in (tuple, list) else type(output)(*items)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +108,7 @@ class Stream:
         if isinstance(output, Tensor):
             return hidden
         at = self.hidden_index(i).returned
-        return type(output)((*output[:at], hidden, *output[at + 1 :]))
+        return rebuilt(output, (*output[:at], hidden, *output[at + 1 :]))
 
 
 @dataclass(frozen=True, eq=False)

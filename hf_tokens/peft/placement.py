@@ -18,7 +18,7 @@ from ..model.parts import WEIGHT_SITES, block_weights, check_weights, cross_atte
 from ..model.pictures import forms_grids
 from ..model.pipelines import their_caches
 from ..model.signatures import parameters
-from ..model.streams import LAYOUTS, PACKED, PROMPT, Anatomy, Stream
+from ..model.streams import LAYOUTS, PACKED, PROMPT, SIDE_BY_SIDE, Anatomy, Stream
 from ..roles.base import Method
 from ..roles.cache_compressor import CacheCompressor
 from ..roles.config import MethodConfig
@@ -32,6 +32,10 @@ from ..roles.token_bank import TokenBank
 from ..roles.token_reducer import TokenReducer
 from ..roles.weight_edit import WeightEdit
 from .config import HFTokensConfig
+
+# What is of the residual stream itself, and the roles whose methods are given that.
+OF_THE_STREAM = {"hidden", "entered", "attended"}
+READERS = ("TokenBank", "TokenReducer", "TokenRouter", "LayerRouter", "CacheCompressor", "AttentionEdit")
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
             raise UnsupportedError(explain(rule, repr(info.name), "Its card says which function applies it."))
         for stream in choose_streams(method, info, base):
             layers = choose_layers(method, info, stream)
-            for check in (check_cache, check_place, check_first, check_span):
+            for check in (check_cache, check_place, check_first, check_span, check_streams):
                 check(info, stream, layers)
             if issubclass(info.cls, WeightEdit):
                 for index in layers:
@@ -277,6 +281,15 @@ def check_place(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> No
     if issubclass(info.cls, Pooler) and layers != (len(stream) - 1,):
         rule = f"Method {info.name!r} acts behind the last block of a stream, {len(stream) - 1} of {stream.name!r}"
         raise UnsupportedError(explain(rule, f"layers {layers}", "Leave out `layers`."))
+
+
+def check_streams(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
+    """A method that reads the hidden states of parallel residual streams says that it can."""
+    reads = OF_THE_STREAM & names_of(info.cls) if info.role in READERS and info.cls.site != "mlp" else set()
+    if stream.layout in SIDE_BY_SIDE and reads and not info.cls.side_by_side:
+        rule = f"Method {info.name!r} reads {sorted(reads)} of one residual stream"
+        got = f"{type(stream.blocks[0]).__name__} with several side by side, {stream.layout!r}"
+        raise UnsupportedError(explain(rule, got, "Choose another stream, method or model."))
 
 
 def check_single(placements: list[Placement]) -> None:

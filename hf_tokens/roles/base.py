@@ -79,6 +79,7 @@ class Method(nn.Module, abc.ABC):
         evaluates: An objective is called in evaluation too; the others leave that to the model's own loss.
         weighs: `weigh` returns how much each target counts in a text model's own loss.
         exports: It decides nothing by the values of tensors where every token is real, so that `torch.export` can record what it does.
+        side_by_side: It takes hidden states of several parallel residual streams as one wide one; False makes the engine refuse them.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
 
@@ -113,6 +114,7 @@ class Method(nn.Module, abc.ABC):
     pairs: ClassVar[bool] = False
     strength: float = 1.0
     weighs: ClassVar[bool] = False
+    side_by_side: ClassVar[bool] = False
     sees_all: bool = False
     in_block = True
     key: str = ""

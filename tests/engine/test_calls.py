@@ -1,14 +1,17 @@
 """What a call of a block or of a head may bring and give back, and whose the errors in it are."""
 
+import contextlib
 import re
 
 import pytest
 import torch
+from contract.pairs import difference, snapshot, tiny
 from tolerances import close
 
-from hf_tokens import anatomy, get_token_model
+from hf_tokens import anatomy, get_token_model, list_methods
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
 CARRYING = """
 bailing_hybrid bamba falcon_h1 granitemoehybrid jamba kimi_linear lara_mini lfm2_moe lfm3 minimax nemotron_h olmo_hybrid qwen3_5_text
@@ -62,3 +65,116 @@ def test_families_that_carry_states_are_the_base_at_zero_strength_or_refused(fam
         except UnsupportedError as error:
             assert re.search("needs a dynamic cache|must be told how long", str(error)), error
         operated.unload()
+
+
+@pytest.mark.parametrize(
+    "kind", (RuntimeError, ValueError, IndexError, AssertionError, TypeError, torch.OutOfMemoryError, KeyboardInterrupt)
+)
+@pytest.mark.parametrize("family", ("llama", "vit", "diffusers/FluxTransformer2DModel"))
+def test_an_error_inside_a_shortened_block_is_its_raiser_s(family, kind):
+    specimen, error = zoo.build(family), kind("not ours")
+    block = anatomy(specimen.model).streams[-1].blocks[-1]
+    base = specimen.run()
+    get_token_model(specimen.model, [ProbeDropConfig(layers=(0,)), ProbeInsertConfig(layers=(0,))])
+    right = specimen.run()
+    for hang in (block.register_forward_pre_hook, next(block.children()).register_forward_pre_hook):
+        handle = hang(lambda module, args: (_ for _ in ()).throw(error))
+        with pytest.raises(kind) as raised:
+            specimen.run()
+        handle.remove()
+        assert raised.value is error and error.__cause__ is None
+        assert all(map(torch.equal, specimen.run(), right)) and not all(map(torch.equal, base, right))
+
+
+WINDOWS = {
+    "clap_audio_model": "audio.1",
+    "cvt": "vision.1",
+    "deformable_detr": "encoder",
+    "funnel": "text.1",
+    "gemma4_audio": None,
+    "hiera": "vision.1",
+    "lfm3_vl_vision": None,
+    "pvt_v2": "vision.1",
+    "swin": "vision.1",
+    "xlnet": None,
+    "diffusers/SanaVideoTransformer3DModel": None,
+}
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_a_block_that_lays_its_tokens_out_is_not_shortened_and_nothing_changes(family):
+    specimen = zoo.build(family)
+    specimen.model.requires_grad_(False)  # some kernels differ by that
+    base, before = specimen.run(), snapshot(specimen.model)
+    model = get_token_model(specimen.model, [ProbeDropConfig(stream=WINDOWS[family])])
+    with pytest.raises(UnsupportedError, match="must run on another number of tokens than the model gave"):
+        specimen.run()
+    with model.disable_adapter():
+        torch.testing.assert_close(specimen.run(), base, rtol=0, atol=0, equal_nan=True)
+    model.unload()
+    assert not difference(before, snapshot(specimen.model))
+
+
+SIDE_BY_SIDE = "gemma3n_text deepseek_v4 hy_v4 qwen4_exp_text".split()
+
+
+@pytest.mark.filterwarnings("ignore:hf-tokens. the edit")  # it changes nothing, as it says
+@pytest.mark.parametrize("family", [family for family in SIDE_BY_SIDE if family in zoo.families("transformers")])
+def test_every_method_takes_parallel_streams_or_is_refused(family):
+    specimen, refused = zoo.build(family), []
+    for info in list_methods():
+        try:
+            model = get_token_model(specimen.model, [tiny(info.config)])
+        except UnsupportedError as error:
+            refused += [info.name] if "of one residual stream" in str(error) else []
+            continue
+        with contextlib.suppress(UnsupportedError):
+            model.generate(input_ids=specimen.inputs["input_ids"], **FOUR)
+        model.unload()
+    assert {"dr-llm", "dynamic-token-pooling", "selection-p"} <= {*refused}
+
+
+def test_a_residual_that_a_block_lays_flat_is_that_of_each_token():
+    specimen = zoo.build("opt")
+    model, stream = specimen.model, anatomy(specimen.model).streams[-1]
+    seen, outs = [], []
+    stream.blocks[0].final_layer_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for b, n in ((2, 16), (2, 32), (3, 3), (1, 1)):
+        ids = torch.randint(5, 60, (b, n), generator=torch.Generator().manual_seed(0))
+        operated = get_token_model(model, {"method": "squeezeattention"})
+        site = operated.base_model.model.model.decoder.layers[0].hf_tokens
+        note = next(iter(site.hf_tokens_methods["default"].values()))
+        observe = note.observe
+        note.observe = lambda entered, attended, observe=observe, **more: [outs.append(attended), observe(entered, attended, **more)][1]
+        with torch.no_grad():
+            operated(input_ids=ids, use_cache=True)
+        assert torch.equal(outs[-1].flatten(0, 1), seen[-1].view(b * n, -1)) and outs[-1].shape[:2] == (b, n)
+        operated.unload()
+
+
+@pytest.mark.parametrize("family", ["autoformer", "reformer"])
+def test_a_block_returns_nothing_else_for_each_token(family):
+    specimen = zoo.build(family)
+    get_token_model(specimen.model, [ProbeDropConfig(stream=anatomy(specimen.model).streams[-1].name)])
+    with pytest.raises(UnsupportedError, match="A block returns for each token its hidden states and nothing else"):
+        specimen.run()
+
+
+def test_blocks_that_lay_their_tokens_last_are_not_taken_for_others():
+    with pytest.raises(UnsupportedError, match="needs a stream whose tokens stand in a row, got SqueezeBert.* on a grid: b d n"):
+        get_token_model(zoo.build("squeezebert").model, probe_config(0.5))
+
+
+def test_a_block_may_return_a_tuple_with_names():
+    specimen = zoo.build("reformer")
+    base = specimen.run()
+    get_token_model(specimen.model, probe_config(0.0))
+    for have, want in zip(specimen.run(), base, strict=True):
+        close(have, want)
+
+
+def test_a_cache_of_tokens_without_an_order_is_not_continued():
+    model = zoo.build("cpmant").model
+    get_token_model(model, {"method": "deep-prompt", "tokens": 2})
+    with pytest.raises(UnsupportedError, match="must see the whole sequence in one pass where its tokens have no order"):
+        model.generate(torch.randint(5, 60, (2, 9)), **FOUR)

@@ -45,6 +45,7 @@ class TokenPrependingConfig(MethodConfig):
 class TokenPrepending(TokenBank):
     site = "input"
     kinds = ("text",)
+    side_by_side = True
     causal = True
     caches = False
 

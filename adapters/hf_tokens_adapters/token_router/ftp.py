@@ -52,6 +52,7 @@ def row_mean(values: Tensor, mask: Tensor) -> Tensor:
 @register("ftp", FTPConfig)
 class FTP(TokenRouter):
     kinds = ("text",)
+    side_by_side = True
     causal = True
     chunks = False
     trains_dense = True

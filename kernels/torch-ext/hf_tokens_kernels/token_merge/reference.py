@@ -28,7 +28,7 @@ def rows(x: Tensor, index: Tensor, places: Tensor | None = None) -> Tensor:
     added = not x.is_cpu and learns(x)  # there, an index_select adds up its gradient in any order
     if added or not (alone or x.is_contiguous()):
         return (x[0][index] if alone else x[torch.arange(len(x), device=x.device)[:, None], index]).contiguous()
-    source = x[0] if alone else x.view(-1, *x.shape[2:])
+    source = x[0] if alone else x.flatten(0, 1)
     if alone or places is None:
         places = index.reshape(-1) if alone else flat(index, x.shape[1])
     return source.index_select(0, places).view(*index.shape, *x.shape[2:])
