@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,9 @@ from .saving import PEFT_PREFIX, digest_of
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 BY_VALUE = ("BOFT", "FROD", "SHIRA", "UNILORA")  # PEFT methods whose beginning reads the numbers of tensors: no trial without any
+
+FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "eye", "linspace", "normal")
+SECONDS, STEPS, STEPS_A_TENSOR, MOST_NUMBERS = 20, 5000, 100, 1 << 24  # of a trial, and what it allocates where it needs numbers
 
 Saved = tuple[list[int], torch.dtype | None]  # shape and kind of a saved tensor; None for a kind that no adapter has
 
@@ -100,10 +105,15 @@ def check_values(tensors: Iterable[tuple[str, Tensor]], digest: str | None = Non
         raise AdapterError(explain(rule, found, remedy))
 
 
-def check_state(needed: Mapping[str, Tensor], state: Mapping[str, Tensor], digest: str | None = None) -> None:
+def kinds_of(state: Mapping[str, Tensor]) -> dict[str, Saved]:
+    """Shape and kind of each tensor of a state dict."""
+    return {key: (list(tensor.shape), tensor.dtype) for key, tensor in state.items()}
+
+
+def check_state(needed: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Refuse a state dict that is not exactly that of an adapter."""
-    check_same(needed, {key: (list(tensor.shape), tensor.dtype) for key, tensor in state.items()})
-    check_values(state.items(), digest)
+    check_same(needed, kinds_of(state))
+    check_values(state.items())
 
 
 class Hollow(TorchFunctionMode):
@@ -115,7 +125,33 @@ class Hollow(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def tried(model: nn.Module, config: HFTokensConfig, adapter_name: str) -> dict[str, Tensor]:
+class Bounds(TorchFunctionMode):
+    """Refuses to go on with a trial that takes too long, makes too many tensors, or too large ones."""
+
+    def __init__(self, model: nn.Module, held: Mapping[str, Saved]):
+        super().__init__()
+        sizes = [*(tensor.numel() for tensor in model.parameters()), *(math.prod(shape) for shape, _ in held.values())]
+        self.end, self.left = time.perf_counter() + SECONDS, STEPS + STEPS_A_TENSOR * len(sizes)
+        self.most = 4 * max(MOST_NUMBERS, *sizes)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.left -= 1
+        if self.left < 0 or time.perf_counter() > self.end:
+            self.refuse("more than that")
+        if func.__name__ in FACTORIES and torch.get_default_device().type != "meta":
+            numbers = (n for given in (*args, *(kwargs or {}).values()) for n in (given if isinstance(given, (tuple, list)) else (given,)))
+            size = math.prod(n for n in numbers if isinstance(n, int) and n > 0)
+            if size > self.most:
+                self.refuse(f"one of {size} numbers")
+        return func(*args, **(kwargs or {}))
+
+    def refuse(self, got: str) -> None:
+        """Say that it is too much."""
+        rule = f"The methods in {CONFIG} make no more tensors, and no larger ones, than its file holds"
+        raise AdapterError(explain(rule, got, "Save or download the adapter again."))
+
+
+def tried(model: nn.Module, config: HFTokensConfig, adapter_name: str, held: Mapping[str, Saved]) -> dict[str, Tensor]:
     """The tensors that an adapter has in a model, by the names of its file, found in a copy of the model without any numbers."""
     config = config.for_trial()
     meta = not any(method["config"]["peft_type"] in BY_VALUE for method in config.methods if method["method"] == PEFT_METHOD)
@@ -123,7 +159,7 @@ def tried(model: nn.Module, config: HFTokensConfig, adapter_name: str) -> dict[s
         trial = copy.deepcopy(model)
     configs = trial.peft_config if isinstance(trial, PeftModel) else vars(trial).get("peft_config", {})
     configs.pop(adapter_name, None)  # it is there already, and waits for its layers
-    with in_silence(), torch.device("meta") if meta else contextlib.nullcontext():
+    with in_silence(), torch.device("meta") if meta else contextlib.nullcontext(), Bounds(model, held):
         inject_adapter_in_model(config, trial, adapter_name)
     state = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
     return {PEFT_PREFIX + key: tensor for key, tensor in state.items()}
@@ -147,8 +183,8 @@ def misread(config: HFTokensConfig, model: nn.Module, kinds: Any = Exception) ->
     return whole(rule, remedy, kinds) if loading else contextlib.nullcontext()
 
 
-def check_file(config: HFTokensConfig, needed: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Refuse a config that is being loaded with other tensors than its methods need in a model."""
+def check_file(config: HFTokensConfig, needed: Callable[[Mapping[str, Saved]], Mapping[str, Tensor]]) -> None:
+    """Refuse a config that is being loaded with other tensors than its methods need in a model, which are found given those that came."""
     weights, digest = config.take_source()
     loader = None if config.in_trial else calling_loader()
     given = weights if loader is None else given_to(loader)
@@ -159,9 +195,11 @@ def check_file(config: HFTokensConfig, needed: Callable[[], Mapping[str, Tensor]
     if isinstance(given, Path) and given.name == PICKLE:
         given = read_pickle(given)
     if isinstance(given, Mapping):
-        check_state(needed(), {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): tensor for key, tensor in given.items()}, digest)
+        given = {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): tensor for key, tensor in given.items()}
+        check_same(needed(held := kinds_of(given)), held)
+        check_values(given.items(), digest)
         return
     held = header(given)
-    check_same(needed(), held)
+    check_same(needed(held), held)
     with opened(given) as file:
         check_values(((key, file.get_tensor(key)) for key in held), digest)

@@ -15,6 +15,7 @@ from ..errors import AdapterError, HFTokensError, explain
 from ..roles.config import matches
 
 MOST_BYTES, MOST_METHODS = 1 << 20, 100  # of an adapter_config.json
+MOST = 1 << 24  # the largest whole number that a knob of a method has; a PEFT method's may be seeds, and are bounded by what they make
 
 
 @contextlib.contextmanager
@@ -60,7 +61,20 @@ def read_config(path: Path, cls: type, kind: str) -> dict[str, Any]:
         if field.name in data.keys() - {"methods"} and not matches(data[field.name], hints[field.name]):
             rule = f"{field.name!r} in {path.name} must be of type {hints[field.name]}"
             raise AdapterError(explain(rule, repr(data[field.name])[:80], "Save the adapter again."))
-    methods = data.get("methods")
-    if isinstance(methods, list) and len(methods) > MOST_METHODS:
+    methods = data.get("methods") if isinstance(data.get("methods"), list) else []
+    if len(methods) > MOST_METHODS:
         raise AdapterError(explain(f"An adapter has at most {MOST_METHODS} methods", len(methods), "Make several adapters."))
+    knobs = [value for method in methods if isinstance(method, dict) for key, value in method.items() if key != "config"]
+    large = [n for value in knobs for n in whole_numbers(value) if n > MOST]
+    if large:
+        raise AdapterError(explain(f"A knob of a method in {path.name} is at most {MOST}", str(large[0])[:80], "Save the adapter again."))
     return data
+
+
+def whole_numbers(value: Any) -> Iterator[int]:
+    """Every whole number in a value of a JSON file."""
+    if isinstance(value, int):
+        yield abs(value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from whole_numbers(item)

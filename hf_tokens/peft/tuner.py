@@ -28,7 +28,7 @@ from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
 from .doors import calling_loader, tell_loader
-from .files import MISREAD, check_file, check_state, in_silence, misread, tried
+from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, check_nested, take_off
 from .patterns import check_patterns
 from .placement import Placement, head_outputs, plan
@@ -78,18 +78,18 @@ class HFTokensModel(BaseTuner):
             self._anatomy = anatomy(self.model)
             self._plan = plan(self._anatomy, peft_config)
             if not peft_config.goes_around_layers:
-                check_file(peft_config, lambda: self._needed(names))
+                check_file(peft_config, lambda held: self._needed(names, held))
         self._blocks = {id(p.stream.blocks[i]): (p.stream, i) for p in self._plan for i in range(len(p.stream))}
         peft_config.aim(sorted(names[block] for block in self._blocks))
         return peft_config
 
-    def _needed(self, names: dict[int, str]) -> dict[str, Tensor]:
-        """The tensors of the methods, without any numbers, by their names in a file, given the names of the modules."""
+    def _needed(self, names: dict[int, str], held: dict[str, Saved]) -> dict[str, Tensor]:
+        """The tensors of the methods, without any numbers, by their names in a file, given the names of the modules, and what came."""
         needed = {}
-        for p in self._plan:
-            for index in p.layers:
-                path = f"{PEFT_PREFIX}{names[id(p.stream.blocks[index])]}.{CHILD}.hf_tokens_methods.{p.slot}"
-                with in_silence(), torch.device("meta"):
+        with in_silence(), torch.device("meta"), Bounds(self.model, held):
+            for p in self._plan:
+                for index in p.layers:
+                    path = f"{PEFT_PREFIX}{names[id(p.stream.blocks[index])]}.{CHILD}.hf_tokens_methods.{p.slot}"
                     needed |= {f"{path}.{name}": tensor for name, tensor in self._build(p, index).state_dict().items()}
         return needed
 
@@ -162,7 +162,7 @@ class HFTokensModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.goes_around_layers:
             with misread(config, model):
-                check_file(config, lambda: tried(model, config, adapter_name))
+                check_file(config, lambda held: tried(model, config, adapter_name, held))
         try:
             with misread(config, model, MISREAD):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
