@@ -119,8 +119,8 @@ def tapped_name(backend: str) -> TappedName:
     """Name of a backend's tapped function, in the registries with its mask function."""
     name = TappedName(TAPPED_PREFIX + backend)
     if name not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS[str(name)] = tapped(backend)
-        ALL_MASK_ATTENTION_FUNCTIONS[str(name)] = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+        ALL_ATTENTION_FUNCTIONS.register(str(name), tapped(backend))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(str(name), ALL_MASK_ATTENTION_FUNCTIONS[backend])
     return name
 
 
@@ -129,7 +129,8 @@ def leave_registries(tap: Tap) -> None:
     OPEN.discard(tap)
     if not OPEN:
         for name in [TAPPED_PREFIX + backend for backend in BACKENDS if TAPPED_PREFIX + backend in ALL_ATTENTION_FUNCTIONS]:
-            del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+            for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+                del registry._global_mapping[name]  # what `register` writes; `del registry[name]` reaches another one
 
 
 def tapped_now(attention: nn.Module) -> bool:
