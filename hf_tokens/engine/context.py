@@ -69,6 +69,11 @@ class ForwardContext:
         return given == {"pixel_values"} and self.arguments["pixel_values"].dim() == 4
 
     @property
+    def gives_mask(self) -> bool:
+        """Whether the call brings a mask of its own from token to token."""
+        return any("mask" in name and isinstance(value, Tensor) and value.dim() == 4 for name, value in self.arguments.items())
+
+    @property
     def gives_places(self) -> bool:
         """Whether the call may say where its tokens are; if it does not, the model counts them, from one end to the other."""
         given = {name for name, value in self.arguments.items() if value is not None}

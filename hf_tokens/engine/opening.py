@@ -86,7 +86,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     facts["tokens_first"] = surgery.stream.layout == TOKENS_FIRST
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     whole = torch.compiler.is_compiling() and context.pictures_alone  # a mask is made there in any case
-    real, first = (None, None) if whole else find_padding(call.arguments, ledger)
+    real, first = (None, None) if whole else find_padding(call.arguments, ledger, context.gives_mask)
     ledger = ledger if real is not None else altered(ledger, plain=ledger.n - surgery.prefix)
     segments = None if start else call.segments(real, context.gives_places)
     refuse_packed(surgery, segments, call.cache is not None)

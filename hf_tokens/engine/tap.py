@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall, Scores
-from ..attention.tap import BACKENDS, TAPPED_PREFIX, close_tap, open_tap, tapped_name, tapped_now
+from ..attention.tap import BACKENDS, TAPPED_PREFIX, close_tap, open_tap, tapped_now
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model import families
@@ -53,13 +53,6 @@ class AttentionTap:
         self.same_keys = self.same_values = False  # whether it is known to get them head by head, each several times or once
         self.opened = False
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Come out of a file: this process may not know the functions that the model's config names."""
-        vars(self).update(state)
-        if self.opened:
-            for backend in BACKENDS:
-                tapped_name(backend)
-
     def open(self) -> None:
         """See the attention call from now on, whatever backend someone has switched to since."""
         if not self.opened or not tapped_now(self.block.attention):
@@ -69,7 +62,7 @@ class AttentionTap:
     def close(self) -> None:
         """Give the attention its own backend back."""
         if self.opened:
-            close_tap(self.block.attention)
+            close_tap(self.block.attention, self)
             self.opened = False
 
     @contextlib.contextmanager

@@ -228,19 +228,41 @@ def token_masks(arguments: dict[str, Any]) -> Iterator[Tensor]:
             yield from (~mask if HIDES.search(name) and mask.dtype == torch.bool else mask for mask in masks)
 
 
-def find_padding(arguments: dict[str, Any], ledger: TokenLedger) -> tuple[Tensor | None, Tensor | None]:
-    """Real tokens of this chunk (b n) bool and the place of each row's first one (b), by the block's own mask; None if all are real."""
+def find_padding(arguments: dict[str, Any], ledger: TokenLedger, custom: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    """Real tokens of this chunk (b n) bool and the place of each row's first one (b), by the block's own mask; None if all are real.
+
+    A `custom` mask is not made by the model: the padding of a batch may see itself in it, or everything.
+    """
     for mask in token_masks(arguments):
         if mask.dim() not in (2, 3, 4):
             continue
         seen = shown_by(mask)
-        if mask.dim() > 2:
-            seen = seen.flatten(1, -2).any(dim=1)
         if seen.shape[-1] < ledger.start + ledger.n or seen.shape[0] not in (1, ledger.batch):
             continue
+        if custom and ledger.causal and ledger.batch > 1 and mask.dim() == 4 and mask.shape[2] == ledger.n:
+            seen = seen_by_others(seen.any(dim=1), ledger.start)
+        elif mask.dim() > 2:
+            seen = seen.flatten(1, -2).any(dim=1)
         seen = seen.expand(ledger.batch, -1)
         return seen[:, ledger.start : ledger.start + ledger.n], seen.long().argmax(dim=1)
     return None, None
+
+
+def seen_by_others(seen: Tensor, start: int) -> Tensor:
+    """Keys that are seen by a causal mask (b m n), (b n); not those at the ends of a row that no query but their own sees: padding.
+
+    A query that sees what is behind it is padding itself and tells nothing; so is the last one behind such ones, if the first is none.
+    Where all see themselves alone, each key that is seen counts.
+    """
+    own, place = start + torch.arange(seen.shape[1], device=seen.device)[:, None], torch.arange(seen.shape[2], device=seen.device)
+    ahead = (seen & (place > own)).any(dim=2)  # b m
+    ahead[:, -1] |= ahead[:, -2:-1].any(dim=1) & ~ahead[:, 0]
+    told = seen & ~ahead[..., None]
+    among = told & (place != own)
+    looks = told & (place == own) & among.any(dim=2, keepdim=True)
+    real = (among | looks).any(dim=1).long()
+    within = (real.cumsum(dim=1) > 0) & (real.flip(1).cumsum(dim=1).flip(1) > 0)
+    return seen.any(dim=1) & (within | ~within.any(dim=1, keepdim=True))
 
 
 def find_views(arguments: dict[str, Any], ledger: TokenLedger, padding: Tensor | None) -> Tensor | None:

@@ -129,6 +129,7 @@ PEFT = (
 TRANSFORMERS = (
     Private("transformers.PreTrainedConfig", "_attn_implementation", "the attention backend in use"),
     Private("transformers.PreTrainedConfig", "_attn_implementation_internal", "is set to the tapped backend, and back, without a reload"),
+    Private("transformers.utils.generic.GeneralInterface", "_global_mapping", "a tapped function leaves the registry with its last tap"),
     Private("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", f"{TAPPED}, and a class whose code names it is an attention"),
     Private(MASKS, "ALL_MASK_ATTENTION_FUNCTIONS", f"{TAPPED}, with its mask function: without one padding would be dropped silently"),
     Private(
