@@ -23,7 +23,7 @@ from ..model.pictures import grid
 from ..model.pipelines import their_caches
 from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
-from .sublayers import Sublayer, Sublayers
+from .sublayers import Sublayer, Sublayers, refuse_on_picture
 
 FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention"}
 
@@ -185,6 +185,7 @@ def joins(sublayer: Sublayer, arguments: dict[str, Any]) -> bool:
 
 def run_some(sublayer: Sublayer, hidden: Tensor, index: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, tuple]:
     """The chosen tokens (b r d), and what is returned beside them: the chosen are the queries, all have keys."""
+    refuse_on_picture(sublayer.part, arguments)
     if not joins(sublayer, arguments):
         if sublayer.part == "attention" and arguments.get("encoder_hidden_states") is None:
             arguments["encoder_hidden_states"] = hidden

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.block import BlockSurgery
 from ..engine.context import ForwardContext
@@ -305,6 +305,8 @@ def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: d
     names = positional(type(block.module))[: len(args)]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     context, n = arguments.get(PROMPT if index is None else index.name), block.surgery.stream.bind(block.index, args, kwargs).shape[1]
+    if isinstance(context, tuple) and gives_pictures(block.surgery.model.base):
+        context = context[0]
     if not isinstance(context, Tensor) or context.shape[1] != layout.total:
         rule = f"{sorted({key for key, _ in layout.own})} add to the prompt for single blocks, which must get it as the model was given it"
         got = f"{tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__} at {block.path}"
@@ -315,6 +317,12 @@ def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: d
     cut = {name: narrow_argument(name, value, context, kept, n, block) for name, value in arguments.items()}
     by_name = {name: value for name, value in cut.items() if name not in names}
     return (*(cut[name] for name in names), *args[len(names) :]), by_name, lambda output: restore_prompt(output, index, context, layout)
+
+
+def gives_pictures(model: nn.Module) -> bool:
+    """Whether the blocks of a model get the pictures of IP-Adapters behind their prompt."""
+    name, value = families.PROMPT_AND_PICTURES
+    return vars(model.config).get(name) == value  # diffusers sets the attribute alone
 
 
 def narrow_argument(name: str, value: Any, context: Tensor, keep: Tensor, n: int, block: BlockSurgery) -> Any:

@@ -177,6 +177,8 @@ FOREIGN_OF = (
 PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
 PROMPT_PLACES = ("txt_ids",)
 PROMPT_LENGTHS = re.compile(r"seq_lens$")
+# The setting of a UNet's config, and its value, in which its blocks get the prompt in front of the pictures of IP-Adapters.
+PROMPT_AND_PICTURES = ("encoder_hid_dim_type", "ip_image_proj")
 # Denoisers that count on the length of their prompt, or are given it a second time in other words.
 FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 # Denoisers that read their prompt as a whole too, beside their blocks.

@@ -287,7 +287,7 @@ DIFFUSERS = (
     Private("diffusers.pipelines", "pipeline_utils", "says whether pipelines were imported, without importing them"),
     *(
         Private("diffusers.models.attention_processor", name, ALONE)
-        for name in ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0")
+        for name in ("AttnProcessor", "AttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "JointAttnProcessor2_0")
     ),
     Private("diffusers.models.attention", "FeedForward", ALONE),
     *(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from denoisers import alone, blocks, calls, denoiser, half, own_prompts, within
+from denoisers import alone, blocks, calls, denoiser, half, own_prompts, with_pictures, within
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from tolerances import all_equal, close
@@ -282,6 +282,23 @@ def test_each_block_reads_its_own(own, kind):
     model, base, call = surgery(kind, own()), denoiser(kind), calls(kind, 1)[0]
     with own_prompts(base, kind, rows_of(model)):
         want = base(**call).sample
+    close(model(**call).sample, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["pictures first", "bank first"])
+def test_each_block_reads_its_own_beside_the_pictures_of_an_ip_adapter(own, order):
+    base, pictures = with_pictures(denoiser("unet"))
+    if order == "bank first":
+        model = surgery("unet", own())
+        with_pictures(model.base_model.model)
+    else:
+        torch.manual_seed(0)
+        model = get_token_model(with_pictures(denoiser("unet"))[0], own()).eval()
+    call = {**calls("unet", 1)[0], **pictures}
+    with own_prompts(base, "unet", rows_of(model)):
+        want = base(**call).sample
+    assert not torch.allclose(want, base(**call).sample)
     close(model(**call).sample, want)
 
 
