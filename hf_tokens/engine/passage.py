@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import place
 from ..kv.layer import TokenCacheLayer
+from ..model.blocks import hands_on
 from ..roles.signals import OF_THE_BLOCK
 from ..tokens.altered import altered
 from ..tokens.entries import Stored
@@ -22,7 +23,7 @@ from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
 from .plan import PassPlan
-from .run import BlockTokens, Site
+from .run import BESIDE, BlockTokens, Site
 from .supply import ask, own_tokens
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
     inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
     with block.open_while_it_runs(partial(block.tap.running, noting or readers > 0, readers, inside)):
         output = call.run(block.call, x, ledger, stored)
+    if ledger is not run.ledger and hands_on(block.module):
+        run.held[BESIDE] = True
     attends = block.plan.attends
     if missing or readers or attends is not None:
         block.tap.noted()

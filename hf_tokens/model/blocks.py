@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import families
 from .arguments import BETWEEN, CROSS, HIDES
 from .parts import attentions
-from .signatures import bound_arguments
+from .signatures import bound_arguments, parameters
 
 BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
 
@@ -36,6 +36,12 @@ def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
     """Whether a block counts its tokens by itself: whatever it is given, and where it is not given their places."""
     names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
     return tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
+
+
+@once_a_block
+def hands_on(block: nn.Module) -> bool:
+    """Whether a block gets what the one before returned for each token beside its hidden states."""
+    return any(map(families.HANDED_ON.match, parameters(type(block))))
 
 
 @once_a_block
