@@ -83,6 +83,7 @@ class BlockCall:
     def run(self, inner: Callable, hidden: Tensor, ledger: TokenLedger, stored: Stored | None) -> Any:
         """Call the block on these tokens with every argument cut to fit."""
         original = self.pack(hidden)
+        self._refuse_handed_on(ledger)
         if ledger.untouched and stored is None:
             return self._apply(inner, {**self.arguments, self.hidden_name: original})
         self._refuse_counting()
@@ -200,21 +201,37 @@ class BlockCall:
         return (*(arguments[name] for name in self.names), *self.rest), by_name
 
     def _give_back(self, output: Any, cut: dict, ledger: TokenLedger) -> Any:
-        """An argument that the block passes on leaves it whole: the next block cuts it anew. What else it returns for each token, who
-        reads it would take for that of all tokens."""
+        """An argument that the block passes on leaves it whole: the next block cuts it anew."""
         if not isinstance(output, tuple):
             return output
         pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
-        items = [next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output]
-        known = [
+        items = tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
+        if not self.facts.hands_on:
+            self._refuse_beside([item if item is before else None for item, before in zip(items, output, strict=True)], ledger)
+        return rebuilt(output, items)
+
+    def _refuse_beside(self, items: list, ledger: TokenLedger) -> None:
+        """What a block returns for each token beside its hidden states, who reads it would take for that of all tokens."""
+        own = [
             index.returned for index in (self.stream.hidden_index(self.index), self.stream.context_index(self.index)) if index is not None
         ]
-        beside = [item for at, item in enumerate(items) if at not in known and item is output[at] and isinstance(item, Tensor)]
-        if any(item.dim() == 3 and item.shape[:2] == (ledger.batch, ledger.m) for item in beside):
+        beside = [item for at, item in enumerate(items) if at not in own and isinstance(item, Tensor) and item.dim() == 3]
+        if any(item.shape[:2] == (ledger.batch, ledger.m) for item in beside):
             rule = "A block returns for each token its hidden states and nothing else, or all of its tokens must be there"
             got = f"{[tuple(item.shape) for item in beside]} beside them, from {self.where}"
             raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
-        return rebuilt(output, tuple(items))
+
+    def _refuse_handed_on(self, ledger: TokenLedger) -> None:
+        """What the block before returned for each token must be of those that this one gets."""
+        for name, value in self.arguments.items():
+            if not families.HANDED_ON.match(name) or not isinstance(value, Tensor):
+                continue
+            places = name == families.PLACES_OF_KEYS
+            if places and dict(self.stream.attention(self.index).named_children()).get("indexer") is not None:
+                continue  # it finds them anew
+            if value.shape[1] not in ((ledger.m,) if places else (ledger.m, ledger.n)):
+                rule = f"A block that is given `{name}` by the one before must get the tokens that this one had"
+                raise UnsupportedError(explain(rule, f"other ones at {self.where}", "Act on the blocks before or behind that place."))
 
     def read(self, output: Any) -> Tensor:
         """The hidden states in a block's output, (b m d)."""

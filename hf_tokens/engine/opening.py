@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
-from ..model.arguments import find_padding, find_views
+from ..model.arguments import find_padding, find_views, token_masks
 from ..model.signatures import STATES
 from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
@@ -43,10 +43,11 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
         raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
 
-def refuse_order(surgery: StreamSurgery, start: int) -> None:
-    """Where each token sees all, those that methods put in or take out stand in no cache of ours."""
-    moving = sorted({type(method).__name__ for method in surgery.plan.methods if method.moves_tokens})
-    if start and moving:
+def refuse_order(surgery: StreamSurgery, call: BlockCall, start: int) -> None:
+    """Where each token sees all, a cache that holds what methods have put in or left out is not what the masks are for."""
+    moving = sorted({type(method).__name__ for method in surgery.plan.methods if method.moves_tokens}) if start else []
+    widths = {mask.shape[-1] for mask in token_masks(call.arguments)} if moving else set()
+    if widths and max(widths) < start + call.hidden.shape[1]:
         rule = f"{', '.join(moving)} must see the whole sequence in one pass where its tokens have no order"
         raise UnsupportedError(explain(rule, f"a cache of {start} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
@@ -77,7 +78,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
             start = min(left) if left else 0
     if not layers:
         start = seen_before(block, call.cache)
-        refuse_order(surgery, start)
+        refuse_order(surgery, call, start)
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)

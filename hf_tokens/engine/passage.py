@@ -23,7 +23,7 @@ from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
 from .plan import PassPlan
-from .run import BlockTokens, Site
+from .run import BESIDE, BlockTokens, Site
 from .supply import ask, own_tokens
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
     inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
     with block.open_while_it_runs(partial(block.tap.running, noting or readers > 0, readers, inside)):
         output = call.run(block.call, x, ledger, stored)
+    if ledger is not run.ledger and block.facts.hands_on:
+        run.held[BESIDE] = True
     attends = block.plan.attends
     if missing or readers or attends is not None:
         block.tap.noted()

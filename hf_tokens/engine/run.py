@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .surgery import StreamSurgery
 
 
+BESIDE = "what a block returned for tokens of its own goes to the next"
+
+
 class Memory(dict):
     """What blocks of one stream share.
 

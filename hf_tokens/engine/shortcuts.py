@@ -15,7 +15,7 @@ from .handler import handler_of
 from .opening import expect, lend
 from .passage import ask_behind, cache_layer, fronted_layer
 from .plan import PassPlan
-from .run import Site
+from .run import BESIDE, Site
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
@@ -28,7 +28,7 @@ def changes_anything(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwar
         return False
     if pass_plan.methods or index >= plan.exit or plan.sees_all or plan.remembers and index == 0:
         return True
-    if run is not None and not run.ledger.untouched or index == plan.exit - 1 and plan.last:
+    if run is not None and (not run.ledger.untouched or BESIDE in run.held) or index == plan.exit - 1 and plan.last:
         return True
     if block.shares_keys and run is not None:
         lent, stored = run.lent.get(block.layer_type, (None, None))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import families
 from .arguments import BETWEEN, CROSS, HIDES
 from .parts import attentions
-from .signatures import bound_arguments, read_once
+from .signatures import bound_arguments, parameters, read_once
 
 BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
 
@@ -21,6 +21,11 @@ def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
     """Whether a block counts its tokens by itself: whatever it is given, and where it is not given their places."""
     names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
     return tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
+
+
+def hands_on(block: nn.Module) -> bool:
+    """Whether a block gets what the one before returned for each token beside its hidden states."""
+    return any(map(families.HANDED_ON.match, parameters(type(block))))
 
 
 def mixes_more(block: nn.Module) -> bool:
@@ -43,6 +48,7 @@ class BlockFacts:
         counts: Whether it counts its tokens by itself: whatever it is given, and where it is not given their places.
         mixes_more: Whether it mixes its tokens by more than one attention.
         bias_maker: Its attention, if that makes a bias of the distances.
+        hands_on: Whether it gets what the block before returned for each token beside its hidden states.
         several_slots: Whether its self-attentions store their keys in several slots of a cache.
         foreign: Names of arguments that are not of its own tokens, though they do not say so, and how many axes they then have.
     """
@@ -50,6 +56,7 @@ class BlockFacts:
     counts: tuple[bool, bool]
     mixes_more: bool
     bias_maker: nn.Module | None
+    hands_on: bool
     several_slots: bool
     foreign: tuple[tuple[re.Pattern, int | None], ...]
 
@@ -57,7 +64,7 @@ class BlockFacts:
     def of(cls, block: nn.Module) -> BlockFacts:
         """Those of a block."""
         foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(type(block).__name__))
-        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), several_slots(block), foreign)
+        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), hands_on(block), several_slots(block), foreign)
 
     def is_foreign(self, name: str, value: Any) -> bool:
         """Whether an argument is not of the block's own tokens, though its name does not say so."""

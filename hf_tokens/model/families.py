@@ -173,6 +173,10 @@ FOREIGN_OF = (
     (re.compile(r"^(AceStep|Wan|JoyImage|Chroma|Krea2)\w*Block$"), re.compile(r"^temb$"), 3),
     (re.compile(r"^LTX2Video"), re.compile(r"^temb_ca_"), 3),
 )
+# Arguments by which a block gets what the one before returned for each token beside its hidden states; one of them holds places of
+# keys, unread where the attention has an indexer of its own.
+HANDED_ON = re.compile(r"^(prev_(router_hidden_states|topk_indices)|layout_inputs|control_hidden_states)$")
+PLACES_OF_KEYS = "prev_topk_indices"
 # What stands beside the prompt of a denoiser: its masks, tables of its places, and lengths that no longer hold once tokens are added.
 PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
 PROMPT_PLACES = ("txt_ids",)

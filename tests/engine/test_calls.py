@@ -160,6 +160,17 @@ def test_a_block_returns_nothing_else_for_each_token(family):
         specimen.run()
 
 
+@pytest.mark.parametrize("family", ["lilt", "zaya"])
+def test_what_a_block_hands_on_beside_its_hidden_states_is_of_the_tokens_that_the_next_one_gets(family):
+    specimen = zoo.build(family)
+    for layers, refused in (((0, 1, 2, 3), False), ((2, 3), False), ((0, 1), True), ((1, 3), True)):
+        model = get_token_model(specimen.model, {"method": "deep-prompt", "tokens": 2, "layers": layers})
+        words = "A block that is given `.*` by the one before must get the tokens that this one had"
+        with pytest.raises(UnsupportedError, match=words) if refused else contextlib.nullcontext():
+            specimen.run()
+        model.unload()
+
+
 def test_blocks_that_lay_their_tokens_last_are_not_taken_for_others():
     with pytest.raises(UnsupportedError, match="needs a stream whose tokens stand in a row, got SqueezeBert.* on a grid: b d n"):
         get_token_model(zoo.build("squeezebert").model, probe_config(0.5))
