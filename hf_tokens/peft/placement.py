@@ -112,6 +112,8 @@ def read_as_a_whole(streams: list[Stream], info: MethodInfo, base: Anatomy) -> l
     """The streams among these of which nothing reads each token: no head, and no later stream."""
     name = type(base.model).__name__
     last = [stream for stream in streams if stream is base.streams[-1] or families.TOWERS.search(name)]
+    if info.cls.site == "output" and not info.cls.words.get("ask") and families.LATE_INTERACTION.search(name):
+        return last
     each = base.model.get_output_embeddings() is not None or families.READS_EACH.search(name)
     if each or not last:
         rule = f"Method {info.name!r} needs a stream that is read as a whole: of an encoder, an embedder or a classifier"
