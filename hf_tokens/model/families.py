@@ -144,6 +144,10 @@ CAUSAL_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "crea
 OPEN_MASKS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_mask")
 # Models whose head reads each token, whatever it is: those for another task than to judge a sample as a whole.
 READS_EACH = re.compile(r"For(?!(Sequence|Image|Video|Audio)Classification|MultipleChoice|NextSentencePrediction|XVector)[A-Z]|Backbone$")
+# Models for late interaction: what they return is the set of their tokens' vectors, under this name.
+LATE_INTERACTION, VECTORS = re.compile(r"^Col(Pali|Qwen2|ModernVBert)ForRetrieval$"), "embeddings"
+# Libraries that read the vectors of a text by the mask that they gave with it.
+READS_BY_MASK = ("sentence_transformers",)
 # Models whose towers are read apart from each other; in every other model of several streams an earlier one is read by a later one.
 TOWERS = re.compile(r"^((Alt|Chinese)?CLIP(Seg)?|MetaClip2|Siglip2?|VisionTextDualEncoder|OwlViT|Owlv2)Model$")
 # Where the order of registration is not the order of the calls.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -19,6 +20,7 @@ from ..model.pictures import forms_grids
 from ..model.pipelines import their_caches
 from ..model.signatures import parameters
 from ..model.streams import LAYOUTS, PACKED, PROMPT, SIDE_BY_SIDE, Anatomy, Stream
+from ..roles.attention_edit import AttentionEdit
 from ..roles.base import Method
 from ..roles.cache_compressor import CacheCompressor
 from ..roles.config import MethodConfig
@@ -27,7 +29,7 @@ from ..roles.objective import Objective
 from ..roles.pooler import Pooler
 from ..roles.registry import MethodInfo, method_info
 from ..roles.routers import LayerRouter, TokenRouter
-from ..roles.signals import GRIDDED, SCORED, SPANS, TAPPED
+from ..roles.signals import GRIDDED, OF_ATTENTION, SCORED, SPANS, TAPPED
 from ..roles.token_bank import TokenBank
 from ..roles.token_reducer import TokenReducer
 from ..roles.weight_edit import WeightEdit
@@ -117,6 +119,8 @@ def read_as_a_whole(streams: list[Stream], info: MethodInfo, base: Anatomy) -> l
     """The streams among these of which nothing reads each token: no head, and no later stream."""
     name = type(base.model).__name__
     last = [stream for stream in streams if stream is base.streams[-1] or families.TOWERS.search(name)]
+    if info.cls.site == "output" and not info.cls.words.get("ask") and families.LATE_INTERACTION.search(name):
+        return last
     each = base.model.get_output_embeddings() is not None or families.READS_EACH.search(name)
     if each or not last:
         rule = f"Method {info.name!r} needs a stream that is read as a whole: of an encoder, an embedder or a classifier"
@@ -169,6 +173,24 @@ def choose_streams(config: MethodConfig, info: MethodInfo, base: Anatomy) -> lis
     return readable(fitting, info, base)
 
 
+def attends(cls: type[Method]) -> bool:
+    """Whether a method acts in each of its blocks by itself, and needs a self-attention there."""
+    alone = issubclass(cls, (CacheCompressor, AttentionEdit, TokenRouter)) and not cls.pairs
+    names = names_of(cls) | {*cls.signals, *cls.observes}
+    return alone and (issubclass(cls, (CacheCompressor, AttentionEdit)) or bool(names & {*TAPPED, *OF_ATTENTION, SCORED}))
+
+
+def attending_layers(info: MethodInfo, stream: Stream, layers: Iterable[int]) -> list[int]:
+    """Those of the blocks that a method would choose that have a self-attention, if any has; what is left out is said."""
+    layers = [*layers]
+    inside = [i for i in layers if stream.mixers[i] == "attention"]
+    if not inside or len(inside) == len(layers):
+        return layers
+    left = [i for i in layers if i not in inside]
+    warnings.warn(f"hf-tokens: {info.name} acts in blocks {inside} of stream {stream.name!r}; {left} have no self-attention.", stacklevel=2)
+    return inside
+
+
 def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
     """The blocks of a stream that a method acts on."""
     n = len(stream)
@@ -178,6 +200,8 @@ def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tup
     named = info.cls.default_layers(config, n) if config.layers is None else config.layers
     if config.layers is None and issubclass(info.cls, WeightEdit):
         named = [i for i in named if block_weights(stream.blocks[i], info.cls.site)]
+    if config.layers is None and attends(info.cls):
+        named = attending_layers(info, stream, named)
     outside = [i for i in named if not -n <= i < n]
     if outside:
         rule = f"{type(config).__name__}.layers must lie in [{-n}, {n - 1}] for the {n} blocks of stream {stream.name!r}"

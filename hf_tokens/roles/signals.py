@@ -104,6 +104,7 @@ HOOKED = {
     **{"attention_input": "attention", "attention_output": "attention", "attended": "attended"},
     **{"mlp_input": "mlp", "mlp_output": "mlp"},
 }
+OF_ATTENTION = {name for name, hook in HOOKED.items() if hook != "mlp"}  # those of them that need a self-attention
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 SCORED = "received"  # the signal that is kept from the scores of each pass
 SPANS = {"visual", "instruction", "pictures", "pictured"}  # these need a model that has tokens of pictures among its text
