@@ -24,6 +24,7 @@ from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
 from .clock import Tick, agree, falling, own_level, tick
 from .guidance import REMEDY, guidance_of
+from .unloading import UnloadLora
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
@@ -82,6 +83,7 @@ class DenoisingWorld(World):
             self.hook = context_hook(self.forget)
             if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not called at the end otherwise
                 vars(model)[RUN_OVER] = self.forget
+        self.unloading = UnloadLora(model) if UnloadLora.name in dir(type(model)) else None
 
     def block_added(self, block: BlockSurgery) -> None:
         """Let `cache_context` find the hook in a block of ours: on the model it would rewrite a forward, which no deepcopy survives."""
@@ -110,6 +112,8 @@ class DenoisingWorld(World):
         """Leave nothing on the model."""
         self.look_again()
         vars(self.model).pop(RUN_OVER, None)
+        if self.unloading is not None:
+            self.unloading.remove()
 
     def forget(self) -> None:
         """Let the next call begin a run."""

@@ -37,6 +37,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.hooks import FirstBlockCacheConfig, ModelHook, PyramidAttentionBroadcastConfig, apply_first_block_cache
+from peft import LoraConfig, get_peft_model_state_dict
 from tolerances import all_equal
 
 from hf_tokens import ProSpectConfig, UnsupportedError, calibrate, edit, get_token_model, load, measure, save_adapter, unload
@@ -553,3 +554,48 @@ def test_a_cache_of_diffusers_beside_a_surgery_gives_the_same_in_both_orders_or_
         with pytest.raises(UnsupportedError, match=said):
             both(method, cache, theirs_first)
     all_equal(drawings[1:], drawings[:-1], "the other order")
+
+
+# -- LoRAs of diffusers ------------------------------------------------------------------------------------------------
+
+
+def lora_weights(seed):
+    """The weights of a LoRA for the UNet of `stable`, as a pipeline loads them."""
+    torch.manual_seed(seed)
+    unet = stable(StableDiffusionPipeline).unet
+    unet.add_adapter(LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False))
+    return {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # so it is
+@pytest.mark.parametrize("unload_loras", ["unload_lora_weights", "unload_lora"])
+def test_where_diffusers_unloads_its_loras_ours_stays_and_is_listed(unload_loras):
+    weights, config = lora_weights(1), ProSpectConfig(stages=1, init_std=1.0)
+    pipe = stable(StableDiffusionPipeline)
+    base = drawn(pipe, 1, False, **OF_IMAGES)
+    torch.manual_seed(0)
+    get_token_model(pipe, config, adapter_name="ours")
+    ours = drawn(pipe, 1, False, **OF_IMAGES)
+    pipe.load_lora_weights(dict(weights), adapter_name="a")
+    pipe.set_adapters(["ours", "a"])
+    both = drawn(pipe, 1, False, **OF_IMAGES)
+    getattr(pipe if unload_loras == "unload_lora_weights" else pipe.unet, unload_loras)()
+    assert pipe.get_list_adapters() == {"unet": ["ours"]} and not any("lora" in name for name, _ in pipe.unet.named_modules())
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [ours], "the LoRA is out")
+    pipe.load_lora_weights(dict(weights), adapter_name="a")
+    pipe.set_adapters(["ours", "a"])
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [both], "the LoRA is in again")
+    pipe.unload_lora_weights()
+    unload(pipe)
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [base], "all is out")
+    assert "unload_lora" not in vars(pipe.unet) and "peft_config" not in vars(pipe.unet)
+
+
+def test_a_stack_with_a_lora_is_not_unloaded_by_half():
+    torch.manual_seed(0)
+    stack = [LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False), ProSpectConfig(stages=1, init_std=1.0)]
+    pipe = get_token_model(stable(StableDiffusionPipeline), stack, adapter_name="ours")
+    before = drawn(pipe, 1, False, **OF_IMAGES)
+    with pytest.raises(UnsupportedError, match=r"is taken out as a whole, got \['ours'\]. Call `hf_tokens.unload`"):
+        pipe.unload_lora_weights()
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [before], "refused")

@@ -295,6 +295,7 @@ DIFFUSERS = (
         for name in ("processor", "group_norm", "spatial_norm", "norm_cross", "residual_connection", "fused_projections")
     ),
     Private("diffusers.ConfigMixin.from_config", "_class_name", "how a config of diffusers names its class"),
+    Private("diffusers.loaders.peft.PeftAdapterMixin", "unload_lora", "forgets all adapters; ours stands in its place", parameters=()),
     Private(f"{SCALES}.scale_lora_layers", "scale_layer", A_LORA),
     Private(f"{SCALES}.unscale_lora_layers", "unscale_layer", A_LORA),
     Private(f"{SCALES}.set_weights_and_activate_adapters", "set_scale", A_LORA),
