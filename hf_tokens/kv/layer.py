@@ -175,6 +175,9 @@ class TokenCacheLayer(CacheLayerMixin):
                 raise UnsupportedError(explain(rule, got, "Start a new cache after switching the adapter off."))
             origins = torch.arange(self.seen, self.seen + m, device=key_states.device).expand(batch, m)
             arrival = Arrival(origins, None, None, self.seen + m)
+        if arrival.origins.shape[-1] != m:
+            rule, got = "A block stores a key of each of its tokens", f"{m} of {arrival.origins.shape[-1]}"
+            raise UnsupportedError(explain(rule, got, "Pass no cache, and `use_cache=False` to `generate`."))
         if self.origins is None:
             self.origins = arrival.origins.new_empty(batch, 0)
         self.record.entries = {name: pad(t, (0, m), value=BLANK.get(name, 0)) for name, t in self.record.entries.items()}

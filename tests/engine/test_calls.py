@@ -189,3 +189,19 @@ def test_a_cache_of_tokens_without_an_order_is_not_continued():
     get_token_model(model, {"method": "deep-prompt", "tokens": 2})
     with pytest.raises(UnsupportedError, match="must see the whole sequence in one pass where its tokens have no order"):
         model.generate(torch.randint(5, 60, (2, 9)), **FOUR)
+
+
+@pytest.mark.parametrize(
+    "family, words",
+    [
+        ("hrm_text", "must run once a call where keys are stored, got another round of HrmText"),
+        ("prophetnet", "A block stores a key of each of its tokens, got . of ."),
+    ],
+)
+def test_blocks_that_store_other_keys_than_one_of_each_token_are_refused_at_once(family, words):
+    specimen = zoo.build(family)
+    for tokens in (0, 2):
+        model = get_token_model(specimen.model, {"method": "deep-prompt", "tokens": tokens})
+        with pytest.raises(UnsupportedError, match=words):
+            specimen.model.generate(specimen.inputs["input_ids"], **FOUR)
+        model.unload()

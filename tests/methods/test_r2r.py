@@ -230,6 +230,8 @@ def test_the_loss_is_that_of_the_loop(weight):
     assert aux_loss(model).item() == pytest.approx(total / int(mask.sum()), abs=1e-9)
     with pytest.raises(ConfigError, match="must hold 1, 0 or -100"):
         model(input_ids=ids, hf_tokens_targets=targets[:, 1:])
+    with pytest.raises(ConfigError, match="R2R learns from the column hf_tokens_targets alone, got a batch without it"):
+        model(input_ids=ids)
 
 
 def test_training_with_trainer_teaches_the_labels_and_the_adapter_is_saved(tmp_path):

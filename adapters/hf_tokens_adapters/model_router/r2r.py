@@ -55,12 +55,16 @@ class R2R(ModelRouter):
         for w1, w2 in zip(self.w1.to(wide), self.w2.to(wide), strict=True):
             u = u + linear(gelu(linear(layer_norm(u, u.shape[-1:]), w1)), w2)
         logit = linear(layer_norm(u, u.shape[-1:]), self.w.to(wide), self.c.to(wide))[..., 0]  # b m
-        if targets is not None and self.training and torch.is_grad_enabled():
-            self.learn(logit, targets.to(logit.device))
+        if self.training and torch.is_grad_enabled() and logit.requires_grad:
+            self.learn(logit, targets)
         return (logit.sigmoid() >= self.config.threshold) & (self.config.threshold < 1)
 
-    def learn(self, logit: Tensor, targets: Tensor) -> None:
+    def learn(self, logit: Tensor, targets: Tensor | None) -> None:
         """The loss on the labels."""
+        if targets is None:
+            rule = "R2R learns from the column hf_tokens_targets alone"
+            raise ConfigError(f"{rule}, got a batch without it. Make it with `label_routes`, or call `eval()`.")
+        targets = targets.to(logit.device)
         if targets.shape != logit.shape or bool((targets > 1).any()):
             rule = "The column hf_tokens_targets must hold 1, 0 or -100 for each token"
             raise ConfigError(f"{rule}, got {tuple(targets.shape)} for {tuple(logit.shape)} tokens. Make it with `label_routes`.")
