@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
-from ..model.pictures import find_grids, grid, picture_places
+from ..model.pictures import grid, grids_in_text, picture_places
 from ..roles.base import Method
 from ..roles.signals import HOOKED, OF_A_QUERY, PICTURED, TAPPED
 from ..tokens.altered import altered
@@ -113,7 +113,7 @@ def picture_indices(site: Site) -> list[Tensor]:
     if not bool(modality_span(site, "visual").any()):
         return []
     ledger, context, model = site.run.ledger, site.run.context, site.surgery.model
-    grids = find_grids(model.seen, model.base.config, context.arguments, context.visual)
+    grids = grids_in_text(model.seen, model.base, context.arguments, context.visual)
     return picture_places(context.visual.to(ledger.rows.device), grids, ledger)
 
 

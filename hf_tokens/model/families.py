@@ -49,7 +49,7 @@ def _pooled(config: Any) -> int:
 # model type -> patches along a side of a visual token, by its config. The tokens of a picture, or of each tile of one, lie row by row.
 # A model that is not here makes latents of a picture, ends its rows with visual tokens, or is not known.
 TOKEN_SIDES: dict[str, Callable[[Any], int]] = {
-    **dict.fromkeys(("llava", "vipllava", "video_llava", "paligemma", "janus", "deepseek_vl"), lambda config: 1),
+    **dict.fromkeys(("llava", "vipllava", "video_llava", "paligemma", "janus", "deepseek_vl", "deepseek_vl_hybrid"), lambda config: 1),
     **dict.fromkeys(("got_ocr2", "pp_chart2table", "step3p7"), lambda config: 4),
     **dict.fromkeys(("aya_vision", "cohere2_vision", "lfm2_vl"), lambda config: config.downsample_factor),
     **dict.fromkeys(("idefics3", "smolvlm"), lambda config: config.scale_factor),
