@@ -185,7 +185,7 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     cache = find_cache((*args, *kwargs.values()))
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
     if cache is not None and any(several_slots(block.module) for block in surgery.blocks.values()):
-        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache", "two attentions with a slot each"
+        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache each", "several"
         remedy = "Pass `use_cache=False`, or choose another model."
         raise UnsupportedError(explain(rule, f"{got} in {type(surgery.stream.blocks[0]).__name__}", remedy))
     if cache is not None and indices:
