@@ -1,13 +1,15 @@
 """A row of a padded batch is that row alone, as its tokens are decoded: in families whose attention reads its cache in a way of its own."""
 
 import pytest
-from held import decoded
+import torch
+from held import ASKED, LENGTH, STEPS, ask, decoded, texts
 from tolerances import close
 
 from hf_tokens import (
     D2OConfig,
     DeepPromptConfig,
     FTPConfig,
+    LandmarkAttentionConfig,
     MiKVConfig,
     MiniCacheConfig,
     PrefixKVConfig,
@@ -66,3 +68,26 @@ def test_what_is_given_no_sound_is_the_base_at_zero_strength():
     """A mask of its own tokens tells of no padding: what is no sound is there all the same."""
     base, model = zoo.build("higgs_audio_v2").model, get_token_model(zoo.build("higgs_audio_v2").model, PrefixKVConfig(budget=1.0)).eval()
     close(decoded(model, slice(0, 1))[0], decoded(base, slice(0, 1))[0])
+
+
+CHATS = {name: config for name, config in STRONG.items() if name != "ftp static"}
+CHATS["landmark"] = LandmarkAttentionConfig(block=4, local=4, retrieve=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", CHATS)
+def test_padding_between_the_turns_of_a_chat_is_not_there(name, family):
+    """A batch of chats is padded behind the shorter answers: entries, their places and their numbers are those of the row alone."""
+    model = get_token_model(zoo.build(family).model, CHATS[name]).eval()
+    context, _, (question, answer) = texts()
+    turns, caches, said = [context, question, *answer.split(1, dim=1)[:STEPS]], [None, None], []
+    real = [torch.ones_like(turn[1:]) for turn in turns]
+    gaps = [torch.tensor([[1] * 6 + [0] * 4 + [1] * (LENGTH - 6)]), torch.tensor([[0] * 2 + [1] * ASKED]), *real[2:]]
+    for i, turn in enumerate(turns):
+        padded = torch.zeros_like(gaps[i])
+        padded[gaps[i] == 1] = turn[1]
+        for which, (ids, masks) in enumerate(((padded, gaps), (turn[1:], real))):
+            out = ask(model, ids, torch.cat(masks[: i + 1], dim=1), caches[which])
+            caches[which] = out.past_key_values
+            said.append(out.logits[:, -1])
+        close(said[-2], said[-1], f"turn {i}")
