@@ -25,7 +25,7 @@ COMPRESSORS = {
     "minicache": MiniCacheConfig(gamma=0.3),
     "mikv": MiKVConfig(importance=0.3, bits=4),
 }
-LENGTH, ASKED, PADS = 18, 5, 4
+LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 
 
 def texts(seed=0):
@@ -42,6 +42,20 @@ def ask(model, ids, mask, cache=None, **more):
     """What the model says of tokens behind a cache, given the mask of all."""
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - ids.shape[1] :]
     return model(input_ids=ids, attention_mask=mask, position_ids=places, **{CACHE: cache}, use_cache=True, **more)
+
+
+def decoded(model, rows=slice(None)):
+    """What a model says of a padded batch, or of some of its rows without their padding, and of some tokens more; and its cache."""
+    context, mask, (question, _) = texts()
+    context, mask, question = context[rows], mask[rows], question[rows]
+    real = mask.bool().any(dim=0)
+    context, mask = context[:, real], mask[:, real]
+    out = ask(model, context, mask)
+    said, cache = [out.logits[:, -1]], out.past_key_values
+    for step in range(STEPS):
+        mask = longer(mask, question[:, :1])
+        said.append(ask(model, question[:, step : step + 1], mask, cache).logits[:, -1])
+    return torch.stack(said, dim=1), cache
 
 
 def longer(mask, ids):

@@ -20,7 +20,7 @@ from ..tokens.ledger import TokenLedger
 from .call import BlockCall
 from .context import ForwardContext
 from .handler import handler_of
-from .run import Memory, StreamRun
+from .run import REAL, Memory, StreamRun
 from .supply import remember_pictures
 
 if TYPE_CHECKING:
@@ -109,10 +109,11 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     admit_pass(plan.methods, memory, ledger)
     if layers:
         first = begin_rows(layers, ledger, real, first)
+    whole = find_gaps(memory, ledger, real, first)
     visual = context.visual
     if plan.remembers and visual is not None and visual.shape[1] == ledger.n:
         remember_pictures(call.hidden, visual.to(call.hidden.device), ledger, memory.rows)
-    return StreamRun(context, ledger, real, first, memory, layers=layers, caches=known, apart=apart, segments=segments)
+    return StreamRun(context, ledger, real, first, memory, layers=layers, caches=known, apart=apart, segments=segments, real=whole)
 
 
 def begin_rows(layers: list[TokenCacheLayer], ledger: TokenLedger, real: Tensor | None, first: Tensor | None) -> Tensor | None:
@@ -132,6 +133,21 @@ def begin_rows(layers: list[TokenCacheLayer], ledger: TokenLedger, real: Tensor 
             raise UnsupportedError(explain(rule, f"only padding in rows {late}", remedy))
     layer.place_rows(first)
     return first
+
+
+def find_gaps(memory: Memory, ledger: TokenLedger, real: Tensor | None, first: Tensor | None) -> Tensor | None:
+    """Real tokens of the whole sequence (b start+n) bool, where padding stands between some, as in a batch of chats; None where not."""
+    start, known = ledger.start, memory.rows.get(REAL)
+    if real is None and known is None:
+        return None
+    place = torch.arange(start + ledger.n, device=ledger.rows.device).expand(ledger.batch, -1)
+    begun = torch.ones_like(place, dtype=torch.bool) if first is None else place >= first[:, None]
+    before = begun[:, :start] if known is None else known[:, :start]
+    whole = torch.cat([before, begun[:, start:] if real is None else real], dim=1)
+    if known is None and bool((whole == begun).all()):
+        return None
+    memory.rows[REAL] = whole
+    return whole
 
 
 def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool) -> None:

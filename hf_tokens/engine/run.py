@@ -15,7 +15,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..roles.base import Method
 from ..tokens.altered import altered
-from ..tokens.entries import Stored
+from ..tokens.entries import Stored, pick_entries
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, put_back, take
 from .context import ForwardContext
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 BESIDE = "what a block returned for tokens of its own goes to the next"
+REAL = "real tokens of the whole sequence, where padding stands between some"  # in a memory's rows, (b n) bool
 
 
 class Memory(dict):
@@ -184,6 +185,7 @@ class StreamRun:
         layers: The cache layers of its blocks.
         apart: The first token that each real one sees, -1 for the others, (b n); None where no mask says it.
         segments: Where each sample begins in a packed row, (s); None if each has a row of its own.
+        real: Real tokens of the whole sequence, (b start+n) bool, where padding stands between some; None where not.
         inside: The tokens that are left, behind the last block that ran, (b m d).
         given: What that block returned to the model.
         lent: By the type of block, the tokens whose keys later blocks may read, and what was stored before them.
@@ -202,6 +204,7 @@ class StreamRun:
     layers: list[TokenCacheLayer] = field(default_factory=list)
     apart: Tensor | None = None
     segments: Tensor | None = None
+    real: Tensor | None = None
     inside: Tensor | None = None
     given: Tensor | None = None
     lent: dict[str | None, tuple[TokenLedger, Stored | None]] = field(default_factory=dict)
@@ -261,8 +264,17 @@ class StreamRun:
         """Whether this pass brings a prompt or a whole sequence, and not one token of generation."""
         return self.ledger.n > 1 or self.ledger.start == 0
 
+    def position(self, place: Tensor) -> Tensor:
+        """How many real tokens of its row stand before each place, (b m) or (b k m); below 0 for one that is none."""
+        if self.real is not None:
+            rank = (self.real.cumsum(dim=1) - 1).masked_fill(~self.real, -1)
+            return pick_entries(rank, place)
+        return place if self.first is None else place - self.first.view(-1, *[1] * (place.dim() - 1))
+
     def seen(self) -> Tensor:
         """Real tokens of each row up to the end of this pass, (b)."""
+        if self.real is not None:
+            return self.real.sum(dim=1)
         own = self.ledger.rows.new_full((self.ledger.batch,), self.ledger.n) if self.padding is None else self.padding.sum(dim=1)
         before = self.ledger.start if self.first is None or not self.ledger.start else self.ledger.start - self.first
         return own + before

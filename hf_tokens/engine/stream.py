@@ -194,7 +194,7 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     if cache is None or not indices:
         return
     if any(block.facts.several_slots for block in surgery.blocks.values()):
-        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache", "two attentions with a slot each"
+        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache each", "several"
         remedy = "Pass `use_cache=False`, or choose another model."
         raise UnsupportedError(explain(rule, f"{got} in {type(surgery.stream.blocks[0]).__name__}", remedy))
     if surgery.plan.fronts and is_static(cache) and reads_by_mask(surgery, kwargs):

@@ -165,7 +165,7 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
 def surplus(method: CacheCompressor, site: Site) -> int | None:
     """Entries that each row has beyond its budget, where all rows are alike and each entry is a token as it came; None where not."""
     layer, run = site.layer, site.run
-    reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, site.alike
+    reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, run.real, site.alike
     if holds(method) or any(reason is not None for reason in reasons):
         return None
     seen, n = run.ledger.start + run.ledger.n, layer.length

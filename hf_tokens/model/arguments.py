@@ -24,6 +24,7 @@ CROSS = re.compile(r"encoder|cross(?!_attention_gate)|context|memory|image_atten
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
+OF_TOKENS = re.compile(r"^(audio_token_mask|query_attn_mask)$")  # masks that say something of a block's own tokens, and not of its keys
 PAIRS = re.compile(r"bias|(^|_)rel(ative)?_|bbox")  # the same, whatever stands beside the two tokens
 PAIR_BIAS = "position_bias"  # of three axes, what it adds for each pair of tokens
 HIDES = re.compile(r"masked$|padding_mask$")  # a bool mask that is True where a token is hidden
@@ -105,7 +106,7 @@ def pair_form(ledger: TokenLedger, name: str, value: Tensor) -> str | None:
 
 def is_mask(ledger: TokenLedger, name: str, value: Tensor) -> bool:
     """Whether a tensor is a table from token to token of this stream."""
-    if not BETWEEN.search(name) or value.dim() == 3 and name == PAIR_BIAS:
+    if not BETWEEN.search(name) or OF_TOKENS.match(name) or value.dim() == 3 and name == PAIR_BIAS:
         return False
     seen = (ledger.n, ledger.start + ledger.n, ledger.n + ledger.context)
     return value.dim() >= 2 and (value.shape[-1] in seen or value.dim() == 4 and value.shape[-2] == ledger.n)
@@ -223,7 +224,7 @@ def shown_by(mask: Tensor) -> Tensor:
 def token_masks(arguments: dict[str, Any]) -> Iterator[Tensor]:
     """The masks of a block's own tokens among its arguments."""
     for name, value in arguments.items():
-        if "mask" in name and not CROSS.search(name):
+        if "mask" in name and not CROSS.search(name) and not OF_TOKENS.match(name):
             masks = [mask for mask in (value.values() if isinstance(value, dict) else [value]) if isinstance(mask, Tensor)]
             yield from (~mask if HIDES.search(name) and mask.dtype == torch.bool else mask for mask in masks)
 

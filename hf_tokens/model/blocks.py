@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import families
-from .arguments import BETWEEN, CROSS, HIDES
+from .arguments import BETWEEN, CROSS, HIDES, OF_TOKENS
 from .parts import attentions
 from .signatures import bound_arguments, parameters, read_once
 
+SLOT_OFFSET = "cycle_offset"  # HRM's stacks run several times in a pass, each time with other slots
 BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
 
 
@@ -82,7 +83,7 @@ def passed_on(output: Any, argument: Tensor) -> bool:
 @read_once
 def mask_name(*names: str) -> str | None:
     """Of the names of a block's arguments, the first that is a mask of its own tokens."""
-    own = [name for name in names if "mask" in name and not CROSS.search(name) and not HIDES.search(name)]
+    own = [name for name in names if "mask" in name and not any(r.search(name) for r in (CROSS, HIDES, OF_TOKENS))]
     return next((name for name in own if "head" not in name), None)
 
 
@@ -101,7 +102,8 @@ def borrows_keys(attention: nn.Module | None) -> bool:
 def several_slots(block: nn.Module) -> bool:
     """Whether the self-attentions of a block store their keys in several slots of a cache."""
     slots = (vars(attention).get("layer_idx") for attention in attentions(block))
-    return len({slot for slot in slots if slot is not None}) > 1
+    moves = any(SLOT_OFFSET in parameters(type(attention)) for attention in attentions(block))
+    return moves or len({slot for slot in slots if slot is not None}) > 1
 
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:

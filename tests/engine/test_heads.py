@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from held import COMPRESSORS, ask, longer, texts
+from held import COMPRESSORS, decoded, texts
 from tolerances import close
 
 from hf_tokens import (
@@ -26,19 +26,6 @@ REFUSED = {  # what of a cache's heads cannot be told, by family and method
     **{("diffllama", name): BY_HEAD for name in ("d2o", "squeezeattention", "razorattention")},
     ("mimo_v2_flash", "razorattention"): "numbers among the key heads that the caches of its blocks hold",
 }
-
-
-def decoded(model, rows):
-    """What a model says of a padded batch, or of one row without its padding, and of two tokens more."""
-    context, mask, (question, _) = (texts()[0][rows], texts()[1][rows], [q[rows] for q in texts()[2]])
-    real = mask.bool().any(dim=0)
-    context, mask = context[:, real], mask[:, real]
-    out = ask(model, context, mask)
-    said, cache = [out.logits[:, -1]], out.past_key_values
-    for step in range(2):
-        mask = longer(mask, question[:, :1])
-        said.append(ask(model, question[:, step : step + 1], mask, cache).logits[:, -1])
-    return torch.stack(said, dim=1), cache
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
@@ -115,7 +102,7 @@ def test_a_block_with_two_slots_of_a_cache_is_refused():
     specimen = zoo.build("longcat_flash")
     model = get_token_model(specimen.model, DeepPromptConfig(tokens=2)).eval()
     model(**specimen.inputs, use_cache=False)
-    with pytest.raises(UnsupportedError, match="one slot of the cache, got two attentions with a slot each in LongcatFlashDecoderLayer"):
+    with pytest.raises(UnsupportedError, match="one slot of the cache each, got several in LongcatFlashDecoderLayer"):
         model(**specimen.inputs, use_cache=True)
 
 
