@@ -19,7 +19,7 @@ from ..roles.config import MethodConfig
 from ..roles.registry import method_config
 from .doors import CONFIG, file_beside, is_loading, tensors_being_saved, without
 from .reading import read_config, whole
-from .saving import digest_of, has_bytes, replacing
+from .saving import digest_of, has_bytes, hashes_of, replacing
 
 NAME = "HF_TOKENS"
 PEFT_METHOD = "peft"
@@ -83,6 +83,7 @@ class HFTokensConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type, self._weights, self._in_trial, self._is_loaded = HF_TOKENS, None, False, False
+        self._hashes: dict[Any, str] = {}
         if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
             self.methods = [self.methods]
         if self.methods is not None and not isinstance(self.methods, Iterable):
@@ -154,10 +155,14 @@ class HFTokensConfig(PeftConfig):
         """Write the config whole or not at all, with the digest of the tensors that a model's `save_pretrained` writes beside it."""
         self.save_with(tensors_being_saved(), save_directory, **kwargs)
 
+    def prepare_to_save(self, tensors: Iterable[Tensor]) -> None:
+        """Note the hashes of what is about to be saved."""
+        self._hashes = hashes_of(tensors)
+
     def save_with(self, tensors: Mapping[str, Tensor] | None, folder: str | Path, **kwargs: Any) -> None:
         """Write the config beside these tensors; where they are not known, nothing is said of them."""
         known = tensors is not None and all(map(has_bytes, tensors.values()))
-        self.digest = digest_of(tensors.items()) if known else None
+        self.digest, self._hashes = digest_of(tensors.items(), self._hashes) if known else None, {}
         try:
             with replacing(Path(folder), CONFIG) as written:
                 super().save_pretrained(str(written), **kwargs)

@@ -49,6 +49,11 @@ def tensors_being_saved() -> Mapping[str, Tensor] | None:
     return next(found, None)
 
 
+def is_saving() -> bool:
+    """Whether PEFT is saving an adapter."""
+    return any(True for _ in under_way(OF_PEFT, ("save_pretrained",), FRAMES_TO_SAVER))
+
+
 # -- loading ---------------------------------------------------------------------------------------------------------
 def is_loading() -> bool:
     """Whether PEFT is loading an adapter."""

@@ -7,8 +7,9 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,32 @@ def has_bytes(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
 
 
-def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of tensors by their names, kinds, shapes and bytes, in whatever order and layout a file has them."""
+def hash_of(tensor: Tensor) -> str:
+    """The hash of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def mark_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """What a tensor is known by while a save is under way; None for one that does not tell whether it was written to."""
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def hashes_of(tensors: Iterable[Tensor]) -> dict[tuple[Any, ...], str]:
+    """The hashes of tensors by their marks: a file is written between them and its digest, and the less lies between those, the better."""
+    return {mark: hash_of(tensor) for tensor in tensors if has_bytes(tensor) and (mark := mark_of(tensor)) is not None}
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]], known: Mapping[tuple[Any, ...], str] | None = None) -> str:
+    """A digest of tensors by their names, kinds, shapes and bytes, in whatever order and layout a file has them.
+
+    Args:
+        tensors: The tensors, with their names in the file.
+        known: Hashes of some of them by their marks.
+    """
     lines = []
     for name, tensor in tensors:
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        lines.append(f"{name.removeprefix(PEFT_PREFIX)} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}")
+        found = known.get(mark_of(tensor)) if known else None
+        lines.append(f"{name.removeprefix(PEFT_PREFIX)} {tensor.dtype} {list(tensor.shape)} {found or hash_of(tensor)}")
     return "sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

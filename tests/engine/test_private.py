@@ -305,6 +305,7 @@ DIFFUSERS = (
 OTHERS = (
     Private("torch", "_C", "where the autograd engine says which backward pass it is in"),
     Private("torch._C", "_current_graph_task_id", "whether a block is run again by a checkpoint; there is no public way to ask"),
+    Private("torch.Tensor", "_version", "whether a tensor was written to between its hash and its file"),
     Private("torch.nn.Module", "_call_impl", "whether another thread is inside a call of the model"),
     Private("torch.nn.Module", "_modules", "children without the detour of `__getattr__`, and by names that are none of Python's"),
     Private("torch.nn.Module", "_parameters", "an edited weight stands in for the base's own while a block runs"),
