@@ -23,7 +23,7 @@ from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
 from .clock import Tick, agree, falling, own_level, tick
-from .guidance import REMEDY, guidance_of
+from .guidance import REMEDY, guidance_of, unguided
 from .unloading import UnloadLora
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
@@ -228,7 +228,7 @@ class DenoisingWorld(World):
         if out.shape[channel] > sample.shape[channel]:
             out = out.narrow(channel, 0, sample.shape[channel])
         like = next((key for key, (other, _) in self.now.items() if same_values(other, sample)), self.context)
-        halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2))
+        halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2)) and not unguided()
         self.now[self.context] = sample, StepOutput(out.detach(), sample.shape, halves, like)
 
     def before(self) -> StepOutput | None:

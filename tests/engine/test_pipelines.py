@@ -37,6 +37,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.hooks import FirstBlockCacheConfig, ModelHook, PyramidAttentionBroadcastConfig, apply_first_block_cache
+from diffusers.modular_pipelines.modular_pipeline import BlockState
 from peft import LoraConfig, get_peft_model_state_dict
 from tolerances import all_equal
 
@@ -346,6 +347,28 @@ def test_a_pipeline_that_is_not_known_is_refused_unless_a_context_tells():
         pipe(torch.randn(1, 5, 6))
     with CacheMixin.cache_context(pipe.unet, "cond"):
         assert bool(pipe(torch.randn(1, 5, 6)).sample.isfinite().all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "taken"), [("pred_cond", True), ("pred_uncond", False), ("pred_cond_skip", True)])
+def test_a_modular_pipeline_s_guider_tells_it(name, taken):
+    model, call = get_token_model(denoiser("sd3"), ProSpectConfig(stages=1, init_std=1.0)), calls("sd3", 1)[0]
+
+    def denoise(guider_state_batch):  # as the blocks of modular pipelines have it
+        return model(**call).sample
+
+    changed = denoise(BlockState(**{PREDICTION: name})) != denoiser("sd3")(**call).sample
+    assert bool(changed.any()) == taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("scale", "there"), [(4.0, True), (1.0, False)])
+def test_two_images_of_one_noise_have_no_guidance_where_the_pipeline_has_none(scale, there):
+    pipe, heard = get_token_model(stable(StableDiffusionPipeline), "importance-token-merge"), []
+    model = surgery_of(pipe)
+    pipe.unet.conv_in.register_forward_pre_hook(lambda *_: heard.append(model.call.context.steps_of_denoiser.guidance(64) is not None))
+    drawn(pipe, 2, False, **OF_IMAGES | {"guidance_scale": scale, "latents": torch.ones(2, 4, 8, 8)})
+    assert heard == [False, there]
 
 
 # -- how far it is -----------------------------------------------------------------------------------------------------
