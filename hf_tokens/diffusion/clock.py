@@ -21,12 +21,16 @@ class Tick:
         index: The place of this one.
         level: What it is on a schedule of 1000, 1000 at pure noise; None where the scheduler counts in units of its own.
         falls: Whether the noise falls along the table; None where that is not known.
+        begin: The place at which the pipeline's run began; None where the scheduler does not know.
+        span: The level there.
     """
 
     table: Tensor
     index: int
     level: float | None
     falls: bool | None
+    begin: int | None = None
+    span: float | None = None
 
 
 def tick() -> Tick | None:
@@ -50,9 +54,11 @@ def find_tick(scheduler: Any, timestep: float) -> Tick | None:
     at = (values == timestep).nonzero()
     if not len(at):
         return None
-    levels = [level_of(scheduler, value) for value in (timestep, float(values[0]), float(values[-1]))]
+    begin = (scheduler.begin_index or 0) if "begin_index" in dir(type(scheduler)) else None
+    levels = [level_of(scheduler, value) for value in (timestep, float(values[0]), float(values[-1]), float(values[begin or 0]))]
     known = None not in levels and bool(values.amin() >= 0) and bool(values.amax() <= scheduler.config.num_train_timesteps)
-    return Tick(table, int(at[0, 0]), levels[0] if known else None, levels[1] >= levels[2] if known else None)
+    level, first, last, span = levels if known else [None] * 4
+    return Tick(table, int(at[0, 0]), level, first >= last if known else None, begin, span)
 
 
 def level_of(scheduler: Any, timestep: float) -> float | None:

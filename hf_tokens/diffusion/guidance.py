@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import linecache
 import sys
@@ -45,7 +46,8 @@ def guidance_of(context: str) -> Guidance:
         return Guidance(told)
     for frame in calling():
         if pipelines.PREPARED in frame.f_code.co_varnames:
-            return Guidance(PREDICTIONS.get(vars(frame.f_locals[pipelines.PREPARED])[pipelines.PREDICTION]))
+            prepared = frame.f_locals.get(pipelines.PREPARED)
+            return Guidance(told if prepared is None else PREDICTIONS.get(vars(prepared).get(pipelines.PREDICTION)))
         return in_pipeline(frame) if told is None or owner(frame) in PROMPTS else Guidance(told)
     return Guidance(told)
 
@@ -75,6 +77,18 @@ def in_pipeline(frame: FrameType) -> Guidance:
         parts = ALONE
     perturbed = pipelines.PERTURBED in dir(type(pipeline)) and flag(frame, pipelines.PERTURBED)
     return Guidance((*parts, *ALONE), name) if perturbed else Guidance(parts)
+
+
+def unguided() -> bool:
+    """Whether a pipeline is calling that has decided on no guidance by parts of a batch."""
+    frame = next(calling(), None)
+    known = frame is not None and (pipelines.DECIDES in frame.f_code.co_varnames or decides(type(frame.f_locals.get("self"))))
+    return known and not flag(frame, pipelines.DECIDES)
+
+
+def decides(pipeline: type) -> bool:
+    """Whether a class of pipelines has a property that says whether it guides."""
+    return isinstance(inspect.getattr_static(pipeline, pipelines.DECIDES, None), property)
 
 
 def owner(frame: FrameType) -> str:

@@ -23,7 +23,7 @@ from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
 from .clock import Tick, agree, falling, own_level, tick
-from .guidance import REMEDY, guidance_of
+from .guidance import REMEDY, guidance_of, unguided
 from .unloading import UnloadLora
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
@@ -167,6 +167,8 @@ class DenoisingWorld(World):
             self.now = {}
         if self.begins:
             self.origin, self.first = value, 0 if now is None else now.index
+            if now is not None and now.begin is not None and now.index > now.begin:  # another denoiser made the steps before
+                self.origin, self.first = value * now.span / now.level if now.level else value, now.begin
         self.place = place
         self.calls[name] += 1
         self.context = (name, self.calls[name])
@@ -207,15 +209,14 @@ class DenoisingWorld(World):
         return torch.tensor(parts, device=prompt.device).repeat_interleave(len(prompt) // len(parts))
 
     def check_untold(self, prompt: Tensor) -> None:
-        """Refuse a denoiser that is called without a pipeline for one sample with two prompts: one of them may be negative."""
+        """Refuse a denoiser that is called without a pipeline for one sample with two prompts, or twice in a batch: one may be negative."""
         sample, before = self.sample, self.untold
         twice = before is not None and before[0] == self.place and same_values(before[1], sample) and not same_values(before[2], prompt)
         for parts in GUIDANCE_PARTS if sample is not None and len(sample) == len(prompt) else ():
-            alike = len(prompt) % parts == 0 and all(same_values(sample.chunk(parts)[0], other) for other in sample.chunk(parts))
-            twice |= alike and not all(same_values(prompt.chunk(parts)[0], other) for other in prompt.chunk(parts))
+            twice |= len(prompt) % parts == 0 and all(same_values(sample.chunk(parts)[0], other) for other in sample.chunk(parts))
         if twice:
             rule = "Which prompt is the negative one is known of the pipeline that calls, or told by the context of the call"
-            raise UnsupportedError(explain(rule, "one sample with two prompts, and neither", REMEDY))
+            raise UnsupportedError(explain(rule, "one sample with two prompts, or twice with one", REMEDY))
         self.untold = None if sample is None else (self.place, sample, prompt)
 
     def after_model(self, output: Any) -> None:
@@ -228,7 +229,7 @@ class DenoisingWorld(World):
         if out.shape[channel] > sample.shape[channel]:
             out = out.narrow(channel, 0, sample.shape[channel])
         like = next((key for key, (other, _) in self.now.items() if same_values(other, sample)), self.context)
-        halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2))
+        halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2)) and not unguided()
         self.now[self.context] = sample, StepOutput(out.detach(), sample.shape, halves, like)
 
     def before(self) -> StepOutput | None:

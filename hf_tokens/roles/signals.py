@@ -36,9 +36,10 @@ SIGNALS: dict[str, str] = {
     "step": "index of the denoising step, int",
     "steps": "number of denoising steps, int, or None where the pipeline does not give it",
     "timestep": "timestep of the denoising step as the model was given it, Tensor or None",
-    "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b)",
-    "negative": "for `takes`: samples of the negative prompt, (b) bool: by the name of the call's cache context, or where parts of a batch "
-    "have the same latents and other prompts, as in classifier-free guidance",
+    "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b); "
+    "None where they are not known, which refuses a method that adds to the prompt",
+    "negative": "for `takes`: samples of the negative prompt of classifier-free guidance, (b) bool: as the call's cache context, a guider "
+    "or the pipeline that calls tells; a call of which nobody tells has none, or is refused",
     "elapsed": "share of the denoising that is done, by the step or else by how far the timestep fell; None if neither is known, float",
     "progress": "share of the training steps done, float in [0, 1]; 1 outside of training",
     "targets": "what the batch's column `hf_tokens_targets` holds, such as the right routes, Tensor; None where it has no such column",

@@ -17,6 +17,7 @@ import torch
 from denoisers import calls, denoiser, sampled
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     CacheMixin,
     DDIMInverseScheduler,
     DDIMScheduler,
@@ -37,11 +38,23 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.hooks import FirstBlockCacheConfig, ModelHook, PyramidAttentionBroadcastConfig, apply_first_block_cache
+from diffusers.modular_pipelines.modular_pipeline import BlockState
 from peft import LoraConfig, get_peft_model_state_dict
 from tolerances import all_equal
 
-from hf_tokens import ProSpectConfig, UnsupportedError, calibrate, edit, get_token_model, load, measure, save_adapter, unload
-from hf_tokens.diffusion.clock import falling, find_tick
+from hf_tokens import (
+    ProfilingDiTConfig,
+    ProSpectConfig,
+    UnsupportedError,
+    calibrate,
+    edit,
+    get_token_model,
+    load,
+    measure,
+    save_adapter,
+    unload,
+)
+from hf_tokens.diffusion.clock import Tick, falling, find_tick
 from hf_tokens.diffusion.steps import DenoisingWorld
 from hf_tokens.model import families
 from hf_tokens.model.pipelines import (
@@ -348,6 +361,28 @@ def test_a_pipeline_that_is_not_known_is_refused_unless_a_context_tells():
         assert bool(pipe(torch.randn(1, 5, 6)).sample.isfinite().all())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "taken"), [("pred_cond", True), ("pred_uncond", False), ("pred_cond_skip", True)])
+def test_a_modular_pipeline_s_guider_tells_it(name, taken):
+    model, call = get_token_model(denoiser("sd3"), ProSpectConfig(stages=1, init_std=1.0)), calls("sd3", 1)[0]
+
+    def denoise(guider_state_batch):  # as the blocks of modular pipelines have it
+        return model(**call).sample
+
+    changed = denoise(BlockState(**{PREDICTION: name})) != denoiser("sd3")(**call).sample
+    assert bool(changed.any()) == taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("scale", "there"), [(4.0, True), (1.0, False)])
+def test_two_images_of_one_noise_have_no_guidance_where_the_pipeline_has_none(scale, there):
+    pipe, heard = get_token_model(stable(StableDiffusionPipeline), "importance-token-merge"), []
+    model = surgery_of(pipe)
+    pipe.unet.conv_in.register_forward_pre_hook(lambda *_: heard.append(model.call.context.steps_of_denoiser.guidance(64) is not None))
+    drawn(pipe, 2, False, **OF_IMAGES | {"guidance_scale": scale, "latents": torch.ones(2, 4, 8, 8)})
+    assert heard == [False, there]
+
+
 # -- how far it is -----------------------------------------------------------------------------------------------------
 SHARE = re.compile(r"/ ?\(?(1000|num_train_timesteps|self\.scheduler\.config\.num_train_timesteps)")
 RISES = re.compile(r"\b(1(\.0)?|1000) - (t\b|current_timestep|timestep)")
@@ -456,6 +491,28 @@ def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_no
         drawn(pipe, 1, False, **INVERTED)
 
 
+@torch.no_grad()
+def test_a_second_expert_goes_on_where_the_first_has_stopped():
+    pipe, heard = pipeline(transformer=wan(1), transformer_2=wan(2)), []
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(), vae=AutoencoderKLWan(**SMALL_VAE))
+    for expert in (pipe.transformer, pipe.transformer_2):
+        model = surgery_of(get_token_model(expert, ProfilingDiTConfig()))
+        expert.patch_embedding.register_forward_pre_hook(lambda *_, model=model: heard.append(model.call.context))
+    pipe.set_progress_bar_config(disable=True)
+    prompts = dict(prompt_embeds=torch.ones(1, 5, 8), negative_prompt_embeds=torch.zeros(1, 5, 8), guidance_scale=1.0)
+    pipe(height=16, width=16, num_frames=1, num_inference_steps=4, output_type="latent", **prompts)
+    assert [(c.step, c.elapsed) for c in heard] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]  # Wan's context tells it
+
+
+@pytest.mark.parametrize(("begin", "origin", "first"), [(0, 1000.0, 0), (2, 500.0, 2), (None, 500.0, 2)])
+def test_a_run_whose_first_steps_another_denoiser_made_began_with_them(begin, origin, first):
+    """The scheduler says at which of its timesteps the pipeline began; one that does not is taken to begin here."""
+    table = torch.tensor([1000.0, 750.0, 500.0, 250.0])
+    steps = DenoisingWorld(WanTransformer3DModel.__new__(WanTransformer3DModel))
+    steps.step("default", None, Tick(table, 2, 500.0, True, begin, 1000.0 if begin == 0 else 500.0), 500.0)
+    assert (steps.index, steps.begins, steps.origin, steps.first) == (0, True, origin, first)
+
+
 def falling_run(kind, steps=6):
     """Timesteps of a denoiser's own run, in the units of its class."""
     unit = 1 if families.UNIT_TIME.search(kind) else 1000
@@ -463,6 +520,7 @@ def falling_run(kind, steps=6):
     return [unit * (1 - share if families.RISING_TIME.search(kind) else share) for share in shares]
 
 
+SMALL_VAE = dict(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 DENOISERS = [family.partition("/")[2] for family in zoo.families("diffusers")]
 
 
