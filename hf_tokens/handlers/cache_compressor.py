@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -194,7 +196,8 @@ def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, b
 
 def allot(method: CacheCompressor, waiting: list[tuple[Site, Tensor | None]], notes: dict[int, Tensor]) -> None:
     """Every block has run: share the entries out."""
-    parts = method.stream_first.allot({site.block.index: score for site, score in waiting if score is not None}, notes)
+    scores = {site.block.index: score for site, score in waiting if score is not None}
+    parts = method.at_hand(partial(method.stream_first.allot, scores, notes))
     for site, score in waiting:
         part, (_, lengths, seen) = parts[site.block.index], count_entries(site)
         if not part.is_floating_point():
