@@ -7,6 +7,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -349,7 +350,7 @@ class ModelSurgery:
             mask = real if real is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             for method in surgery.methods():
                 if method.teaches and method.is_first_block:
-                    method.teach(hidden, teacher[0], mask)
+                    method.at_hand(partial(method.teach, hidden, teacher[0], mask))
 
     def extra_loss(self) -> Tensor | None:
         """The sum of the active methods' losses; None if they have none."""

@@ -139,7 +139,7 @@ class Span:
             if cached and self.tokens.reads is not None:
                 memory.rows[name] = take(read, self._last(padding))[:, 0]
             states.append(read)
-        return self.method.regain(self.before, *states)
+        return self.method.at_hand(functools.partial(self.method.regain, self.before, *states))
 
     def _last(self, padding: Tensor | None) -> Tensor:
         """Each row's last real token, (b 1); that of padding where it has none."""

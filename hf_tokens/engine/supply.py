@@ -306,5 +306,5 @@ def ask(method: Method, site: Site, word: str | None = None) -> Any:
     signals = {name: source(site) for name, source in supply.items()}
     if site.part is not None:
         signals = {name: value[:, site.part] if name in OF_A_QUERY else value for name, value in signals.items()}
-    signals = in_dtype_of(method, signals)
-    return getattr(method, word)(**{**dict.fromkeys(method.words[word]), **signals})
+    signals = {**dict.fromkeys(method.words[word]), **in_dtype_of(method, signals)}
+    return method.at_hand(functools.partial(getattr(method, word), **signals))

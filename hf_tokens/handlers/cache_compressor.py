@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -213,7 +215,7 @@ def allot(method: CacheCompressor, waiting: list[Site], notes: dict[int, Tensor]
     """Every block has run: share the entries out."""
     named = {site.block.index: (site, site.layer.record.entries.pop(method.key, None)) for site in waiting}
     scores = {index: among_real(score, site) for index, (site, score) in named.items() if score is not None}
-    parts = method.stream_first.allot(scores, notes)
+    parts = method.at_hand(partial(method.stream_first.allot, scores, notes))
     for site in waiting:
         part, (_, lengths, seen) = parts[site.block.index], count_entries(method, site)
         if not part.is_floating_point():

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -288,7 +289,8 @@ def check_alone(method: FeatureCache, block: BlockSurgery) -> None:
 
 def reuse(method: FeatureCache, block: BlockSurgery, hidden: Tensor, kept: Feature, part: str) -> Tensor | None:
     """The method's verb."""
-    return getattr(method, method.verb)(**supply_features(method, block, method.signals, hidden, kept, part))
+    signals = supply_features(method, block, method.signals, hidden, kept, part)
+    return method.at_hand(partial(getattr(method, method.verb), **signals))
 
 
 def supply_features(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -243,7 +244,7 @@ class ObjectiveSignals:
 
 def ask_objective(objective: Objective, signals: ObjectiveSignals) -> Tensor | None:
     """The loss of an objective for a call."""
-    return objective.loss(**{name: getattr(signals, name) for name in objective.signals})
+    return objective.at_hand(partial(objective.loss, **{name: getattr(signals, name) for name in objective.signals}))
 
 
 def objectives_of(model: ModelSurgery) -> list[Objective]:

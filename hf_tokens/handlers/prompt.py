@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -134,7 +135,7 @@ def ask_at_prompt(block: BlockSurgery, bank: TokenBank, call: Arguments, context
     }
     names = [name for name in bank.words[word] if name not in bank.ignores]
     signals = {name: supply[name]() if name in supply else getattr(context, name) for name in names}
-    return getattr(bank, word)(**{**dict.fromkeys(bank.words[word]), **signals})
+    return bank.at_hand(functools.partial(getattr(bank, word), **{**dict.fromkeys(bank.words[word]), **signals}))
 
 
 def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments, context: ForwardContext) -> list[PromptInsert]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class ModelRouterHandler(Handler):
             "predicted": lambda: call.model.base.get_input_embeddings()(logits.argmax(dim=-1)).detach(),
             "targets": lambda: call.context.targets,
         }
-        verdicts = [router.route(**{name: supply[name]() for name in router.signals}) for router in routers]
+        signals = {router: {name: supply[name]() for name in router.signals} for router in routers}
+        verdicts = [router.at_hand(partial(router.route, **signals[router])) for router in routers]
         call.model.put_verdict(torch.stack(verdicts).any(dim=0))
         return output
 

@@ -119,7 +119,7 @@ class TokenBankHandler(Handler):
         return BlockTokens(method, opened, x, opened.fill(x, tokens), only_read=method.site == "query")
 
     def remove(self, method: TokenBank, site: Site, summary: Tensor) -> bool:
-        read = method.read(summary)
+        read = method.at_hand(partial(method.read, summary))
         if read is not None:
             held = site.surgery.call.held
             held[READS] = held[READS] + read if READS in held else read

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -47,7 +48,8 @@ class Dims:
         if outside := [i for i in ids if not 0 <= i < size]:
             raise ConfigError(explain(f"A token id lies in [0, {size - 1}]", outside, "Take it from the model's own tokenizer."))
         weight = next(self.table.parameters())
-        return self.table.forward(torch.tensor(tuple(ids), dtype=torch.long, device=weight.device)).detach().clone()
+        device = None if weight.is_meta else weight.device  # a weight that is kept elsewhere is brought to where it is read
+        return self.table.forward(torch.tensor(tuple(ids), dtype=torch.long, device=device)).detach().clone()
 
 
 class Method(nn.Module, abc.ABC):
@@ -158,6 +160,16 @@ class Method(nn.Module, abc.ABC):
         """Of its parameters, or of those that its instances share; None if it has none."""
         instances = (self, *self._firsts)
         return next((p.dtype for method in instances for p in method.parameters() if p.is_floating_point()), None)
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        """Run something while the parameters are there: libraries that keep them elsewhere bring them when a module is called."""
+        return run()
+
+    def at_hand(self, run: Callable[[], Any]) -> Any:
+        """Run something of this instance, with what its first instances hold at hand too."""
+        for method in dict.fromkeys((self, *self._firsts)):
+            run = partial(method, run)
+        return run()
 
     def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:
         """Note the name of the method's place in the adapter, and its first instances."""
