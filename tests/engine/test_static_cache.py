@@ -75,9 +75,9 @@ def test_a_cache_with_prompts_is_read_with_them_alone():
             model(input_ids=IDS[:, :1], **{CACHE: cache})
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "bloom"])
 def test_what_moves_tokens_in_the_cache_is_refused(family):
-    stack = [PrefixKVConfig()] if family == "llama" else [DeepPromptConfig(tokens=3)]  # one has a window of its own
+    stack = [PrefixKVConfig()] if family == "llama" else [DeepPromptConfig(tokens=3)]  # a window of its own; a bias by distance
     model = get_token_model(zoo.build(family).model, stack).eval()
     with pytest.raises(UnsupportedError, match="needs a dynamic cache, got a cache of Static"):
         write(model, cache_implementation="static")
