@@ -17,7 +17,7 @@ ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart test test-newest test-oldest smoke-oldest short smoke lock freeze contract sweep bench growth quality cards new check clean
+.PHONY: help families torture quickstart test test-newest test-oldest smoke-oldest short smoke lock freeze contract sweep bench growth quality cards new check clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -57,6 +57,12 @@ contract: $(VENV)/dev.stamp ## Run the contract of every method on every archite
 
 sweep: $(VENV)/dev.stamp ## Try identity and drop surgeries on every model family: benchmarks/results/sweep.md
 	$(BIN)/python benchmarks/sweep.py $(ARGS)
+
+families: $(VENV)/dev.stamp ## Every method on every model family: right, refused with a word, or neither: over an hour
+	$(BIN)/python benchmarks/families.py $(ARGS)
+
+torture: $(VENV)/dev.stamp ## Damaged folders, killed saves, errors everywhere, odd sizes, long lives: 20 minutes, and what they counted
+	HF_TOKENS_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/torture $(ARGS)
 
 bench: $(VENV)/benchmarks.stamp ## What surgeries cost and save on a CPU, in paired runs: under 15 minutes
 	$(BIN)/python benchmarks/bench.py $(ARGS)

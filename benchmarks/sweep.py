@@ -16,6 +16,8 @@ import logging
 import signal
 import time
 import warnings
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +303,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Families",
         "",
-        "Made by `python benchmarks/sweep.py --fresh`.",
+        f"Made by `python benchmarks/sweep.py --fresh` on {date.today()}, with {made_with()}.",
         "",
         f"Whole models: {_count(whole)}",
         "",
@@ -318,6 +320,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [row["family"], row.get("class", "-"), _streams(row), *found, row["why"]]
         lines.append("| " + " | ".join(str(cell).replace("|", "/") or "-" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def made_with() -> str:
+    """The libraries whose families these are."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "diffusers"))
 
 
 def _count(rows: list[dict[str, Any]]) -> str:

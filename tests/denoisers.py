@@ -5,6 +5,7 @@ import functools
 
 import torch
 from diffusers import (
+    CacheMixin,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -47,6 +48,17 @@ def denoiser(kind, dtype=torch.float64, layers=3):
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def with_pictures(unet, dtype=torch.float64):
+    """A UNet with an IP-Adapter of random weights, and what its calls are given for that: pictures for two samples."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(*shape, generator=generator) * 0.3
+    crosses = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    weights = {f"{2 * i + 1}.to_{letter}_ip.weight": draw(8, 6) for i in range(len(crosses)) for letter in "kv"}
+    projection = {"proj.weight": draw(24, 8), "proj.bias": draw(24), "norm.weight": torch.ones(6), "norm.bias": torch.zeros(6)}
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
+    return unet.to(dtype), {"added_cond_kwargs": {"image_embeds": [draw(2, 1, 8).to(dtype)]}}
+
+
 def calls(kind, steps, size=(8, 8), seed=1, batch=2, guided=False, dtype=torch.float64):
     """The arguments of every step: a batch of different pictures; guided: each twice, with another condition."""
     torch.manual_seed(seed)
@@ -65,6 +77,11 @@ def calls(kind, steps, size=(8, 8), seed=1, batch=2, guided=False, dtype=torch.f
     name = "sample" if kind == "unet" else "hidden_states"
     times = [1 - step / (steps + 1) if kind == "flux" else 990 - 900 * step // (steps + 1) for step in range(steps)]
     return [{name: twice(picture + 0.3 * noise[i]), "timestep": torch.tensor([times[i]] * rows), **more} for i in range(steps)]
+
+
+def within(model, name="cond_uncond"):
+    """A cache context around a PeftModel's denoiser, which says whose prompt its calls are given."""
+    return CacheMixin.cache_context(model.base_model.model, name)
 
 
 def half(call, which):
@@ -97,8 +114,10 @@ def own_prompts(model, kind, tokens):
     project = getattr(model, project[kind]) if kind in project else lambda x: x
 
     def before(module, args, kwargs, own):
-        context = kwargs["encoder_hidden_states"]
-        given = {**kwargs, "encoder_hidden_states": torch.cat([context, project(own[None]).expand(len(context), -1, -1)], dim=1)}
+        given = kwargs["encoder_hidden_states"]
+        context, *pictures = given if isinstance(given, tuple) else (given,)
+        longer = torch.cat([context, project(own[None]).expand(len(context), -1, -1)], dim=1)
+        given = {**kwargs, "encoder_hidden_states": (longer, *pictures) if pictures else longer}
         if kind == "flux":  # a token of the prompt stands at place 0 of all axes, like the first
             tables = [torch.cat([table[:1].expand(len(own), -1), table]) for table in kwargs["image_rotary_emb"]]
             given["image_rotary_emb"] = tuple(tables)

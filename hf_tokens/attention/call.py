@@ -133,11 +133,13 @@ class Scores:
         call: The attention call.
         real: Queries that are real tokens, (b m) bool.
         back: Brings what the call's keys received back to the tokens of the stream.
+        group: Brings what the call's key heads received (b g n) to those of the cache, (b k n).
     """
 
     call: AttentionCall
     real: Tensor | None = None
     back: Callable[[Tensor, int], Tensor] | None = None
+    group: Callable[[Tensor], Tensor] | None = None
 
     def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query") -> Tensor:
         """What each key receives over all real queries or those with a weight, (b m).
@@ -153,6 +155,7 @@ class Scores:
             out = attention_columns(self.call.q, self.call.k, weights=counted, reduce=reduce, heads=heads, **self.call.shape())
             if weights is None:
                 self.call.known[key] = out
+        out = self.group(out) if heads == "key" and self.group is not None else out
         return out if self.back is None else self.back(out, out.dim() - 1)
 
     def rows(self, index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,10 +20,18 @@ TAPPED_PREFIX = "hf_tokens_"
 BACKENDS = ("sdpa", "eager")
 TAP = "_hf_tokens_tap"
 STRANGE = ("sinks", "indices", "block_indices")  # arguments of attention functions that change the probabilities
+OPEN: weakref.WeakSet[Tap] = weakref.WeakSet()  # the taps for whom the functions stand in the registries
 
 
 class TappedName(str):
-    """The name of a backend's tapped function: the registries look that up, and code that compares names still finds its backend."""
+    """The name of a backend's tapped function: the registries look that up, and code that compares names still finds its backend. A copy is
+    the backend's own name: a tap that was copied opens again."""
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.removeprefix(TAPPED_PREFIX),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return self.removeprefix(TAPPED_PREFIX)
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -101,12 +110,13 @@ def open_tap(attention: nn.Module, tap: Tap) -> str:
         raise UnsupportedError(explain(rule, f"{type(attention).__name__} with {backend!r}", remedy))
     backend = backend.removeprefix(TAPPED_PREFIX)
     vars(attention)[TAP] = (tap,)
+    OPEN.add(tap)
     config._attn_implementation_internal = tapped_name(backend)
     return backend
 
 
 def tapped_name(backend: str) -> TappedName:
-    """Name of a backend's tapped function, registered with its mask function."""
+    """Name of a backend's tapped function, in the registries with its mask function."""
     name = TappedName(TAPPED_PREFIX + backend)
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(str(name), tapped(backend))
@@ -114,14 +124,24 @@ def tapped_name(backend: str) -> TappedName:
     return name
 
 
+def leave_registries(tap: Tap) -> None:
+    """A tap is closed: the functions of the last one leave the registries."""
+    OPEN.discard(tap)
+    if not OPEN:
+        for name in [TAPPED_PREFIX + backend for backend in BACKENDS if TAPPED_PREFIX + backend in ALL_ATTENTION_FUNCTIONS]:
+            for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+                del registry._global_mapping[name]  # what `register` writes; `del registry[name]` reaches another one
+
+
 def tapped_now(attention: nn.Module) -> bool:
     """Whether the model's backend is still a tapped one."""
     return attention.config._attn_implementation.startswith(TAPPED_PREFIX)
 
 
-def close_tap(attention: nn.Module) -> None:
+def close_tap(attention: nn.Module, tap: Tap) -> None:
     """Give a self-attention module its own backend back."""
     vars(attention).pop(TAP, None)
     backend = attention.config._attn_implementation
     if backend is not None and backend.startswith(TAPPED_PREFIX):
         attention.config._attn_implementation_internal = backend.removeprefix(TAPPED_PREFIX)
+    leave_registries(tap)

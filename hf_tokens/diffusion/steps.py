@@ -12,21 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.block import BlockSurgery
+from ..engine.handler import handler_of
 from ..engine.model import ModelSurgery
 from ..engine.results import World
+from ..errors import UnsupportedError, explain
 from ..model import families
-from ..model.callers import callers
 from ..model.pictures import over_tokens
+from ..model.pipelines import ALONE
 from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
+from .clock import Tick, agree, falling, own_level, tick
+from .guidance import REMEDY, guidance_of
+from .unloading import UnloadLora
 
 CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
 RUN_OVER = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
-GUIDED = ("cond", "uncond")  # names that pipelines give the two calls of guidance
-BATCHED = "do_classifier_free_guidance"  # how pipelines call what decides on guidance within one batch
-FRAMES_TO_PIPELINE = 64  # frames between a pipeline's call and its denoiser's
+GUIDED = ("cond", "uncond", "pred_cond", "pred_uncond")  # names that pipelines give the two calls of guidance
 GUIDANCE_PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
 Context = tuple[str, int]
 
@@ -37,32 +40,23 @@ class StepOutput:
 
     Attributes:
         output: The prediction, cut to the channels of the sample: what stands behind them is a variance.
+        shape: That of the sample.
         halves: Whether the two halves of the batch had the same sample, so that they differ by their condition only.
         like: The first call of the step that had this sample.
     """
 
     output: Tensor
+    shape: torch.Size
     halves: bool
     like: Context
-
-
-def guides() -> bool | None:
-    """Whether the pipeline that is calling puts the parts of guidance into one batch; None where none is, or its code does not show it."""
-    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
-    for frame in callers(0 if module is None else FRAMES_TO_PIPELINE):
-        pipeline, code = frame.f_locals.get("self"), frame.f_code
-        if code.co_name == "__call__" and isinstance(pipeline, module.DiffusionPipeline):
-            if BATCHED in code.co_varnames:
-                return frame.f_locals.get(BATCHED)
-            return bool(getattr(pipeline, BATCHED)) if BATCHED in code.co_names else False
-    return None
 
 
 class DenoisingWorld(World):
     """Which denoising step a call is: from the pipeline's cache context where that has it, else counted by the timestep.
 
-    A timestep that rises begins a new run, and so does what comes behind a pipeline's end or a call that failed. Calls of one name at
-    one timestep (guidance by several calls) are contexts of their own.
+    A step back begins a new run, in the scheduler's table of a pipeline that calls, else by the noise that the timestep means; and so does
+    what comes behind a pipeline's end or a call that failed. Calls of one name at one step (guidance by several calls) are contexts of
+    their own.
     """
 
     def __init__(self, model: nn.Module):
@@ -70,8 +64,11 @@ class DenoisingWorld(World):
         self.model = model
         self.names = positional(type(model))
         self.begins = False  # whether this call is the first of a run
-        self.place: tuple[bool, float] | None = None
+        self.place: tuple[int, float] | None = None  # what counts the steps, and what falls from one to the next
         self.index = 0
+        self.table: Tensor | None = None  # of the scheduler that counts them
+        self.first = 0  # place in it at which the run began
+        self.single = 0  # runs of a single step behind each other, none of which was told of
         self.calls: Counter[str] = Counter()
         self.standing = False
         self.origin = 0.0  # the timestep at which the run began
@@ -80,10 +77,13 @@ class DenoisingWorld(World):
         self.context: Context = ("default", 1)
         self.last: dict[Context, StepOutput] = {}  # of the step before
         self.now: dict[Context, tuple[Tensor, StepOutput]] = {}
+        self.untold: tuple[Any, Tensor | None, Tensor] | None = None  # place, sample and prompt of a call whose prompt nobody told of
+        self.joined: str | None = None
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
             self.hook = context_hook(self.forget)
             if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not called at the end otherwise
                 vars(model)[RUN_OVER] = self.forget
+        self.unloading = UnloadLora(model) if UnloadLora.name in dir(type(model)) else None
 
     def block_added(self, block: BlockSurgery) -> None:
         """Let `cache_context` find the hook in a block of ours: on the model it would rewrite a forward, which no deepcopy survives."""
@@ -112,10 +112,12 @@ class DenoisingWorld(World):
         """Leave nothing on the model."""
         self.look_again()
         vars(self.model).pop(RUN_OVER, None)
+        if self.unloading is not None:
+            self.unloading.remove()
 
     def forget(self) -> None:
         """Let the next call begin a run."""
-        self.place = None
+        self.place = self.untold = None
 
     def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Context, step, steps, timestep, share of the run and picture of this call."""
@@ -123,22 +125,20 @@ class DenoisingWorld(World):
         if self.hook is None:
             return {"steps_of_denoiser": self}
         arguments = bound_arguments(self.model, args, kwargs)
-        context, timestep, sample = self.hook.manager._context, arguments.get("timestep"), arguments.get(self.names[0])
-        name = "default" if context is None else context.name
-        counted = context is not None and context.step_index is not None
-        value = 0.0 if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
-        place, before = (counted, float(context.step_index) if counted else -value), self.place
-        self.begins = before is None or place < before or place[0] != before[0] or self.calls[name] >= CALLS and place == before
-        if self.begins or place != before:
-            self.index = context.step_index if counted else 0 if self.begins else self.index + 1
-            self.calls.clear()
-            self.last = {} if self.begins else {key: output for key, (_, output) in self.now.items()}
-            self.now = {}
-        self.origin = value if self.begins else self.origin
-        self.place = place
-        self.calls[name] += 1
-        self.context, self.sample = (name, self.calls[name]), sample if isinstance(sample, Tensor) else None
+        name = next((name for name in families.TIMESTEPS if name in arguments), families.TIMESTEPS[0])
+        context, timestep, sample = self.hook.manager._context, arguments.get(name), arguments.get(self.names[0])
+        counted, now = context is not None and context.step_index is not None, tick()
+        value = 0.0 if timestep is None else falling(type(self.model).__name__, torch.as_tensor(timestep))
+        self.step("default" if context is None else context.name, context.step_index if counted else None, now, value)
+        self.refuse_single(model)
+        self.sample = sample if isinstance(sample, Tensor) else None
         steps = None if context is None else context.num_inference_steps
+        if steps:
+            elapsed = self.index / steps
+        elif now is not None and not now.falls:
+            elapsed = (now.index - self.first) / (len(now.table) - self.first)
+        else:
+            elapsed = None if timestep is None or not self.origin else 1 - value / self.origin
         return {
             "steps_of_denoiser": self,
             "denoising": self.context,
@@ -146,36 +146,77 @@ class DenoisingWorld(World):
             "step": self.index,
             "steps": steps,
             "timestep": timestep,
-            "time": self.time(timestep, sample),
-            "elapsed": self.index / steps if steps else None if timestep is None or not self.origin else 1 - value / self.origin,
+            "time": self.time(timestep, sample, now),
+            "elapsed": elapsed,
             "picture": tuple(sample.shape[2:]) if isinstance(sample, Tensor) and sample.dim() in (4, 5) else None,
         }
 
-    def time(self, timestep: Any, sample: Any) -> Tensor | None:
-        """The timestep of each sample on a schedule of 1000, 1000 at pure noise, (b)."""
+    def step(self, name: str, told: int | None, now: Tick | None, value: float) -> None:
+        """Go on to a call of this name: at a step that its context tells, that a scheduler counts, or that has this much noise."""
+        place = (0, -value) if told is None else (1, float(told))
+        if told is None and now is not None:
+            place, self.table = (id(now.table), float(now.index)), now.table
+        before = self.place
+        back = before is not None and place[0] == before[0] and place[1] < before[1]
+        self.begins = before is None or back or place[0] != before[0] or self.calls[name] >= CALLS and place == before
+        if self.begins or place != before:
+            self.single = self.single + 1 if back and self.index == 0 and told is None else 0
+            self.index = told if told is not None else 0 if self.begins else self.index + 1
+            self.calls.clear()
+            self.last = {} if self.begins else {key: output for key, (_, output) in self.now.items()}
+            self.now = {}
+        if self.begins:
+            self.origin, self.first = value, 0 if now is None else now.index
+        self.place = place
+        self.calls[name] += 1
+        self.context = (name, self.calls[name])
+
+    def refuse_single(self, model: ModelSurgery) -> None:
+        """Refuse steps that go back one after the other where something is kept from step to step: each would begin a run."""
+        if self.single > 1 and (self.keeps_output or any(handler_of(method).keeps_steps for method in model.methods())):
+            rule = "What is kept from step to step needs steps whose noise falls, or that a pipeline's scheduler or a context counts"
+            remedy = "Call the denoiser within `CacheMixin.cache_context(denoiser, 'cond', step_index=i, num_inference_steps=n)`."
+            raise UnsupportedError(explain(rule, "one after the other with more noise", remedy))
+
+    def time(self, timestep: Any, sample: Any, now: Tick | None = None) -> Tensor | None:
+        """The timestep of each sample on a schedule of 1000, 1000 at pure noise, (b); None where its unit is not known."""
         if timestep is None or not isinstance(sample, Tensor):
             return None
-        name, value = type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float()
-        value = value.reshape(len(sample), -1).amax(dim=1) if value.numel() % len(sample) == 0 else value.amax().expand(len(sample))
-        value = 1000 * value if families.UNIT_TIME.search(name) else value
-        value = 1000 - value if families.RISING_TIME.search(name) else value
-        return value.round(decimals=3)  # a share is no whole number of thousandths in single precision
+        levels = own_level(type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float())
+        if now is not None and now.level is None:
+            return None
+        if now is not None and (levels is None or not agree(levels, now.level)):
+            return torch.full((len(sample),), now.level, device=sample.device)
+        if levels is None:
+            return None
+        return levels.reshape(len(sample), -1).amax(dim=1) if levels.numel() % len(sample) == 0 else levels.amax().expand(len(sample))
 
     def negative(self, call: dict[str, Any]) -> Tensor | None:
         """Samples of the negative prompt in this call, (b) bool; None where there is no prompt."""
-        prompt, sample = call.get(PROMPT), self.sample
+        prompt = call.get(PROMPT)
         if not isinstance(prompt, Tensor):
             return None
-        if self.context[0].startswith(GUIDED[1]):
-            return torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
-        for parts in GUIDANCE_PARTS if sample is not None and len(sample) == len(prompt) and guides() is not False else ():
-            latents, prompts = sample.chunk(parts), prompt.chunk(parts)
-            if len(prompt) % parts == 0 and all(same_values(latents[0], other) for other in latents[1:]):
-                base = prompts[-1 if families.PROMPT_FIRST.search(type(self.model).__name__) else 0]
-                negative = [same_values(other, base) for other in prompts]
-                if not all(negative):
-                    return torch.tensor(negative, device=prompt.device).repeat_interleave(len(prompt) // parts)
-        return torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+        guidance = guidance_of(self.context[0])
+        self.joined = guidance.joined
+        if guidance.parts is None:
+            self.check_untold(prompt)
+        parts = guidance.parts or ALONE
+        if len(prompt) % len(parts):
+            rule = f"A batch under guidance has {len(parts)} parts"
+            raise UnsupportedError(explain(rule, f"{len(prompt)} prompts", REMEDY))
+        return torch.tensor(parts, device=prompt.device).repeat_interleave(len(prompt) // len(parts))
+
+    def check_untold(self, prompt: Tensor) -> None:
+        """Refuse a denoiser that is called without a pipeline for one sample with two prompts: one of them may be negative."""
+        sample, before = self.sample, self.untold
+        twice = before is not None and before[0] == self.place and same_values(before[1], sample) and not same_values(before[2], prompt)
+        for parts in GUIDANCE_PARTS if sample is not None and len(sample) == len(prompt) else ():
+            alike = len(prompt) % parts == 0 and all(same_values(sample.chunk(parts)[0], other) for other in sample.chunk(parts))
+            twice |= alike and not all(same_values(prompt.chunk(parts)[0], other) for other in prompt.chunk(parts))
+        if twice:
+            rule = "Which prompt is the negative one is known of the pipeline that calls, or told by the context of the call"
+            raise UnsupportedError(explain(rule, "one sample with two prompts, and neither", REMEDY))
+        self.untold = None if sample is None else (self.place, sample, prompt)
 
     def after_model(self, output: Any) -> None:
         """A call has ended; keep what it put out, if a method names a signal of it."""
@@ -188,16 +229,21 @@ class DenoisingWorld(World):
             out = out.narrow(channel, 0, sample.shape[channel])
         like = next((key for key, (other, _) in self.now.items() if same_values(other, sample)), self.context)
         halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2))
-        self.now[self.context] = sample, StepOutput(out.detach(), halves, like)
+        self.now[self.context] = sample, StepOutput(out.detach(), sample.shape, halves, like)
+
+    def before(self) -> StepOutput | None:
+        """What this context put out at the step before; None where it then ran on other samples, as where guidance ends within a run."""
+        output = self.last.get(self.context)
+        return output if output is not None and self.sample is not None and output.shape == self.sample.shape else None
 
     def noise(self, n: int) -> Tensor | None:
-        """What this context put out at the step before, (b n f)."""
-        output = self.last.get(self.context)
+        """That for each token, (b n f)."""
+        output = self.before()
         return None if output is None else over_tokens(output.output, n)
 
     def guidance(self, n: int) -> Tensor | None:
         """How much the condition changed it, (b n): over the halves of a batch, or between the two calls for one sample."""
-        last = self.last.get(self.context)
+        last = self.before()
         if last is None:
             return None
         calls = {key: output.output for key, output in self.last.items() if output.like == last.like}

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..attention.tap import TAPPED_PREFIX
 from ..errors import UnsupportedError, explain
 from ..model import families
-from ..model.blocks import borrows_keys, layer_index
+from ..model.blocks import BlockFacts, borrows_keys, layer_index
 from ..roles.base import Method
 from .context import State
 from .handler import handler_of
@@ -54,6 +54,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.surgery, self.index = surgery, index
         self._module = (module,)  # a tuple keeps it from becoming a submodule
         self._attention = () if attention is None else (attention,)
+        self.facts = BlockFacts.of(module)
         self.layer_idx = layer_index(module, attention)
         self.shares_keys, self.layer_type = borrows_keys(attention), None if attention is None else vars(attention).get("layer_type")
         self.window = 1 if attention is None else 2 * vars(attention).get(families.HALF_WINDOW, 0) or 1

@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache
 from ..attention.tap import BACKENDS, TAPPED_PREFIX
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
+from ..kv.static import FrontedLayer
 from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
-from ..model.blocks import BIAS, CROSS_BIAS, bias_maker, counts_tokens, hands_on, is_foreign, mask_name, mixes_more, passed_on
+from ..model.blocks import BIAS, CROSS_BIAS, BlockFacts, mask_name, passed_on
 from ..model.signatures import positional
 from ..model.streams import LAYOUTS, PACKED, Stream, axes, rebuilt
 from ..tokens.entries import Stored
@@ -26,9 +27,9 @@ from .trial import run_or_refuse
 class BlockCall:
     """One call of a block, its arguments by name, its hidden states as (b n d)."""
 
-    def __init__(self, stream: Stream, index: int, args: tuple, kwargs: dict):
+    def __init__(self, stream: Stream, index: int, facts: BlockFacts, args: tuple, kwargs: dict):
         block = stream.blocks[index]
-        self.stream, self.index, self.block = stream, index, block
+        self.stream, self.index, self.facts, self.block = stream, index, facts, block
         self.names = positional(type(block))[: len(args)]
         self.rest = args[len(self.names) :]
         self.arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -54,14 +55,16 @@ class BlockCall:
         value = self.arguments.get(name)
         return value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
 
-    def segments(self, real: Tensor | None) -> Tensor | None:
-        """Where each sample begins in a packed row, (s), given the real tokens (b n); None if each sample has a row of its own. Several
-        packed rows are refused."""
+    def segments(self, real: Tensor | None, gives_places: bool) -> Tensor | None:
+        """Where each sample begins in a packed row, (s), by the real tokens (b n) and whether the call may say their places; None if each
+        has a row of its own. Several packed rows are refused."""
         if self.layout == PACKED:
             bounds = next((v for name, v in self.arguments.items() if SEGMENTS.match(name) and isinstance(v, Tensor)), None)
             return None if bounds is None else bounds[:-1].long().unique()
         places, (batch, n) = self.arguments.get("position_ids"), self.hidden.shape[:2]
-        if not isinstance(places, Tensor) or places.dim() != 2 or places.shape[1] != n or places.shape[0] not in (1, batch) or n == 1:
+        if not gives_places or n == 1 or not isinstance(places, Tensor) or places.dim() != 2:
+            return None
+        if places.shape[1] != n or places.shape[0] not in (1, batch):
             return None
         again = places[:, 1:] <= places[:, :-1]  # a sequence whose positions begin anew
         again = again if real is None else again & real[:, 1:] & real[:, :-1]
@@ -87,7 +90,7 @@ class BlockCall:
         self._refuse_filler(ledger)
         self._spell_out_bias(ledger)
         whole_names = (self.hidden_name, families.INDEXED.get(type(self.block).__name__))
-        kept = {name for name, value in self.arguments.items() if name in whole_names or is_foreign(self.block, name, value)}
+        kept = {name for name, value in self.arguments.items() if name in whole_names or self.facts.is_foreign(name, value)}
         cut = {name: value if name in kept else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
         cut[self.hidden_name] = original
         name = self._mask_name()
@@ -118,7 +121,7 @@ class BlockCall:
 
     def _refuse_filler(self, ledger: TokenLedger) -> None:
         """A mask keeps filler from one attention; a state space can be kept from it as from padding: in front of a whole sequence."""
-        if ledger.filled is None or self.attends and not mixes_more(self.block):
+        if ledger.filled is None or self.attends and not self.facts.mixes_more:
             return
         behind = bool((ledger.filled[:, :-1] & ~ledger.filled[:, 1:]).any())
         if self.attends or not self.stream.causal or ledger.start or behind:
@@ -128,15 +131,15 @@ class BlockCall:
 
     def _refuse_counting(self) -> None:
         """A block that counts its tokens by itself would give those that are left other places than they had."""
-        always, by_default = counts_tokens(self.block)
+        always, by_default = self.facts.counts
         has_places = any(families.PLACES.search(name) and value is not None for name, value in self.arguments.items())
-        if always or by_default and not has_places and bias_maker(self.block) is None:
+        if always or by_default and not has_places and self.facts.bias_maker is None:
             rule = "A block must be told the places of its tokens, or all of them must be there"
             raise UnsupportedError(explain(rule, f"{self.where}, which counts them by itself", "Choose other layers or another model."))
 
     def _spell_out_bias(self, ledger: TokenLedger) -> None:
         """Where the first block would count the places for its relative bias by itself, give it the bias of the whole sequence."""
-        maker, context = bias_maker(self.block), self.arguments.get("encoder_hidden_states")
+        maker, context = self.facts.bias_maker, self.arguments.get("encoder_hidden_states")
         missing = {name for name in positional(type(self.block)) if self.arguments.get(name) is None}
         if BIAS in missing and maker is not None:
             self.arguments[BIAS] = maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start)
@@ -146,11 +149,11 @@ class BlockCall:
     @property
     def biased(self) -> bool:
         """Whether the block's attention adds a bias to its scores."""
-        return bias_maker(self.block) is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
+        return self.facts.bias_maker is not None or any(self.arguments.get(name) is not None for name in (BIAS, CROSS_BIAS))
 
     def missing_bias(self, ledger: TokenLedger, stored: Stored | None) -> Tensor | None:
         """The bias that the scores of these tokens need where the block has no argument for one."""
-        maker, named = bias_maker(self.block), BIAS in positional(type(self.block))
+        maker, named = self.facts.bias_maker, BIAS in positional(type(self.block))
         if ledger.untouched and stored is None or maker is None or named:
             return None
         return cut_mask(ledger, BIAS, maker.compute_bias(ledger.n, ledger.start + ledger.n, past_seen_tokens=ledger.start), stored)
@@ -186,6 +189,16 @@ class BlockCall:
         args, kwargs = self._ordered(arguments)
         return inner(*args, **kwargs)
 
+    def behind_front(self, layer: FrontedLayer) -> tuple[tuple, dict]:
+        """The block's arguments where the tokens of a surgery stand in front of its cache already."""
+        name = self._mask_name()
+        mask = self.arguments.get(name)
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[3] != layer.max_cache_len:
+            rule = "A static cache with tokens in front needs a mask over all its places in each block"
+            got = f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} for {layer.max_cache_len}, at {self.where}"
+            raise UnsupportedError(explain(rule, got, "Leave out `cache_implementation`."))
+        return self._ordered({**self.arguments, name: layer.widened(mask)})
+
     def _ordered(self, arguments: dict) -> tuple[tuple, dict]:
         by_name = {name: value for name, value in arguments.items() if name not in self.names}
         return (*(arguments[name] for name in self.names), *self.rest), by_name
@@ -196,7 +209,7 @@ class BlockCall:
             return output
         pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
         items = tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
-        if not hands_on(self.block):
+        if not self.facts.hands_on:
             self._refuse_beside([item if item is before else None for item, before in zip(items, output, strict=True)], ledger)
         return rebuilt(output, items)
 

@@ -15,6 +15,7 @@ class DenoiserSteps(Protocol):
     """Where a denoiser stands in its run, and what it put out at the step before."""
 
     keeps_output: bool  # whether a method names a signal of what it put out
+    joined: str | None  # the pipeline whose attention reads the samples of this call together, where it does
 
     def negative(self, arguments: dict[str, Any]) -> Tensor | None:
         """Samples of the negative prompt in a call, (b) bool; None where there is no prompt."""
@@ -60,3 +61,20 @@ class ForwardContext:
     picture: tuple[int, ...] | None = None
     steps_of_denoiser: DenoiserSteps | None = None
     teaching: bool = False
+
+    @property
+    def pictures_alone(self) -> bool:
+        """Whether all that the call brings is a batch of pictures of one size, in which every patch is real."""
+        given = {name for name, value in self.arguments.items() if isinstance(value, Tensor) and name != "labels"}
+        return given == {"pixel_values"} and self.arguments["pixel_values"].dim() == 4
+
+    @property
+    def gives_mask(self) -> bool:
+        """Whether the call brings a mask of its own from token to token."""
+        return any("mask" in name and isinstance(value, Tensor) and value.dim() == 4 for name, value in self.arguments.items())
+
+    @property
+    def gives_places(self) -> bool:
+        """Whether the call may say where its tokens are; if it does not, the model counts them, from one end to the other."""
+        given = {name for name, value in self.arguments.items() if value is not None}
+        return not given or any(name.endswith("position_ids") for name in given)

@@ -69,6 +69,10 @@ class Handler:
         """Whether a method has nothing to do in front of a block or in it, in the pass of a generated token."""
         return False
 
+    def fronts(self, method: Method) -> bool:
+        """Whether all that a method does in a block is to put tokens in front of a prompt, which see none of it."""
+        return False
+
     def notes_later(self, method: Method) -> bool:
         """Whether a method that does not decode is called behind the blocks of generated tokens all the same."""
         return False

@@ -155,8 +155,10 @@ class SignalHooks:
             return
         if x is update:
             self.captured["update"] = output
+        elif x.numel() == update.numel():
+            self.captured["attended"] = x.view_as(update)  # OPT's norms read all rows as one
         else:
-            self.captured["attended"] = x
+            raise lacks(self.block, "one residual, which the norm behind its attention reads,")
 
     def _note_picture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         pixels = bound_arguments(module, args, kwargs).get("pixel_values")

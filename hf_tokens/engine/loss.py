@@ -81,13 +81,14 @@ class StepLosses:
         labels: Those that the trainer may keep from the model.
         judged: Whether the objectives were called in this step.
         agreed: Whether the loss was once what it replaces.
+        head_agreed: Whether the logits were once what the head makes of the hidden states.
         forwards: What each forward of the step has for the loss; None outside of a trainer's step.
     """
 
     def __init__(self):
         self._trainer: weakref.ref | None = None
         self.labels: Tensor | None = None
-        self.judged = self.agreed = False
+        self.judged = self.agreed = self.head_agreed = False
         self.forwards: list[ForwardLoss] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,6 +106,10 @@ class StepLosses:
     def trust(self, agreed: bool) -> None:
         """The loss was what it replaces, or the next one is to be checked again."""
         self.agreed = agreed
+
+    def trust_head(self) -> None:
+        """The logits were what the head makes of the hidden states."""
+        self.head_agreed = True
 
     def begin(self, labels: Tensor | None) -> None:
         """A step begins."""

@@ -19,14 +19,14 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model.anatomy import image_tokens
-from ..model.pictures import ENCODED, Grid, has_pictures, patch_grids
+from ..model.pictures import ENCODED, SeenPictures, has_pictures, patch_grids
 from ..model.signatures import CACHES, bound_arguments
 from ..roles.base import Method
 from ..roles.signals import SPANS
 from ..tokens.token_map import in_float32
 from .block import BlockSurgery
 from .context import ForwardContext
-from .generation import BEGINNINGS, CheckedBeginning, refuse_pages
+from .generation import BEGINNINGS, CheckedBeginning, refuse_export, refuse_pages
 from .handler import HANDLERS, Handler
 from .hooks import BoundForward, SharedHook
 from .loss import LossReplacement, StepLosses, share_of_step
@@ -86,7 +86,7 @@ class ModelSurgery:
         self.conclusions: dict[str, Tensor] = {}
         self.verdict: Tensor | None = None
         self.waiting: Any = None  # a denoiser's call, until its objective is called
-        self.seen: list[list[Grid]] = []  # in patches, the pictures of each call of the vision tower, until the model has run on them
+        self.seen = SeenPictures()  # the calls of the vision tower
         self._callers: set[int] = set()  # threads that called the model, and may still be in it
         self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
         self._handles = [base.register_forward_pre_hook(self.before_call, with_kwargs=True)]
@@ -102,7 +102,7 @@ class ModelSurgery:
             self._bound += [CheckedBeginning(self, name, check) for name, check in BEGINNINGS]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "call": None, "verdict": None, "waiting": None, "seen": [], "_callers": set(), "conclusions": {}}
+        return {**vars(self), "call": None, "verdict": None, "waiting": None, "_callers": set(), "conclusions": {}}
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""
@@ -204,6 +204,8 @@ class ModelSurgery:
 
     def _begin(self, args: tuple, kwargs: dict, targets: Any) -> tuple[tuple, dict]:
         """Begin a call of the model; returns the arguments that it gets."""
+        if torch.compiler.is_exporting():
+            refuse_export(self)
         fields: dict[str, Any] = {}
         for world in self.worlds:
             fields |= world.before_model(self, args, kwargs)
@@ -223,7 +225,7 @@ class ModelSurgery:
         """Note the pictures that the vision tower has encoded."""
         grids = None if self.teaching else patch_grids(module, args, kwargs)
         if grids is not None:
-            self.seen.append(grids)
+            self.seen.note(grids, output)
 
     def _refuse_threads(self) -> None:
         """What is known of a pass belongs to the model, so that one thread at a time may be in it."""

@@ -14,20 +14,18 @@ from ..model.arguments import find_padding, find_views, token_masks
 from ..model.signatures import STATES
 from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
+from ..tokens.altered import altered
 from ..tokens.entries import Arrival, Stored
 from ..tokens.ledger import TokenLedger
 from .call import BlockCall
 from .context import ForwardContext
 from .handler import handler_of
-from .run import Memory, StreamRun
+from .run import REAL, Memory, StreamRun
 from .supply import remember_pictures
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
     from .surgery import StreamSurgery
-
-
-KEPT_ROUNDS = "passes of this call that stored keys"
 
 
 def seen_before(block: BlockSurgery, cache: Cache | None) -> int:
@@ -54,16 +52,6 @@ def refuse_order(surgery: StreamSurgery, call: BlockCall, start: int) -> None:
         raise UnsupportedError(explain(rule, f"a cache of {start} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
 
-def refuse_rounds(surgery: StreamSurgery) -> None:
-    """What a cache has seen is no longer the place of the tokens where a model runs its blocks in rounds, each with keys of its own."""
-    rounds = surgery.call.held.setdefault(KEPT_ROUNDS, 0) if surgery.model.call is not None else 0
-    if rounds:
-        rule = f"The blocks of the stream {surgery.stream.name!r} must run once a call where keys are stored"
-        got = f"another round of {type(surgery.model.base).__name__}"
-        raise UnsupportedError(explain(rule, got, "Pass no cache, and `use_cache=False` to `generate`."))
-    surgery.call.held[KEPT_ROUNDS] = rounds + 1
-
-
 def refuse_state(methods: list[Method], context: ForwardContext) -> None:
     """A method that must know where in the sequence a token stands cannot go on from a state that does not tell."""
     carried = [name for name in STATES if context.arguments.get(name) is not None]
@@ -84,31 +72,34 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         if cache is not None:
             slots = {i: b.layer_idx for i, b in surgery.blocks.items() if b.layer_idx is not None and b.layer_idx < len(cache.layers)}
             known = {i: cache.layers[slot] for i, slot in slots.items()}
-            known = {i: layer for i, layer in sorted(known.items()) if isinstance(layer, TokenCacheLayer)}
+            known = {i: known[i] for i in sorted(known) if isinstance(known[i], TokenCacheLayer)}
             layers = list(known.values())
-            start = min((layer.seen for i, layer in known.items() if i >= block.index), default=0)  # blocks before have been run
-    else:
+            left = [layer.seen for i, layer in known.items() if i >= block.index]  # blocks before have been run
+            start = min(left) if left else 0
+    if not layers:
         start = seen_before(block, call.cache)
         refuse_order(surgery, call, start)
     if layers:
-        refuse_rounds(surgery)
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
     facts["tokens_first"] = surgery.stream.layout == TOKENS_FIRST
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
-    real, first = find_padding(call.arguments, ledger)
-    segments = None if start else call.segments(real)
+    whole = torch.compiler.is_compiling() and context.pictures_alone  # a mask is made there in any case
+    real, first = (None, None) if whole else find_padding(call.arguments, ledger, context.gives_mask)
+    ledger = ledger if real is not None else altered(ledger, plain=ledger.n - surgery.prefix)
+    segments = None if start else call.segments(real, context.gives_places)
     refuse_packed(surgery, segments, call.cache is not None)
-    apart = None if surgery.stream.causal else find_views(call.arguments, ledger, real)
-    admit_prompt(plan.methods, memory, ledger)
+    apart = None if surgery.stream.causal or whole else find_views(call.arguments, ledger, real)
+    admit_pass(plan.methods, memory, ledger)
     if layers:
         first = begin_rows(layers, ledger, real, first)
+    whole = find_gaps(memory, ledger, real, first)
     visual = context.visual
     if plan.remembers and visual is not None and visual.shape[1] == ledger.n:
         remember_pictures(call.hidden, visual.to(call.hidden.device), ledger, memory.rows)
-    return StreamRun(context, ledger, real, first, memory, layers=layers, caches=known, apart=apart, segments=segments)
+    return StreamRun(context, ledger, real, first, memory, layers=layers, caches=known, apart=apart, segments=segments, real=whole)
 
 
 def begin_rows(layers: list[TokenCacheLayer], ledger: TokenLedger, real: Tensor | None, first: Tensor | None) -> Tensor | None:
@@ -130,6 +121,21 @@ def begin_rows(layers: list[TokenCacheLayer], ledger: TokenLedger, real: Tensor 
     return first
 
 
+def find_gaps(memory: Memory, ledger: TokenLedger, real: Tensor | None, first: Tensor | None) -> Tensor | None:
+    """Real tokens of the whole sequence (b start+n) bool, where padding stands between some, as in a batch of chats; None where not."""
+    start, known = ledger.start, memory.rows.get(REAL)
+    if real is None and known is None:
+        return None
+    place = torch.arange(start + ledger.n, device=ledger.rows.device).expand(ledger.batch, -1)
+    begun = torch.ones_like(place, dtype=torch.bool) if first is None else place >= first[:, None]
+    before = begun[:, :start] if known is None else known[:, :start]
+    whole = torch.cat([before, begun[:, start:] if real is None else real], dim=1)
+    if known is None and bool((whole == begun).all()):
+        return None
+    memory.rows[REAL] = whole
+    return whole
+
+
 def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool) -> None:
     """A method that thinks of one sample a row cannot be right for several in one; without a cache, one that needs it does nothing."""
     several = segments is not None and len(segments) > 1
@@ -141,21 +147,20 @@ def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool)
         raise UnsupportedError(explain(rule, got, remedy))
 
 
-def admit_prompt(methods: list[Method], memory: Memory, ledger: TokenLedger) -> None:
-    """A prompt right behind another one is a chunk of one prompt; one that was cropped is no more what was looked at."""
-    prompt, cropped = ledger.n > 1 or ledger.start == 0, ledger.start < memory.end
-    whole = [type(method).__name__ for method in methods if not method.chunks]
-    if (prompt or cropped) and ledger.start and memory.prompted and whole:
+def admit_pass(methods: list[Method], memory: Memory, ledger: TokenLedger) -> None:
+    """A prompt of which a part was taken back is no more what was looked at."""
+    cut = any(start < ledger.start < end for start, end in memory.prompts)
+    whole = sorted({type(method).__name__ for method in methods if not method.chunks})
+    if cut and whole:
         rule = "Methods that look at a prompt as a whole must get it in one pass"
-        got = f"{', '.join(sorted(set(whole)))} and a prompt {'that was cropped' if cropped else 'in chunks'}"
-        remedy = "Leave out `prefill_chunk_size` and assisted decoding, or pass the whole prompt to the model at once."
-        raise UnsupportedError(explain(rule, got, remedy))
+        remedy = "Take back whole prompts, leave out assisted decoding, or pass the whole prompt to the model at once."
+        raise UnsupportedError(explain(rule, f"{', '.join(whole)} and a prompt that was cropped", remedy))
     running = sorted({type(method).__name__ for method in methods if method.spans})
-    if cropped and running:
+    if ledger.start < memory.end and running:
         rule = f"Tokens that {', '.join(running)} has read cannot be taken back"
         got = f"a cache cut from {memory.end} tokens to {ledger.start}"
         raise UnsupportedError(explain(rule, got, "Start a new cache, and leave out assisted decoding."))
-    memory.note_pass(prompt, ledger.start + ledger.n)
+    memory.note_pass(ledger.start, ledger.start + ledger.n)
 
 
 def lend(surgery: StreamSurgery, block: BlockSurgery, ledger: TokenLedger, run: StreamRun, stored: Stored | None) -> Stored | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import place
 from ..kv.layer import TokenCacheLayer
-from ..model.blocks import hands_on
+from ..kv.static import FrontedLayer
 from ..roles.signals import OF_THE_BLOCK
 from ..tokens.altered import altered
 from ..tokens.entries import Stored
@@ -54,8 +54,8 @@ def find_gates(pass_plan: PassPlan, site: Site) -> tuple[list[Tensor], bool]:
         if gates is not None:
             of_routers.append(gates)
             dense |= method.training and method.trains_dense and gates[0].requires_grad
-    runs = max(map(len, of_routers), default=0)
-    return [math.prod(gates[min(number, len(gates) - 1)] for gates in of_routers) for number in range(runs)], dense
+    runs = max([len(gates) for gates in of_routers]) if of_routers else 0
+    return [functools.reduce(torch.mul, [gates[min(number, len(gates) - 1)] for gates in of_routers]) for number in range(runs)], dense
 
 
 def layer_of_rerun(pass_plan: PassPlan, call: BlockCall, site: Site, number: int) -> TokenCacheLayer | None:
@@ -101,7 +101,7 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
     inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
     with block.open_while_it_runs(partial(block.tap.running, noting or readers > 0, readers, inside)):
         output = call.run(block.call, x, ledger, stored)
-    if ledger is not run.ledger and hands_on(block.module):
+    if ledger is not run.ledger and block.facts.hands_on:
         run.held[BESIDE] = True
     attends = block.plan.attends
     if missing or readers or attends is not None:
@@ -154,6 +154,9 @@ def join_routed(gate: Tensor, routed: TokenMap | None, hidden: Tensor, y: Tensor
 def announce(call: BlockCall, site: Site, ledger: TokenLedger) -> Stored | None:
     """Announce the tokens of a block to its cache; returns what is stored there, where its mask must be cut for it."""
     layer, block = site.layer, site.block
+    fronted = fronted_layer(block, call.cache)
+    if fronted is not None:
+        fronted.expect(ledger.m - ledger.n, site.run.first_real(site.run.ledger))
     stored = lend(site.surgery, block, ledger, site.run, expect(layer, ledger))
     if layer is None or not layer.packed or not block.tap.reads_itself(call, layer, ledger):
         return stored
@@ -198,6 +201,12 @@ def ask_behind(pass_plan: PassPlan, site: Site) -> None:
                 site.run.notes.setdefault(method.key, {})[site.block.index] = note
     for handler, method in pass_plan.of("after"):
         handler.after(method, site)
+
+
+def fronted_layer(block: BlockSurgery, cache: Any) -> FrontedLayer | None:
+    """The layer of a block in a static cache, where tokens may stand in front of it."""
+    layer = cache.layers[block.layer_idx] if cache is not None and block.layer_idx in range(len(cache.layers)) else None
+    return layer if isinstance(layer, FrontedLayer) else None
 
 
 def cache_layer(block: BlockSurgery, cache: Any) -> TokenCacheLayer | None:

@@ -82,6 +82,7 @@ class StreamPlan:
         methods: All that act in it.
         moves: Whether any changes the number of tokens of a causal stream, or remembers some.
         remembers: Whether the sequence remembers its visual tokens.
+        fronts: Whether all that is done in its blocks is to put tokens in front of a prompt, which see none of it.
         sees_all: Whether its blocks run without their causal mask.
         exit: Number of blocks that run.
         shares_keys: Whether a block reads the keys of another one.
@@ -92,6 +93,7 @@ class StreamPlan:
     methods: tuple[Method, ...] = ()
     moves: bool = False
     remembers: bool = False
+    fronts: bool = False
     sees_all: bool = False
     exit: int = 0
     shares_keys: bool = False
@@ -102,10 +104,12 @@ class StreamPlan:
     def of(cls, methods: list[Method], causal: bool, length: int, shares_keys: bool) -> StreamPlan:
         """The plan for these methods in a stream of so many blocks."""
         remembers, pass_plan = any(PICTURED in method.asks for method in methods), PassPlan.among(methods)
+        moves = causal and (remembers or any(method.moves_tokens for method in methods))
         return cls(
             methods=tuple(methods),
-            moves=causal and (remembers or any(method.moves_tokens for method in methods)),
+            moves=moves,
             remembers=remembers,
+            fronts=moves and all(handler_of(method).fronts(method) for method in methods if method.in_block),
             sees_all=causal and any(method.sees_all for method in methods),
             exit=min((method.exit for method in methods if method.exit is not None), default=length),
             shares_keys=shares_keys,

@@ -124,7 +124,7 @@ class Entry:
         """The pass in which the block is run again."""
         memory = Memory()
         memory.hold(dict(self.tokens))
-        real, first = find_padding(call.arguments, self.ledger)
+        real, first = find_padding(call.arguments, self.ledger, self.context.gives_mask)
         apart = None if call.stream.causal else find_views(call.arguments, self.ledger, real)
         known = dict(apart=apart, inside=self.inside, given=call.raw if self.kept else None, spans=self.spans)
         return StreamRun(self.context, self.ledger, real, first, memory, call.index - 1, **known)
@@ -132,7 +132,7 @@ class Entry:
 
 def in_backward() -> bool:
     """Whether the code runs for a backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Replays(Generic[Held]):

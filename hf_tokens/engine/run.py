@@ -15,7 +15,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..roles.base import Method
 from ..tokens.altered import altered
-from ..tokens.entries import Stored
+from ..tokens.entries import Stored, pick_entries
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, put_back, take
 from .context import ForwardContext
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 BESIDE = "what a block returned for tokens of its own goes to the next"
+REAL = "real tokens of the whole sequence, where padding stands between some"  # in a memory's rows, (b n) bool
 
 
 class Memory(dict):
@@ -40,11 +41,27 @@ class Memory(dict):
         super().__init__()
         self.tokens: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
-        self.prompted, self.end = False, 0  # whether the last pass of the sequence brought a prompt, and where it ended
+        self.prompts: list[tuple[int, int]] = []  # where passes that brought several tokens begin and end in the sequence
+        self.end = 0  # where the last pass ended
+        self.settled: Tensor | int = 0  # end of the last pass that dropped or changed entries of earlier tokens
 
-    def note_pass(self, prompt: bool, end: int) -> None:
-        """Note what kind of pass begins, and where in the sequence it ends."""
-        self.prompted, self.end = prompt, end
+    def note_pass(self, start: int, end: int) -> None:
+        """Note where in the sequence a pass begins and ends."""
+        self.prompts = [*((a, b) for a, b in self.prompts if b <= start), *([(start, end)] if end - start > 1 else [])]
+        self.end = end
+
+    def note_change(self, start: int, end: int, first: Tensor | None = None) -> None:
+        """Note that a pass dropped or changed entries: what was there before, or the entries from the place `first` on."""
+        if start:
+            before = self.settled if isinstance(self.settled, int) or first is None else self.settled.to(first.device)
+            self.settled = end if first is None else torch.where(first < start, end, before)
+
+    def crop(self, length: int) -> None:
+        """Tokens are taken back; refused where the entries of those that stay are no more what they were."""
+        if length and length < self.settled:
+            rule = "A cache can be cropped to a length since which no older entry was dropped or changed"
+            remedy = "Give each question a `copy.deepcopy` of the cache, and leave out assisted decoding."
+            raise UnsupportedError(explain(rule, f"{length} tokens, where those up to {int(self.settled)} shaped it", remedy))
 
     def hold(self, tokens: dict[str, Tensor]) -> None:
         """Let the per-token entries be these."""
@@ -166,8 +183,9 @@ class StreamRun:
         memory: What its blocks share.
         at: Index of the block that runs, or ran last.
         layers: The cache layers of its blocks.
-        apart: The first token that each real one sees, -1 for the others, (b n); None if all see the same.
+        apart: The first token that each real one sees, -1 for the others, (b n); None where no mask says it.
         segments: Where each sample begins in a packed row, (s); None if each has a row of its own.
+        real: Real tokens of the whole sequence, (b start+n) bool, where padding stands between some; None where not.
         inside: The tokens that are left, behind the last block that ran, (b m d).
         given: What that block returned to the model.
         lent: By the type of block, the tokens whose keys later blocks may read, and what was stored before them.
@@ -186,6 +204,7 @@ class StreamRun:
     layers: list[TokenCacheLayer] = field(default_factory=list)
     apart: Tensor | None = None
     segments: Tensor | None = None
+    real: Tensor | None = None
     inside: Tensor | None = None
     given: Tensor | None = None
     lent: dict[str | None, tuple[TokenLedger, Stored | None]] = field(default_factory=dict)
@@ -245,8 +264,17 @@ class StreamRun:
         """Whether this pass brings a prompt or a whole sequence, and not one token of generation."""
         return self.ledger.n > 1 or self.ledger.start == 0
 
+    def position(self, place: Tensor) -> Tensor:
+        """How many real tokens of its row stand before each place, (b m) or (b k m); below 0 for one that is none."""
+        if self.real is not None:
+            rank = (self.real.cumsum(dim=1) - 1).masked_fill(~self.real, -1)
+            return pick_entries(rank, place)
+        return place if self.first is None else place - self.first.view(-1, *[1] * (place.dim() - 1))
+
     def seen(self) -> Tensor:
         """Real tokens of each row up to the end of this pass, (b)."""
+        if self.real is not None:
+            return self.real.sum(dim=1)
         own = self.ledger.rows.new_full((self.ledger.batch,), self.ledger.n) if self.padding is None else self.padding.sum(dim=1)
         before = self.ledger.start if self.first is None or not self.ledger.start else self.ledger.start - self.first
         return own + before
@@ -341,8 +369,8 @@ class Site:
         return ledger.real(padding) & ~ledger.flags(ledger.fresh, False)
 
     def from_call(self, x: Tensor, dim: int) -> Tensor:
-        """What belongs to the cached entries in a tensor over the keys of the call; a sliding window has dropped the first ones since."""
-        return self.layer.kv.in_order(x.narrow(dim, x.shape[dim] - self.layer.length, self.layer.length), dim)
+        """What belongs to the cached entries in a tensor over the keys of the call; some have left since."""
+        return self.layer.bring(x, dim)
 
     def from_local(self, x: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens of the stream in a tensor over the keys or queries of the call; skipped tokens get zeros."""

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kv.adopt import find_cache
+from ..kv.static import FrontedLayer
 from ..model.blocks import tells_no_places
+from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
-from .passage import ask_behind, cache_layer
+from .passage import ask_behind, cache_layer, fronted_layer
 from .plan import PassPlan
 from .run import BESIDE, Site
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 def changes_anything(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict) -> bool:
     """Whether anything is to be done around a block, or its arguments are to be cut."""
     plan, run, index = block.surgery.plan, block.surgery.call.run, block.index
+    if standing_front(block, args, kwargs) is not None:
+        return False
     if pass_plan.methods or index >= plan.exit or plan.sees_all or plan.remembers and index == 0:
         return True
     if run is not None and (not run.ledger.untouched or BESIDE in run.held) or index == plan.exit - 1 and plan.last:
@@ -33,8 +37,18 @@ def changes_anything(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwar
     return layer is not None and not layer.whole  # its mask must be cut
 
 
+def standing_front(block: BlockSurgery, args: tuple, kwargs: dict) -> FrontedLayer | None:
+    """The block's layer of a static cache, if tokens stand in front of it already: all that is to be done is to see them."""
+    layer = fronted_layer(block, find_cache((*args, *kwargs.values()))) if block.surgery.plan.fronts else None
+    return None if layer is None or layer.front is None else layer
+
+
 def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     """Run a block around which nothing is to be done."""
+    fronted = standing_front(block, args, kwargs)
+    if fronted is not None:
+        fronted.expect(0)
+        args, kwargs = BlockCall(block.surgery.stream, block.index, block.facts, args, kwargs).behind_front(fronted)
     surgery, output = block.surgery, block.inner(*args, **kwargs)
     if surgery.model.listeners:
         hidden = surgery.stream.bind(block.index, args, kwargs)
@@ -49,14 +63,14 @@ def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict
     """Whether a block runs on a generated token as it came: no method is called before it is done, and no mask is cut to its cache."""
     surgery = block.surgery
     run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
-    if layer is None or layer.filled is not None or layer.packed or not run.ledger.untouched:
+    if layer is None or layer.filled is not None or layer.packed or layer.outlives or not run.ledger.untouched:
         return False
     ends = block.index >= min(surgery.plan.exit, len(surgery.stream)) - 1 or surgery.plan.sees_all
     shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None
     if ends or shaped or torch.is_grad_enabled() and block.checkpointed_outside:
         return False
     quiet = all(handler_of(method).quiet(method, layer) for method in pass_plan.methods)
-    return quiet and tells_no_places(block.module, args, kwargs)
+    return quiet and tells_no_places(block.module, block.facts, args, kwargs)
 
 
 def run_quietly(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import adopt, find_cache
+from ..kv.static import front, is_static
+from ..model.arguments import BETWEEN
 from .call import BlockCall
 from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
@@ -64,11 +66,11 @@ def run_pass(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     if replayed is None and not changes_anything(block, pass_plan, args, kwargs):
         return run_as_it_came(block, args, kwargs)
     if in_backward():
-        return run_again(block, BlockCall(surgery.stream, block.index, args, kwargs), replayed)
+        return run_again(block, BlockCall(surgery.stream, block.index, block.facts, args, kwargs), replayed)
     try:
         if later and is_quiet(block, pass_plan, args, kwargs):
             return run_quietly(block, args, kwargs)
-        return walk(block, BlockCall(surgery.stream, block.index, args, kwargs))
+        return walk(block, BlockCall(surgery.stream, block.index, block.facts, args, kwargs))
     except BaseException:
         abandon_pass(block)
         raise
@@ -179,9 +181,23 @@ def abandon_pass(block: BlockSurgery) -> None:
         layer.release()
 
 
+def reads_by_mask(surgery: StreamSurgery, kwargs: dict) -> bool:
+    """Whether nothing but a mask tells the blocks of the keys in a cache: no bias by their places."""
+    biased = any(block.facts.bias_maker is not None for block in surgery.blocks.values())
+    return not biased and all(value is None or "mask" in name or not BETWEEN.search(name) for name, value in kwargs.items())
+
+
 def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     """Let our layers hold the cache from the first token on."""
     cache = find_cache((*args, *kwargs.values()))
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
-    if cache is not None and indices:
-        adopt(cache, max(indices))
+    if cache is None or not indices:
+        return
+    if any(block.facts.several_slots for block in surgery.blocks.values()):
+        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache each", "several"
+        remedy = "Pass `use_cache=False`, or choose another model."
+        raise UnsupportedError(explain(rule, f"{got} in {type(surgery.stream.blocks[0]).__name__}", remedy))
+    if surgery.plan.fronts and is_static(cache) and reads_by_mask(surgery, kwargs):
+        front(cache, indices)
+    else:
+        adopt(cache, max(indices), surgery.stream.config)

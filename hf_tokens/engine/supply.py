@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
-from ..model.pictures import find_grids, grid, picture_places
+from ..model.pictures import grid, grids_in_text, picture_places
 from ..roles.base import Method
 from ..roles.signals import HOOKED, OF_A_QUERY, PICTURED, TAPPED
 from ..tokens.altered import altered
-from ..tokens.entries import cells_of, stretch
+from ..tokens.entries import alike, cells_of, pick_entries, stretch
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, in_float32, indices, take
 from .handler import handler_of
@@ -28,9 +28,11 @@ def real_entries(site: Site) -> Tensor:
     layer, run = site.layer, site.run
     flags = torch.ones_like(layer.origins, dtype=torch.bool) if layer.filled is None else layer.filled
     lead = (-1, *[1] * (layer.origins.dim() - 2))
-    if run.first is not None:
+    if run.real is not None:
+        flags = torch.logical_and(*alike(flags, pick_entries(run.real, layer.origins)))
+    elif run.first is not None:
         flags = flags & (layer.origins >= run.first.view(*lead, 1))
-    if run.padding is not None:
+    if run.real is None and run.padding is not None:
         place = layer.origins - run.ledger.start
         real = run.padding.view(lead[0], *lead[1:], run.ledger.n).expand(*place.shape[:-1], -1)
         flags = flags & ((place < 0) | real.gather(-1, place.clamp(min=0)))
@@ -73,9 +75,8 @@ def token_mask(site: Site) -> Tensor:
 
 def token_positions(site: Site) -> Tensor:
     """The `positions` signal."""
-    ledger, first = site.run.ledger, site.run.first
-    place = site.layer.origins if site.whole_cache else ledger.rows + ledger.start
-    return place if first is None else place - first.view(-1, *[1] * (place.dim() - 1))
+    ledger = site.run.ledger
+    return site.run.position(site.layer.origins if site.whole_cache else ledger.rows + ledger.start)
 
 
 def patch_grid(site: Site) -> tuple[int, int] | None:
@@ -113,7 +114,7 @@ def picture_indices(site: Site) -> list[Tensor]:
     if not bool(modality_span(site, "visual").any()):
         return []
     ledger, context, model = site.run.ledger, site.run.context, site.surgery.model
-    grids = find_grids(model.seen, model.base.config, context.arguments, context.visual)
+    grids = grids_in_text(model.seen, model.base, context.arguments, context.visual)
     return picture_places(context.visual.to(ledger.rows.device), grids, ledger)
 
 
@@ -223,18 +224,18 @@ def own_tokens(site: Site) -> Tensor:
 
 def own_keys(site: Site) -> Tensor:
     """The `own_keys` signal."""
-    own = own_tokens(site)
+    own, heads = own_tokens(site), site.call.k.shape[1]
     if site.past is None:
-        return own[:, None]
+        return own[:, None].expand(-1, heads, -1)
     marks = site.past.entries(site.key)
-    return stretch(torch.zeros_like(site.past.origins, dtype=torch.bool) if marks is None else marks, own)
+    own = stretch(torch.zeros_like(site.past.origins, dtype=torch.bool) if marks is None else marks, own)
+    return own.expand(-1, heads, -1)
 
 
 def key_positions(site: Site) -> Tensor:
     """The `key_positions` signal."""
-    own, first = site.local.rows + site.run.ledger.start, site.run.first
-    places = own[:, None] if site.past is None else stretch(site.past.origins, own)
-    return places if first is None else places - first[:, None, None]
+    own = site.local.rows + site.run.ledger.start
+    return site.run.position(own[:, None] if site.past is None else stretch(site.past.origins, own))
 
 
 def own_states(site: Site) -> Tensor:
@@ -253,6 +254,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "sizes": entry_sizes,
     "positions": token_positions,
     "fresh": lambda m: m.run.ledger.flags(m.run.ledger.fresh, False),
+    "plain": lambda m: m.run.ledger.plain,
     "prefix": lambda m: m.surgery.prefix,
     "visual": lambda m: modality_span(m, "visual"),
     "pictures": picture_indices,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall, Scores
-from ..attention.tap import BACKENDS, TAPPED_PREFIX, close_tap, open_tap, tapped_name, tapped_now
+from ..attention.tap import BACKENDS, TAPPED_PREFIX, close_tap, open_tap, tapped_now
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
+from ..model import families
 from ..model.arguments import shown_by, token_masks
 from ..roles.base import Method
 from ..roles.signals import SCORED, TAPPED
@@ -48,14 +50,8 @@ class AttentionTap:
         self.noting, self.readers, self.site = False, 0, None
         self.call: AttentionCall | None = None
         self.hands_on = False  # whether the attention call is known to get the keys and values that the cache returned
+        self.same_keys = self.same_values = False  # whether it is known to get them head by head, each several times or once
         self.opened = False
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Come out of a file: this process may not know the functions that the model's config names."""
-        vars(self).update(state)
-        if self.opened:
-            for backend in BACKENDS:
-                tapped_name(backend)
 
     def open(self) -> None:
         """See the attention call from now on, whatever backend someone has switched to since."""
@@ -66,7 +62,7 @@ class AttentionTap:
     def close(self) -> None:
         """Give the attention its own backend back."""
         if self.opened:
-            close_tap(self.block.attention)
+            close_tap(self.block.attention, self)
             self.opened = False
 
     @contextlib.contextmanager
@@ -92,8 +88,12 @@ class AttentionTap:
         site = self.site
         local, layer = site.local, site.layer
         returned = None if layer is None else layer.returned
-        usual = call.bias is None and not call.strange
+        usual = call.bias is None and not call.strange and shared_mask(call.mask)
         self.hands_on = usual and returned is not None and call.k is returned[0] and call.v is returned[1]
+        if returned is not None:
+            pairs = zip((call.k, call.v), returned, strict=True)
+            self.same_keys, self.same_values = (read_alike(states, cached) for states, cached in pairs)
+            self.same_values &= not families.MIXES_HEADS.search(type(self.block.attention).__name__)
         mask = site.mask if call.mask is None else call.mask
         bias = call.bias if site.bias is None else site.bias
         n, p = call.k.shape[2], self.readers
@@ -151,6 +151,22 @@ class AttentionTap:
             raise UnsupportedError(explain(rule, type(self.block.attention).__name__, remedy))
         return self.call
 
+    def check_heads(self, layer: TokenCacheLayer, alike: bool = False, values: bool = False) -> None:
+        """Refuse an attention whose heads do not read the heads of its cache one after the other, each several times or once.
+
+        Where all read the one head that there is, it may hold what their keys are made of, unless they must be `alike`.
+        """
+        if self.same_keys and (self.same_values or not values) or layer.heads == 1 and not alike:
+            return
+        rule = "What the heads of an attention are to a cache needs keys and values that are read as they are stored, head by head"
+        got = f"others in {type(self.block.attention).__name__}, whose cache holds {layer.heads}"
+        raise UnsupportedError(explain(rule, got, "Choose a method, or a setting of it, that looks at no head of the attention."))
+
+    def by_head(self, layer: TokenCacheLayer, x: Tensor) -> Tensor:
+        """What the key heads of the attention call received (b g n), the mean of those that read each head of the cache, (b k n)."""
+        self.check_heads(layer)
+        return x if x.shape[1] == layer.heads else x.unflatten(1, (layer.heads, -1)).mean(dim=2)
+
     def signal(self, name: str, site: Site) -> Any:
         """A signal of the attention call, over the tokens of the stream."""
         if site.whole_cache and name in ("keys", "values"):
@@ -160,8 +176,25 @@ class AttentionTap:
             call.check()
         if name == "scores":
             back = site.from_call if site.whole_cache else site.from_local
-            return Scores(call, site.local_real(), back)
+            return Scores(call, site.local_real(), back, partial(self.by_head, site.layer) if site.whole_cache else None)
+        if site.whole_cache:
+            self.check_heads(site.layer, alike=True)
         return site.from_local({"queries": call.q, "keys": call.k, "values": call.v}[name], 2)
+
+
+def shared_mask(mask: Tensor | None) -> bool:
+    """Whether a mask (b h|1 m n) only hides keys, from all heads alike, and so may come from the model: Doge's attention makes its own."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask is None or mask.shape[1] == 1
+    return mask.shape[1] == 1 and bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all())
+
+
+def read_alike(states: Tensor, cached: Tensor) -> bool:
+    """Whether keys or values of an attention call (b g n e) are those of a cache (b k n e), each head as often as the next."""
+    if states is cached:
+        return True
+    wide = cached.repeat_interleave(max(1, states.shape[1] // cached.shape[1]), dim=1)
+    return wide.shape == states.shape and torch.equal(wide, states)
 
 
 def hides_none(mask: Tensor, layer: TokenCacheLayer) -> bool:

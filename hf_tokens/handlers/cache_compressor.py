@@ -16,9 +16,11 @@ from ..kv.storage import FEW, Part, Polar
 from ..roles.cache_compressor import CacheCompressor, Folded
 from ..roles.signals import OF_THE_CACHE, SCORED
 from ..tokens.altered import altered
+from ..tokens.entries import alike
 
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 WAITING = "blocks whose entries are shared out once all have run"
+SHARES = "the part of the tokens seen that a layer may hold"
 BEYOND = "beyond"  # entries that are stored in another format, in the books of each entry
 
 
@@ -44,6 +46,7 @@ class CacheCompressorHandler(Handler):
     def listen(self, method: CacheCompressor, site: Site) -> None:
         if site.local is not None and site.layer is not None:
             note_received(site)
+            note_change(site)
 
     def after(self, method: CacheCompressor, site: Site) -> None:
         if site.local is not None and site.layer is not None:
@@ -53,6 +56,7 @@ class CacheCompressorHandler(Handler):
 def compress(method: CacheCompressor, site: Site) -> None:
     """Behind a block: score the entries of its cache, and keep as many as the method's budget allows."""
     run = site.run
+    method.note_heads(site.layer.heads)
     if method.pairs:
         lower = partner(method, site)
         if lower is None:
@@ -69,11 +73,11 @@ def compress(method: CacheCompressor, site: Site) -> None:
         return
     if method.allots and run.prefill:
         score = None if "budget" in method.signals else score_entries(method, site)
-        waiting = run.held.setdefault((WAITING, method.key), [])
-        waiting.append((site, score))
+        if score is not None:
+            site.layer.record.entries[method.key] = score  # another compressor may let entries go before they are shared out
+        run.held.setdefault((WAITING, method.key), []).append(site)
         if site.block.index == max(blocks_of(method, site)):
-            run.held.pop((WAITING, method.key))
-            allot(method, waiting, run.notes.pop(method.key, {}))
+            allot(method, run.held.pop((WAITING, method.key)), run.notes.pop(method.key, {}))
         return
     limit(method, site)
 
@@ -94,6 +98,7 @@ def partner(method: CacheCompressor, site: Site) -> TokenCacheLayer | None:
 def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:
     """What `calibrate` gets of a block: the scores of a budget for all, if the method does not define it."""
     if type(method).examine is not CacheCompressor.examine:
+        site.block.tap.check_heads(site.layer)
         return ask(method, site, "examine")
     lengths = real_entries(site).sum(dim=-1)
     return score_entries(method, altered(site, budget=lengths if lengths.dim() == 2 else lengths[:, None]))
@@ -101,7 +106,13 @@ def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:
 
 def score_entries(method: CacheCompressor, site: Site) -> Tensor:
     """The score of every entry, -inf where there is none."""
-    score, real = ask(method, site), real_entries(site)
+    return among_real(ask(method, site), site)
+
+
+def among_real(score: Tensor, site: Site) -> Tensor:
+    """Scores, -inf where there is no entry."""
+    real = real_entries(site)
+    score = score[:, None].expand_as(real) if score.dim() < real.dim() else score
     return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
 
 
@@ -114,15 +125,13 @@ def brought(site: Site, real: Tensor) -> Tensor:
     return seen + ((cells(site.layer, fresh) if real.dim() == 3 else fresh) & real).sum(dim=-1)
 
 
-def whole_entries(site: Site) -> Tensor:
-    """Real entries that are stored as they came, (b n) or (b k n)."""
+def count_entries(method: CacheCompressor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries that a method decides on, how many these are, and how many tokens there were so far: of each row (b) or head (b k).
+
+    One that drops entries decides on all, whatever their format; one that stores them otherwise on those that are stored as they came.
+    """
     real, beyond = real_entries(site), site.layer.record.entries.get(BEYOND)
-    return real if beyond is None else cells(site.layer, real) & (beyond == 0)
-
-
-def count_entries(site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries that are stored as they came, how many these are, and how many tokens there were so far: of each row (b) or head (b k)."""
-    real = whole_entries(site)
+    real = cells(site.layer, real) & (beyond == 0) if beyond is not None and holds(method) else real
     lengths, seen = real.sum(dim=-1), brought(site, real_entries(site))
     return real, lengths, seen if seen.shape == lengths.shape else seen[:, None].expand_as(lengths)
 
@@ -134,11 +143,11 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
         return
     if spare == 1 and type(method).fold is CacheCompressor.fold:
         site = altered(site, budget=torch.full((len(layer.origins), 1), layer.length - 1, device=layer.origins.device))
-        drop_entry(layer, lowest(ask(method, site) if score is None else score))
+        drop_entry(site, lowest(ask(method, site) if score is None else score))
         return
-    real, lengths, seen = count_entries(site)
+    real, lengths, seen = count_entries(method, site)
     if method.allots:
-        shares = layer.shares.to(lengths.device).view(-1, *[1] * (lengths.dim() - 1))
+        shares = shares_of(method, layer).to(lengths.device).view(-1, *[1] * (lengths.dim() - 1))
         budgets = (shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
     else:
         pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
@@ -158,20 +167,28 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
 def surplus(method: CacheCompressor, site: Site) -> int | None:
     """Entries that each row has beyond its budget, where all rows are alike and each entry is a token as it came; None where not."""
     layer, run = site.layer, site.run
-    reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, site.alike
+    reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, run.real, site.alike
     if holds(method) or any(reason is not None for reason in reasons):
         return None
     seen, n = run.ledger.start + run.ledger.n, layer.length
     if method.allots:
-        budgets = [max(1, int(share * seen + EPSILON)) for share in layer.shares.tolist()]
+        budgets = [max(1, int(share * seen + EPSILON)) for share in shares_of(method, layer).tolist()]
     else:
         budgets = [method.budget(n, seen)]
     alike = type(budgets[0]) is int and budgets.count(budgets[0]) == len(budgets)
     return max(0, n - budgets[0]) if alike else None
 
 
-def drop_entry(layer: TokenCacheLayer, gone: Tensor) -> None:
+def note_change(site: Site, gone: Tensor | None = None) -> None:
+    """Note for a later crop that the cache changed in this pass, or that the entries of the tokens at the places `gone` did."""
+    ledger = site.run.ledger
+    site.run.memory.note_change(ledger.start, ledger.start + ledger.n, None if gone is None else gone.min())
+
+
+def drop_entry(site: Site, gone: Tensor) -> None:
     """Let one entry of each row (b 1) or head (b k 1) go."""
+    layer = site.layer
+    note_change(site)
     index = torch.arange(layer.length - 1, device=gone.device)
     layer.keep(index + (index >= gone), gone=gone)
 
@@ -194,16 +211,23 @@ def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, b
     return bool((budgets < more).any()) or int(lengths.max()) < layer.length
 
 
-def allot(method: CacheCompressor, waiting: list[tuple[Site, Tensor | None]], notes: dict[int, Tensor]) -> None:
+def allot(method: CacheCompressor, waiting: list[Site], notes: dict[int, Tensor]) -> None:
     """Every block has run: share the entries out."""
-    scores = {site.block.index: score for site, score in waiting if score is not None}
+    named = {site.block.index: (site, site.layer.record.entries.pop(method.key, None)) for site in waiting}
+    scores = {index: among_real(score, site) for index, (site, score) in named.items() if score is not None}
     parts = method.at_hand(partial(method.stream_first.allot, scores, notes))
-    for site, score in waiting:
-        part, (_, lengths, seen) = parts[site.block.index], count_entries(site)
+    for site in waiting:
+        part, (_, lengths, seen) = parts[site.block.index], count_entries(method, site)
         if not part.is_floating_point():
             part = part.minimum(lengths.view(len(part), -1).amax(dim=1)).double() / seen.view(len(part), -1).amax(dim=1)
-        site.layer.share_out(part.double().cpu())  # it is read at each token, and a device would have to be waited for
-        limit(method, site, score)
+        note_change(site)
+        site.layer.record[method.key, SHARES] = part.double().cpu()  # it is read at each token, and a device would have to be waited for
+        limit(method, site, scores.get(site.block.index))
+
+
+def shares_of(method: CacheCompressor, layer: TokenCacheLayer) -> Tensor:
+    """The part of the tokens seen that a layer may hold, (b) on the CPU, as the method allotted it."""
+    return layer.record[method.key, SHARES]
 
 
 def holds(method: CacheCompressor) -> bool:
@@ -222,12 +246,16 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
         score = score.masked_fill(fresh & real, torch.inf)
     stays = highest(score, budgets, real)
+    origins, goes = alike(layer.origins, real & ~stays)
+    note_change(site, origins.masked_fill(~goes, layer.seen))
     folds = type(method).fold is not CacheCompressor.fold
     if folds or holds(method):
         site = altered(site, stays=cells(layer, stays), goes=cells(layer, real & ~stays))
     if holds(method):
         put_away(method, site)
         return
+    if stays.dim() == 3 and layer.heads > 1:
+        site.block.tap.check_heads(layer, values=True)
     if folds and bool(site.goes.any()):
         fold_entries(method, site)
     layer.keep(*kept_places(stays))
@@ -278,7 +306,7 @@ def fold_entries(method: CacheCompressor, site: Site) -> None:
     elif folded is not None:
         layer.rewrite(*folded)
     if folded is not None:
-        layer.note_folded(int(cells(layer, layer.origins)[site.goes].max()) + 1)
+        note_change(site)
 
 
 def put_away(method: CacheCompressor, site: Site) -> None:

@@ -21,9 +21,10 @@ from ..engine.hooks import hooked
 from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
 from ..model.pictures import grid
+from ..model.pipelines import their_caches
 from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
-from .sublayers import Sublayer, Sublayers
+from .sublayers import Sublayer, Sublayers, refuse_on_picture
 
 FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention"}
 
@@ -80,6 +81,10 @@ class FeatureCacheHandler(Handler):
         if call.context.begins:
             for surgery in call.model.streams:
                 surgery.state(Features).clear()
+            caching = sorted({type(method).__name__ for method in call.model.methods() if isinstance(method, FeatureCache)})
+            if caching and (theirs := their_caches(call.model.base)):
+                rule = "A feature cache stands alone, without a cache of diffusers' own"
+                raise UnsupportedError(explain(rule, [*caching, *theirs], "Call `disable_cache()`, or disable the adapter."))
         return args, kwargs
 
     def takes_sublayer(self, method: FeatureCache, sublayer: Sublayer) -> bool:
@@ -181,6 +186,7 @@ def joins(sublayer: Sublayer, arguments: dict[str, Any]) -> bool:
 
 def run_some(sublayer: Sublayer, hidden: Tensor, index: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, tuple]:
     """The chosen tokens (b r d), and what is returned beside them: the chosen are the queries, all have keys."""
+    refuse_on_picture(sublayer.part, arguments)
     if not joins(sublayer, arguments):
         if sublayer.part == "attention" and arguments.get("encoder_hidden_states") is None:
             arguments["encoder_hidden_states"] = hidden

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hf_tokens_kernels.lazily import lazy
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..engine.handler import Handler, handles
@@ -27,18 +30,65 @@ Reader = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
+class RandomState:
+    """Where the generators of random numbers stood, on every device of a model."""
+
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+
+    @classmethod
+    def note(cls, model: nn.Module) -> RandomState:
+        return cls(torch.get_rng_state(), *get_device_states(*{p.device: p for p in model.parameters()}.values()))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states)
+
+    def equals(self, other: RandomState) -> bool:
+        return all(torch.equal(x, y) for x, y in zip((self.cpu, *self.states), (other.cpu, *other.states), strict=True))
+
+
+BEFORE = "random numbers before the model's call"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers that a call drew, between two states: its dropout, in which its reference is to be the same."""
+
+    begin: RandomState
+    end: RandomState
+
+    @contextlib.contextmanager
+    def again(self, model: nn.Module) -> Iterator[None]:
+        """Draw the same ones for a moment; refused where others were drawn, because the adapter drew some between the model's own."""
+        now = RandomState.note(model)
+        self.begin.restore()
+        try:
+            yield
+            drawn = RandomState.note(model)
+        finally:
+            now.restore()
+        if not drawn.equals(self.begin) and not drawn.equals(self.end):
+            rule = "An objective's reference drops what the model has dropped, which draws no more random numbers than without its adapter"
+            remedy = "Set the dropout of the adapter (`lora_dropout`), or of the model, to 0."
+            raise UnsupportedError(explain(rule, "others between them", remedy))
+
+
+@dataclass(frozen=True)
 class DenoiserCall:
-    """A denoiser's call that waits for its target: what it got, what it returned, and the precision that it ran in."""
+    """A denoiser's call that waits for its target: what it got, drew and returned, and the precision that it ran in."""
 
     arguments: dict[str, Any]
     output: Any
+    draws: Draws | None
     device: str
     dtype: torch.dtype | None
 
     @classmethod
-    def note(cls, arguments: dict[str, Any], output: Any) -> DenoiserCall:
+    def note(cls, arguments: dict[str, Any], output: Any, draws: Draws | None) -> DenoiserCall:
         device = first_tensor(output).device.type
-        return cls(arguments, output, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        return cls(arguments, output, draws, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
     def again(self) -> torch.autocast:
         """The same precision: a reference in another one would differ by its rounding alone."""
@@ -90,27 +140,29 @@ class ObjectiveSignals:
     wanted: Tensor
     read: Reader
     states: dict[str, Tensor]
+    draws: Draws | None = None
 
-    @cached_property
+    @lazy
     def labels(self) -> Tensor:
         return self.wanted
 
-    @cached_property
+    @lazy
     def logps(self) -> Tensor:
         return log_probabilities(self.output, self.wanted)
 
-    @cached_property
+    @lazy
     def target(self) -> Tensor:
         return in_float32(self.wanted)
 
-    @cached_property
+    @lazy
     def prediction(self) -> Tensor:
         return self._like_target(self.output)
 
-    @cached_property
+    @lazy
     def reference(self) -> Tensor:
         """Runs the model without the adapter."""
-        output, _ = self.model.without((), self.arguments)
+        with contextlib.nullcontext() if self.draws is None else self.draws.again(self.model.base):
+            output, _ = self.model.without((), self.arguments)
         return self._like_target(output) if self.wanted.is_floating_point() else log_probabilities(output, self.wanted)
 
     def _like_target(self, output: Any) -> Tensor:
@@ -126,7 +178,7 @@ class ObjectiveSignals:
     def _decoder(self) -> str:
         return "decoder_" if getattr(self.model.base.config, "is_encoder_decoder", False) else ""
 
-    @cached_property
+    @lazy
     def ids(self) -> Tensor:
         ids = self.arguments.get(f"{self._decoder}input_ids")
         if isinstance(ids, Tensor):
@@ -137,7 +189,7 @@ class ObjectiveSignals:
         start = torch.full_like(self.wanted[:, :1], self.model.base.config.decoder_start_token_id)
         return torch.cat([start, self.wanted[:, :-1]], dim=1)  # so the model shifts its labels itself
 
-    @cached_property
+    @lazy
     def positions(self) -> Tensor:
         n, device = self.wanted.shape[1], self.wanted.device
         places, mask = self.arguments.get("position_ids"), self.arguments.get(f"{self._decoder}attention_mask")
@@ -149,7 +201,7 @@ class ObjectiveSignals:
             begins[:, 1:] |= mask[:, 1:].bool() & ~mask[:, :-1].bool()
         return place - torch.where(begins, place, 0).cummax(dim=1).values
 
-    @cached_property
+    @lazy
     def hidden(self) -> Tensor:
         hidden = self.states.get("head", self.states.get("base"))
         width = self.model.streams[-1].stream.width
@@ -158,7 +210,7 @@ class ObjectiveSignals:
             raise UnsupportedError(explain(rule, "none" if hidden is None else tuple(hidden.shape), "Choose another model."))
         return hidden
 
-    @cached_property
+    @lazy
     def head(self) -> Callable[[Tensor], Tensor]:
         model = self.model.base
         module, config = model.get_submodule(self.model.head), model.config.get_text_config()
@@ -173,8 +225,9 @@ class ObjectiveSignals:
             return logits if cap == 1 else cap * torch.tanh(logits / cap)
 
         logits = logits_of(self.output, self.wanted.shape)
-        if logits is not None and not self.model.losses.agreed:
+        if logits is not None and not self.model.losses.head_agreed:
             self._check_head(head, logits[:1, -1])
+            self.model.losses.trust_head()
         return head
 
     @torch.no_grad()
@@ -208,6 +261,12 @@ def asked_now(model: ModelSurgery) -> list[Objective]:
 class ObjectiveHandler(Handler):
     """What the engine does for objectives, and for methods of any role that weigh the targets."""
 
+    def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Note what random numbers come next, where an objective compares with the model without the adapter."""
+        if any("reference" in objective.signals for objective in objectives_of(call.model)):
+            call.held[BEFORE] = RandomState.note(call.model.base)
+        return args, kwargs
+
     def after_base(self, call: ModelCall, output: Any) -> None:
         """Note the last hidden states, where an objective names them and no head will read them."""
         if any("hidden" in objective.signals for objective in asked_now(call.model)):
@@ -222,14 +281,15 @@ class ObjectiveHandler(Handler):
     def after_model(self, call: ModelCall, output: Any) -> Any:
         """Call the objectives; those of a denoiser have to wait for their target."""
         model, arguments = call.model, call.context.arguments
+        draws = Draws(call.held[BEFORE], RandomState.note(model.base)) if BEFORE in call.held else None
         if model.is_denoiser:
-            model.wait(DenoiserCall.note(arguments, output) if objectives_of(model) else None)
+            model.wait(DenoiserCall.note(arguments, output, draws) if objectives_of(model) else None)
             return output
         weighing = [method for method in model.methods() if method.weighs and method.is_first_block]
         objectives = asked_now(model)
         wanted = labels_to_judge(model, arguments, output) if weighing or objectives else None
         if wanted is not None:
-            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read)
+            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read, draws)
             reweigh(signals, weighing)
             if objectives:
                 call.replace_loss(judge(signals, objectives))
@@ -273,7 +333,7 @@ def reweigh(signals: ObjectiveSignals, methods: list[Method]) -> None:
         weights = F.pad(method.weigh(signals.ids)[:, 1:], (0, 1), value=1.0)  # a token's target is the one behind it
         counted = real & (weights > 0)
         change = weights * counted / counted.sum().clamp(min=1) - real / real.sum().clamp(min=1)
-        if bool(change.any()):
+        if torch.compiler.is_compiling() or bool(change.any()):
             method.add_loss(-(signals.logps * change).sum())
 
 
@@ -289,7 +349,7 @@ def judge_prediction(model: ModelSurgery, target: Tensor, read: Reader) -> Tenso
     if call is None:
         rule = "`objective_loss` speaks of the denoiser's last call, once"
         raise UnsupportedError(explain(rule, "none since", "Attach an objective, call the denoiser, then ask."))
-    signals = ObjectiveSignals(model, call.arguments, call.output, target, read, {})
+    signals = ObjectiveSignals(model, call.arguments, call.output, target, read, {}, call.draws)
     with call.again():
         values = [(objective, ask_objective(objective, signals)) for objective in objectives_of(model)]
     values = [(objective, value) for objective, value in values if value is not None]

@@ -22,10 +22,14 @@ from ..engine.run import BlockTokens, Site
 from ..engine.supply import ask
 from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
+from ..model import families
+from ..model.callers import callers
 from ..model.streams import LAYOUTS
 from ..roles.pooler import Pooler
 from ..tokens.altered import altered
 from ..tokens.token_map import TokenMap, take
+
+CALLERS = 40  # frames up the stack: modules, hooks and decorators between a library and its model
 
 
 @dataclass
@@ -122,8 +126,9 @@ def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:
 
 
 def shorten_output(method: Pooler, site: Site, output: Any) -> Any:
-    """The model's output, with what a pooler makes of its tokens in the place of `last_hidden_state`."""
-    at, ledger = "last_hidden_state" if isinstance(output, dict) else 0, site.run.ledger
+    """The model's output, with what a pooler makes of its tokens in the place of `last_hidden_state`, or of a retriever's vectors."""
+    late = families.LATE_INTERACTION.search(type(site.surgery.model.base).__name__)
+    at, ledger = (families.VECTORS if late else "last_hidden_state") if isinstance(output, dict) else 0, site.run.ledger
     whole = output.get(at) if isinstance(output, dict) else output[at] if isinstance(output, tuple) else None
     if not isinstance(whole, Tensor) or whole.dim() != 3 or whole.shape[:2] != (ledger.batch, ledger.n):
         rule = f"{type(method).__name__} gives the short sequence out in the place of `last_hidden_state`"
@@ -132,10 +137,20 @@ def shorten_output(method: Pooler, site: Site, output: Any) -> Any:
     vectors = pool(method, site, whole)
     if vectors is None:
         return output
+    refuse_readers_by_mask(method)
     if isinstance(output, dict):
         output[at] = vectors.to(whole.dtype)
         return output
     return (vectors.to(whole.dtype), *output[1:])
+
+
+def refuse_readers_by_mask(method: Pooler) -> None:
+    """Who called the model must look for as many vectors as there are, and not for one of each token that its mask shows."""
+    names = {frame.f_globals.get("__name__", "").partition(".")[0] for frame in callers(CALLERS)}
+    if reading := sorted(names & {*families.READS_BY_MASK}):
+        rule = f"{type(method).__name__} returns fewer vectors than there are tokens, and its caller may not cut them by the text's mask"
+        remedy = "Call the model itself, or use that library's own token pooling."
+        raise UnsupportedError(explain(rule, reading[0], remedy))
 
 
 def pool(method: Pooler, site: Site, whole: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.block import BlockSurgery
 from ..engine.context import ForwardContext
@@ -18,6 +18,7 @@ from ..engine.results import ModelCall, Replays, in_backward
 from ..engine.trial import run_or_refuse
 from ..errors import UnsupportedError, explain
 from ..model import families
+from ..model.pipelines import SHARED_CACHES, their_caches
 from ..model.signatures import positional
 from ..model.streams import PROMPT
 from ..roles.token_bank import TokenBank
@@ -67,6 +68,7 @@ def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dic
     context = altered(call.context, negative=steps.negative(arguments))
     inserts = gather_inserts(banks, arguments, context)
     if not inserts:
+        refuse_shared(call, banks, context)
         return args, kwargs
     groups = group_samples(inserts)
     if len(groups) == 1:
@@ -96,14 +98,29 @@ def join_parts(call: ModelCall, output: Any) -> Any:
     return output if parts is None else join_outputs([*parts[:-1], (parts[-1][0], output)])
 
 
+def refuse_shared(call: ModelCall, banks: list[tuple[BlockSurgery, TokenBank]], context: ForwardContext) -> None:
+    """Refuse a negative prompt without the tokens beside a cache that keeps the same for it and for the prompt with them."""
+    if context.negative is None or not bool(context.negative.any()):
+        return
+    if shared := [name for name in their_caches(call.model.base) if SHARED_CACHES.search(name)]:
+        rule = f"Beside a cache of diffusers' own that is one for both prompts, {type(banks[0][1]).__name__} gives its tokens to both"
+        remedy = "Give them to the negative prompt too, or enable another cache, such as FirstBlockCacheConfig."
+        raise UnsupportedError(explain(rule, f"{shared} and a negative prompt without them", remedy))
+
+
 def refuse_parts(call: ModelCall) -> None:
-    """What a method keeps from one call to the next is of all samples; a call in parts has some of them."""
+    """What a method keeps from one call to the next is of all samples, and so is an attention that joins them; a call in parts has some."""
+    if call.context.steps_of_denoiser.joined is not None:
+        rule = "Where only some samples of a call take tokens into their prompt, as under guidance, its attention reads each sample alone"
+        got = f"{call.context.steps_of_denoiser.joined}, whose perturbed attention joins them"
+        raise UnsupportedError(explain(rule, got, "Turn that off (`pag_scale=0`), or give the tokens to the negative prompt too."))
     keeping = sorted({type(method).__name__ for method in call.model.methods() if handler_of(method).keeps_steps})
     keeping += ["noise or guidance"] if call.context.steps_of_denoiser.keeps_output else []
-    if keeping or vars(call.model.base).get("_cache_config") is not None:
+    keeping = keeping or their_caches(call.model.base)
+    if keeping:
         rule = "Where only some samples of a call take tokens into their prompt, as under guidance, nothing may be kept from call to call"
         remedy = "Call the denoiser once for each half, within `cache_context('cond')` and `cache_context('uncond')`."
-        raise UnsupportedError(explain(rule, keeping or "a cache of diffusers' own", remedy))
+        raise UnsupportedError(explain(rule, keeping, remedy))
 
 
 def ask_at_prompt(block: BlockSurgery, bank: TokenBank, call: Arguments, context: ForwardContext, word: str) -> Tensor | None:
@@ -130,6 +147,10 @@ def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments,
             rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
             got = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise UnsupportedError(explain(rule, got, "Pass one, or disable the adapter."))
+        if time is None and any("time" in names for names in bank.words.values()):
+            rule = f"{type(bank).__name__} needs to know how much noise a timestep means"
+            got = f"a timestep of {type(block.surgery.model.base).__name__} in a unit that is not known"
+            raise UnsupportedError(explain(rule, got, "Call it from a pipeline whose scheduler counts to `num_train_timesteps`."))
         if bank.key not in takers:
             rows = ask_at_prompt(block, bank, call, context, "takes")
             rows = ~context.negative if rows is None else rows
@@ -285,6 +306,8 @@ def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: d
     names = positional(type(block.module))[: len(args)]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     context, n = arguments.get(PROMPT if index is None else index.name), block.surgery.stream.bind(block.index, args, kwargs).shape[1]
+    if isinstance(context, tuple) and gives_pictures(block.surgery.model.base):
+        context = context[0]
     if not isinstance(context, Tensor) or context.shape[1] != layout.total:
         rule = f"{sorted({key for key, _ in layout.own})} add to the prompt for single blocks, which must get it as the model was given it"
         got = f"{tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__} at {block.path}"
@@ -295,6 +318,12 @@ def cut_to_own(layout: PromptLayout, block: BlockSurgery, args: tuple, kwargs: d
     cut = {name: narrow_argument(name, value, context, kept, n, block) for name, value in arguments.items()}
     by_name = {name: value for name, value in cut.items() if name not in names}
     return (*(cut[name] for name in names), *args[len(names) :]), by_name, lambda output: restore_prompt(output, index, context, layout)
+
+
+def gives_pictures(model: nn.Module) -> bool:
+    """Whether the blocks of a model get the pictures of IP-Adapters behind their prompt."""
+    name, value = families.PROMPT_AND_PICTURES
+    return vars(model.config).get(name) == value  # diffusers sets the attribute alone
 
 
 def narrow_argument(name: str, value: Any, context: Tensor, keep: Tensor, n: int, block: BlockSurgery) -> Any:

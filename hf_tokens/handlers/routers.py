@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from functools import partial
 from typing import Any
 
@@ -109,7 +109,8 @@ class RoutedMlp(BoundForward):
                 routes += [] if route is None else [route if isinstance(route, tuple) else (route, None)]
             self._refuse_reentrant(site.tokens, site.run.memory.tokens)
         extras = [extra for _, extra in routes if extra is not None]
-        return math.prod((gate for gate, _ in routes), start=x.new_ones(x.shape[:2])), sum(extras) if extras else None
+        gates = [x.new_ones(x.shape[:2]), *(gate for gate, _ in routes)]
+        return functools.reduce(torch.mul, gates), sum(extras) if extras else None
 
     @staticmethod
     def _refuse_reentrant(before: dict[str, Tensor], now: dict[str, Tensor]) -> None:

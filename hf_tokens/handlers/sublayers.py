@@ -23,7 +23,8 @@ from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap
 
 # Attentions that compute each token from itself and a context, and MLPs that compute each from itself alone.
-PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0")
+ON_PICTURE = "ip_adapter_masks"  # what a cross-attention is given for each place of the picture, and lays over its tokens by their number
 JOINT = ("JointAttnProcessor2_0",)  # the same beside a second sequence, whose tokens have queries and keys too
 TOKENWISE_MLPS = ("FeedForward",)
 WHOLE = "Choose another model, or a method that reuses whole blocks."
@@ -100,7 +101,7 @@ class Sublayers:
 
     def check_module(self, part: str, module: nn.Module) -> None:
         """Refuse a sublayer whose tokens cannot be computed one without the other."""
-        kind = vars(module).get("processor") if part != "mlp" else module
+        kind = vars(module).get("processor", module._modules.get("processor")) if part != "mlp" else module
         known = TOKENWISE_MLPS if part == "mlp" else JOINT if self.joint else PROCESSORS
         settings = {name: vars(module).get(name, module._modules.get(name)) for name in PLAIN_ATTENTION}
         if type(kind).__name__ not in known or part != "mlp" and settings != PLAIN_ATTENTION:
@@ -121,6 +122,13 @@ class Sublayers:
                 raise UnsupportedError(explain(rule, "rows of different lengths", "Run one sample at a time."))
             site.within[id(reducer)] = tokens
         return site.within[id(reducer)]
+
+
+def refuse_on_picture(part: str, arguments: dict[str, Any]) -> None:
+    """Refuse masks over the picture for an attention that gets some of its tokens."""
+    if part == "cross_attention" and arguments.get(ON_PICTURE) is not None:
+        rule = "A cross-attention that runs on some of the tokens has no mask over the picture"
+        raise UnsupportedError(explain(rule, f"`{ON_PICTURE}`", "Leave it out, or disable the adapter."))
 
 
 def merges(part: str, module: nn.Module) -> bool:
@@ -154,6 +162,7 @@ def run_merged(reducer: TokenReducer, sublayer: Sublayer, hidden: Tensor, argume
 
 def run_short(sublayer: Sublayer, mapped: Tensor, tokens: TokenMap, hidden: Tensor, arguments: dict[str, Any]) -> Any:
     """A sublayer on merged tokens, its masks and tables cut to fit."""
+    refuse_on_picture(sublayer.part, arguments)
     itself = [name for name, value in arguments.items() if value is hidden]  # some name their own tokens as the context
     context = None if sublayer.part != "attention" else arguments.get("encoder_hidden_states")
     length = 0 if context is None or "encoder_hidden_states" in itself else context.shape[1]

@@ -55,6 +55,9 @@ class TokenBankHandler(Handler):
         """Whether all that it does in a block is to give tokens, which the cache holds already."""
         return method.site == "block" and method.key in layer.banks and not method.observes
 
+    def fronts(self, method: TokenBank) -> bool:
+        return method.site == "block" and not method.observes
+
     def before(self, method: TokenBank, site: Site) -> None:
         if method.site == "embedding":
             rewrite_rows(method, site)

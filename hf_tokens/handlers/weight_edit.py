@@ -107,5 +107,5 @@ class EditedWeights:
     def warn_if_unmade(self) -> None:
         """Warn once that an edit has not been made."""
         for method in self.edits:
-            if method.is_first_block and not method.is_made and not torch.compiler.is_compiling() and method.warns():
+            if method.is_first_block and not torch.compiler.is_compiling() and not method.is_made and method.warns():
                 warnings.warn(f"hf-tokens: the edit {method.key!r} is not made and changes nothing; call `hf_tokens.edit`.", stacklevel=2)

@@ -45,8 +45,48 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 STATELESS = (cache_utils.DummyLayer,)
 
 
-def adopt(cache: Cache, last: int) -> bool:
+def told(layers: list[Any], last: int, config: Any) -> tuple[list[Any], list[int | None]]:
+    """The layers of a cache up to `last`, and their windows, as the model's config has them: what a `DynamicCache` is made without.
+
+    Raises:
+        UnsupportedError: A layer holds states, or has a window, that the config does not tell of.
+    """
+    if len(layers) > last and not any(type(layer) in PLAIN_LAYERS for layer in layers):
+        return layers, [None] * len(layers)
+    known = [DynamicLayer() for _ in range(max(last + 1, len(layers)))] if config is None else DynamicCache(config=config).layers
+    slots = [*layers, *known[len(layers) :]]
+    for i, (layer, other) in enumerate(zip(slots, known, strict=False)):
+        if type(layer) not in PLAIN_LAYERS or config is None:
+            continue
+        plain = type(other) in PLAIN_LAYERS
+        if not plain and type(layer) is DynamicLayer and not layer.is_initialized:
+            slots[i] = other
+        elif not plain or window_of(layer) not in (None, window_of(other)):
+            raise other_layers(layer, other, i)
+    if len(known) < len(slots) or len(slots) <= last:
+        raise other_layers(slots[-1] if slots else None, None, last)
+    return slots, [window_of(layer if config is None else other) for layer, other in zip(slots, known, strict=True)]
+
+
+def window_of(layer: Any) -> int | None:
+    """Tokens that a layer of transformers' lets a query see; None for all."""
+    return layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
+
+
+def other_layers(layer: Any, other: Any, place: int) -> UnsupportedError:
+    """The error for a layer of a cache that is not as the model's config has it."""
+    name = lambda x: "none" if x is None else f"{type(x).__name__}{'' if window_of(x) is None else f' of {window_of(x)} tokens'}"
+    rule, got = "The layers of a cache must be those of the model's config", f"{name(layer)} in place of {name(other)} at {place}"
+    return UnsupportedError(explain(rule, got, "Pass a `DynamicCache(config=model.config)`."))
+
+
+def adopt(cache: Cache, last: int, config: Any) -> bool:
     """Put our layers into a transformers cache, in place, up to layer `last`; stored states move over.
+
+    Args:
+        cache: The cache.
+        last: Slot of the last block.
+        config: Of the stream, which tells what kind of layer each slot has, and its window; None where there is none.
 
     Returns:
         Whether the books of the cache can be kept. If not, a sequence may be run once with it, and not be continued.
@@ -54,7 +94,8 @@ def adopt(cache: Cache, last: int) -> bool:
     Raises:
         UnsupportedError: The cache is static, or it holds states of layers that we cannot take over.
     """
-    others = [layer for layer in cache.layers if not isinstance(layer, (TokenCacheLayer, *STATELESS)) and type(layer) not in PLAIN_LAYERS]
+    layers, windows = told(cache.layers, last, config) if type(cache) is DynamicCache else (cache.layers, [])
+    others = [layer for layer in layers if not isinstance(layer, (TokenCacheLayer, *STATELESS)) and type(layer) not in PLAIN_LAYERS]
     attending = [layer for layer in others if isinstance(layer, CacheLayerMixin)]
     if any(isinstance(layer, StaticLayer) or layer.get_seq_length() for layer in attending):
         raise refuse(type(attending[0]))
@@ -62,22 +103,23 @@ def adopt(cache: Cache, last: int) -> bool:
         raise refuse(type(cache))
     if attending or type(cache) is not DynamicCache:
         return False
-    for index, layer in enumerate(cache.layers):
-        if type(layer) not in PLAIN_LAYERS:
-            continue
-        window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
-        if window is not None and layer.get_seq_length() >= window:
+    for layer in layers:
+        if type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() >= layer.sliding_window:
             rule, got = "A cache can be taken over before its window is full", f"{layer.get_seq_length()} tokens"
             raise UnsupportedError(explain(rule, got, "Start a new cache."))
-        taken_over = TokenCacheLayer(window)
-        if window is not None and layer.record_past:
-            taken_over.activate_past_recording()
-        if layer.get_seq_length():
-            taken_over.update(layer.keys, layer.values)
-        cache.layers[index] = taken_over
-    while len(cache.layers) <= last:
-        cache.layers.append(TokenCacheLayer())
+    pairs = zip(layers, windows, strict=True)
+    cache.layers[:] = [take_over(layer, window) if type(layer) in PLAIN_LAYERS else layer for layer, window in pairs]
     return True
+
+
+def take_over(layer: DynamicLayer, window: int | None) -> TokenCacheLayer:
+    """Our layer with the states of one of transformers'."""
+    ours = TokenCacheLayer(window)
+    if type(layer) is DynamicSlidingWindowLayer and layer.record_past:
+        ours.activate_past_recording()
+    if layer.get_seq_length():
+        ours.update(layer.keys, layer.values)
+    return ours
 
 
 def find_cache(values: Iterable[Any]) -> Cache | None:

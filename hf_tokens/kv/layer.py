@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
-from ..tokens.entries import Arrival, Stored, alike, append, cells_of, pick_entries
+from ..tokens.entries import Arrival, Stored, alike, append, bring, cells_of, pick_entries
 from .states import KVStates
 from .storage import Change, KVFormat
 
@@ -62,15 +62,15 @@ class TokenCacheLayer(CacheLayerMixin):
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
         self.seen = 0
+        self.contiguous = True  # whether the last tokens seen are stored, as many as there are entries
         self.num_returned = 0  # entries among it
+        self.returned_at: Tensor | None = None  # where among these each entry lies, (b n) or (b k n), if some have left since
         self.arrival: Arrival | None = None
         self.banks: dict[str, int] = {}  # token banks whose keys are stored, and the tokens seen before them
         self.first: Tensor | None = None  # place of each row's first real token, (b); None if it is 0
         self.placed = False  # whether `first` is known
-        self.shares: Tensor | None = None  # part of the tokens seen that the layer may hold, (b) on the CPU, if it was allotted one
         self.memory: Any = None  # what the methods remember of this sequence
         self.record = Record()  # what they remember of its rows and entries here
-        self.folded = 0  # end of the tokens whose keys are part of other entries
         self.reruns: list[TokenCacheLayer] = []  # the same of the block's later runs, where it runs several times in a pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -91,7 +91,19 @@ class TokenCacheLayer(CacheLayerMixin):
     def release(self) -> None:
         """Forget the unpacked states: the block that read them is done."""
         self.kv.release()
-        self.returned = None
+        self.returned = self.returned_at = None
+
+    def bring(self, x: Tensor, dim: int) -> Tensor:
+        """Of something of each key that the last `update` returned, along an axis of x (b h ...), that of the entries, in their order."""
+        x = x.narrow(dim, x.shape[dim] - self.num_returned, self.num_returned)
+        if self.returned_at is None and self.kv.slots is None:
+            return x.narrow(dim, self.num_returned - self.length, self.length)  # a sliding window has dropped the first ones since
+        return bring(x, self._places() if self.returned_at is None else self.returned_at, dim)
+
+    def _places(self) -> Tensor:
+        """Where each entry lies among those that were returned, (b n) or (b k n), as long as none has left since."""
+        order = torch.arange(self.length, device=self.origins.device).expand_as(self.origins) if self.kv.slots is None else self.kv.slots
+        return order + self.num_returned - self.length
 
     @property
     def length(self) -> int:
@@ -142,14 +154,6 @@ class TokenCacheLayer(CacheLayerMixin):
         """Note the place of each row's first real token, (b); None if it is 0."""
         self.first, self.placed = first, True
 
-    def share_out(self, shares: Tensor) -> None:
-        """Note the part of the tokens seen that the layer may hold, (b)."""
-        self.shares = shares
-
-    def note_folded(self, end: int) -> None:
-        """Tokens before this place are part of other entries."""
-        self.folded = max(self.folded, end)
-
     def read_packed(self) -> None:
         """Let the next attention read packed entries as they are."""
         self.reads_packed = True
@@ -183,9 +187,10 @@ class TokenCacheLayer(CacheLayerMixin):
         self.filled = join(self.filled, arrival.filled, self.origins, arrival.origins, True)
         self.fresh = join(self.fresh, arrival.fresh, self.origins, arrival.origins, False)
         self.origins = append(self.origins, arrival.origins)
+        self.contiguous &= m == arrival.total - self.seen
         self.seen = arrival.total
         self.kv.append(key_states, value_states, self.filled)
-        self.returned, self.num_returned = self.kv.hand_out(blank=self.reads_packed), self.length
+        self.returned, self.num_returned, self.returned_at = self.kv.hand_out(blank=self.reads_packed), self.length, None
         self._slide()
         return self.returned
 
@@ -233,6 +238,9 @@ class TokenCacheLayer(CacheLayerMixin):
 
         Where heads keep different numbers, filler takes no room. `gone` are the entries that are not in the index, where they are known.
         """
+        self.contiguous = False
+        if self.returned is not None and self.returned_at is None:
+            self.returned_at = self._places()
         if self.filled is not None:
             old = pick_entries(self.filled, index)
             filled = old if filled is None else torch.logical_and(*alike(filled, old))
@@ -247,11 +255,24 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins = change(self.origins)
         self.filled = None if self.filled is None else change(self.filled)
         self.fresh = None if self.fresh is None else change(self.fresh)
+        self.returned_at = None if self.returned_at is None else change(self.returned_at)
         self.record.entries = {name: change(t) for name, t in self.record.entries.items()}
 
     def stored(self) -> Stored | None:
         """The books of the entries that are there now, as they lie; None if there never were any."""
-        return None if self.origins is None else Stored(self.origins, self.filled, self.record.entries, self.kv.slots)
+        return None if self.origins is None else Stored(self.origins, self._visible(), self.record.entries, self.kv.slots)
+
+    @property
+    def outlives(self) -> bool:
+        """Whether it may hold entries that have left its window: the cache alone hides them in Moshi, whose mask is a causal one."""
+        return self.window is not None and self.seen >= self.window and not self.contiguous
+
+    def _visible(self) -> Tensor | None:
+        """The entries that are there and that a later query can see, (b n) or (b k n); None if all are."""
+        if not self.outlives:
+            return self.filled
+        live = self.origins > self.seen - self.window
+        return live if self.filled is None else torch.logical_and(*alike(live, self.filled))
 
     def mark(self, name: str, flags: Tensor) -> None:
         """Mark some of the last tokens that were stored, (b m) bool, under a name."""
@@ -291,10 +312,8 @@ class TokenCacheLayer(CacheLayerMixin):
         """Forget the last tokens seen; the number is zero or negative, as in transformers."""
         if tokens_to_remove > 0:
             raise UnsupportedError(explain("`crop` takes zero or a negative number", tokens_to_remove, "Pass -k to remove k tokens."))
-        if self.seen + tokens_to_remove < self.folded:
-            got = f"{self.folded - self.seen - tokens_to_remove} of them"
-            rule = "Tokens whose keys were folded into other entries cannot be taken back"
-            raise UnsupportedError(explain(rule, got, "Start a new cache, and leave out assisted decoding."))
+        if self.memory is not None and tokens_to_remove < 0:
+            self.memory.crop(max(self.seen + tokens_to_remove, 0))
         self.kv.release()
         for rerun in self.reruns:
             rerun.crop(tokens_to_remove)
@@ -318,7 +337,6 @@ class TokenCacheLayer(CacheLayerMixin):
 
     def _map_rows(self, change: Change) -> None:
         self.first = None if self.first is None else change(self.first)
-        self.shares = None if self.shares is None else change(self.shares)
         for name, value in self.record.items():
             self.record[name] = change(value)
         if self.memory is not None:

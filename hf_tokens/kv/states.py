@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import UnsupportedError, explain
 from ..tokens.entries import cells_of, pick_entries
 from ..tokens.token_map import indices
-from .storage import BOTH, FEW, Change, KVFormats, Part, Plain, attend, dense, put, read
+from .storage import BOTH, FEW, Change, KVFormats, Part, Plain, attend, dense, filled_parts, put, read
 
 FIRST_CAPACITY = 64
 Pair = tuple[Tensor, Tensor]
@@ -76,14 +75,6 @@ class KVStates:
         if self.parts is not None and self._unpacked is None:
             return tuple(read(self.parts, which, index) for which in BOTH)
         return self._gather(index)
-
-    def in_order(self, x: Tensor, dim: int) -> Tensor:
-        """Something of each entry as it lies, (b k|h ...), in the order of the entries."""
-        if self.slots is None:
-            return x
-        slots = self.slots[:, None] if self.slots.dim() == 2 else self.slots.repeat_interleave(x.shape[1] // self.slots.shape[1], dim=1)
-        slots = slots.view(*slots.shape[:2], *[1] * (dim - 2), -1, *[1] * (x.dim() - dim - 1))
-        return x.gather(dim, slots.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
     def hand_out(self, blank: bool) -> Pair:
         """All keys and values for the block that runs; a blank in their place if it reads the entries as they lie."""
@@ -164,7 +155,7 @@ class KVStates:
         """Keep a slice of the entries."""
         self._unpacked = None
         if self.parts is not None:
-            self.parts = [part.settle(part.cells[..., place]) for part in self.parts]
+            self.parts = filled_parts([part.settle(part.cells[..., place]) for part in self.parts])
         else:
             self._pair, self._buffers, self.slots = tuple(t[:, :, place].clone() for t in self.ordered()), None, None
 
@@ -189,7 +180,7 @@ class KVStates:
             filler = None if filled is None else ~filled if filled.dim() == 3 else ~filled[:, None]
             picked = [pick_entries(part.cells, index) for part in self.parts]
             picked = picked if filler is None else [cells.masked_fill(filler, -1) for cells in picked]
-            self.parts = [part.settle(cells) for part, cells in zip(self.parts, picked, strict=True)]
+            self.parts = filled_parts([part.settle(cells) for part, cells in zip(self.parts, picked, strict=True)])
         elif in_place and self._buffers is not None and self.length - index.shape[-1] <= FEW:
             self._fill_up(index, others(index, self.length) if gone is None else gone)
         else:
@@ -213,14 +204,11 @@ class KVStates:
         """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
         self._unpacked = None
         chosen, index = index >= 0, index.clamp(min=0)
-        rows = keys[chosen], values[chosen]
         if self.parts is not None:
-            plain = next(part for part in self.parts if part.forms == (Plain(), Plain()))
-            cells = plain.cells.gather(-1, index)[chosen]
-            if bool((cells < 0).any()):
-                raise UnsupportedError(explain("Entries are rewritten while they are held as they came", "others", "Fold before you hold."))
-            plain.write(cells, rows)
+            for part in self.parts:
+                part.write(part.cells.gather(-1, index).masked_fill(~chosen, -1), keys, values)
             return
+        rows = keys[chosen], values[chosen]
         places = index if self.slots is None else pick_entries(self.slots, index)
         where = (*chosen.nonzero(as_tuple=True)[:2], places[chosen])
         if self._buffers is None or any(t.requires_grad for t in (keys, values)):

@@ -153,11 +153,7 @@ class Part:
     @classmethod
     def of(cls, rows: tuple[Tensor, Tensor], where: Tensor, forms: KVFormats, scale: Tensor | None = None) -> Part:
         """Pack keys and values (r e) of the entries of `where` (b k n)."""
-        keys, values = rows
-        if scale is not None:
-            b, k, _ = where.nonzero(as_tuple=True)
-            keys = keys * scale[b, k, 0]
-        return cls.tight(where, forms, (forms[0].pack(keys), forms[1].pack(values)), scale)
+        return cls.tight(where, forms, pack_rows(rows, where, forms, scale), scale)
 
     @classmethod
     def tight(cls, where: Tensor, forms: KVFormats, packed: tuple[Packed, Packed], scale: Tensor | None = None) -> Part:
@@ -189,12 +185,15 @@ class Part:
         b, k, _ = where.nonzero(as_tuple=True)
         return rows / self.scale[b, k, 0]
 
-    def write(self, cells: Tensor, rows: tuple[Tensor, Tensor]) -> None:
-        """Put other keys and values (r e) in cells (r)."""
-        packed = (form.pack(row) for form, row in zip(self.forms, rows, strict=True))
-        copy = torch.Tensor.index_copy if self.fixed or any(row.requires_grad for row in rows) else torch.Tensor.index_copy_
+    def write(self, cells: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values (b k r e), in the part's own formats, in cells (b k r); -1 stands for none."""
+        where = cells >= 0
+        if not bool(where.any()):
+            return
+        packed = pack_rows((keys[where], values[where]), where, self.forms, self.scale)
+        copy = torch.Tensor.index_copy if self.fixed or any(t.requires_grad for t in (keys, values)) else torch.Tensor.index_copy_
         both = zip(self.packed, packed, strict=True)
-        self.packed = tuple(tuple(copy(x, 0, cells, new) for x, new in zip(*pair, strict=True)) for pair in both)
+        self.packed = tuple(tuple(copy(x, 0, cells[where], new) for x, new in zip(*pair, strict=True)) for pair in both)
 
     def grow(self, m: int) -> None:
         """Count m entries more, which are in other parts."""
@@ -319,6 +318,15 @@ class Part:
         yield from () if self.scale is None else (self.scale,)
 
 
+def pack_rows(rows: tuple[Tensor, Tensor], where: Tensor, forms: KVFormats, scale: Tensor | None) -> tuple[Packed, Packed]:
+    """Keys, times a scale (b k 1 e) if there is one, and values (r e) of the entries of `where` (b k n), packed."""
+    keys, values = rows
+    if scale is not None:
+        b, k, _ = where.nonzero(as_tuple=True)
+        keys = keys * scale[b, k, 0]
+    return forms[0].pack(keys), forms[1].pack(values)
+
+
 def attend(
     parts: list[Part], q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -367,4 +375,9 @@ def put(parts: list[Part], part: Part) -> list[Part]:
             out.append(old.settle(old.cells.masked_fill(part.where, -1)))
         else:
             out.append(old)
-    return [*out, part if same_format is None else same_format.join(part)]
+    return filled_parts([*out, part if same_format is None else same_format.join(part)])
+
+
+def filled_parts(parts: list[Part]) -> list[Part]:
+    """The parts that hold entries, or the first if none does."""
+    return [part for part in parts if part.count] or parts[:1]

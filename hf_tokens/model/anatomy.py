@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from . import families
 from .parts import CONTAINERS, OWN, all_attentions, attentions, children_of, is_attention, is_norm, mixer_of, path_of, qualified_name
+from .pipelines import denoising
 from .signatures import parameters
 from .streams import PROMPT, Anatomy, Stream
 
@@ -44,7 +45,7 @@ def unwrap(model: Any) -> nn.Module:
     """The Transformers or Diffusers model inside a PeftModel or a Diffusers pipeline; any other module is returned as it is."""
     peft, diffusers = sys.modules.get("peft"), sys.modules.get("diffusers")
     if diffusers is not None and isinstance(model, diffusers.DiffusionPipeline):
-        denoiser = denoising(model.components)
+        denoiser = denoising(type(model).__name__, model.components)
         if denoiser is None:
             raise UnsupportedError(
                 f"A pipeline must hold a `transformer` or a `unet`. {type(model).__name__} holds {sorted(model.components)}. "
@@ -89,11 +90,6 @@ def pictured_stream(model_anatomy: Anatomy) -> Stream | None:
     if shared is None or not image_tokens(model_anatomy.model):
         return None
     return next((stream for stream in model_anatomy.streams if table(stream.table) is shared), None)
-
-
-def denoising(components: dict[str, Any]) -> Any:
-    """The denoiser among the components of a pipeline; None if there is none."""
-    return next((components[name] for name in ("transformer", "unet") if components.get(name) is not None), None)
 
 
 def _block_lists(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, nn.Module]]]:

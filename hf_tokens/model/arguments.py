@@ -24,6 +24,7 @@ CROSS = re.compile(r"encoder|cross(?!_attention_gate)|context|memory|image_atten
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token
+OF_TOKENS = re.compile(r"^(audio_token_mask|query_attn_mask)$")  # masks that say something of a block's own tokens, and not of its keys
 PAIRS = re.compile(r"bias|(^|_)rel(ative)?_|bbox")  # the same, whatever stands beside the two tokens
 PAIR_BIAS = "position_bias"  # of three axes, what it adds for each pair of tokens
 HIDES = re.compile(r"masked$|padding_mask$")  # a bool mask that is True where a token is hidden
@@ -105,7 +106,7 @@ def pair_form(ledger: TokenLedger, name: str, value: Tensor) -> str | None:
 
 def is_mask(ledger: TokenLedger, name: str, value: Tensor) -> bool:
     """Whether a tensor is a table from token to token of this stream."""
-    if not BETWEEN.search(name) or value.dim() == 3 and name == PAIR_BIAS:
+    if not BETWEEN.search(name) or OF_TOKENS.match(name) or value.dim() == 3 and name == PAIR_BIAS:
         return False
     seen = (ledger.n, ledger.start + ledger.n, ledger.n + ledger.context)
     return value.dim() >= 2 and (value.shape[-1] in seen or value.dim() == 4 and value.shape[-2] == ledger.n)
@@ -223,33 +224,54 @@ def shown_by(mask: Tensor) -> Tensor:
 def token_masks(arguments: dict[str, Any]) -> Iterator[Tensor]:
     """The masks of a block's own tokens among its arguments."""
     for name, value in arguments.items():
-        if "mask" in name and not CROSS.search(name):
+        if "mask" in name and not CROSS.search(name) and not OF_TOKENS.match(name):
             masks = [mask for mask in (value.values() if isinstance(value, dict) else [value]) if isinstance(mask, Tensor)]
             yield from (~mask if HIDES.search(name) and mask.dtype == torch.bool else mask for mask in masks)
 
 
-def find_padding(arguments: dict[str, Any], ledger: TokenLedger) -> tuple[Tensor | None, Tensor | None]:
-    """Real tokens of this chunk (b n) bool and the place of each row's first one (b), by the block's own mask; None if all are real."""
+def find_padding(arguments: dict[str, Any], ledger: TokenLedger, custom: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    """Real tokens of this chunk (b n) bool and the place of each row's first one (b), by the block's own mask; None if all are real.
+
+    A `custom` mask is not made by the model: the padding of a batch may see itself in it, or everything.
+    """
     for mask in token_masks(arguments):
         if mask.dim() not in (2, 3, 4):
             continue
         seen = shown_by(mask)
-        if mask.dim() > 2:
-            seen = seen.flatten(1, -2).any(dim=1)
         if seen.shape[-1] < ledger.start + ledger.n or seen.shape[0] not in (1, ledger.batch):
             continue
+        if custom and ledger.causal and ledger.batch > 1 and mask.dim() == 4 and mask.shape[2] == ledger.n:
+            seen = seen_by_others(seen.any(dim=1), ledger.start)
+        elif mask.dim() > 2:
+            seen = seen.flatten(1, -2).any(dim=1)
         seen = seen.expand(ledger.batch, -1)
         return seen[:, ledger.start : ledger.start + ledger.n], seen.long().argmax(dim=1)
     return None, None
 
 
+def seen_by_others(seen: Tensor, start: int) -> Tensor:
+    """Keys that are seen by a causal mask (b m n), (b n); not those at the ends of a row that no query but their own sees: padding.
+
+    A query that sees what is behind it is padding itself and tells nothing; so is the last one behind such ones, if the first is none.
+    Where all see themselves alone, each key that is seen counts.
+    """
+    own, place = start + torch.arange(seen.shape[1], device=seen.device)[:, None], torch.arange(seen.shape[2], device=seen.device)
+    ahead = (seen & (place > own)).any(dim=2)  # b m
+    ahead[:, -1] |= ahead[:, -2:-1].any(dim=1) & ~ahead[:, 0]
+    told = seen & ~ahead[..., None]
+    among = told & (place != own)
+    looks = told & (place == own) & among.any(dim=2, keepdim=True)
+    real = (among | looks).any(dim=1).long()
+    within = (real.cumsum(dim=1) > 0) & (real.flip(1).cumsum(dim=1).flip(1) > 0)
+    return seen.any(dim=1) & (within | ~within.any(dim=1, keepdim=True))
+
+
 def find_views(arguments: dict[str, Any], ledger: TokenLedger, padding: Tensor | None) -> Tensor | None:
-    """The first token that each real one sees by the block's own mask, -1 for the others, (b n); None if all see the same."""
+    """The first token that each real one sees by the block's own mask, -1 for the others, (b n); None where none is square."""
     for mask in token_masks(arguments):
         if mask.shape[-2:] != (ledger.n, ledger.n):
             continue
         seen = shown_by(mask)
         first = seen.reshape(-1, *seen.shape[-3:]).any(dim=1).long().argmax(dim=-1).expand(ledger.batch, -1)  # b n
-        first = first if padding is None else first.masked_fill(~padding, -1)
-        return None if bool((first == first.amax(dim=1, keepdim=True)).logical_or(first < 0).all()) else first
+        return first if padding is None else first.masked_fill(~padding, -1)
     return None

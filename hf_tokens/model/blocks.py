@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Callable
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import families
-from .arguments import BETWEEN, CROSS, HIDES
+from .arguments import BETWEEN, CROSS, HIDES, OF_TOKENS
 from .parts import attentions
-from .signatures import bound_arguments, parameters
+from .signatures import bound_arguments, parameters, read_once
 
+SLOT_OFFSET = "cycle_offset"  # HRM's stacks run several times in a pass, each time with other slots
 BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's first block makes them and hands them on
 
 
-def once_a_block(read: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """Remember what a function reads off a block, for as long as the block lives."""
-    known: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-
-    @functools.wraps(read)
-    def remembered(block: nn.Module) -> Any:
-        if block not in known:
-            known[block] = read(block)
-        return known[block]
-
-    return remembered
-
-
-@once_a_block
 def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
     """Whether a block counts its tokens by itself: whatever it is given, and where it is not given their places."""
     names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
     return tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
 
 
-@once_a_block
 def hands_on(block: nn.Module) -> bool:
     """Whether a block gets what the one before returned for each token beside its hidden states."""
     return any(map(families.HANDED_ON.match, parameters(type(block))))
 
 
-@once_a_block
 def mixes_more(block: nn.Module) -> bool:
     """Whether a block mixes its tokens by a convolution or a second self-attention too."""
     return len(attentions(block)) > 1 or any(isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1 for m in block.modules())
 
 
-@once_a_block
 def bias_maker(block: nn.Module) -> nn.Module | None:
     """The block's attention, if it makes a bias of the distances: in T5 that of the first block, in UMT5 that of each."""
     attention = next(iter(attentions(block)), None)
@@ -58,11 +41,36 @@ def bias_maker(block: nn.Module) -> nn.Module | None:
     return attention if makes and "compute_bias" in dir(type(attention)) else None
 
 
-def is_foreign(block: nn.Module, name: str, value: Any) -> bool:
-    """Whether an argument is not of the block's own tokens, though its name does not say so."""
-    axes, cls = value.dim() if isinstance(value, Tensor) else None, type(block).__name__
-    rows = [(names, number) for classes, names, number in families.FOREIGN_OF if classes.search(cls)]
-    return any(names.search(name) and number in (None, axes) for names, number in rows)
+@dataclass(frozen=True, eq=False)
+class BlockFacts:
+    """What is read off a block once, so that nothing of it is looked for while it runs.
+
+    Attributes:
+        counts: Whether it counts its tokens by itself: whatever it is given, and where it is not given their places.
+        mixes_more: Whether it mixes its tokens by more than one attention.
+        bias_maker: Its attention, if that makes a bias of the distances.
+        hands_on: Whether it gets what the block before returned for each token beside its hidden states.
+        several_slots: Whether its self-attentions store their keys in several slots of a cache.
+        foreign: Names of arguments that are not of its own tokens, though they do not say so, and how many axes they then have.
+    """
+
+    counts: tuple[bool, bool]
+    mixes_more: bool
+    bias_maker: nn.Module | None
+    hands_on: bool
+    several_slots: bool
+    foreign: tuple[tuple[re.Pattern, int | None], ...]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> BlockFacts:
+        """Those of a block."""
+        foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(type(block).__name__))
+        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), hands_on(block), several_slots(block), foreign)
+
+    def is_foreign(self, name: str, value: Any) -> bool:
+        """Whether an argument is not of the block's own tokens, though its name does not say so."""
+        axes = value.dim() if isinstance(value, Tensor) else None
+        return any(names.search(name) and number in (None, axes) for names, number in self.foreign)
 
 
 def passed_on(output: Any, argument: Tensor) -> bool:
@@ -72,16 +80,16 @@ def passed_on(output: Any, argument: Tensor) -> bool:
     return output.shape == argument.shape and output.numel() > 0 and output.data_ptr() == argument.data_ptr()
 
 
-@functools.cache
+@read_once
 def mask_name(*names: str) -> str | None:
     """Of the names of a block's arguments, the first that is a mask of its own tokens."""
-    own = [name for name in names if "mask" in name and not CROSS.search(name) and not HIDES.search(name)]
+    own = [name for name in names if "mask" in name and not any(r.search(name) for r in (CROSS, HIDES, OF_TOKENS))]
     return next((name for name in own if "head" not in name), None)
 
 
-def tells_no_places(block: nn.Module, args: tuple, kwargs: dict) -> bool:
+def tells_no_places(block: nn.Module, facts: BlockFacts, args: tuple, kwargs: dict) -> bool:
     """Whether a block is given no mask, makes no bias of the places, and does not count its tokens by itself."""
-    if any(counts_tokens(block)) or bias_maker(block) is not None:
+    if any(facts.counts) or facts.bias_maker is not None:
         return False
     return all(value is None for name, value in bound_arguments(block, args, kwargs).items() if BETWEEN.search(name))
 
@@ -89,6 +97,13 @@ def tells_no_places(block: nn.Module, args: tuple, kwargs: dict) -> bool:
 def borrows_keys(attention: nn.Module | None) -> bool:
     """Whether an attention reads the keys that an earlier block of its type stored."""
     return attention is not None and vars(attention).get("is_kv_shared_layer") is True
+
+
+def several_slots(block: nn.Module) -> bool:
+    """Whether the self-attentions of a block store their keys in several slots of a cache."""
+    slots = (vars(attention).get("layer_idx") for attention in attentions(block))
+    moves = any(SLOT_OFFSET in parameters(type(attention)) for attention in attentions(block))
+    return moves or len({slot for slot in slots if slot is not None}) > 1
 
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:

@@ -49,7 +49,7 @@ def _pooled(config: Any) -> int:
 # model type -> patches along a side of a visual token, by its config. The tokens of a picture, or of each tile of one, lie row by row.
 # A model that is not here makes latents of a picture, ends its rows with visual tokens, or is not known.
 TOKEN_SIDES: dict[str, Callable[[Any], int]] = {
-    **dict.fromkeys(("llava", "vipllava", "video_llava", "paligemma", "janus", "deepseek_vl"), lambda config: 1),
+    **dict.fromkeys(("llava", "vipllava", "video_llava", "paligemma", "janus", "deepseek_vl", "deepseek_vl_hybrid"), lambda config: 1),
     **dict.fromkeys(("got_ocr2", "pp_chart2table", "step3p7"), lambda config: 4),
     **dict.fromkeys(("aya_vision", "cohere2_vision", "lfm2_vl"), lambda config: config.downsample_factor),
     **dict.fromkeys(("idefics3", "smolvlm"), lambda config: config.scale_factor),
@@ -144,6 +144,10 @@ CAUSAL_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "crea
 OPEN_MASKS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_mask")
 # Models whose head reads each token, whatever it is: those for another task than to judge a sample as a whole.
 READS_EACH = re.compile(r"For(?!(Sequence|Image|Video|Audio)Classification|MultipleChoice|NextSentencePrediction|XVector)[A-Z]|Backbone$")
+# Models for late interaction: what they return is the set of their tokens' vectors, under this name.
+LATE_INTERACTION, VECTORS = re.compile(r"^Col(Pali|Qwen2|ModernVBert)ForRetrieval$"), "embeddings"
+# Libraries that read the vectors of a text by the mask that they gave with it.
+READS_BY_MASK = ("sentence_transformers",)
 # Models whose towers are read apart from each other; in every other model of several streams an earlier one is read by a later one.
 TOWERS = re.compile(r"^((Alt|Chinese)?CLIP(Seg)?|MetaClip2|Siglip2?|VisionTextDualEncoder|OwlViT|Owlv2)Model$")
 # Where the order of registration is not the order of the calls.
@@ -154,6 +158,7 @@ PREFIX_TOKENS = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distil
 # the block is given one of these arguments, and those that count whatever they are given.
 TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
 PLACES = re.compile(r"position|relative")
+MIXES_HEADS = re.compile(r"^Doge")  # attentions that read the cached values of all heads of a token together
 COUNTS = re.compile(
     r"(^|\.)(rel_pos_emb|relative_position_embedding|rel_logits_proj|distance_embedding)$|"
     r"^(LongT5(Local|TransientGlobal)Attention|MptAttention|SinusoidalPositionalEmbedding)$"
@@ -180,14 +185,26 @@ PLACES_OF_KEYS = "prev_topk_indices"
 PROMPT_MASKS = re.compile(r"^(encoder|text|txt|prompt|caption|context)_(\w+_)?mask$")
 PROMPT_PLACES = ("txt_ids",)
 PROMPT_LENGTHS = re.compile(r"seq_lens$")
+# The setting of a UNet's config, and its value, in which its blocks get the prompt in front of the pictures of IP-Adapters.
+PROMPT_AND_PICTURES = ("encoder_hid_dim_type", "ip_image_proj")
 # Denoisers that count on the length of their prompt, or are given it a second time in other words.
 FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 # Denoisers that read their prompt as a whole too, beside their blocks.
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
-# Denoisers whose pipelines put the prompt in front of the negative prompt under guidance.
-PROMPT_FIRST = re.compile(r"^LuminaNextDiT2D")
-# Denoisers whose timestep is a share of 1, where others count to 1000; and those whose timestep rises as the noise falls.
-UNIT_TIME = re.compile(r"^(Flux|Chroma|QwenImage|OvisImage|LongCatImage|AuraFlow|Lumina2|ZImage)")
-RISING_TIME = re.compile(r"^(Lumina2|ZImage)")
+# How a denoiser calls its timestep.
+TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
+# Denoisers whose timestep is a share of 1, where others count to 1000; those whose timestep rises as the noise falls; and those whose
+# pipelines give it in units of their own, so that only a pipeline's scheduler tells how much noise it means.
+UNIT_TIME = re.compile(
+    r"^(Flux|Chroma|QwenImage|OvisImage|LongCat|AuraFlow|Lumina2|LuminaNextDiT2D|ZImage|AceStep|BriaFibo2|Krea2|NucleusMoE|PRX|Ideogram4|"
+    r"OmniGen)"
+)
+RISING_TIME = re.compile(r"^(Lumina2|LuminaNextDiT2D|ZImage|Ideogram4|OmniGen|Mochi)")
+UNKNOWN_TIME = re.compile(r"^(Cosmos|StableAudio)")
+# Schedulers whose timesteps are shares of `num_train_timesteps`, all of it at pure noise.
+SCHEDULERS = re.compile(
+    r"^(DDIM|DDPM|PNDM|LMS|Euler|Heun|KDPM2|DPMSolver|DEIS|UniPC|SASolver|LCM|TCD|CogVideoX|FlowMatch|FlowMap|Helios|Piflow|UnCLIP|RePaint)"
+    r"(?!Wuerstchen)"
+)

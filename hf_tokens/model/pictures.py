@@ -7,7 +7,9 @@ model and passes on only what it returned.
 from __future__ import annotations
 
 import math
-from functools import cache
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, explain
 from ..tokens.ledger import TokenLedger
 from . import families
-from .signatures import bound_arguments
+from .signatures import bound_arguments, read_once
 from .streams import Anatomy
 
 GRID_TABLES = ("grid_thw", "image_grid_thw", "video_grid_thw")  # frames, height and width of each picture, in patches
@@ -77,6 +79,81 @@ def patch_grids(tower: nn.Module, args: tuple, kwargs: dict) -> list[Grid] | Non
     sizes = torch.as_tensor(arguments[SIZES]).tolist() if SIZES in arguments else [pixels.shape[-2:]] * len(pixels)
     patch = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     return [(1, h // patch[0], w // patch[1]) for h, w in sizes]
+
+
+@dataclass(frozen=True)
+class TowerCall:
+    """A call of the vision tower: the pictures in it, in patches, and the first tensor that it returned, while that lives."""
+
+    grids: list[Grid]
+    returned: Callable[[], Tensor | None]
+
+
+class SeenPictures:
+    """The calls of the vision tower, until the model has run on them, and those whose outcome someone still holds."""
+
+    def __init__(self):
+        self.calls: list[TowerCall] = []
+        self.held: list[TowerCall] = []
+
+    def __reduce__(self) -> tuple[type[SeenPictures], tuple]:
+        return SeenPictures, ()
+
+    def note(self, grids: list[Grid], output: Any) -> None:
+        """The tower was called with these pictures."""
+        tensor = first_state(output)
+        self.calls.append(TowerCall(grids, (lambda: None) if tensor is None else weakref.ref(tensor)))
+        self._hold(self.calls[-1])
+
+    def clear(self) -> None:
+        """The model has run on what the tower was called for."""
+        self.calls.clear()
+
+    def _hold(self, call: TowerCall) -> None:
+        self.held = [*(known for known in self.held if known.returned() is not None), call]
+
+    def of(self, modality: str, arguments: dict[str, Any]) -> list[list[Grid]]:
+        """The calls whose pictures a call of the model brings for a modality: in the order of these, or by what was passed on of one.
+
+        Transformers encodes pictures before videos.
+        """
+        encoded = arguments.get(ENCODED) or {}
+        given = encoded or {m: arguments.get(pixels) for m, pixels in zip(MODALITIES, PIXELS, strict=True)}
+        brought = [m for m in MODALITIES if given.get(m) is not None]
+        tensor = first_state(encoded.get(modality))
+        known = [call.grids for call in self.held if tensor is not None and call.returned() is tensor]
+        if known:
+            return known[:1]
+        calls = [call.grids for call in self.calls]
+        if len(brought) > 1 and len(calls) == len(brought) and modality in brought:
+            calls = [calls[brought.index(modality)]]
+        if len(calls) == 1 and tensor is not None:
+            self._hold(TowerCall(calls[0], weakref.ref(tensor)))
+        return calls
+
+
+def first_state(output: Any) -> Tensor | None:
+    """The first tensor of what an encoder returned."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def grids_in_text(seen: SeenPictures, model: nn.Module, arguments: dict[str, Any], visual: Tensor) -> list[Grid]:
+    """The grids of all pictures and videos, in the order in which they stand among the visual tokens (b n)."""
+    config, ids = model.config, arguments["input_ids"].to(visual.device)
+    placed: list[tuple[int, Grid]] = []
+    for modality in MODALITIES:
+        own = [value for name, value in vars(config).items() if name in families.IMAGE_TOKENS and name.startswith(modality)]
+        tokens = visual & torch.isin(ids, torch.tensor([i for i in own if isinstance(i, int)], device=ids.device))
+        if not bool(tokens.any()):
+            continue
+        places = tokens.flatten().nonzero()[:, 0].tolist()
+        for grid_of_one in find_grids(seen.of(modality, arguments), config, arguments, tokens):
+            placed.append((places[0], grid_of_one))
+            places = places[prod(grid_of_one) :]
+    return [shape for _, shape in sorted(placed, key=lambda one: one[0])]
 
 
 def find_grids(calls: list[list[Grid]], config: Any, arguments: dict[str, Any], visual: Tensor) -> list[Grid]:
@@ -166,7 +243,7 @@ def over_tokens(x: Tensor, n: int) -> Tensor | None:
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-@cache
+@read_once
 def grid(n: int, picture: tuple[int, ...] | None) -> tuple[int, int]:
     """Height and width of n tokens that share the picture's shape as nearly as n allows; frames of a video stand below each other."""
     if picture is None:

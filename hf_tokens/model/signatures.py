@@ -8,12 +8,26 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedError, explain
+
+Read = TypeVar("Read")
+
+
+def read_once(read: Callable[..., Read]) -> Callable[..., Read]:
+    """Remember what a function reads off a class, or makes of names; a compiler takes it for the constant that it is."""
+    remembered = cache(read)
+
+    @wraps(read)
+    def constant(*args: Any) -> Read:
+        return remembered(*args)
+
+    return torch.compiler.assume_constant_result(constant)
 
 
 @dataclass(frozen=True)
@@ -29,14 +43,14 @@ class HiddenIndex:
         return kwargs[self.name] if self.name in kwargs else args[self.position]
 
 
-@cache
+@read_once
 def positional(cls: type[nn.Module]) -> tuple[str, ...]:
     """Names of the positional parameters of a block's forward."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, p in inspect.signature(cls.forward).parameters.items() if p.kind in kinds)[1:]
 
 
-@cache
+@read_once
 def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     """Names of the parameters of a module's forward."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
@@ -61,7 +75,7 @@ def cache_argument(function: Callable[..., Any]) -> str:
     raise UnsupportedError(explain(rule, sorted(names), "Choose another model."))
 
 
-@cache
+@read_once
 def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
     """Where the hidden states of a block are."""
     names, known = parameters(cls), _registered(cls)
@@ -73,7 +87,7 @@ def hidden_index(cls: type[nn.Module]) -> HiddenIndex:
     return HiddenIndex(name, names.index(name), returned or 0)
 
 
-@cache
+@read_once
 def context_index(cls: type[nn.Module]) -> HiddenIndex | None:
     """The same of the second sequence that a joint block carries along; None where there is none."""
     names, known = parameters(cls), _registered(cls)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor
 
 from ..errors import ConfigError, explain
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config
+from .doors import CONFIG, file_beside, is_loading, tensors_being_saved, without
+from .reading import read_config, whole
+from .saving import digest_of, has_bytes, hashes_of, replacing
 
 NAME = "HF_TOKENS"
 PEFT_METHOD = "peft"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # arguments that say where a file is
 FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
 
 
@@ -65,6 +67,7 @@ class HFTokensConfig(PeftConfig):
             `{"method": "peft", "config": {"peft_type": "LORA", ...}}` or a PeftConfig.
         modules_to_save: Modules that are trained and saved as a whole, such as a new head.
         init_weights: Accepted for PEFT's sake.
+        digest: Of the tensors that it was saved with; written when it is saved, and compared when they are loaded.
     """
 
     methods: list[Any] | None = field(default=None)
@@ -73,11 +76,14 @@ class HFTokensConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     init_weights: bool = field(default=True)
     base: dict[str, list[Any]] | None = field(default=None)
+    base_type: str | None = field(default=None)
     hf_tokens_version: int = field(default=FORMAT)
+    digest: str | None = field(default=None)
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type, self._weights = HF_TOKENS, None
+        self.peft_type, self._weights, self._in_trial, self._is_loaded = HF_TOKENS, None, False, False
+        self._hashes: dict[Any, str] = {}
         if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
             self.methods = [self.methods]
         if self.methods is not None and not isinstance(self.methods, Iterable):
@@ -95,31 +101,81 @@ class HFTokensConfig(PeftConfig):
             raise ConfigError(explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", remedy))
 
     @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """What the file of a config says, within bounds."""
+        data = read_config(Path(path_json_file), cls, NAME)
+        return {key: value for key, value in data.items() if key != "runtime_config"}
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> HFTokensConfig:
+        """The config that a file says."""
+        with whole(f"{CONFIG} must be that of an adapter", "Download or save it again."):
+            return super().from_peft_type(**kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> HFTokensConfig:
         """The config in a folder or on the Hub, which knows the file of tensors beside it until it is put into a model."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS)
-        if not Path(pretrained_model_name_or_path).is_dir():
-            hub = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
-            try:
-                weights = Path(hf_hub_download(pretrained_model_name_or_path, WEIGHTS, subfolder=subfolder, **hub))
-            except EntryNotFoundError:  # a file of another kind, which PEFT reads
-                return config
-        config._weights = weights if weights.exists() else None
+        config._is_loaded, config._weights = True, file_beside(pretrained_model_name_or_path, subfolder, **kwargs)
+        if config._weights is None and is_loading():
+            raise without(pretrained_model_name_or_path)
         return config
 
-    def take_weights(self) -> Path | None:
-        """The file of tensors beside the file that this was read from; but once."""
-        weights, self._weights = self._weights, None
-        return weights
+    def take_source(self) -> tuple[Path | None, str | None]:
+        """The file of tensors beside the file that this was read from, and its digest; but once."""
+        weights, digest = self._weights, self.digest
+        self._weights = self.digest = None
+        return weights, digest
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it was read from a file, which can say anything."""
+        return self._is_loaded
+
+    @property
+    def goes_around_layers(self) -> bool:
+        """Whether PEFT puts something of it around layers of the model: only a trial shows its tensors."""
+        return bool(self.modules_to_save) or any(method["method"] == PEFT_METHOD for method in self.methods)
+
+    @property
+    def in_trial(self) -> bool:
+        """Whether it goes into a model only to be tried."""
+        return self._in_trial
+
+    def for_trial(self) -> HFTokensConfig:
+        """A copy that goes into a model to be tried, where nothing begins."""
+        config = copy.deepcopy(self)
+        config._in_trial = True
+        for method in config.methods:
+            if method["method"] == PEFT_METHOD:
+                method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config whole or not at all, with the digest of the tensors that a model's `save_pretrained` writes beside it."""
+        self.save_with(tensors_being_saved(), save_directory, **kwargs)
+
+    def prepare_to_save(self, tensors: Iterable[Tensor]) -> None:
+        """Note the hashes of what is about to be saved."""
+        self._hashes = hashes_of(tensors)
+
+    def save_with(self, tensors: Mapping[str, Tensor] | None, folder: str | Path, **kwargs: Any) -> None:
+        """Write the config beside these tensors; where they are not known, nothing is said of them."""
+        known = tensors is not None and all(map(has_bytes, tensors.values()))
+        self.digest, self._hashes = digest_of(tensors.items(), self._hashes) if known else None, {}
+        try:
+            with replacing(Path(folder), CONFIG) as written:
+                super().save_pretrained(str(written), **kwargs)
+        finally:
+            self.digest = None
 
     def aim(self, modules: list[str] | None) -> None:
         """Name the blocks to PEFT, for as long as it injects the adapter."""
         self.target_modules = modules
 
-    def note_base(self, base: dict[str, list[Any]]) -> None:
-        """Note the base that the adapter is made for."""
-        self.base = base
+    def note_base(self, base: dict[str, list[Any]], kind: str) -> None:
+        """Note the base that the adapter is made for: its streams, and what it is."""
+        self.base, self.base_type = base, kind
 
     def stack(self) -> list[MethodConfig]:
         """The method configs, in order, without the PEFT configs among them."""
@@ -146,8 +202,11 @@ def plain_form(method: Any) -> dict[str, Any]:
         if not isinstance(method.get("config"), dict) or "peft_type" not in method["config"]:
             raise ConfigError(explain("A 'peft' method has a config with a 'peft_type'", repr(method), "Pass the PeftConfig itself."))
         kind = method["config"]["peft_type"]
-        if kind == NAME or not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object), BaseTuner):
+        if not isinstance(kind, str) or kind == NAME or not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object), BaseTuner):
             rule = "A 'peft' method is one of PEFT's that act on layers, such as LORA"
             raise ConfigError(explain(rule, repr(kind), "Put another kind around the model, by `peft.get_peft_model`."))
+        for key, value in method["config"].items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(explain("The numbers of a 'peft' method are finite", f"{key}={value}", "Set another one."))
         return method
     return method_config(method).to_dict()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import json
 import math
-import typing
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +17,23 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import AdapterError, HFTokensError, explain
-from ..roles.config import matches
-from .config import CONFIG, NAME, PEFT_METHOD, HFTokensConfig
+from ..errors import AdapterError, explain
+from .config import PEFT_METHOD, HFTokensConfig
+from .doors import CONFIG, PICKLE, calling_loader, given_to, without
+from .reading import whole
+from .saving import PEFT_PREFIX, digest_of
 
-MOST_BYTES, MOST_METHODS = 1 << 20, 100  # of an adapter_config.json
-PEFT_PREFIX = "base_model.model."  # how a file calls what is in the base
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 BY_VALUE = ("BOFT", "FROD", "SHIRA", "UNILORA")  # PEFT methods whose beginning reads the numbers of tensors: no trial without any
 
+FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "eye", "linspace", "normal")
+SECONDS, STEPS, STEPS_A_TENSOR, MOST_NUMBERS = 20, 5000, 100, 1 << 24  # of a trial, and what it allocates where it needs numbers
+
 Saved = tuple[list[int], torch.dtype | None]  # shape and kind of a saved tensor; None for a kind that no adapter has
 
 
-@contextlib.contextmanager
-def whole(rule: str, remedy: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
-    """Read what somebody else wrote: errors of these kinds in it are said in our words, with the cause."""
-    try:
-        yield
-    except HFTokensError:
-        raise
-    except kinds as error:
-        got = f"one that says: {type(error).__name__}: {error}" if str(error) else f"one that says: {type(error).__name__}"
-        raise AdapterError(explain(rule, got, remedy)) from error
-
-
 # -- reading ---------------------------------------------------------------------------------------------------------
-def finite(text: str) -> float:
-    """A number of a JSON file, which can be written without a bound."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
-    return number
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What the config in a folder says: refused if it is no config of ours."""
-    path = folder / CONFIG
-    with whole(f"{CONFIG} must be a whole JSON file", "Download or save it again."):
-        if path.stat().st_size > MOST_BYTES:
-            raise AdapterError(explain(f"{CONFIG} has at most {MOST_BYTES} bytes", path.stat().st_size, "Save the adapter again."))
-        data = json.loads(path.read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
-    kind = data.get("peft_type") if isinstance(data, dict) else None
-    if kind != NAME:
-        raise AdapterError(explain(f"hf_tokens.load needs an adapter of type {NAME}", repr(kind)[:80], "Use peft for other adapters."))
-    hints = typing.get_type_hints(HFTokensConfig)
-    for field in dataclasses.fields(HFTokensConfig):
-        if field.name in data.keys() - {"methods"} and not matches(data[field.name], hints[field.name]):
-            rule = f"{field.name!r} in {CONFIG} must be of type {hints[field.name]}"
-            raise AdapterError(explain(rule, repr(data[field.name])[:80], "Save the adapter again."))
-    methods = data.get("methods")
-    if isinstance(methods, list) and len(methods) > MOST_METHODS:
-        raise AdapterError(explain(f"An adapter has at most {MOST_METHODS} methods", len(methods), "Make several adapters."))
-    return data
-
-
 def header(weights: Path) -> dict[str, Saved]:
     """Shape and kind of each tensor of a file, of which no more is read."""
     kinds = FLOATS | INTEGERS
@@ -82,11 +42,26 @@ def header(weights: Path) -> dict[str, Saved]:
         return {key: (part.get_shape(), kinds.get(part.get_dtype())) for key, part in slices.items()}
 
 
-def opened(weights: Path) -> Any:
-    """A safetensors file; a pipe or a device in its place would never end."""
+def check_is_file(weights: Path) -> None:
+    """Refuse a pipe or a device in the place of a file: it would never end."""
     if not weights.is_file():
         raise AdapterError(explain(f"{weights.name} must be a file", weights, "Download or save it again."))
+
+
+def opened(weights: Path) -> Any:
+    """A safetensors file."""
+    check_is_file(weights)
     return safe_open(str(weights), framework="pt")
+
+
+def read_pickle(weights: Path) -> dict[str, Tensor]:
+    """The tensors in torch's own kind of file, which PEFT writes with `safe_serialization=False`; nothing in it is run."""
+    check_is_file(weights)
+    with whole(f"{weights.name} must be a whole file of tensors", "Download or save it again."):
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise TypeError("there is more than tensors by their names")
+    return state
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
@@ -111,17 +86,34 @@ def check_same(needed: Mapping[str, Tensor], held: Mapping[str, Saved]) -> None:
         raise AdapterError(explain(rule, f"{len(wrong)} that are not right, the first {wrong[0]}", remedy))
 
 
-def check_values(tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Refuse numbers that are none."""
+def finite_ones(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, one by one; numbers that are none are refused."""
     for key, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise AdapterError(explain("The tensors of an adapter are finite", f"{key} with NaN or infinity", "Train the adapter again."))
+        yield key, tensor
+
+
+def check_values(tensors: Iterable[tuple[str, Tensor]], digest: str | None = None) -> None:
+    """Refuse numbers that are none, and tensors of another digest than the config has: one file is of another save, or was changed."""
+    if digest is None:
+        for _ in finite_ones(tensors):
+            pass
+    elif (found := digest_of(finite_ones(tensors))) != digest:
+        rule = f"The tensors beside {CONFIG} have the digest that it names, {digest[:80]}"
+        remedy = "A save was broken off, or a file changed: save or download it again, or delete `digest` there if you changed it yourself."
+        raise AdapterError(explain(rule, found, remedy))
+
+
+def kinds_of(state: Mapping[str, Tensor]) -> dict[str, Saved]:
+    """Shape and kind of each tensor of a state dict."""
+    return {key: (list(tensor.shape), tensor.dtype) for key, tensor in state.items()}
 
 
 def check_state(needed: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Refuse a state dict that is not exactly that of an adapter."""
-    check_same(needed, {key: (list(tensor.shape), tensor.dtype) for key, tensor in state.items()})
-    check_values(iter(state.items()))
+    check_same(needed, kinds_of(state))
+    check_values(state.items())
 
 
 class Hollow(TorchFunctionMode):
@@ -133,31 +125,81 @@ class Hollow(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def tried(model: nn.Module, config: HFTokensConfig, adapter_name: str) -> dict[str, Tensor]:
+class Bounds(TorchFunctionMode):
+    """Refuses to go on with a trial that takes too long, makes too many tensors, or too large ones."""
+
+    def __init__(self, model: nn.Module, held: Mapping[str, Saved]):
+        super().__init__()
+        sizes = [*(tensor.numel() for tensor in model.parameters()), *(math.prod(shape) for shape, _ in held.values())]
+        self.end, self.left = time.perf_counter() + SECONDS, STEPS + STEPS_A_TENSOR * len(sizes)
+        self.most = 4 * max(MOST_NUMBERS, *sizes)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.left -= 1
+        if self.left < 0 or time.perf_counter() > self.end:
+            self.refuse("more than that")
+        if func.__name__ in FACTORIES and torch.get_default_device().type != "meta":
+            numbers = (n for given in (*args, *(kwargs or {}).values()) for n in (given if isinstance(given, (tuple, list)) else (given,)))
+            size = math.prod(n for n in numbers if isinstance(n, int) and n > 0)
+            if size > self.most:
+                self.refuse(f"one of {size} numbers")
+        return func(*args, **(kwargs or {}))
+
+    def refuse(self, got: str) -> None:
+        """Say that it is too much."""
+        rule = f"The methods in {CONFIG} make no more tensors, and no larger ones, than its file holds"
+        raise AdapterError(explain(rule, got, "Save or download the adapter again."))
+
+
+def tried(model: nn.Module, config: HFTokensConfig, adapter_name: str, held: Mapping[str, Saved]) -> dict[str, Tensor]:
     """The tensors that an adapter has in a model, by the names of its file, found in a copy of the model without any numbers."""
-    config, meta = copy.deepcopy(config), True
-    for method in config.methods:  # nothing begins here
-        if method["method"] == PEFT_METHOD:
-            method["config"] = {key: value for key, value in method["config"].items() if not key.startswith("init_")}
-            meta = meta and method["config"]["peft_type"] not in BY_VALUE
+    config = config.for_trial()
+    meta = not any(method["config"]["peft_type"] in BY_VALUE for method in config.methods if method["method"] == PEFT_METHOD)
     with Hollow() if meta else contextlib.nullcontext():
         trial = copy.deepcopy(model)
     configs = trial.peft_config if isinstance(trial, PeftModel) else vars(trial).get("peft_config", {})
     configs.pop(adapter_name, None)  # it is there already, and waits for its layers
-    with whole(f"The methods in {CONFIG} must go into {type(model).__name__}", "Save the adapter again."):
-        with warnings.catch_warnings(), torch.device("meta") if meta else contextlib.nullcontext():
-            warnings.simplefilter("ignore")  # the real one says them
-            inject_adapter_in_model(config, trial, adapter_name)
-        state = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
+    with in_silence(), torch.device("meta") if meta else contextlib.nullcontext(), Bounds(model, held):
+        inject_adapter_in_model(config, trial, adapter_name)
+    state = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
     return {PEFT_PREFIX + key: tensor for key, tensor in state.items()}
 
 
-def check_file(model: nn.Module, config: HFTokensConfig, adapter_name: str) -> None:
-    """Refuse a config that was read with other tensors beside it than its methods have in a model, which is not touched."""
-    weights = config.take_weights()
-    if weights is None:
+@contextlib.contextmanager
+def in_silence() -> Iterator[None]:
+    """Without the warnings that what is tried here gives again when it is done."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+MISREAD = (ValueError, TypeError, KeyError, AttributeError)  # what a library says of a value in a config that it cannot read
+
+
+def misread(config: HFTokensConfig, model: nn.Module, kinds: Any = Exception) -> contextlib.AbstractContextManager:
+    """Errors about a config that is being loaded are the file's: they are said in our words."""
+    rule, remedy = f"The methods in {CONFIG} must go into {type(model).__name__}", "Save or download the adapter again."
+    loading = config.is_loaded or not config.in_trial and calling_loader() is not None
+    return whole(rule, remedy, kinds) if loading else contextlib.nullcontext()
+
+
+def check_file(config: HFTokensConfig, needed: Callable[[Mapping[str, Saved]], Mapping[str, Tensor]]) -> None:
+    """Refuse a config that is being loaded with other tensors than its methods need in a model, which are found given those that came."""
+    weights, digest = config.take_source()
+    loader = None if config.in_trial else calling_loader()
+    given = weights if loader is None else given_to(loader)
+    if given is None:
+        if loader is not None:
+            raise without(loader.f_locals["peft_model_id"])
         return
-    held = header(weights)
-    check_same(tried(model, config, adapter_name), held)
-    with opened(weights) as file:
-        check_values((key, file.get_tensor(key)) for key in held)
+    if isinstance(given, Path) and given.name == PICKLE:
+        given = read_pickle(given)
+    if isinstance(given, Mapping):
+        given = {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): tensor for key, tensor in given.items()}
+        check_same(needed(held := kinds_of(given)), held)
+        check_values(given.items(), digest)
+        return
+    held = header(given)
+    check_same(needed(held), held)
+    with opened(given) as file:
+        check_values(((key, file.get_tensor(key)) for key in held), digest)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 from peft import PeftConfig
@@ -19,15 +16,12 @@ from transformers import PreTrainedConfig
 
 from ..engine.block import BlockSurgery
 from ..errors import UnsupportedError, explain
-from ..model.callers import callers
 
 # knobs that act beyond the layers of their method: the value that they must have, what they need, and whether only training needs it
 BEYOND_LAYERS: tuple[tuple[str, Any, str, bool], ...] = (
     ("alora_invocation_tokens", None, "a call that says where in each sample it begins", False),
     ("bias", "none", "weights of the base that are trained", True),
 )
-FRAMES_TO_LOADER = 16  # frames between transformers' `load_adapter` and the tuner that it makes
-RENAMINGS = "peft_weight_conversions"  # what `load_adapter` calls its list
 
 
 def check_nested(config: PeftConfig) -> None:
@@ -151,38 +145,3 @@ class BaseRecord:
                 tensor.data = data
         for config, values in self.configs:
             vars(config).update(values)
-
-
-# -- transformers' own door ------------------------------------------------------------------------------------------
-def calling_loader() -> FrameType | None:
-    """The call of transformers' `load_adapter` that is under way, if one is."""
-    module = sys.modules.get("transformers.integrations.peft")
-    for frame in callers(0 if module is None else FRAMES_TO_LOADER):
-        if frame.f_code.co_name == "load_adapter" and frame.f_code.co_filename == module.__file__:
-            return frame
-    return None
-
-
-def tell_loader(loader: FrameType, adapter_name: str, saved_names: dict[str, str]) -> None:
-    """Have transformers put the adapter's name into the keys of nested methods, too: by itself it does so for one type of adapter.
-
-    Args:
-        loader: The call of `load_adapter`.
-        adapter_name: Name of the adapter in the model.
-        saved_names: Names of the tensors of nested methods in the model, with the names that these have in a file.
-
-    Raises:
-        UnsupportedError: Some names in a file would not find their tensors.
-    """
-    from transformers.core_model_loading import WeightRenaming
-
-    holders = sorted({name.rpartition(f".{adapter_name}")[0].rpartition(".")[2] for name in saved_names})
-    renamings = [WeightRenaming(rf"(\.{re.escape(holder)})(?![^.])", rf"\1.{adapter_name}") for holder in holders]
-    for name, saved in saved_names.items():
-        found = saved
-        for renaming in renamings:
-            found, _ = renaming.rename_source_key(found)
-        if found != name:
-            rule = "transformers' `load_adapter` finds each tensor of a stack by the name of its holder"
-            raise UnsupportedError(explain(rule, f"{name}, for which it would take {saved} as {found}", "Use `hf_tokens.load` or PEFT."))
-    loader.f_locals[RENAMINGS].extend(renamings)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, explain
 from ..handlers.objective import one_at_a_time
 from ..model import families
 from ..model.anatomy import pictured_stream, prompt_width
-from ..model.blocks import layer_index
+from ..model.blocks import layer_index, several_slots
 from ..model.parts import WEIGHT_SITES, block_weights, check_weights, cross_attentions
 from ..model.pictures import forms_grids
+from ..model.pipelines import their_caches
 from ..model.signatures import parameters
 from ..model.streams import LAYOUTS, PACKED, PROMPT, SIDE_BY_SIDE, Anatomy, Stream
+from ..roles.attention_edit import AttentionEdit
 from ..roles.base import Method
 from ..roles.cache_compressor import CacheCompressor
 from ..roles.config import MethodConfig
@@ -24,7 +29,7 @@ from ..roles.objective import Objective
 from ..roles.pooler import Pooler
 from ..roles.registry import MethodInfo, method_info
 from ..roles.routers import LayerRouter, TokenRouter
-from ..roles.signals import GRIDDED, SCORED, SPANS, TAPPED
+from ..roles.signals import GRIDDED, OF_ATTENTION, SCORED, SPANS, TAPPED
 from ..roles.token_bank import TokenBank
 from ..roles.token_reducer import TokenReducer
 from ..roles.weight_edit import WeightEdit
@@ -114,6 +119,8 @@ def read_as_a_whole(streams: list[Stream], info: MethodInfo, base: Anatomy) -> l
     """The streams among these of which nothing reads each token: no head, and no later stream."""
     name = type(base.model).__name__
     last = [stream for stream in streams if stream is base.streams[-1] or families.TOWERS.search(name)]
+    if info.cls.site == "output" and not info.cls.words.get("ask") and families.LATE_INTERACTION.search(name):
+        return last
     each = base.model.get_output_embeddings() is not None or families.READS_EACH.search(name)
     if each or not last:
         rule = f"Method {info.name!r} needs a stream that is read as a whole: of an encoder, an embedder or a classifier"
@@ -166,6 +173,24 @@ def choose_streams(config: MethodConfig, info: MethodInfo, base: Anatomy) -> lis
     return readable(fitting, info, base)
 
 
+def attends(cls: type[Method]) -> bool:
+    """Whether a method acts in each of its blocks by itself, and needs a self-attention there."""
+    alone = issubclass(cls, (CacheCompressor, AttentionEdit, TokenRouter)) and not cls.pairs
+    names = names_of(cls) | {*cls.signals, *cls.observes}
+    return alone and (issubclass(cls, (CacheCompressor, AttentionEdit)) or bool(names & {*TAPPED, *OF_ATTENTION, SCORED}))
+
+
+def attending_layers(info: MethodInfo, stream: Stream, layers: Iterable[int]) -> list[int]:
+    """Those of the blocks that a method would choose that have a self-attention, if any has; what is left out is said."""
+    layers = [*layers]
+    inside = [i for i in layers if stream.mixers[i] == "attention"]
+    if not inside or len(inside) == len(layers):
+        return layers
+    left = [i for i in layers if i not in inside]
+    warnings.warn(f"hf-tokens: {info.name} acts in blocks {inside} of stream {stream.name!r}; {left} have no self-attention.", stacklevel=2)
+    return inside
+
+
 def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
     """The blocks of a stream that a method acts on."""
     n = len(stream)
@@ -175,6 +200,8 @@ def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tup
     named = info.cls.default_layers(config, n) if config.layers is None else config.layers
     if config.layers is None and issubclass(info.cls, WeightEdit):
         named = [i for i in named if block_weights(stream.blocks[i], info.cls.site)]
+    if config.layers is None and attends(info.cls):
+        named = attending_layers(info, stream, named)
     outside = [i for i in named if not -n <= i < n]
     if outside:
         rule = f"{type(config).__name__}.layers must lie in [{-n}, {n - 1}] for the {n} blocks of stream {stream.name!r}"
@@ -204,6 +231,7 @@ def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
             info.cls.check(method, stream.kind, len(stream), layers)
             placements.append(Placement(slot, method, info, stream, layers))
     check_single(placements)
+    check_inside(base, placements)
     for stream in base.streams:
         for index in range(len(stream)):
             check_company([p for p in placements if p.stream is stream and index in p.layers], stream.paths[index])
@@ -214,6 +242,11 @@ def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
 def reduces(cls: type[Method], site: str) -> bool:
     """Whether a method is a reducer of a site."""
     return issubclass(cls, TokenReducer) and cls.site == site
+
+
+def changes(cls: type[Method], word: str) -> bool:
+    """Whether a cache compressor defines what becomes of entries that do not stay as they are: a word of its role."""
+    return issubclass(cls, CacheCompressor) and getattr(cls, word) is not getattr(CacheCompressor, word)
 
 
 # what one block takes: a rule, the methods that it is about, and those that may not stand beside one of them, another of their own kind too
@@ -228,6 +261,16 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
         "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens",
         lambda cls: issubclass(cls, FeatureCache),
         lambda cls: cls.moves_tokens,
+    ),
+    (
+        "One block takes one cache compressor that stores entries in another format",
+        lambda cls: changes(cls, "hold"),
+        lambda cls: False,
+    ),
+    (
+        "Entries that two blocks store as one take in no others",
+        lambda cls: changes(cls, "hold") and cls.pairs,
+        lambda cls: changes(cls, "fold"),
     ),
     (
         "A bank that shapes an attention call stands beside no method that looks at it",
@@ -249,9 +292,10 @@ def check_company(placements: list[Placement], path: str) -> None:
 
 def check_cache(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
     """A cache compressor needs a cache."""
-    without = [i for i in layers if layer_index(stream.blocks[i], stream.attention(i)) is None]
+    blocks = {i: stream.blocks[i] for i in layers}
+    without = [i for i, block in blocks.items() if layer_index(block, stream.attention(i)) is None or several_slots(block)]
     if issubclass(info.cls, CacheCompressor) and without:
-        rule, at = f"Method {info.name!r} needs blocks that store their keys in a cache", without[0]
+        rule, at = f"Method {info.name!r} needs blocks that store their keys in a slot of a cache", without[0]
         got = f"{type(stream.blocks[at]).__name__} at {stream.paths[at]}"
         raise UnsupportedError(explain(rule, got, "Choose another stream or model."))
 
@@ -285,6 +329,15 @@ def check_single(placements: list[Placement]) -> None:
         raise one_at_a_time(replacing)
 
 
+def check_inside(base: Anatomy, placements: list[Placement]) -> None:
+    """What changes the tokens of a block, or keeps what it returned, stands inside of a cache of diffusers' own, and never around it."""
+    names = [p.info.name for p in placements if p.info.cls.moves_tokens or issubclass(p.info.cls, FeatureCache)]
+    caches = their_caches(base.model) if names else []
+    if caches:
+        rule = f"{sorted(set(names))} must be in a denoiser before a cache of diffusers' own"
+        raise UnsupportedError(explain(rule, f"one with {caches}", "Call `disable_cache()`, and `enable_cache` again behind it."))
+
+
 def check_first(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
     """A bank at the embeddings or the prompt sits in the first block, and in later ones if it is deep."""
     cls = info.cls
@@ -301,6 +354,11 @@ def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> Non
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
 
 
+def type_of(model: nn.Module) -> str:
+    """What a model is: the type that its config names, whatever its head; elsewhere its class."""
+    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+
+
 def check_base(base: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
     """Compare the base that an adapter was made for with this one."""
     now = {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
@@ -312,4 +370,8 @@ def check_base(base: Anatomy, config: HFTokensConfig, placements: list[Placement
             made_for = repr(config.base)
         rule = f"This adapter was made for a base with {made_for}"
         raise AdapterError(explain(rule, text(now), "Load the base model that its card names."))
-    config.note_base(now)
+    kind = type_of(base.model)
+    if config.base_type not in (None, kind):
+        remedy = "Load the base model that its card names; or delete `base_type` from its config if you mean it."
+        raise AdapterError(explain(f"This adapter was made for a model of type {config.base_type!r}", repr(kind), remedy))
+    config.note_base(now, kind)

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
 from ..diffusion.steps import DenoisingWorld
 from ..engine.block import BlockSurgery
@@ -26,9 +27,12 @@ from ..model.streams import Stream
 from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
-from .files import check_file, check_state
-from .nested import BaseRecord, calling_loader, check_nested, take_off, tell_loader
+from .doors import calling_loader, is_saving, tell_loader
+from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
+from .nested import BaseRecord, check_nested, take_off
+from .patterns import check_patterns
 from .placement import Placement, head_outputs, plan
+from .saving import PEFT_PREFIX
 
 CHILD = "hf_tokens"
 
@@ -66,14 +70,28 @@ class HFTokensModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
-        for nested in peft_config.peft_configs():
-            check_nested(nested)
-        self._anatomy = anatomy(self.model)
-        self._plan = plan(self._anatomy, peft_config)
-        names = {id(module): name for name, module in self.model.named_modules()}
+        with misread(peft_config, self.model):
+            names = {id(module): name for name, module in self.model.named_modules()}
+            for nested in peft_config.peft_configs():
+                check_nested(nested)
+                check_patterns(nested, names.values())
+            self._anatomy = anatomy(self.model)
+            self._plan = plan(self._anatomy, peft_config)
+            if not peft_config.goes_around_layers:
+                check_file(peft_config, lambda held: self._needed(names, held))
         self._blocks = {id(p.stream.blocks[i]): (p.stream, i) for p in self._plan for i in range(len(p.stream))}
         peft_config.aim(sorted(names[block] for block in self._blocks))
         return peft_config
+
+    def _needed(self, names: dict[int, str], held: dict[str, Saved]) -> dict[str, Tensor]:
+        """The tensors of the methods, without any numbers, by their names in a file, given the names of the modules, and what came."""
+        needed = {}
+        with in_silence(), torch.device("meta"), Bounds(self.model, held):
+            for p in self._plan:
+                for index in p.layers:
+                    path = f"{PEFT_PREFIX}{names[id(p.stream.blocks[index])]}.{CHILD}.hf_tokens_methods.{p.slot}"
+                    needed |= {f"{path}.{name}": tensor for name, tensor in self._build(p, index).state_dict().items()}
+        return needed
 
     def _check_tied_modules(self, model: nn.Module, peft_config: HFTokensConfig) -> None:
         if peft_config.modules_to_save:  # nothing else of ours can be tied, and not every model lists what is
@@ -142,14 +160,17 @@ class HFTokensModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
-        check_file(model, config, adapter_name)
+        if config.goes_around_layers:
+            with misread(config, model):
+                check_file(config, lambda held: tried(model, config, adapter_name, held))
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._put_in_place(adapter_name)
-            for block in self._surgeries():
-                block.know(self._own_adapters)
-            if config.peft_configs():
-                self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+            with misread(config, model, MISREAD):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._put_in_place(adapter_name)
+                for block in self._surgeries():
+                    block.know(self._own_adapters)
+                if config.peft_configs():
+                    self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
         except BaseException:
             self._roll_back(adapter_name)
             raise
@@ -164,7 +185,7 @@ class HFTokensModel(BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         for parameter, flag in trained.items():  # only what came now is switched by the new config
             parameter.requires_grad = flag
-        loader = calling_loader()
+        loader = None if config.in_trial else calling_loader()
         if loader is not None:
             tell_loader(loader, adapter_name, self._nested_names(model, adapter_name))
 
@@ -293,6 +314,8 @@ class HFTokensModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        if is_saving():
+            config.prepare_to_save(tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.peft_configs():
             return {key: value for key, value in state.items() if f".{adapter_name}" in key}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ class Dims:
 
     width: int
     heads: int
-    kv_heads: int
+    kv_heads: int  # for a CacheCompressor, once the block has stored keys: those of its cache
     head_dim: int
     layer: int
     layers: int
@@ -69,7 +69,7 @@ class Method(nn.Module, abc.ABC):
         parts: Sublayers that a reducer of the site `sublayer` merges in front of: attention, cross_attention, mlp, as a block has them.
         spans: A reducer at the site `before` is called in front of the first of its blocks; behind the last its tokens are there again.
         exit: Number of blocks of the stream that run; those behind are left out. None runs all.
-        chunks: The method is right for a prompt that is given in several passes; False makes the engine refuse one.
+        chunks: The method is right for a prompt that comes in several passes; False makes the engine refuse one in chunks, or cropped.
         placed: It sits in blocks, as an adapter; False for one that a function of its own applies.
         allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
         ignores: Signals that its config has no use for; they are None and not computed.
@@ -80,6 +80,7 @@ class Method(nn.Module, abc.ABC):
         unit: What an objective's loss that replaces is a mean over, "token" or "sample".
         evaluates: An objective is called in evaluation too; the others leave that to the model's own loss.
         weighs: `weigh` returns how much each target counts in a text model's own loss.
+        exports: It decides nothing by the values of tensors where every token is real, so that `torch.export` can record what it does.
         side_by_side: It takes hidden states of several parallel residual streams as one wide one; False makes the engine refuse them.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
@@ -102,6 +103,7 @@ class Method(nn.Module, abc.ABC):
     trains_dense: ClassVar[bool] = False
     teaches: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
     proportional: bool = False
     decodes: bool = True
     parts: tuple[str, ...] = ("attention",)
@@ -172,6 +174,11 @@ class Method(nn.Module, abc.ABC):
     def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:
         """Note the name of the method's place in the adapter, and its first instances."""
         self.key, self._firsts = key, (stream_first, model_first)
+
+    def note_heads(self, kv_heads: int) -> None:
+        """Note how many key heads the cache of its block holds."""
+        if kv_heads != self.dims.kv_heads:
+            self.dims = replace(self.dims, kv_heads=kv_heads)
 
     def reconfigure(self, config: MethodConfig) -> None:
         """Take another config of the same kind."""

@@ -20,7 +20,7 @@ class Objective(Method):
     know of accumulation: the engine lets each batch count by its share of the optimizer step.
     """
 
-    role, verb, moves_tokens, packed, in_block = "Objective", "loss", False, True, False
+    role, verb, moves_tokens, packed, in_block, exports = "Objective", "loss", False, True, False, True
     vocabulary = JUDGES | OF_ALL_OBJECTIVES
     replaces: ClassVar[bool] = False
     unit: ClassVar[str] = "token"

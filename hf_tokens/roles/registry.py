@@ -129,7 +129,7 @@ def method_info(name: str, version: int | None = None) -> MethodInfo:
         raise ConfigError(explain("A method must be one of those that `hf-tokens list` names", repr(name), remedy))
     versions = METHODS[name]
     version = max(versions) if version is None else version
-    if version not in versions:
+    if not isinstance(version, int) or version not in versions:
         rule, remedy = f"Method {name!r} has versions {sorted(versions)}", "Update hf-tokens, or train the adapter again."
         raise ConfigError(explain(rule, version, remedy))
     return versions[version]

@@ -12,6 +12,7 @@ SIGNALS: dict[str, str] = {
     "sizes": "how many original tokens stand in each token (for a CacheCompressor: entry, also (b k n)), (b m)",
     "positions": "place of each token (for a CacheCompressor: entry) in the given sequence, from 0 at the first real one, (b m)",
     "fresh": "tokens that a TokenBank inserted, (b m) bool",
+    "plain": "tokens of each row that are real, neither special in front nor inserted, int, where that is known without a look; else None",
     "prefix": "number of special tokens (class, distillation, registers) in front of a vision stream, int",
     "visual": "tokens that come from an image or a video, (b m) bool",
     "pictures": "for each size the tokens of its pictures and videos, a list of indices (p t h w) into the (b m) laid end to end",
@@ -67,7 +68,7 @@ SIGNALS: dict[str, str] = {
     "affinity": "for `attend`: a function that gives the scores of this attention call before its softmax, -inf where a query does not "
     "look: of all keys (b h m s), or of those of an index (b k r) for each key head, (b h m r)",
     "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
-    "own_keys": "for `attend`: keys of tokens that the bank put in, (b 1|k s) bool",
+    "own_keys": "for `attend`: keys of tokens that the bank put in, for each key head of this call, (b k s) bool",
     "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
     "answers": "for a Pooler: what the tokens of its `ask` gathered in the last block that ran, in front of any norm, (b k d); else None",
     "labels": "for an Objective: the token that each place is to predict, as the model's own loss has it, -100 where there is none, (b n)",
@@ -103,6 +104,7 @@ HOOKED = {
     **{"attention_input": "attention", "attention_output": "attention", "attended": "attended"},
     **{"mlp_input": "mlp", "mlp_output": "mlp"},
 }
+OF_ATTENTION = {name for name, hook in HOOKED.items() if hook != "mlp"}  # those of them that need a self-attention
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
 SCORED = "received"  # the signal that is kept from the scores of each pass
 SPANS = {"visual", "instruction", "pictures", "pictured"}  # these need a model that has tokens of pictures among its text

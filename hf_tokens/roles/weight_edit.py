@@ -23,7 +23,7 @@ class WeightEdit(Method):
         maybe: Names of those that it can do without.
     """
 
-    role, verb, moves_tokens, packed, in_block = "WeightEdit", "edit", False, True, False
+    role, verb, moves_tokens, packed, in_block, exports = "WeightEdit", "edit", False, True, False, True
     site, sites = "block", ("block", "context")
     groups: ClassVar[tuple[str, ...]] = ()
     maybe: ClassVar[tuple[str, ...]] = ()
@@ -42,9 +42,10 @@ class WeightEdit(Method):
 
     @property
     def is_made(self) -> bool:
-        """Whether the edit has been found, here or before the adapter was saved."""
-        self._made = self._made or bool(self.made)  # once true the buffer is read no more: that would wait for the device
-        return self._made
+        """Whether the edit has been found, here or before the adapter was saved; to a compiler, which reads no buffer, it adds 0 if not."""
+        if not self._made and not torch.compiler.is_compiling():
+            self._made = bool(self.made)  # once true the buffer is read no more: that would wait for the device
+        return self._made or torch.compiler.is_compiling()
 
     def warns(self) -> bool:
         """Whether to warn that the edit is not made: once."""

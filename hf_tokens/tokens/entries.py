@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
+from hf_tokens_kernels.lazily import lazy
 from torch import Tensor
 
 
@@ -41,17 +41,17 @@ class Stored:
         self.length = origins.shape[-1]
         self._origins, self._filled, self._entries, self._slots = origins, filled, entries or {}, slots
 
-    @functools.cached_property
+    @lazy
     def origins(self) -> Tensor:
         """Place of each in the sequence that the model was given, (b n) or (b k n)."""
         return self._as_it_lay(self._origins)
 
-    @functools.cached_property
+    @lazy
     def filled(self) -> Tensor | None:
         """Which of them are there at all, (b n) or (b k n); None if all are."""
         return self._as_it_lay(self._filled)
 
-    @functools.cached_property
+    @lazy
     def sizes(self) -> Tensor | None:
         """How many tokens each stands for, (b n) or (b k n); None if one each."""
         return self.entries("sizes")
@@ -86,6 +86,13 @@ def alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Two things of each entry, (b n) or (b k n), both as (b n) or both as (b k n)."""
     heads = max(x.shape[1] if x.dim() == 3 else 0, y.shape[1] if y.dim() == 3 else 0)
     return (cells_of(x, heads), cells_of(y, heads)) if heads else (x, y)
+
+
+def bring(x: Tensor, places: Tensor, dim: int) -> Tensor:
+    """What lies at the places of entries, (b n) or (b k n), along an axis of x (b h ...)."""
+    places = places[:, None] if places.dim() == 2 else places.repeat_interleave(x.shape[1] // places.shape[1], dim=1)
+    places = places.view(*places.shape[:2], *[1] * (dim - 2), -1, *[1] * (x.dim() - dim - 1))
+    return x.gather(dim, places.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
 
 def pick_entries(x: Tensor, index: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class TokenLedger:
         dtype: Of the tokens, and of a mask that is made for them.
         heads: Query heads of the blocks, for a mask that is not the same in all of them.
         losses: Maps so far under which a token may have vanished.
+        plain: Tokens of each row that are real and neither special nor inserted, where that is known without a look; None else.
     """
 
     n: int
@@ -57,6 +58,7 @@ class TokenLedger:
     dtype: torch.dtype = torch.float32
     heads: int = 1
     losses: int = 0
+    plain: int | None = None
     untouched: bool = True
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
@@ -85,7 +87,8 @@ class TokenLedger:
             sizes = torch.where(tokens.fresh, 1.0, sizes)
         slot = torch.where(self.slot < 0, -1, tokens.slot.gather(1, self.slot.clamp(min=0)))
         rows = self.rows.gather(1, tokens.source)
-        moved = dict(rows=rows, slot=slot, fresh=fresh, filled=filled, sizes=sizes, losses=self.losses + tokens.loses)
+        plain = None if self.plain is None or tokens.gone is None else self.plain - tokens.gone
+        moved = dict(rows=rows, slot=slot, fresh=fresh, filled=filled, sizes=sizes, losses=self.losses + tokens.loses, plain=plain)
         return altered(self, **moved, untouched=False, memo={})
 
     def cut(self, whole: Tensor, inside: Tensor) -> Tensor:

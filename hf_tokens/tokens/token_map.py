@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from hf_tokens_kernels import Slots, take_rows, unmerge
+from hf_tokens_kernels.lazily import lazy
 from torch import Tensor
+
+from ..errors import UnsupportedError, explain
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
@@ -36,9 +38,19 @@ def rank(values: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
 
 
-def indices(marked: Tensor) -> Tensor:
-    """Indices of the marked ones (... n) bool in their order, (... r); a row with fewer is filled up with others behind them."""
-    return marked.long().argsort(dim=-1, descending=True, stable=True)[..., : int(marked.sum(dim=-1).max())]
+def look(*counts: Tensor) -> list[int]:
+    """Numbers of tokens that depend on the data, read off."""
+    if torch.compiler.is_exporting():
+        rule = "An exported model knows the number of tokens of each row, none of them padding"
+        raise UnsupportedError(explain(rule, "one that depends on the data", "Export it with pictures of one size and nothing else."))
+    return torch.stack(counts).tolist()
+
+
+def indices(marked: Tensor, count: int | None = None) -> Tensor:
+    """Indices of the marked ones (... n) bool in their order, (... r), of each row `count` where that is known; a row with fewer is filled
+    up with others behind them."""
+    count = look(marked.sum(dim=-1).max())[0] if count is None else count
+    return marked.long().argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
 def put_back(y: Tensor, slot: Tensor, before: Tensor) -> Tensor:
@@ -65,6 +77,7 @@ class TokenMap:
         content: What the slots hold, if that is neither the one token nor the mean of those that join, (b m d).
         reads: Slot from which each token comes back behind a span of blocks, -1 for one of an earlier pass, (b n); None if its own.
         loses: Whether a token may vanish.
+        gone: Tokens that join another or vanish in each row, if they are known to be as many and none is special or padding; None else.
     """
 
     slot: Tensor
@@ -75,8 +88,9 @@ class TokenMap:
     content: Tensor | None = None
     reads: Tensor | None = None
     loses: bool = True
+    gone: int | None = None
 
-    @functools.cached_property
+    @lazy
     def slots(self) -> Slots:
         """What moves along the map need of its slots."""
         return Slots(self.slot, self.m)
@@ -104,16 +118,19 @@ class TokenMap:
         return cls(slot, index)
 
     @classmethod
-    def select(cls, kept: Tensor) -> TokenMap:
-        """Keep the tokens marked in `kept` (b n) bool; rows that keep fewer are filled up in front, and there is one slot at least."""
+    def select(cls, kept: Tensor, gone: int | None = None) -> TokenMap:
+        """Keep the tokens marked in `kept` (b n) bool; rows that keep fewer are filled up in front, and there is one slot at least.
+
+        `gone` is how many each row loses, where all are real and that is known without a look.
+        """
         n, count = kept.shape[1], kept.sum(dim=1)
-        least, most = torch.stack(count.aminmax()).tolist()
+        least, most = look(*count.aminmax()) if gone is None else (n - gone, n - gone)
         m = max(1, most)
         lack = m - count[:, None]
         slot = torch.where(kept, kept.cumsum(dim=1) - 1 + lack, -1)
         source = kept.long().argsort(dim=1, stable=True)[:, n - m :]
         filled = torch.arange(m, device=kept.device) >= lack
-        return cls(slot, source, filled=None if least == m else filled)
+        return cls(slot, source, filled=None if least == m else filled, gone=gone)
 
     @classmethod
     def merge(cls, n: int, src: Tensor, dst: Tensor) -> TokenMap:
@@ -126,10 +143,11 @@ class TokenMap:
         return cls(rank.gather(1, into), source, joins=True, loses=False)
 
     @classmethod
-    def pool(cls, group: Tensor) -> TokenMap:
+    def pool(cls, group: Tensor, gone: int | None = None) -> TokenMap:
         """Tokens with the same label in `group` (b n), below n, become one; a label of -1 vanishes.
 
-        A slot takes the place of the member whose index is the label, else of the first member.
+        A slot takes the place of the member whose index is the label, else of the first member. `gone` is how many of the tokens of each
+        row join another or vanish, where all are real and that is known without a look.
         """
         n = group.shape[1]
         index = torch.arange(n, device=group.device).expand_as(group)
@@ -138,9 +156,10 @@ class TokenMap:
         first = torch.full((group.shape[0], n + 1), n, dtype=torch.long, device=group.device)
         first = first.scatter_reduce(1, label, index, reduce="amin").gather(1, label)  # b n
         leader = torch.where(group.gather(1, group.clamp(min=0)) == group, group, first)
-        leaders = cls.select((leader == index) & ~dead)
+        leaders = cls.select((leader == index) & ~dead, gone)
         slot = torch.where(dead, -1, leaders.slot.gather(1, leader.clamp(0, n - 1)))
-        return cls(slot, leaders.source, filled=leaders.filled, joins=True, loses=bool(dead.any()))
+        loses = torch.compiler.is_compiling() or bool(dead.any())
+        return cls(slot, leaders.source, filled=leaders.filled, joins=True, loses=loses, gone=gone)
 
     @classmethod
     def segments(cls, ends: Tensor, lead: Tensor | None = None, at: Tensor | None = None) -> TokenMap:
@@ -186,7 +205,7 @@ class TokenMap:
         source = torch.full((batch, n + k * at.shape[1]), -1, dtype=torch.long, device=at.device).scatter(1, slot, index)
         fresh = source < 0
         group = ((fresh.cumsum(dim=1) - 1) // max(k, 1)).clamp(min=0, max=at.shape[1] - 1)
-        return cls(slot, torch.where(fresh, beside.gather(1, group), source).clamp(max=n - 1), fresh=fresh, loses=False)
+        return cls(slot, torch.where(fresh, beside.gather(1, group), source).clamp(max=n - 1), fresh=fresh, loses=False, gone=0)
 
     @classmethod
     def follow(cls, marked: Tensor, k: int) -> TokenMap:

@@ -15,12 +15,15 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import is_diffusers_available
 
 from ..errors import AdapterError, UnsupportedError, explain
-from ..peft.config import CONFIG, WEIGHTS, HFTokensConfig
-from ..peft.files import PEFT_PREFIX, header, read_config, whole
+from ..peft.config import HFTokensConfig
+from ..peft.doors import CONFIG, WEIGHTS, without
+from ..peft.files import MISREAD, header
+from ..peft.reading import whole
+from ..peft.saving import PEFT_PREFIX
 from ..peft.tuner import check_name
 from .surgeries import blocks_in, denoiser, instances, surgery_of
 
-MISREAD = (ValueError, TypeError, KeyError, AttributeError)  # what a library says of a value in a config that it cannot read
+OF_A_BASE = ("config.json", "model_index.json")  # files by which a model or a pipeline is known, which an adapter has not
 
 
 def beside_its_like(model: Any, config: HFTokensConfig) -> bool:
@@ -55,15 +58,13 @@ def load(
     """
     folder = Path(repo)
     if not folder.is_dir():
-        patterns = ["adapter_config.json", "adapter_model.safetensors"]
         try:
-            folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=patterns))
+            folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, *OF_A_BASE]))
         except HFValidationError:
             rule = "An adapter is a folder or a Hub id like owner/name"
             raise AdapterError(explain(rule, repr(str(repo)), "There is no such folder: check the path.")) from None
-    check_files(folder)
-    with whole(f"{CONFIG} must be that of an adapter", "Download or save it again."):
-        config = HFTokensConfig.from_pretrained(str(folder))
+    check_files(folder, repo)
+    config = HFTokensConfig.from_pretrained(str(folder))
     if model is None:
         model = base_model(config, token=token, **kwargs)
     inner = denoiser(model)
@@ -80,12 +81,16 @@ def load(
         return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config)
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, repo: str | Path) -> None:
     """Refuse an adapter whose files are missing or damaged, before anything is changed."""
-    for path in (folder / CONFIG, folder / WEIGHTS):
-        if not path.is_file():
-            raise AdapterError(explain(f"An adapter has a file {path.name}", f"a folder {folder} without it", "Save the adapter again."))
-    read_config(folder)
+    files = {name: (folder / name).is_file() for name in (CONFIG, WEIGHTS, *OF_A_BASE)}
+    missing = next((name for name in (CONFIG, WEIGHTS) if not files[name]), None)
+    if missing == CONFIG and any(files[name] for name in OF_A_BASE):
+        remedy = "Load it by its own `from_pretrained`, and call `hf_tokens.get_token_model` or pass it as `model=` beside an adapter."
+        raise AdapterError(explain("hf_tokens.load needs an adapter", f"{repo}, which is a base model", remedy))
+    if missing is not None:
+        raise without(repo, missing)
+    HFTokensConfig.from_json_file(str(folder / CONFIG))
     header(folder / WEIGHTS)
 
 
@@ -172,5 +177,6 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
-    save_file({PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}, str(folder / "adapter_model.safetensors"))
-    inner.peft_config[adapter_name].save_pretrained(str(folder))
+    tensors = {PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}
+    save_file(tensors, str(folder / WEIGHTS))
+    inner.peft_config[adapter_name].save_with(tensors, folder)

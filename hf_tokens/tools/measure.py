@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,20 @@ class TokenCounts(Listener):
         return sum(count for key, count in self.counts.items() if isinstance(key, int))
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """No gradient is wanted, also not by a parameter that a module is given as an argument: the counter hangs a hook on each of these."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
 def measure(model: nn.Module, **inputs: Any) -> Cost:
     """Run one forward and count what it cost.
 
@@ -97,7 +111,7 @@ def measure(model: nn.Module, **inputs: Any) -> Cost:
 
             handles.append(block.register_forward_pre_hook(count, with_kwargs=True))
     surgeries = {id(block.surgery.model): block.surgery.model for block in model.modules() if isinstance(block, BlockSurgery)}
-    with hooked(handles), contextlib.ExitStack() as stack:
+    with without_gradients(model), hooked(handles), contextlib.ExitStack() as stack:
         for surgery in surgeries.values():
             stack.enter_context(surgery.listening(counts))
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:

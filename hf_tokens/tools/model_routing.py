@@ -80,6 +80,17 @@ def check_vocabulary(small: Any, large: Any, tokenizers: tuple[Any, Any] | None)
         raise UnsupportedError(explain(rule, f"vocabulary, first and last token {small_ids} and {large_ids}", remedy))
 
 
+def check_look_ups(small: Any, large: Any, tokenizers: tuple[Any, Any] | None, input_ids: Tensor) -> None:
+    """Refuse a model that cannot look up each token that the text may have."""
+    vocabulary = small.config.get_text_config().vocab_size if tokenizers is None else max(tokenizers[0].get_vocab().values()) + 1
+    used = max(vocabulary, int(input_ids.max()) + 1)
+    rows = [model.get_input_embeddings().num_embeddings for model in (small, large)]
+    if min(rows) < used:
+        got = f"tables of {rows[0]} and {rows[1]} embeddings for ids up to {used - 1}"
+        remedy = "Choose models of one family, or make the smaller table larger by `resize_token_embeddings`."
+        raise UnsupportedError(explain("Two models that write one text must look up each of its tokens", got, remedy))
+
+
 class RouteTo:
     """A `custom_generate` for `generate`: the small model decodes, and leaves single tokens to a large one.
 
@@ -112,6 +123,7 @@ class RouteTo:
                 rule = "Two models write one text in greedy decoding or sampling, behind a prompt of tokens alone"
                 raise UnsupportedError(explain(rule, reason, "Let one of the models generate by itself."))
         check_vocabulary(model, self.large, self.tokenizers)
+        check_look_ups(model, self.large, self.tokenizers, input_ids)
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         self.log = []

@@ -47,6 +47,10 @@ def compress_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None
     if len(streams) != 1 or surgery.base.config.is_encoder_decoder:
         got = f"{type(surgery.base).__name__} with {len(streams)} of such streams"
         raise UnsupportedError(explain(rule, got, "Add a method such as one that prunes tokens, or switch its adapter on."))
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise UnsupportedError(
+            explain("`compress_prompt` needs prompts of one token at least, (b n)", tuple(input_ids.shape), "Leave them out.")
+        )
     (stream,) = streams
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     more = {"logits_to_keep": 1} if "logits_to_keep" in parameters(type(surgery.base)) else {}

@@ -11,7 +11,7 @@ from torch import nn
 from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
-from ..model.anatomy import denoising
+from ..model.pipelines import denoising
 from ..roles.base import Method
 
 
@@ -23,7 +23,7 @@ def denoiser(pipeline: Any) -> nn.Module | None:
     if not isinstance(components, dict):
         rule = "A surgery needs a torch module or a diffusers pipeline"
         raise UnsupportedError(explain(rule, type(pipeline).__name__, "Pass the model that holds the blocks."))
-    inner = denoising(components)
+    inner = denoising(type(pipeline).__name__, components)
     if inner is None:
         raise UnsupportedError(explain("A pipeline needs a `transformer` or a `unet`", sorted(components), "Pass the denoiser itself."))
     return inner

@@ -101,16 +101,21 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora(stream: Stream, **more: Any) -> LoraConfig:
-    """A LoRA on every projection of the stream's attentions."""
+    """A LoRA on every projection of the stream's first and last attention."""
     targets = {
         f"{stream.paths[i]}.{path_in(stream.blocks[i], stream.attention(i))}.{name}": module
-        for i in range(len(stream))
-        if stream.attention(i) is not None
+        for i in outer(stream)
         for name, module in stream.attention(i).named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
     transposed = any(isinstance(module, Conv1D) for module in targets.values())
     return LoraConfig(r=2, target_modules=sorted(targets), fan_in_fan_out=transposed, **more)
+
+
+def outer(stream: Stream) -> set[int]:
+    """The first block with an attention, and the last one."""
+    attending = [i for i in range(len(stream)) if stream.attention(i) is not None]
+    return {attending[0], attending[-1]}
 
 
 def path_in(block: nn.Module, module: nn.Module) -> str:

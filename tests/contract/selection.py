@@ -1,6 +1,7 @@
-"""Which architectures a method meets in a check: two of a kind, others from check to check.
+"""Which architectures a method meets in a check: some of a kind, others from check to check.
 
-A kind is a kind of stream that the method acts on; for an adapter's life, which hardly depends on it, the library that the model is from.
+A kind is a kind of stream that the method acts on: it meets two of each. For an adapter's life, which hardly depends on it, a kind is the
+library that the model is from: it meets one of each.
 
 The probes meet all of them. An architecture that a check would meet no method on meets one more.
 """
@@ -11,6 +12,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 
 from contract.pairs import Pair, planned
@@ -18,8 +20,16 @@ from contract.pairs import Pair, planned
 from hf_tokens.testing import probe
 
 ALL = os.environ.get("HF_TOKENS_CONTRACT") == "all"  # the whole grid
-ENOUGH, POOL = 2, 3  # architectures of a kind: in a check, and in all checks
+POOL = 3  # architectures of a kind of stream, in all checks of a method
 Kinds = Callable[[Pair], frozenset]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How many architectures of a kind a method meets in a check."""
+
+    kinds: Kinds
+    number: int
 
 
 @cache
@@ -33,6 +43,9 @@ def streams(pair: Pair) -> frozenset[tuple[str, bool, bool]]:
 def library(pair: Pair) -> frozenset[str]:
     """The library that the model is from."""
     return frozenset({pair.row.library})
+
+
+BY_STREAM, BY_LIBRARY = Spread(streams, 2), Spread(library, 1)
 
 
 def lot(*words: str) -> int:
@@ -51,22 +64,22 @@ def enough(pairs: Iterable[Pair], number: int, kinds: Kinds) -> list[Pair]:
     return chosen
 
 
-def own(check: str, pairs: Iterable[Pair], kinds: Kinds) -> list[Pair]:
+def own(check: str, pairs: Iterable[Pair], spread: Spread) -> list[Pair]:
     """The pairs of one method that a check takes: out of a few for all checks, since a pair's first check makes what the others reuse."""
     few = enough(sorted(pairs, key=lambda pair: lot(pair.method, pair.architecture)), POOL, streams)
-    return enough(sorted(few, key=lambda pair: lot(check, pair.method, pair.architecture)), ENOUGH, kinds)
+    return enough(sorted(few, key=lambda pair: lot(check, pair.method, pair.architecture)), spread.number, spread.kinds)
 
 
 def is_probe(pair: Pair) -> bool:
     return pair.info.cls.__module__ == probe.__name__
 
 
-def thin(check: str, pairs: list[Pair], kinds: Kinds) -> list[Pair]:
+def thin(check: str, pairs: list[Pair], spread: Spread) -> list[Pair]:
     """The pairs of all methods that a check takes, in their order."""
     methods: dict[str, list[Pair]] = {}
     for pair in pairs:
         methods.setdefault(pair.method, []).append(pair)
-    chosen = {pair for of_method in methods.values() for pair in (of_method if is_probe(of_method[0]) else own(check, of_method, kinds))}
+    chosen = {pair for of_method in methods.values() for pair in (of_method if is_probe(of_method[0]) else own(check, of_method, spread))}
     for pair in sorted(pairs, key=lambda pair: lot(check, pair.architecture, pair.method)):
         if all(pair.architecture != other.architecture for other in chosen):
             chosen.add(pair)

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from contract.conftest import FIXTURES, kinds_for
+from contract.conftest import FIXTURES, spread_of
 from contract.pairs import PAIRS
-from contract.selection import ENOUGH, is_probe, own, streams
+from contract.selection import BY_STREAM, is_probe, own, streams
 from contract.selection import thin as thinned
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
@@ -27,7 +27,7 @@ def whole(check):
 
 
 def thin(check):
-    return thinned(check, whole(check), kinds_for(CHECKS[check]))
+    return thinned(check, whole(check), spread_of(CHECKS[check]))
 
 
 def test_the_checks_are_found():
@@ -43,14 +43,14 @@ def test_a_check_meets_every_role_method_and_architecture(check):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_method_meets_two_architectures_of_a_kind_and_what_no_other_meets(check):
-    chosen, some, kinds = [], thin(check), kinds_for(CHECKS[check])
+def test_a_method_meets_enough_architectures_of_a_kind_and_what_no_other_meets(check):
+    chosen, some, spread = [], thin(check), spread_of(CHECKS[check])
     for method in {pair.method for pair in some if not is_probe(pair)}:
         every = [pair for pair in whole(check) if pair.method == method]
-        mine = own(check, every, kinds)
-        there, met = (Counter(kind for pair in pairs for kind in kinds(pair)) for pairs in (every, mine))
-        assert all(met[kind] >= min(ENOUGH, number) for kind, number in there.items())
-        assert max(Counter(kinds(pair) for pair in mine).values()) <= ENOUGH
+        mine = own(check, every, spread)
+        there, met = (Counter(kind for pair in pairs for kind in spread.kinds(pair)) for pairs in (every, mine))
+        assert all(met[kind] >= min(spread.number, number) for kind, number in there.items())
+        assert max(Counter(spread.kinds(pair) for pair in mine).values()) <= spread.number
         chosen += mine
     more = [pair for pair in some if pair not in chosen and not is_probe(pair)]
     met = Counter(pair.architecture for pair in some)
@@ -66,5 +66,5 @@ def test_architectures_change_from_check_to_check():
     checks = [check for check, fixture in CHECKS.items() if fixture == "pair"]
     for method in {pair.method for pair in whole(checks[0]) if not is_probe(pair)}:
         mine = [pair for pair in whole(checks[0]) if pair.method == method]
-        if len({streams(pair) for pair in mine}) == 1 and len(mine) > ENOUGH:
-            assert len({frozenset(own(check, mine, streams)) for check in checks}) > 1, method
+        if len({streams(pair) for pair in mine}) == 1 and len(mine) > BY_STREAM.number:
+            assert len({frozenset(own(check, mine, BY_STREAM)) for check in checks}) > 1, method

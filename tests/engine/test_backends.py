@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import gc
 import importlib.util
 import pickle
 import re
@@ -17,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_tokens import MethodConfig, RazorAttentionConfig, anatomy, get_token_model, option, register
-from hf_tokens.attention.tap import BACKENDS, tapped_name
+from hf_tokens.attention.tap import BACKENDS, OPEN, tapped_name
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.roles.token_reducer import TokenReducer
@@ -115,9 +116,36 @@ def test_a_tap_that_changes_nothing_leaves_the_base_its_masks(family, watch, mon
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tapped_name_is_the_backends_name_to_whoever_compares(backend):
     name, other = tapped_name(backend), next(other for other in BACKENDS if other != backend)
-    for same in (name, copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
-        assert same == backend and backend == same and not same != backend and same in ("flash_attention_2", backend)
-        assert same == name and same != other and same not in (other, None) and same != 0
-        assert ALL_ATTENTION_FUNCTIONS.get_interface(same, None) is ALL_ATTENTION_FUNCTIONS[str(name)]
-        assert ALL_MASK_ATTENTION_FUNCTIONS[same] is ALL_MASK_ATTENTION_FUNCTIONS[backend]
+    assert name == backend and backend == name and not name != backend and name in ("flash_attention_2", backend)
+    assert name != other and name not in (other, None) and name != 0
+    assert ALL_ATTENTION_FUNCTIONS.get_interface(name, None) is ALL_ATTENTION_FUNCTIONS[str(name)]
+    assert ALL_MASK_ATTENTION_FUNCTIONS[name] is ALL_MASK_ATTENTION_FUNCTIONS[backend]
     assert len({name, backend}) == 2
+    for twin in (copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
+        assert type(twin) is str and str(twin) == backend
+
+
+def ours():
+    """Our names in the registries of Transformers."""
+    return [name for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS) for name in table if "hf_tokens" in name]
+
+
+def test_nothing_stays_in_the_registries():
+    gc.collect()
+    OPEN.clear()  # models of other tests, which nobody unloads
+    first, second = (get_token_model(zoo.build("llama").model, RazorAttentionConfig()).eval() for _ in range(2))
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = second(input_ids=ids).logits
+        assert ours()
+        copies = [copy.deepcopy(second), pickle.loads(pickle.dumps(second))]
+        first.unload()
+        assert torch.equal(second(input_ids=ids).logits, expected)
+        base = second.unload()
+        assert not ours() and type(base.config._attn_implementation) is str
+        base(input_ids=ids)
+        for twin in copies:
+            assert torch.equal(twin(input_ids=ids).logits, expected)
+            assert ours()
+            twin.unload()
+            assert not ours()

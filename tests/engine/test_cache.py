@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_tokens import DeepPromptConfig, PrefixKVConfig, TransPruneConfig, UnsupportedError, get_token_model
+from hf_tokens import DeepPromptConfig, PrefixKVConfig, TransPruneConfig, UnsupportedError, anatomy, get_token_model
 from hf_tokens.engine.run import Memory
 from hf_tokens.kv.adopt import adopt
 from hf_tokens.kv.layer import TokenCacheLayer
@@ -280,11 +280,11 @@ def test_adopting_moves_the_states_over():
     cache = DynamicCache()
     k, v = states(5)
     cache.update(k, v, 0)
-    assert adopt(cache, 2)
+    assert adopt(cache, 2, None)
     assert [type(layer) for layer in cache.layers] == [TokenCacheLayer] * 3
     assert torch.equal(cache.layers[0].keys, k) and cache.get_seq_length() == 5
     first = cache.layers[0]
-    assert adopt(cache, 2) and cache.layers[0] is first
+    assert adopt(cache, 2, None) and cache.layers[0] is first
 
 
 @torch.no_grad()
@@ -343,7 +343,7 @@ def test_a_prompt_that_was_cropped_is_refused_where_it_was_looked_at_as_a_whole(
     model(input_ids=ids[:, 1:2], **{CACHE: cache})  # a token of generation
     cache = model(**inputs, use_cache=True).past_key_values
     cache.crop(-2)
-    with pytest.raises(UnsupportedError, match=r"in one pass, got PrefixKV and a prompt that was cropped\. Leave out"):
+    with pytest.raises(UnsupportedError, match=r"in one pass, got PrefixKV and a prompt that was cropped\. Take back whole prompts"):
         model(input_ids=ids[:, -2:-1], **{CACHE: cache})
 
 
@@ -351,7 +351,55 @@ def test_a_static_cache_is_refused(llama_config):
     cache = StaticCache(config=llama_config, max_cache_len=16)
     before = list(cache.layers)
     with pytest.raises(UnsupportedError, match="needs a dynamic cache, got a cache of StaticLayer. Leave out `cache_implementation`"):
-        adopt(cache, 1)
+        adopt(cache, 1, llama_config)
+    assert cache.layers == before
+
+
+WINDOWED = "afmoe cohere2 gemma2 gemma3 gemma4_text gpt_oss llama4_text mimo_v2_flash mistral modernbert-decoder olmo3".split()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("filled", [False, True], ids=["empty", "filled by the base"])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_cache_made_without_the_config_is_as_one_made_with_it(family, filled):
+    """Windows are the config's, and what is behind them goes, whoever made the layers."""
+    specimen = zoo.build(family)
+    ids = specimen.inputs["input_ids"]
+    ids = torch.cat([ids, ids.flip(1)], dim=1)
+    config = anatomy(specimen.model).streams[-1].config
+    model, found = get_token_model(specimen.model, PrefixKVConfig(budget=0.6, distance=2)).eval(), []
+    own = model(input_ids=ids, use_cache=True).past_key_values
+    for cache in (DynamicCache(config=config), DynamicCache()):
+        if filled and not found:
+            cache = DynamicCache()  # a full window of transformers' has lost what padding and places are read off
+            cache.layers += [TokenCacheLayer(layer.window) for layer in own.layers]
+        if filled:
+            with model.disable_adapter():
+                model(input_ids=ids[:, :12], **{CACHE: cache}, use_cache=True)
+        out = [model(input_ids=part, **{CACHE: cache}, use_cache=True).logits for part in (ids[:, 12 * filled :], ids[:, :1], ids[:, 3:6])]
+        found.append((torch.cat(out, dim=1), [(layer.window, layer.origins) for layer in cache.layers]))
+    (given, kept), (told, held) = found
+    close(told, given, family)
+    assert any(window for window, _ in held) and [window for window, _ in held] == [layer.window for layer in own.layers]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(kept, held, strict=True))
+
+
+OTHER_LAYERS = {
+    "a window that the model has not": ("llama", 4, "DynamicSlidingWindowLayer of 4 tokens in place of DynamicLayer at 0"),
+    "another window": ("mistral", 5, r"DynamicSlidingWindowLayer of 5 tokens in place of DynamicSlidingWindowLayer of \d+ tokens at 0"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", OTHER_LAYERS)
+def test_a_cache_whose_layers_are_not_the_config_s_is_refused(case):
+    family, window, got = OTHER_LAYERS[case]
+    specimen, cache = zoo.build(family), DynamicCache()
+    cache.layers += [DynamicSlidingWindowLayer(sliding_window=window) for _ in range(4)]
+    before = list(cache.layers)
+    model = get_token_model(specimen.model, PrefixKVConfig(budget=0.6))
+    with pytest.raises(UnsupportedError, match=rf"must be those of the model's config, got {got}\. Pass a `DynamicCache\(config"):
+        model(**specimen.inputs, **{CACHE: cache}, use_cache=True)
     assert cache.layers == before
 
 
@@ -360,7 +408,7 @@ def test_a_full_window_is_refused():
     cache.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
     cache.layers[0].update(*states(6))
     with pytest.raises(UnsupportedError, match="before its window is full, got 6 tokens. Start a new cache"):
-        adopt(cache, 0)
+        adopt(cache, 0, None)
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_a_block_that_lays_its_tokens_out_is_not_shortened_and_nothing_changes(f
 SIDE_BY_SIDE = "gemma3n_text deepseek_v4 hy_v4 qwen4_exp_text".split()
 
 
-@pytest.mark.filterwarnings("ignore:hf-tokens. the edit")  # it changes nothing, as it says
+@pytest.mark.filterwarnings("ignore:hf-tokens")  # an edit that is not made, and layers that do not fit, as it says
 @pytest.mark.parametrize("family", [family for family in SIDE_BY_SIDE if family in zoo.families("transformers")])
 def test_every_method_takes_parallel_streams_or_is_refused(family):
     specimen, refused = zoo.build(family), []
@@ -194,7 +194,7 @@ def test_a_cache_of_tokens_without_an_order_is_not_continued():
 @pytest.mark.parametrize(
     "family, words",
     [
-        ("hrm_text", "must run once a call where keys are stored, got another round of HrmText"),
+        ("hrm_text", "needs blocks with one slot of the cache each, got several in HrmText"),
         ("prophetnet", "A block stores a key of each of its tokens, got . of ."),
     ],
 )

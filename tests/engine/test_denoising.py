@@ -85,6 +85,24 @@ def test_calls_of_different_pictures_are_no_guidance():
     assert [guidance for _, guidance, _ in heard] == [None] * 4 and heard[3][0] is not None
 
 
+@pytest.mark.parametrize("kind", ["unet", "pixart", "sd3"])
+def test_where_guidance_ends_or_the_samples_change_a_step_has_none_before_it(kind):
+    run = [half(call, 1) if i in (2, 3) else call for i, call in enumerate(calls(kind, 5, guided=True))]
+    run.append(calls(kind, 6, size=(4, 16), guided=True)[5])  # as many tokens in another picture
+    heard, _ = spoken(kind, run)
+    assert [noise is not None for noise, *_ in heard] == [False, True, False, True, False, False]
+    assert [guidance is not None for _, guidance, _ in heard] == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("method", ["importance-token-merge", "toca", "cat-pruning", "profilingdit"])
+@pytest.mark.parametrize("kind", ["unet", "sd3"])
+def test_methods_of_denoisers_run_on_where_guidance_ends_and_begins(kind, method):
+    run = [half(call, 1) if i in (2, 3) else call for i, call in enumerate(calls(kind, 6, guided=True))]
+    model = get_token_model(denoiser(kind), method).eval()
+    for call in run:
+        assert bool(sampled(model, [call]).isfinite().all())
+
+
 def test_how_far_the_denoising_is():
     run = calls("dit", 3)
     heard, _ = spoken("dit", run)

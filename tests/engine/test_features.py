@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from denoisers import calls, denoiser, sampled
+from denoisers import blocks, calls, denoiser, sampled, with_pictures
 from peft import LoraConfig, get_peft_model
 from tolerances import all_close, close, differs
 
@@ -18,6 +18,7 @@ from hf_tokens import (
     UnsupportedError,
     calibrate,
     get_token_model,
+    measure,
     option,
     register,
 )
@@ -169,3 +170,23 @@ def test_a_block_with_other_results_is_refused():
     specimen = zoo.build("diffusers/LTX2VideoTransformer3DModel")
     with pytest.raises(UnsupportedError, match="returns its tokens, and those of a second sequence, alone"), torch.no_grad():
         get_token_model(specimen.model, "profilingdit")(**specimen.inputs)
+
+
+@torch.no_grad()
+def test_a_cross_attention_beside_an_ip_adapter_computes_each_token_alone():
+    """Its tokens may be chosen, but where masks lie over the picture."""
+    base, pictures = with_pictures(denoiser("unet"))
+    heard = {}
+    attention = blocks(base)[0].attn2
+    attention.register_forward_pre_hook(lambda module, args, kwargs: heard.update(hidden=args[0], **kwargs), with_kwargs=True)
+    run = [{**call, **pictures} for call in calls("unet", 4)]
+    sampled(base, run[:1])
+    hidden, chosen, context = heard["hidden"], torch.tensor([5, 0, 9]), heard["encoder_hidden_states"]
+    close(attention(hidden[:, chosen], encoder_hidden_states=context), attention(hidden, encoder_hidden_states=context)[:, chosen])
+
+    model = get_token_model(base, ToCaConfig(cycle=4)).eval()
+    first, second = (measure(model, **call).flops for call in run[:2])
+    assert second < first
+    masks = {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 8, 8, dtype=torch.float64)]}}
+    with pytest.raises(UnsupportedError, match="has no mask over the picture, got `ip_adapter_masks`"):
+        sampled(model, [{**call, **masks} for call in run])

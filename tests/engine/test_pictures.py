@@ -1,5 +1,6 @@
 """The grids of pictures among the tokens of a vision-language model."""
 
+import contextlib
 import inspect
 import re
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from hf_tokens import MethodConfig, TokenReducer, UnsupportedError, get_token_mo
 from hf_tokens.engine import supply
 from hf_tokens.model import families
 from hf_tokens.model.anatomy import anatomy
-from hf_tokens.model.pictures import find_grids, patch_grids, vision_tower
+from hf_tokens.model.pictures import find_grids, grids_in_text, patch_grids, vision_tower
 from hf_tokens.peft.placement import sees
+from hf_tokens.roles.registry import method_info
 from hf_tokens.testing import zoo
 
 MERGED = SimpleNamespace(model_type="qwen2_vl", vision_config=SimpleNamespace(spatial_merge_size=2))
@@ -177,6 +179,7 @@ def two_pictures(family):
     return model, cut([0, 1]), [cut([0]), cut([1])]
 
 
+OTHER_UNCACHED = {"paligemma", "qwen2_5_omni_thinker"}  # a prefix seen both ways, and a text that goes on with a picture's token
 BOTH_WAYS = {"t5gemma2", "modernvbert", "ultravbert"}  # their text is not causal, which the method needs
 NOT_RUN = {"llama4"}  # un-skip when the zoo runs it
 SWEPT = [family for family in zoo.families("transformers") if family in {*families.TOKEN_SIDES} - BOTH_WAYS - NOT_RUN]
@@ -186,7 +189,7 @@ SWEPT = [family for family in zoo.families("transformers") if family in {*famili
 def test_each_picture_is_in_a_batch_what_it_is_alone(family, monkeypatch):
     """Landscape beside portrait, where the model takes pictures of their own shapes."""
     grids = []
-    monkeypatch.setattr(supply, "find_grids", lambda *given: grids.append(find_grids(*given)) or grids[-1])
+    monkeypatch.setattr(supply, "grids_in_text", lambda *given: grids.append(grids_in_text(*given)) or grids[-1])
     base, both, alone = two_pictures(family)
     model = get_token_model(base, GRIDDED).eval()
     with torch.no_grad():
@@ -196,6 +199,73 @@ def test_each_picture_is_in_a_batch_what_it_is_alone(family, monkeypatch):
     if OWN_SHAPES & set(both):
         assert grids[0] == [(1, 1, 2), (1, 2, 1)]
     assert len(grids) == 3 and grids[1] + grids[2] == grids[0]
+
+
+def write(model, given, **more):
+    """Some tokens behind a prompt, and their logits."""
+    given = {name: value for name, value in given.items() if name != "labels"}
+    out = model.generate(**given, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, **more)
+    return torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("family", ["pixtral", *(family for family in SWEPT if family not in OTHER_UNCACHED)])
+def test_without_a_cache_each_pass_has_the_pictures_of_the_first(family):
+    base, both, _ = two_pictures(family)
+    model = get_token_model(base, GRIDDED).eval()
+    with contextlib.suppress(UnsupportedError):  # some have a cache of their own kind
+        cached = write(model, both)
+        torch.testing.assert_close(write(model, both, use_cache=False), cached, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mistral3", "lfm2_vl"])
+def test_pictures_that_were_encoded_before_are_others(family):
+    """A call of the tower by the user, with pictures in another order, is not that of the text."""
+    base, both, alone = two_pictures(family)
+    model = get_token_model(base, GRIDDED).eval()
+    wanted = write(model, both)
+    encode = next(module.get_image_features for module in base.modules() if hasattr(module, "get_image_features"))
+    with torch.no_grad():
+        held = [encode(**{n: v for n, v in one.items() if n in inspect.signature(encode).parameters}) for one in reversed(alone)]
+    torch.testing.assert_close(write(model, both), wanted)
+    assert len(held) == 2
+
+
+def picture_and_video(order):
+    """A text with a picture of 1 by 2 tokens and a video of 2 frames of 2 by 1, in one of two orders."""
+    specimen = zoo.build("qwen2_vl")
+    config = specimen.model.config
+    side = config.vision_config.spatial_merge_size
+    tables = {"image": torch.tensor([[1, side, 2 * side]]), "video": torch.tensor([[2, 2 * side, side]])}
+    token = {"image": config.image_token_id, "video": config.video_token_id}
+    ids, generator = [5], torch.Generator().manual_seed(0)
+    for modality in order:
+        ids += [token[modality]] * int(tables[modality].prod() // side**2) + [7, 8]
+    ids = torch.tensor([ids])
+    width, dtype = specimen.inputs["pixel_values"].shape[1], specimen.inputs["pixel_values"].dtype
+    shown = {m: torch.randn(int(table.prod()), width, generator=generator).to(dtype) for m, table in tables.items()}
+    given = {"pixel_values": shown["image"], "image_grid_thw": tables["image"]}
+    given |= {"pixel_values_videos": shown["video"], "video_grid_thw": tables["video"]}
+    kinds = (ids == token["image"]).long() + 2 * (ids == token["video"]).long()
+    return specimen.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **given}
+
+
+@pytest.mark.parametrize("order", [("image", "video"), ("video", "image")], ids=lambda order: order[0])
+@pytest.mark.parametrize("method", VISUAL)
+def test_pictures_and_videos_in_one_call(order, method, monkeypatch):
+    grids = []
+    monkeypatch.setattr(supply, "grids_in_text", lambda *given: grids.append(grids_in_text(*given)) or grids[-1])
+    base, given = picture_and_video(order)
+    model = get_token_model(base, method).eval()
+    with torch.no_grad():
+        first = model(**given).logits[:, -1]
+    torch.testing.assert_close(write(model, given)[0], first, atol=1e-4, rtol=1e-4)
+    anew = 1 if "instruction" in method_info(method).cls.signals else 3  # without a cache it hears what is written as an instruction
+    uncached, cached = write(model, given, use_cache=False), write(model, given)
+    torch.testing.assert_close(uncached[:anew], cached[:anew], atol=1e-3, rtol=1e-3)
+    beams = [model.generate(**given, max_new_tokens=2, num_beams=2, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert anew == 1 or torch.equal(*beams)
+    shapes = {"image": (1, 1, 2), "video": (2, 2, 1)}
+    assert all(found in ([shapes[m] for m in order], [shapes[m] for m in order] * 2) for found in grids)
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "idefics3"])

@@ -1,11 +1,16 @@
 """What leaves a stream: the pooled vector where each head looks, the short sequence where the caller looks, and who is refused."""
 
 import copy
+import importlib
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
+from hf_tokens_adapters.pooler.colbert_token_pooling import ColBERTTokenPoolingConfig
 from hf_tokens_adapters.token_reducer.atc import ATCConfig
+from hf_tokens_kernels import cluster
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -460,3 +465,45 @@ def test_a_causal_stream_where_tokens_ask_and_one_that_cannot_be_told_are_refuse
     base.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedError, match="without their causal mask need an argument"):
         model(ids)
+
+
+RETRIEVERS = ("colpali", "colqwen2", "colmodernvbert")
+
+
+@pytest.mark.parametrize("family", RETRIEVERS)
+def test_the_vectors_of_a_retriever_are_pooled(family):
+    one = zoo.build(family)
+    with torch.no_grad():
+        before = one.model(**one.inputs).embeddings
+        model = get_token_model(one.model, ColBERTTokenPoolingConfig(pool_factor=3, protected_tokens=0)).eval()
+        after = model(**one.inputs).embeddings
+    real = one.inputs["attention_mask"].bool()
+    for row, given, there in zip(after, before, real, strict=True):
+        group = cluster(given[there][None], int(there.sum()) // 3, "ward")[0]
+        means = torch.stack([given[there][group == first].mean(dim=0) for first in group.unique()])
+        torch.testing.assert_close(row[row.any(dim=-1)], means)
+
+
+def test_all_late_interaction_models_are_known():
+    names = [name for name in dir(transformers) if re.match(r"Col\w+ForRetrieval$", name)]
+    assert len(names) == len(RETRIEVERS) and all(families.LATE_INTERACTION.search(name) for name in names)
+    for name in names:
+        module = importlib.import_module(getattr(transformers, name).__module__)
+        assert families.VECTORS in getattr(module, f"{name}Output").__dataclass_fields__
+
+
+@pytest.mark.parametrize("family", [*RETRIEVERS, "modernvbert"])
+@pytest.mark.parametrize("method", ["softpool", "simpool", "ggem", "arc-encoder"])
+def test_one_vector_for_all_tokens_is_nothing_for_who_reads_each(family, method):
+    with pytest.raises(UnsupportedError, match="read as a whole|needs a"):
+        get_token_model(zoo.build(family).model, method)
+
+
+def test_a_library_that_cuts_by_the_mask_is_told():
+    model = get_token_model(zoo.build("bert").model.base_model, ColBERTTokenPoolingConfig()).eval()
+    caller = {"__name__": "sentence_transformers.base.modules.transformer"}
+    exec("def encode(model, **inputs):\n    return model(**inputs)", caller)
+    ids = torch.arange(3, 19)[None]
+    with pytest.raises(UnsupportedError, match="may not cut them by the text's mask, got sentence_transformers"):
+        caller["encode"](model, input_ids=ids)
+    assert model(input_ids=ids).last_hidden_state.shape[1] < ids.shape[1]

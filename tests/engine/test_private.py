@@ -56,6 +56,11 @@ ALONE = "says whether a sublayer computes each token by itself, so that the othe
 A_LORA = "diffusers calls it on every layer of PEFT's, ours among them"
 
 PEFT = (
+    Private("peft.PeftModel.save_pretrained", "output_state_dict", "a local: the tensors of the file that it writes before our config"),
+    Private("peft.PeftConfig", "from_json_file", "reads a config, ours within bounds", ("path_json_file", "kwargs")),
+    Private("peft.PeftConfig", "from_peft_type", "makes a config of what it read", ("kwargs",)),
+    Private("peft.PeftModel", "from_pretrained", "what has no tensors is refused before PEFT puts it into a model"),
+    Private("peft.PeftModel", "load_adapter", "the same"),
     Private("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING", "says whether our type is registered"),
     Private("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", "the tuner of a LoRA that stands in a stack"),
     Private(TUNER, "forward", "a tuner with one of its own does more in a stack than its layers can"),
@@ -124,6 +129,7 @@ PEFT = (
 TRANSFORMERS = (
     Private("transformers.PreTrainedConfig", "_attn_implementation", "the attention backend in use"),
     Private("transformers.PreTrainedConfig", "_attn_implementation_internal", "is set to the tapped backend, and back, without a reload"),
+    Private("transformers.utils.generic.GeneralInterface", "_global_mapping", "a tapped function leaves the registry with its last tap"),
     Private("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", f"{TAPPED}, and a class whose code names it is an attention"),
     Private(MASKS, "ALL_MASK_ATTENTION_FUNCTIONS", f"{TAPPED}, with its mask function: without one padding would be dropped silently"),
     Private(
@@ -177,7 +183,8 @@ TRANSFORMERS = (
     Private(f"{CACHES}.DynamicSlidingWindowLayer", "activate_past_recording", LAYER_OF_CACHE, ()),
     Private(f"{CACHES}.DynamicSlidingWindowLayer", "record_past", "a layer that is taken over goes on recording"),
     Private(f"{CACHES}.DynamicSlidingWindowLayer", "sliding_window", "a layer that is taken over keeps its window"),
-    Private(CACHES, "StaticLayer", "a cache of such layers is refused"),
+    Private(CACHES, "StaticLayer", "a cache of such layers is refused, or gets tokens in front"),
+    Private(f"{CACHES}.StaticLayer", "update", "ours keeps what stands in front apart", ("key_states", "value_states", "args", "kwargs")),
     Private(CACHES, "DummyLayer", "stands where a block stores nothing, and may stay in a cache that is taken over"),
     Private("transformers.models.llama.modeling_llama.LlamaAttention", "layer_idx", "the slot of a block in the cache"),
     Private(
@@ -191,6 +198,12 @@ TRANSFORMERS = (
         takes=("query_length", "key_length", "past_seen_tokens"),
     ),
     Private("transformers.generation.GenerationMixin", "_get_candidate_generator", "assisted decoding asks for it before its first pass"),
+    Private(
+        "transformers.generation.GenerationMixin",
+        "_prefill",
+        "says whether a prompt comes in chunks",
+        ("input_ids", "generation_config", "model_kwargs", "is_first_iteration"),
+    ),
     Private("transformers.generation.GenerationMixin", "init_continuous_batching", "continuous batching begins with it"),
     Private(
         "transformers.generation.GenerationMixin",
@@ -210,6 +223,17 @@ TRANSFORMERS = (
         "peft_weight_conversions",
         "a local: what it knows of the names in an adapter's file, which is told those of the LoRAs in a stack too",
     ),
+    Private(
+        "transformers.integrations.peft.PeftAdapterMixin",
+        "load_adapter",
+        "its arguments say which tensors it puts into a model",
+        takes=("peft_model_id", "adapter_state_dict", "load_config"),
+    ),
+    *(
+        Private("transformers.modeling_utils.LoadStateDictConfig", name, "which file of tensors it finds")
+        for name in ("use_safetensors", "download_kwargs")
+    ),
+    Private("transformers.PreTrainedModel.save_pretrained", "state_dict", "the tensors of the file that it writes behind our config"),
     Private("transformers.core_model_loading", "WeightRenaming", "how it is told", takes=("source_patterns", "target_patterns")),
     Private("transformers.core_model_loading.WeightRenaming", "rename_source_key", "tries what it is told", ("source_key",)),
     Private("transformers.integrations.peft.PeftAdapterMixin", "_hf_peft_config_loaded", "goes with the last adapter of a model"),
@@ -247,7 +271,6 @@ DIFFUSERS = (
     Private(HOOKS, "StateManager", "`cache_context` tells what it finds of this class in a hook"),
     *(Private(f"{HOOKS}.CacheContext", name, "what is told of a call") for name in ("name", "step_index", "num_inference_steps")),
     Private(HOOKS, "BaseState", "a StateManager is made for one"),
-    Private("diffusers.models.cache_utils.CacheMixin", "_cache_config", "a cache of diffusers' own is refused beside ours"),
     Private("diffusers.pipelines.pipeline_utils.DiffusionPipeline", "_reset_stateful_cache", "what a pipeline calls at its end"),
     Private("diffusers.hooks", "_helpers", "where the registry of blocks stands"),
     Private("diffusers.hooks._helpers.TransformerBlockRegistry", "_register", "fills the registry"),
@@ -264,7 +287,7 @@ DIFFUSERS = (
     Private("diffusers.pipelines", "pipeline_utils", "says whether pipelines were imported, without importing them"),
     *(
         Private("diffusers.models.attention_processor", name, ALONE)
-        for name in ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0")
+        for name in ("AttnProcessor", "AttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "JointAttnProcessor2_0")
     ),
     Private("diffusers.models.attention", "FeedForward", ALONE),
     *(
@@ -272,6 +295,7 @@ DIFFUSERS = (
         for name in ("processor", "group_norm", "spatial_norm", "norm_cross", "residual_connection", "fused_projections")
     ),
     Private("diffusers.ConfigMixin.from_config", "_class_name", "how a config of diffusers names its class"),
+    Private("diffusers.loaders.peft.PeftAdapterMixin", "unload_lora", "forgets all adapters; ours stands in its place", parameters=()),
     Private(f"{SCALES}.scale_lora_layers", "scale_layer", A_LORA),
     Private(f"{SCALES}.unscale_lora_layers", "unscale_layer", A_LORA),
     Private(f"{SCALES}.set_weights_and_activate_adapters", "set_scale", A_LORA),
@@ -281,6 +305,7 @@ DIFFUSERS = (
 OTHERS = (
     Private("torch", "_C", "where the autograd engine says which backward pass it is in"),
     Private("torch._C", "_current_graph_task_id", "whether a block is run again by a checkpoint; there is no public way to ask"),
+    Private("torch.Tensor", "_version", "whether a tensor was written to between its hash and its file"),
     Private("torch.nn.Module", "_call_impl", "whether another thread is inside a call of the model"),
     Private("torch.nn.Module", "_modules", "children without the detour of `__getattr__`, and by names that are none of Python's"),
     Private("torch.nn.Module", "_parameters", "an edited weight stands in for the base's own while a block runs"),
@@ -292,6 +317,8 @@ OTHERS = (
     Private("torch.ops.aten", "_scaled_dot_product_flash_attention_for_cpu", "its FLOPs, which torch does not count"),
     Private("torch.ops.aten", "_grouped_mm", "its FLOPs, which torch does not count"),
     Private("accelerate.hooks.add_hook_to_module", "_old_forward", "a forward of ours under a hook of Accelerate's is taken off there"),
+    Private("re", "_parser", "takes a pattern of a stranger's apart, so that its steps are counted before they are walked"),
+    Private("re", "_constants", "the names of its parts"),
     Private("sys", "_getframe", "a surgery finds the Trainer or the pipeline that is calling"),
     Private("sys", "_current_frames", "whether another thread is inside a call of the model"),
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from denoisers import alone, blocks, calls, denoiser, half, own_prompts
+from denoisers import alone, blocks, calls, denoiser, half, own_prompts, with_pictures, within
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from tolerances import all_equal, close
@@ -163,15 +163,35 @@ def test_the_call_of_the_negative_prompt_goes_without():
     _set_cache_context(model.base_model.model, None)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [(0, 1), (0, 1, 1), (0, 1, 2), (0, 0), (0, 0, 1, 2)])
-def test_parts_of_a_batch_with_the_same_latents(rows):
-    """The first part's prompt is the negative one, if another part has another."""
-    model, base, call = surgery("sd3"), denoiser("sd3"), calls("sd3", 1, batch=6)[0]
+def samples(rows):
+    """A call for these prompts, all with the same latents."""
+    call = calls("sd3", 1, batch=6)[0]
     pick = lambda i: {**alone(call, i, rows=6), "hidden_states": call["hidden_states"][:1]}
-    batch = {name: torch.cat([pick(i)[name] for i in rows]) for name in call}
-    want = [base(**(pick(i) if i == 0 and any(rows) else longer(pick(i), word_of(model)))).sample for i in rows]
-    close(model(**batch).sample, torch.cat(want))
+    return {name: torch.cat([pick(i)[name] for i in rows]) for name in call}, [pick(i) for i in rows]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "rows", "negative"), [("cond_uncond", (0, 1), 1), ("cond_uncond", (0, 0), 1), ("cond", (0, 1), 0)])
+def test_a_context_says_which_part_of_a_batch_is_negative(name, rows, negative):
+    model, base = surgery("sd3"), denoiser("sd3")
+    batch, each = samples(rows)
+    want = [base(**(one if i < negative else longer(one, word_of(model)))).sample for i, one in enumerate(each)]
+    with within(model, name):
+        close(model(**batch).sample, torch.cat(want))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [(0, 1), (0, 1, 1), (0, 0, 1, 2)])
+def test_one_sample_with_two_prompts_is_refused_where_nobody_tells_which_is_negative(rows):
+    model = surgery("sd3")
+    batch, each = samples(rows)
+    with pytest.raises(UnsupportedError, match="Which prompt is the negative one .* Call the denoiser within `CacheMixin.cache_context"):
+        model(**batch)
+    model(**each[0])
+    model(**each[0])
+    with pytest.raises(UnsupportedError, match="one sample with two prompts"):
+        model(**each[-1])
+    model(**{**each[-1], "timestep": each[-1]["timestep"] - 1})
 
 
 @torch.no_grad()
@@ -234,7 +254,8 @@ def test_two_prompts_for_one_noise_are_no_guidance_where_the_pipeline_has_none()
 def test_beside_a_feature_cache_guidance_takes_two_calls():
     model = surgery("pixart", WORD, ToCaConfig(cycle=2))
     both = calls("pixart", 2, guided=True)
-    with pytest.raises(UnsupportedError, match="nothing may be kept from call to call, got \\['ToCa'\\]"):
+    refused = pytest.raises(UnsupportedError, match="nothing may be kept from call to call, got \\['ToCa'\\]")
+    with within(model), refused:
         model(**both[0])
     for call in both:
         for name, which in (("cond", 1), ("uncond", 0)):
@@ -261,6 +282,23 @@ def test_each_block_reads_its_own(own, kind):
     model, base, call = surgery(kind, own()), denoiser(kind), calls(kind, 1)[0]
     with own_prompts(base, kind, rows_of(model)):
         want = base(**call).sample
+    close(model(**call).sample, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["pictures first", "bank first"])
+def test_each_block_reads_its_own_beside_the_pictures_of_an_ip_adapter(own, order):
+    base, pictures = with_pictures(denoiser("unet"))
+    if order == "bank first":
+        model = surgery("unet", own())
+        with_pictures(model.base_model.model)
+    else:
+        torch.manual_seed(0)
+        model = get_token_model(with_pictures(denoiser("unet"))[0], own()).eval()
+    call = {**calls("unet", 1)[0], **pictures}
+    with own_prompts(base, "unet", rows_of(model)):
+        want = base(**call).sample
+    assert not torch.allclose(want, base(**call).sample)
     close(model(**call).sample, want)
 
 

@@ -26,6 +26,13 @@ def test_at_zero_strength_the_prompt_stays():
     assert [row.tolist() for row in compress_prompt(model, ids, mask)] == [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
 
 
+@pytest.mark.parametrize("shape", [(1, 0), (0, 5), (4,)])
+def test_no_prompt_is_refused(shape):
+    model = get_token_model(gpt2(), SelectionPConfig(keep=0.5))
+    with pytest.raises(UnsupportedError, match="needs prompts of one token at least"):
+        compress_prompt(model, torch.zeros(shape, dtype=torch.long))
+
+
 def test_it_leaves_the_model_as_it_was():
     ids, _ = batch((9, 9))
     model = get_token_model(gpt2(), SelectionPConfig(keep=0.5, layers=(1,))).train()

@@ -1,13 +1,18 @@
 """What stands in an adapter's files is exactly the adapter's own, or it is refused by every door and the base is as it was."""
 
-import copy
+import itertools
 import json
+import os
 import re
+import resource
 import sys
+import time
 
+import gates
 import pytest
 import torch
 from contract.pairs import difference, snapshot
+from damage import ADAPTERS, FIRST, MAKERS, MORE, ODD, change, filled, held, killed_in, leaves, planted, without_digest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -16,19 +21,10 @@ from safetensors.torch import load_file, save_file
 from tolerances import all_equal
 
 import hf_tokens
-from hf_tokens import AdapterError, DeepPromptConfig, HFTokensError, get_token_model
+from hf_tokens import AdapterError, ConfigError, DeepPromptConfig, HFTokensConfig, HFTokensError, get_token_model
+from hf_tokens.peft.patterns import check_patterns
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
-
-ADAPTERS = {
-    "no parameters": lambda: get_token_model(zoo.build("llama").model, ProbeDropConfig()),
-    "a bank": lambda: get_token_model(zoo.build("llama").model, ProbeInsertConfig()),
-    "a stack": lambda: get_token_model(
-        zoo.build("llama").model,
-        [DeepPromptConfig(tokens=3), LoraConfig(r=2, target_modules=["q_proj"])],
-        modules_to_save=["lm_head"],
-    ),
-}
 
 
 def beside(door):
@@ -51,28 +47,9 @@ DOORS = {
     "hf_tokens.load": lambda folder, base: hf_tokens.load(folder, base),
     "PeftModel.from_pretrained": lambda folder, base: PeftModel.from_pretrained(base, folder),
     "on the meta device": lambda folder, base: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "transformers' load_adapter": lambda folder, base: base.load_adapter(folder),
     "hf_tokens.load beside another": beside(lambda model, folder: hf_tokens.load(folder, model, adapter_name="second")),
     "load_adapter": beside(lambda model, folder: model.load_adapter(folder, "second")),
-}
-FIRST = {
-    "renamed": lambda key, value: {f"{key}x": value},
-    "without the prefix": lambda key, value: {key.removeprefix("base_model.model."): value},
-    "missing": lambda key, value: {},
-    "longer": lambda key, value: {key: torch.cat([value, value])},
-    "flat": lambda key, value: {key: value.flatten()},
-    "empty": lambda key, value: {key: value[:0]},
-    "NaN": lambda key, value: {key: torch.full_like(value, torch.nan)},
-    "infinite": lambda key, value: {key: torch.full_like(value, -torch.inf)},
-    **{
-        str(kind): lambda key, value, kind=kind: {key: value.to(kind)}
-        for kind in (torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
-    },
-}
-MORE = {
-    "of the base": {"base_model.model.lm_head.weight": torch.zeros(99, 32)},
-    "inside the base": {"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(64, 32)},
-    "of the base under its own name": {"model.norm.weight": torch.zeros(32)},
-    "of nothing": {"more": torch.zeros(3)},
 }
 CASES = [
     *(("a bank", what, change) for what, change in FIRST.items()),
@@ -91,24 +68,10 @@ def saved(tmp_path_factory):
     return folders
 
 
-def change(folder, to, change):
-    """A copy of an adapter with another first tensor, or with more of them."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    if isinstance(change, dict):
-        tensors |= change
-    else:
-        key = sorted(tensors)[-1]
-        tensors |= (parts := change(key, tensors.pop(key)))
-        assert all(part.numel() or part.shape[0] == 0 for part in parts.values())
-    save_file({key: value.contiguous() for key, value in tensors.items()}, to / "adapter_model.safetensors")
-    (to / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
-    return to
-
-
 def refused(door, folder, words):
     base = zoo.build("llama").model
     before = snapshot(base)
-    with pytest.raises(AdapterError, match=words):
+    with pytest.raises(HFTokensError, match=words):
         door(str(folder), base)
     assert not difference(before, snapshot(base))
 
@@ -129,8 +92,39 @@ def test_floating_numbers_of_any_width_are_accepted(saved, tmp_path, door, kind)
             {key: value.to(kind) for key, value in load_file(folder / "adapter_model.safetensors").items()},
             tmp_path / "adapter_model.safetensors",
         )
-        (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+        without_digest(folder, tmp_path)
         door(str(tmp_path), zoo.build("llama").model)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize("kind", ["nothing", "a pipe", "a folder", "a link to itself", "a device"])
+def test_what_is_no_file_of_tensors_is_refused_and_the_base_is_as_it_was(saved, tmp_path, door, kind):
+    weights = change(saved["a bank"], tmp_path, {}) / "adapter_model.safetensors"
+    weights.unlink()
+    made = {
+        "a pipe": os.mkfifo,
+        "a folder": os.mkdir,
+        "a link to itself": lambda w: w.symlink_to(w),
+        "a device": lambda w: w.symlink_to("/dev/zero"),
+    }
+    made.get(kind, lambda w: None)(weights)
+    refused(door, tmp_path, "adapter_model.safetensors")
+
+
+def test_a_pickle_of_tensors_is_read_as_one_and_compared_too(tmp_path):
+    model, base = ADAPTERS["a stack"](), zoo.build("llama").model
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    all_equal(list(get_peft_model_state_dict(again).values()), list(get_peft_model_state_dict(model).values()))
+    pickle = tmp_path / "adapter_model.bin"
+    tensors = torch.load(pickle)
+    for bad, words in (
+        ({key: value + 1 for key, value in tensors.items()}, "have the digest that it names"),
+        ({**tensors, "base_model.model.model.norm.weight": torch.zeros(32)}, "holds the .* tensors of its methods"),
+        ([1], "must be a whole file of tensors"),
+    ):
+        torch.save(bad, pickle)
+        refused(DOORS["PeftModel.from_pretrained"], tmp_path, words)
 
 
 @pytest.mark.parametrize("what", ["missing", "NaN", "of the base"])
@@ -148,8 +142,7 @@ def test_a_state_that_is_not_the_adapters_own_is_refused_in_a_model_that_has_it(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("door", [hf_tokens.load, lambda folder, base: PeftModel.from_pretrained(base, folder)], ids=["load", "PEFT"])
-def test_what_peft_has_for_layers_is_loaded_in_a_stack(tmp_path, door):
+def test_what_peft_has_for_layers_is_loaded_in_a_stack(tmp_path):
     """Among them are some whose beginning cannot be tried without the numbers of the base."""
     tried = []
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
@@ -158,10 +151,75 @@ def test_what_peft_has_for_layers_is_loaded_in_a_stack(tmp_path, door):
         except (ValueError, TypeError, ImportError):  # it needs more to be told, or does not suit a model so small
             continue
         model.save_pretrained(tmp_path / str(kind))
-        again = get_peft_model_state_dict(door(str(tmp_path / str(kind)), zoo.build("llama").model))
+        again = get_peft_model_state_dict(hf_tokens.load(tmp_path / str(kind), zoo.build("llama").model))
         all_equal(list(again.values()), list(get_peft_model_state_dict(model).values()), str(kind))
         tried.append(str(getattr(kind, "value", kind)))
     assert {"LORA", "BOFT", "FROD", "UNILORA"} <= set(tried) and len(tried) > 20
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+def of(makers):
+    return [pytest.param(maker, marks=gates.add_adapter if maker == "transformers" else ()) for maker in makers]
+
+
+LIBRARIES = ("hf_tokens.load", "PeftModel.from_pretrained", "transformers' load_adapter")  # a door of each
+
+
+@pytest.mark.parametrize("maker", of(MAKERS))
+def test_tensors_of_one_save_and_the_config_of_another_are_refused_by_every_door(tmp_path, maker):
+    make, save = MAKERS[maker]
+    for value in (1, 2):
+        save(filled(lambda value=value: make(value), value), tmp_path / str(value))
+        hf_tokens.load(tmp_path / str(value), zoo.build("llama").model)
+    (tmp_path / "2" / "adapter_config.json").write_bytes((tmp_path / "1" / "adapter_config.json").read_bytes())
+    words = "have the digest that it names, sha256:.* got sha256:.* delete `digest` there if you changed it yourself"
+    for door in LIBRARIES:
+        refused(DOORS[door], tmp_path / "2", words)
+    without_digest(tmp_path / "1", tmp_path / "2")
+    hf_tokens.load(tmp_path / "2", zoo.build("llama").model)
+
+
+def test_a_file_that_was_written_anew_with_the_same_tensors_is_the_same(saved, tmp_path):
+    tensors = load_file(change(saved["a stack"], tmp_path, {}) / "adapter_model.safetensors")
+    save_file(dict(reversed(tensors.items())), tmp_path / "adapter_model.safetensors", metadata={"format": "pt", "by": "somebody"})
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != (saved["a stack"] / "adapter_model.safetensors").read_bytes()
+    for door in LIBRARIES:
+        DOORS[door](str(tmp_path), zoo.build("llama").model)
+
+
+def test_a_config_saved_by_itself_says_nothing_of_tensors(saved, tmp_path):
+    config = HFTokensConfig.from_pretrained(str(saved["a bank"]))
+    config.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["digest"] is None
+
+
+@pytest.mark.parametrize("maker", of(["PEFT", "transformers"]))
+def test_a_save_that_is_killed_leaves_the_old_or_the_new_or_is_refused_and_no_litter_behind_the_next(tmp_path, maker):
+    make, save = MAKERS[maker]
+    old, new = (filled(lambda value=value: make(value), value) for value in (1, 2))
+    save(old, tmp_path)
+    files, seen = {path.name for path in tmp_path.iterdir()}, []
+    for step in itertools.count():
+        (tmp_path / ".tmpAbC123").write_bytes(bytes(100))  # what safetensors leaves
+        done = killed_in(step, save, new, tmp_path)
+        seen.append(held(tmp_path))
+        save(old, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == files
+        if done:
+            break
+    assert seen[-1] == (2, 2) and seen[0] == (1, 1) and set(seen) <= {(1, 1), (2, 2), "refused"}
+
+
+def test_what_is_not_a_saves_own_stays(saved, tmp_path):
+    """Files that only look like what a killed save leaves."""
+    kept = [tmp_path / name for name in (".tmpAbC123", ".tmp", ".tmpAbC1234", "tmpAbC123")]
+    for path in kept:
+        path.write_text("somebody's notes")
+    (tmp_path / ".tmpAbC124").mkdir()
+    ADAPTERS["a bank"]().save_pretrained(tmp_path)
+    assert all(path.read_text() == "somebody's notes" for path in kept) and (tmp_path / ".tmpAbC124").is_dir()
 
 
 # -- the class of the base -------------------------------------------------------------------------------------------
@@ -216,6 +274,33 @@ def test_the_base_that_an_adapter_names_is_loaded(tmp_path, library, name):
         all_equal([hf_tokens.load(tmp_path / "adapter").eval()(**specimen.inputs).logits], [model.eval()(**specimen.inputs).logits])
 
 
+def refused_by(door, folder, family, words):
+    base = zoo.build(family).model
+    before = snapshot(base)
+    with pytest.raises(AdapterError, match=words):
+        door(str(folder), base)
+    assert not difference(before, snapshot(base))
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_model_of_another_type_with_blocks_of_the_same_shape_is_refused(tmp_path, door, family):
+    get_token_model(zoo.build("llama").model, [DeepPromptConfig(tokens=3)]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    refused_by(door, tmp_path, family, f"was made for a model of type 'llama', got '{family}'. .* or delete `base_type` from its config")
+    config = json.loads(path.read_text())
+    assert config.pop("base_type") == "llama"
+    path.write_text(json.dumps(config))  # as earlier releases saved it
+    door(str(tmp_path), zoo.build(family).model)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model_index.json"])
+def test_a_base_model_in_the_place_of_an_adapter_is_called_one(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(AdapterError, match=r"needs an adapter, got .*, which is a base model. Load it by its own `from_pretrained`"):
+        hf_tokens.load(tmp_path)
+
+
 # -- configs ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,59 +319,82 @@ def load_config(folder, to, text):
     return ""
 
 
-def leaves(tree, path=()):
-    yield path
-    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in parts:
-        yield from leaves(value, (*path, key))
-
-
-def planted(tree, path, value):
-    """A copy of a tree with another value at a path."""
-    if not path:
-        return value
-    tree = copy.deepcopy(tree)
-    inner = tree
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    return tree
-
-
-def deep(n):
-    return 1 if n == 0 else [deep(n - 1)]
-
-
-ODD = [
-    *(
-        None,
-        True,
-        -1,
-        0,
-        1,
-        10**9,
-        10**30,
-        1.5,
-        float("nan"),
-        float("inf"),
-        "",
-        "x" * 10_000,
-        "\u202e\x00",
-        "../../etc/passwd",
-        "deep-prompt",
-    ),
-    *([], {}, deep(50), {"a": {"b": []}}, [None], ["x", 1, None], [[1]], {"method": "ftp"}, "LORA", "all-linear", ["q_proj"]),
-]
-
-
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_a_config_with_anything_in_it_works_or_is_one_error(saved, tmp_path_factory, data):
     folder = saved[data.draw(st.sampled_from(["a bank", "a stack"]))]
     config = json.loads((folder / "adapter_config.json").read_text())
     path = data.draw(st.sampled_from(list(leaves(config))))
     load_config(folder, tmp_path_factory.mktemp("odd"), json.dumps(planted(config, path, data.draw(st.sampled_from(ODD)))))
+
+
+HANG = (
+    *("(([a-z._0-9])+)+Z", "(.*)*x", ".*.*.*.*.*.*x", r"(\w+\.?)+x", r"(\w+)\1+x", "(?=(.*)*)q", "(?:(?:.?){50}){50}x", "((?:)){1000000}x"),
+    "(.|.)" * 25 + "x",
+)
+USUAL = (
+    *(r".*\.(q|v)_proj", r"^(?!.*visual).*(?:k_proj|q_proj).*", r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"),
+    r"(?:.*?(?:language|layers).*?(?:self_attn|attention|attn|mlp|ffn).*?(?:k_proj|v_proj|q_proj|o_proj|up_proj).*?)|(?:\bmodel\.[\d]{1,}\.q)",
+)
+
+
+def with_knobs(saved, to, **knobs):
+    """An adapter with other knobs in the config of its LoRA."""
+    config = json.loads((change(saved["a stack"], to, {}) / "adapter_config.json").read_text())
+    config["methods"][1]["config"] |= knobs
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("knob", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern"])
+@pytest.mark.parametrize("pattern", HANG)
+def test_a_pattern_that_would_not_come_to_an_end_is_found(pattern, knob):
+    names = [name for name, _ in zoo.build("llama").model.named_modules()]
+    knobs = {"target_modules": ["q_proj"], "layers_to_transform": 1, knob: {pattern: 2} if knob == "rank_pattern" else pattern}
+    if knob == "target_modules":
+        del knobs["layers_to_transform"]
+    with pytest.raises(ConfigError, match="takes at most 100000 steps with the name of a module, got .* Name the modules, in a list"):
+        check_patterns(LoraConfig(**knobs), names)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_a_pattern_that_would_not_come_to_an_end_is_refused(saved, tmp_path, door):
+    refused(door, with_knobs(saved, tmp_path, target_modules=HANG[0]), "takes at most 100000 steps")
+    refused(door, with_knobs(saved, tmp_path, alpha_pattern={f"q{i}": 2 for i in range(2000)}), "has at most 1000 keys, got 2000")
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_usual_patterns_are_taken(tmp_path, pattern):
+    model = get_token_model(zoo.build("llama").model, ["probe-insert", LoraConfig(r=2, target_modules=pattern)])
+    model.save_pretrained(tmp_path)
+    for door in (DOORS["hf_tokens.load"], DOORS["PeftModel.from_pretrained"]):
+        state = get_peft_model_state_dict(door(str(tmp_path), zoo.build("llama").model))
+        all_equal(list(state.values()), list(get_peft_model_state_dict(model).values()))
+
+
+LARGE = [
+    *(("probe-insert", knobs) for knobs in ({"tokens": 10**9}, {"layers": [10**9]})),
+    *((kind, {"r": 10**9}) for kind in ("LORA", "BOFT", "UNILORA")),
+    *(("PEANUT", {"depth": depth}) for depth in (10**5, 10**9)),
+    ("UNILORA", {"theta_d_length": 10**9}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "knobs"), LARGE)
+def test_what_a_config_asks_for_is_bounded_by_what_its_file_holds(tmp_path, kind, knobs):
+    own = kind == "probe-insert"
+    lora = [] if own else [{"method": "peft", "config": {"peft_type": kind, "target_modules": ["q_proj"]}}]
+    get_token_model(zoo.build("llama").model, ["probe-insert", *lora]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    inner = config["methods"][0] if own else config["methods"][1]["config"]
+    inner |= knobs
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    start, most = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    words = "is at most 16777216, got|no larger ones, than its file holds|holds the .* tensors of its methods|must go into"
+    refused(DOORS["PeftModel.from_pretrained"], tmp_path, words)
+    assert time.process_time() - start < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 500 << 10
 
 
 @pytest.mark.parametrize(
@@ -296,7 +404,7 @@ def test_a_config_with_anything_in_it_works_or_is_one_error(saved, tmp_path_fact
         (lambda text: text[:-2] + f', "more": {"1" * 6000}}}', "must be a whole JSON file, got one that says: ValueError"),
         (lambda text: text + " " * (1 << 20), "has at most 1048576 bytes"),
         (lambda text: text.replace('"methods": [', '"methods": [' + '{"method": "ftp"},' * 1000), "has at most 100 methods, got 1002"),
-        (lambda text: text.replace('"tokens": 3', '"tokens": 1000000000000'), "of shape"),
+        (lambda text: text.replace('"tokens": 3', '"tokens": 1000000000000'), "is at most 16777216, got 1000000000000"),
         (lambda text: text.replace('"r": 2', '"r": 1000000000000'), "of shape"),
         (lambda text: text.replace('"lora_alpha": 8', '"lora_alpha": 1e999'), "no finite number"),
         (lambda text: text.replace('"r": 2', '"r": "2"'), "must go into LlamaForCausalLM, got one that says: TypeError"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_tokens import DeepPromptConfig, FTPConfig, UnsupportedError, get_token_model
+from hf_tokens import DeepPromptConfig, FTPConfig, PrefixKVConfig, UnsupportedError, get_token_model
 from hf_tokens.testing import zoo
 
 LENGTHS = (5, 1, 7)
@@ -39,3 +39,31 @@ def test_packed_samples_in_several_rows_are_refused():
     inputs = {key: value.expand(2, -1) if isinstance(value, torch.Tensor) else value for key, value in packed()[1].items()}
     with pytest.raises(UnsupportedError, match="Packed samples must lie in one row, got a batch of 2"):
         model(**inputs)
+
+
+N, PADS = 10, 4
+SIDES = {"left": torch.arange(N) >= PADS, "right": torch.arange(N) < N - PADS}
+# what a row of padding sees in a mask that somebody makes for himself
+PADDING_SEES = {
+    "nothing": lambda n: torch.zeros(n, n, dtype=torch.bool),
+    "itself": lambda n: torch.eye(n, dtype=torch.bool),
+    "everything": lambda n: torch.ones(n, n, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("sees", PADDING_SEES)
+@pytest.mark.parametrize("method", [DeepPromptConfig(tokens=3, init_std=1.0), PrefixKVConfig(budget=0.5), FTPConfig(sparsity=0.25)])
+def test_a_mask_of_ones_own_says_what_is_padding(family, side, sees, method):
+    model = get_token_model(zoo.build(family).model, method).eval()
+    ids = torch.randint(3, 60, (2, N), generator=torch.Generator().manual_seed(0))
+    real = torch.stack([torch.ones(N, dtype=torch.bool), SIDES[side]])
+    seen = torch.ones(N, N, dtype=torch.bool).tril() & real[:, None] & real[:, :, None]
+    seen = (seen | PADDING_SEES[sees](N) & ~real[:, :, None])[:, None]
+    places = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+        usual = model(input_ids=ids, attention_mask=real.long(), position_ids=places).logits
+    torch.testing.assert_close(own[real], usual[real], rtol=1e-4, atol=1e-5)

@@ -143,11 +143,11 @@ def test_grouped_heads_keep_apart():
     assert layer.origins.shape[:2] == (2, 2) and not torch.equal(layer.origins[:, 0], layer.origins[:, 1])
 
 
-def test_what_was_folded_cannot_be_taken_back():
+def test_a_cache_is_not_cropped_behind_what_was_folded():
     model = get_token_model(gpt2(), D2OConfig(budget=0.5)).eval()
     ids, mask = batch((12,))
     cache = greedy(model, ids, mask, 3)[2]
-    with pytest.raises(UnsupportedError, match="folded into other entries cannot be taken back"):
+    with pytest.raises(UnsupportedError, match="since which no older entry was dropped or changed, got 2 tokens"):
         cache.crop(-12)
 
 

@@ -70,6 +70,47 @@ def test_the_reference_is_the_model_without_the_adapter(name, bank):
     assert all(grad is not None and grad.isfinite().all() for grad in grads) and any(grad.any() for grad in grads)
 
 
+DROPPING = {"labels": "DiTTransformer2DModel", "features": "UNet2DConditionModel"}
+
+
+def dropping(kind, **lora):
+    """A denoiser that drops something in train mode, with a LoRA at its start."""
+    specimen = zoo.build(f"diffusers/{DROPPING[kind]}")
+    for module in specimen.model.modules() if kind == "features" else ():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    methods = [LoraConfig(r=2, target_modules=["to_q", "to_v"], **lora), DiffusionDPOConfig()]
+    return get_token_model(specimen.model, methods).train(), specimen.inputs
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("kind", DROPPING)
+def test_the_reference_drops_what_the_model_dropped(kind, checkpointed):
+    model, inputs = dropping(kind)
+    if checkpointed:
+        model.base_model.model.enable_gradient_checkpointing()
+    predictions, losses, after = [], [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        predictions.append(model(**inputs)[0])
+        losses.append(objective_loss(model, torch.zeros(2, 4, 8, 8)))
+        after.append(torch.rand(1))
+        losses[-1].backward()
+        torch.manual_seed(seed)
+        model(**inputs)
+        assert torch.equal(torch.rand(1), after[-1])  # the reference leaves no trace
+    assert not torch.equal(*predictions[:2])  # it drops
+    close(torch.stack(losses), torch.full((4,), math.log(2)))
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_an_adapter_that_draws_between_the_model_s_draws_is_refused(kind):
+    model, inputs = dropping(kind, lora_dropout=0.1)
+    model(**inputs)
+    with pytest.raises(UnsupportedError, match="draws no more random numbers than without its adapter, got others between them"):
+        objective_loss(model, torch.zeros(2, 4, 8, 8))
+
+
 def test_a_training_loop():
     """Winner and loser of a pair share the noise and the timestep; a few steps make the winner's error fall against the loser's."""
     model, inputs = denoiser("SD3Transformer2DModel", DiffusionDPOConfig(beta=50.0))

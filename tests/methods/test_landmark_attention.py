@@ -153,7 +153,7 @@ def test_heads_that_share_keys_choose_blocks_together():
             wide = None if index is None else index.repeat_interleave(2, dim=1)[:, :, None].expand(-1, -1, here.shape[2], -1)
             return here if index is None else here.gather(3, wide)
 
-        index, bias = method.attend(affinity, places[:, rows], places[:, None], torch.tensor(landmark)[None, None])
+        index, bias = method.attend(affinity, places[:, rows], places[:, None], torch.tensor(landmark).expand(1, 2, -1))
         weights = (affinity(index) + bias).softmax(dim=-1)
         if index is not None:
             wide = index.repeat_interleave(2, dim=1)[:, :, None].expand_as(weights)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from denoisers import alone, blocks, calls, denoiser, own_prompts
+from denoisers import alone, blocks, calls, denoiser, own_prompts, within
 from hf_tokens_adapters.token_bank.neti import NeTI
 from tolerances import close
 from torch import nn
@@ -120,7 +120,9 @@ def test_each_block_reads_its_own_vectors(kind, guided):
     model, base = surgery(kind, tokens=2), denoiser(kind)
     assert sum(isinstance(module, NeTI) for module in model.modules()) == len(blocks(base))
     for call in calls(kind, 2, guided=guided):
-        got, want = model(**call, return_dict=False)[0], []
+        want = []
+        with within(model, "cond_uncond" if guided else "cond"):
+            got = model(**call, return_dict=False)[0]
         for i in range(len(got)):
             told = vectors(model, call, i, kind)
             assert not torch.allclose(told[0], told[1])

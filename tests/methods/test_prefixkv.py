@@ -317,17 +317,17 @@ def test_each_row_keeps_its_own_share_when_rows_change_places():
     assert held[0] == held[1]
 
 
-def test_prompt_in_chunks_is_refused_and_a_second_turn_is_not():
+@pytest.mark.parametrize("answer", [0, 1])
+def test_a_prompt_in_chunks_is_refused_and_a_second_turn_is_not(answer):
     model = get_token_model(gpt2(), PrefixKVConfig(budget=0.5)).eval()
     ids, _ = batch((13,))
-    cache = DynamicCache()
-    model(ids[:, :6], **{CACHE: cache})
     with pytest.raises(UnsupportedError, match="one pass"):
-        model(ids[:, 6:], **{CACHE: cache})
+        model.generate(ids, max_new_tokens=1, prefill_chunk_size=6)
     cache = DynamicCache()
     with torch.no_grad():
-        for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
-            model(part, **{CACHE: cache})
+        for part in (ids[:, :6], ids[:, 6 : 6 + answer], ids[:, 6 + answer :]):
+            if part.numel():
+                model(part, **{CACHE: cache})
     assert cache.get_seq_length() == 13
     assert [layer.length for layer in cache.layers] == [6] * 4
 

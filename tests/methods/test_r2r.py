@@ -157,6 +157,27 @@ def test_what_two_models_cannot_write_together_is_refused():
     assert model.generate(**told, do_sample=False, custom_generate=route_to(wide, tokenizers=(same, same))).shape == (1, 7)
 
 
+@pytest.mark.parametrize("ids", [[3, 95, 96, 97], [3, 4]], ids=["in the prompt", "to come"])
+@pytest.mark.parametrize("told", [True, False], ids=["tokenizers", "configs"])
+def test_a_token_that_one_of_them_cannot_look_up_is_refused_at_the_start(ids, told):
+    base, large = zoo.build("llama").model, zoo.build("llama").model
+    size = large.config.vocab_size
+    large.resize_token_embeddings(60)
+    large.config.vocab_size = size
+    model = get_token_model(base, R2RConfig(threshold=0.0)).eval()
+
+    class Tokenizer:
+        def get_vocab(self):
+            return {str(i): i for i in range(size)}
+
+    begun = []
+    base.register_forward_pre_hook(lambda *_: begun.append(True))
+    with pytest.raises(UnsupportedError, match=f"tables of {size} and 60 embeddings for ids up to {size - 1}"):
+        door = route_to(large, tokenizers=(Tokenizer(), Tokenizer()) if told else None)
+        model.generate(input_ids=torch.tensor([ids]), max_new_tokens=3, do_sample=False, custom_generate=door)
+    assert not begun
+
+
 @torch.no_grad()
 def labels_by_hand(small, large, ids, prompt, verify, horizon):
     """One row of the large model's text: 1 where the small model says another token and the verifier minds, 0 else."""

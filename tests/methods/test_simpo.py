@@ -1,6 +1,8 @@
 """SimPO against its paper: section 2, equations 4 to 6."""
 
+import contextlib
 import math
+import re
 
 import by_hand
 import pytest
@@ -13,12 +15,19 @@ from hf_tokens import SimPOConfig, UnsupportedError, get_token_model
 
 def naive(chosen, rejected, beta, gamma):
     """The loss of one pair, given the log-probabilities of each answer's tokens."""
-    reward = lambda logps: beta / max(1, len(logps)) * sum(logps)
+    reward = lambda logps: beta / len(logps) * sum(logps)
     margin = reward(chosen) - reward(rejected) - gamma
     return math.log1p(math.exp(-margin)) if margin > 0 else math.log1p(math.exp(margin)) - margin
 
 
-CASES = [([5, 3], [2, 7], 2.0, 1.0), ([1], [1], 2.5, 0.3), ([9, 1, 4], [4, 8, 2], 0.1, 0.0), ([6], [6], 10.0, 5.4), ([3], [0], 2.0, 1.0)]
+CASES = [
+    ([5, 3], [2, 7], 2.0, 1.0),
+    ([1], [1], 2.5, 0.3),
+    ([9, 1, 4], [4, 8, 2], 0.1, 0.0),
+    ([6], [6], 10.0, 5.4),
+    ([3], [0], 2.0, 1.0),
+    ([4, 0, 3, 2], [2, 5, 0, 3], 2.0, 1.0),
+]
 
 
 @pytest.mark.parametrize(("chosen", "rejected", "beta", "gamma"), CASES)
@@ -30,8 +39,11 @@ def test_matches_the_paper(chosen, rejected, beta, gamma):
     logps = -3 * torch.rand(targets.shape, dtype=torch.float64) * (targets != -100)
     told = [row[wanted != -100].tolist() for row, wanted in zip(logps, targets, strict=True)]
     pairs = zip(told[: len(chosen)], told[len(chosen) :], strict=True)
-    expected = sum(naive(c, r, beta, gamma) for c, r in pairs) / len(chosen)
-    value = SimPO(SimPOConfig(beta=beta, gamma=gamma), None).loss(logps=logps, labels=targets)
+    whole = [(c, r) for c, r in pairs if c and r]
+    expected = sum(naive(c, r, beta, gamma) for c, r in whole) / max(1, len(whole))
+    empty = [i for i, pair in enumerate(zip(chosen, rejected, strict=True)) if 0 in pair]
+    with pytest.warns(UserWarning, match=re.escape(f"such as {empty} of a batch")) if empty else contextlib.nullcontext():
+        value = SimPO(SimPOConfig(beta=beta, gamma=gamma), None).loss(logps=logps, labels=targets)
     close(value, torch.tensor(expected, dtype=torch.float64))
 
 

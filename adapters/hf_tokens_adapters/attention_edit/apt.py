@@ -31,6 +31,7 @@ class APTConfig(MethodConfig):
 
 @register("apt", APTConfig)
 class APT(AttentionEdit):
+    exports = True
     packed = True  # each token reads the prompts by itself
 
     def __init__(self, config: APTConfig, dims: Dims):

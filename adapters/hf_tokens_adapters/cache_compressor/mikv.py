@@ -40,6 +40,7 @@ class MiKVConfig(MethodConfig):
 class MiKV(CacheCompressor):
     chunks = False
     decodes = True
+    ignores = property(lambda self: () if self.config.balance else ("queries",))
 
     @classmethod
     def check(cls, config: MiKVConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
@@ -53,12 +54,12 @@ class MiKV(CacheCompressor):
     def budget(self, length: int, seen: int) -> int:
         return min(length, max(1, int(self.config.importance * seen + 1e-9)))
 
-    def hold(self, queries: Tensor, states: Callable, real: Tensor, mask: Tensor, record: dict) -> Holding:
+    def hold(self, queries: Tensor | None, states: Callable, real: Tensor, mask: Tensor, record: dict) -> Holding:
         c = self.config
         if c.balance and "balance" not in record:
-            keys, heads = states()[0], self.dims.kv_heads
+            keys = states()[0]
             mask = mask if mask.dim() == 3 else mask[:, None]
-            queries = rearrange(queries, "b (k g) m e -> b k (g m) e", k=heads)
+            queries = rearrange(queries, "b (k g) m e -> b k (g m) e", k=keys.shape[1])
             real = real[:, None].repeat(1, 1, queries.shape[2] // real.shape[1])
             most = [(x.abs() * there[..., None]).amax(dim=2) for x, there in ((queries, real), (keys, mask))]  # b k e
             whole = (most[0] > 0) & (most[1] > 0)

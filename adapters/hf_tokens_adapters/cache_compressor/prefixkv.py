@@ -38,13 +38,14 @@ class PrefixKVConfig(MethodConfig):
 
 
 def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:
-    """Keys that each layer keeps, (b), of scores (b n) that are -inf where there is no key: the largest p whose prefixes fit the budget."""
+    """Keys that each layer keeps, (b), of scores (b n), or (b k n) where heads differ, that are -inf where there is no key: the largest p
+    whose prefixes fit the budget."""
     held, count = {}, {}
     for layer, score in scores.items():
         there = score.isfinite()
-        order = score.double().masked_fill(~there, 0).sort(dim=1, descending=True).values
+        order = score.double().masked_fill(~there, 0).sort(dim=-1, descending=True).values
+        order, count[layer] = (order, there.sum(dim=1)) if order.dim() == 2 else (order.mean(dim=1), there.sum(dim=-1).amax(dim=1))
         held[layer] = order.cumsum(dim=1) / order.sum(dim=1, keepdim=True)
-        count[layer] = there.sum(dim=1)
     budget = (ratio * sum(count.values()) + 1e-9).floor()  # b; at p = 0 each layer keeps one key
 
     def prefixes(p: Tensor) -> dict[int, Tensor]:
@@ -84,7 +85,7 @@ class PrefixKV(CacheCompressor):
 
     def score(self, scores: object, mask: Tensor, prefill: bool) -> Tensor:
         if prefill:
-            return scores.columns().mean(dim=1)  # b n
+            return scores.columns().mean(dim=1) if mask.dim() == 2 else scores.columns(heads="key")  # b n, or b k n beside another policy
         behind = mask.flip(-1).cumsum(dim=-1).flip(-1) - 1  # real entries after each one
         aged = torch.where(behind >= self.config.distance, behind, 2 * mask.shape[-1] - behind)
         return aged.to(torch.float64)

@@ -36,6 +36,7 @@ class RazorAttentionConfig(MethodConfig):
     heads: tuple[int, ...] = option(
         (), ge=0, help="Retrieval heads, as place of the block among its own * key heads + head; calibration finds them."
     )
+    key_heads: tuple[int, ...] = option((), ge=1, help="Key heads of each of its blocks among which calibration found them.")
     compression: float = option(5.0, ge=1, zero=1.0, help="Tokens for each one in the window of another head (paper: C).")
     buffer: int = option(0, ge=0, help="Least number of newest tokens that a head keeps (paper: S_0).")
     sinks: int = option(4, ge=0, help="First tokens that every head keeps (paper: N_0).")
@@ -51,12 +52,11 @@ class RazorAttention(CacheCompressor):
 
     @classmethod
     def calibrate(cls, config: RazorAttentionConfig, records: dict[int, list[Tensor]]) -> RazorAttentionConfig:
-        found = torch.stack([torch.cat(batches).mean(dim=0) for _, batches in sorted(records.items())])  # l k 2
-        layers, kv_heads, _ = found.shape
-        number = (torch.tensor(sorted(records))[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
-        best = found.flatten(0, 1).argsort(dim=0, descending=True, stable=True)  # l*k 2
-        chosen = [number[best[: math.ceil(share * len(best)), i].cpu()] for i, share in enumerate((config.echo, config.induction))]
-        return dataclasses.replace(config, heads=tuple(torch.cat(chosen).unique().tolist()))
+        found = [torch.cat(batches).mean(dim=0) for _, batches in sorted(records.items())]  # for each block (k 2)
+        best = torch.cat(found).argsort(dim=0, descending=True, stable=True)  # l*k 2
+        chosen = [best[: math.ceil(share * len(best)), i].cpu() for i, share in enumerate((config.echo, config.induction))]
+        heads, among = torch.cat(chosen).unique().tolist(), (len(block) for block in found)
+        return dataclasses.replace(config, heads=tuple(heads), key_heads=tuple(among))
 
     def examine(self, scores: object, mask: Tensor) -> Tensor:
         batch, n = len(mask), mask.shape[-1]
@@ -79,8 +79,18 @@ class RazorAttention(CacheCompressor):
     def budget(self, length: int, seen: int) -> list[int]:
         c, dims = self.config, self.dims
         few = min(length, c.sinks + max(c.buffer, math.floor(seen / c.compression + 1e-9)) + 1)
-        first = dims.place * dims.kv_heads
+        first = self.first_head() if c.heads else 0
         return [length if first + head in c.heads else few for head in range(dims.kv_heads)]
+
+    def first_head(self) -> int:
+        """The number of this block's first head among those of all blocks."""
+        among, here, place = self.config.key_heads, self.dims.kv_heads, self.dims.place
+        other = self.model_first.dims.kv_heads if place >= len(among) else among[place]
+        if other != here:
+            rule = "RazorAttention.heads are numbers among the key heads that the caches of its blocks hold"
+            got = f"{other} for a block where block {self.dims.layer} holds {here}"
+            raise UnsupportedError(f"{rule}, got {got}. Calibrate the method on this model.")
+        return sum(among[:place]) if among else place * here
 
     def fold(self, states: Callable, sizes: Tensor, stays: Tensor, goes: Tensor, positions: Tensor, newer: Tensor) -> Folded:
         sizes, positions, newer = (x if x.dim() == 3 else x[:, None].expand_as(goes) for x in (sizes, positions, newer))

@@ -4,7 +4,8 @@ Paper:   SimPO: Simple Preference Optimization with a Reference-Free Reward (Men
 Maths:   L = -log sigmoid(beta/|y_w| log p(y_w | x) - beta/|y_l| log p(y_l | x) - gamma)
 Differs: the paper tunes beta in 2 to 2.5 and gamma in 0.3 to 1.6 for each model; the defaults are those of its Llama-3-8B base. The batch
          holds the chosen rows first and their rejected ones behind, as TRL lays it out; what is no answer has the label -100. In a step
-         of several batches each counts alike. It is asked in evaluation too.
+         of several batches each counts alike. A pair of which one answer is empty has no winner, and no part in the mean: that is said
+         once. It is asked in evaluation too.
 
 >>> import math
 >>> from hf_tokens import SimPOConfig, get_token_model
@@ -17,8 +18,10 @@ Differs: the paper tunes beta in 2 to 2.5 and gamma in 0.3 to 1.6 for each model
 0.0
 """
 
+import warnings
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,6 +42,7 @@ class SimPO(Objective):
     replaces = True
     unit = "sample"
     evaluates = True
+    warned = False
 
     def loss(self, logps: Tensor, labels: Tensor) -> Tensor | None:
         if self.config.beta == 0:
@@ -46,6 +50,16 @@ class SimPO(Objective):
         if len(logps) % 2:
             rule = "SimPO needs the chosen rows and, behind them, as many rejected ones"
             raise UnsupportedError(f"{rule}, got a batch of {len(logps)}. Let the collator lay out whole pairs.")
-        reward = self.config.beta * logps.sum(dim=1) / (labels != -100).sum(dim=1).clamp(min=1)
-        chosen, rejected = reward.chunk(2)
-        return -F.logsigmoid(chosen - rejected - self.config.gamma).mean()
+        length = (labels != -100).sum(dim=1)
+        whole = (length > 0).view(2, -1).all(dim=0)
+        self.warn_of_empty(whole)
+        chosen, rejected = (self.config.beta * logps.sum(dim=1) / length.clamp(min=1)).chunk(2)
+        losses = -F.logsigmoid(chosen - rejected - self.config.gamma)
+        return losses.masked_fill(~whole, 0).sum() / whole.sum().clamp(min=1)
+
+    def warn_of_empty(self, whole: Tensor) -> None:
+        """Say once that a pair of a batch is not whole."""
+        if not self.warned and not torch.compiler.is_compiling() and not bool(whole.all()):
+            self.warned = True
+            empty = (~whole).nonzero()[:, 0].tolist()
+            warnings.warn(f"hf-tokens: SimPO leaves out pairs of which one answer has no token, such as {empty} of a batch.", stacklevel=2)

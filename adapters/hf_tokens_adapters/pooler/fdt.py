@@ -41,6 +41,8 @@ def sparsemax(z: Tensor) -> Tensor:
 
 @register("fdt", FDTConfig)
 class FDT(Pooler):
+    exports = True
+
     def __init__(self, config: FDTConfig, dims: Dims):
         super().__init__(config, dims)
         if dims.place == 0:

@@ -32,6 +32,8 @@ class GGeMConfig(MethodConfig):
 
 @register("ggem", GGeMConfig)
 class GGeM(Pooler):
+    exports = True
+
     def __init__(self, config: GGeMConfig, dims: Dims):
         super().__init__(config, dims)
         groups = config.groups or dims.heads

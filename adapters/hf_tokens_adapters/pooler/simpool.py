@@ -31,6 +31,8 @@ class SimPoolConfig(MethodConfig):
 
 @register("simpool", SimPoolConfig)
 class SimPool(Pooler):
+    exports = True
+
     def __init__(self, config: SimPoolConfig, dims: Dims):
         super().__init__(config, dims)
         self.to_query, self.to_key = (nn.Linear(dims.width, dims.width, bias=False) for _ in range(2))

@@ -30,6 +30,7 @@ class DeepPromptConfig(MethodConfig):
 @register("deep-prompt", DeepPromptConfig)
 class DeepPrompt(TokenBank):
     site = "block"
+    exports = True
     kinds = ("text", "vision", "audio")
 
     def __init__(self, config: DeepPromptConfig, dims: Dims):

@@ -71,7 +71,7 @@ class LandmarkAttention(TokenBank):
         count = int(block.max()) + 1
         if self.training:
             return Attending(None, gate(affinity(), block, own_keys, at, None, count))
-        block, own = (t.expand(-1, self.dims.kv_heads, -1) for t in (block, own_keys))
+        block, own = block.expand_as(own_keys), own_keys
         if at.shape[2] > 1:
             scores = affinity()
             return Attending(None, gate(scores, block, own, at, self.choose(scores, block, own, at, count), count))

@@ -37,6 +37,7 @@ class VQTConfig(MethodConfig):
 
 @register("vqt", VQTConfig)
 class VQT(TokenBank):
+    exports = True
     site, packed = "query", False
     kinds = ("vision",)
     causal = False

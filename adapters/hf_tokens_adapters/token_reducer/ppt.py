@@ -35,6 +35,7 @@ class PPTConfig(MethodConfig):
 @register("ppt", PPTConfig)
 class PPT(TokenReducer):
     site = "middle"
+    exports = True
     kinds = ("vision",)
 
     @property
@@ -50,7 +51,15 @@ class PPT(TokenReducer):
         return tuple(sorted({layers * quarter // 4 for quarter in (1, 2, 3)}))  # 3, 6, 9 of 12
 
     def assign(
-        self, keys: Tensor, values: Tensor | None, scores: object | None, mask: Tensor, positions: Tensor, fresh: Tensor, prefix: int
+        self,
+        keys: Tensor,
+        values: Tensor | None,
+        scores: object | None,
+        mask: Tensor,
+        positions: Tensor,
+        fresh: Tensor,
+        prefix: int,
+        plain: int | None = None,
     ) -> TokenMap | None:
         if self.config.r == 0:
             return None
@@ -58,7 +67,7 @@ class PPT(TokenReducer):
         free = mask & (positions >= prefix) & ~fresh  # b n
         count = free.sum(dim=1, keepdim=True)
         r = (count // 2).clamp(max=self.config.r)
-        partner, paired = self.partners(keys, free, r)
+        partner, paired = self.partners(keys, free, r, plain)
         group = torch.where(paired, partner, index)
         if scores is not None:
             first = (mask & (positions == 0) & ~fresh).long().argmax(dim=1, keepdim=True)  # b 1
@@ -68,12 +77,12 @@ class PPT(TokenReducer):
             spread = (share - 1 / count).square().masked_fill(~free, 0).sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
             pruned = free & (rank(share.masked_fill(~free, torch.inf)) >= mask.shape[1] - r)
             group = torch.where(spread >= self.config.tau, torch.where(pruned, -1, index), group)
-        return TokenMap.pool(torch.where(mask, group, -1))
+        return TokenMap.pool(torch.where(mask, group, -1), gone=None if plain is None else min(plain // 2, self.config.r))
 
     @staticmethod
-    def partners(keys: Tensor, free: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    def partners(keys: Tensor, free: Tensor, r: Tensor, plain: int | None = None) -> tuple[Tensor, Tensor]:
         """The token that each free one is most alike, and whether it joins that one, (b n) each."""
-        features, order = keys.mean(dim=1), indices(free)  # b n d, b f
+        features, order = keys.mean(dim=1), indices(free, plain)  # b n d, b f
         there = torch.arange(order.shape[1], device=keys.device) < free.sum(dim=1, keepdim=True)
         index = torch.arange(free.shape[1], device=keys.device).expand_as(free)
         if order.shape[1] < 2:

@@ -7,7 +7,8 @@ Maths:   y = sum of g_i E_i(x) over the K highest G_i, g = softmax(G), G^j = W^j
 Differs: the paper trains from scratch; here a trained MLP is upcycled, so that at first the model is the base: W and Wg start at 0 with a
          bias towards the MLP, whose g is divided by what it is then, and copies and constants count by a learned factor that starts at
          0. One MLP (or the sparse block of a MoE model as a whole) is the FFN expert. No expert has a capacity: which tokens it drops
-         would depend on the batch. L is a mean over the blocks.
+         would depend on the batch. L is a mean over the blocks; f and P are those of the tokens of a call, so it is another one for two
+         halves of a batch, in two processes too.
 
 >>> from hf_tokens import MoEPlusPlusConfig, get_token_model
 >>> from hf_tokens.testing import zoo

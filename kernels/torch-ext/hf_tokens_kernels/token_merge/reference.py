@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..lazily import lazy
 from ..precision import accumulated
 
 
@@ -52,17 +52,17 @@ class Slots:
         self.slot, self.m = slot, m
         self._shared: tuple[Tensor | None, Tensor] | None = None  # the weights that were shared out last, and their shares
 
-    @functools.cached_property
+    @lazy
     def gone(self) -> Tensor | None:
         """The tokens that vanish, (b n) bool; None where a look at them is cheap and finds none."""
         return absent(self.slot)
 
-    @functools.cached_property
+    @lazy
     def places(self) -> Tensor:
         """The slot of each token among those of all rows behind each other, any one where it vanishes, (b*n)."""
         return flat(self.slot if self.gone is None else self.slot.clamp(min=0), self.m)
 
-    @functools.cached_property
+    @lazy
     def members(self) -> tuple[Tensor, Tensor]:
         """The tokens sorted by their slots, those that vanish last, (b*n); and where each slot begins, and they, (b*m + 1)."""
         slots = len(self.slot) * self.m

@@ -1,0 +1,87 @@
+"""How far a denoiser's run is: by the scheduler of the pipeline that calls, else by the timestep in the units of the denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import families, pipelines
+from .guidance import calling
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A step of a pipeline's scheduler.
+
+    Attributes:
+        table: The scheduler's timesteps.
+        index: The place of this one.
+        level: What it is on a schedule of 1000, 1000 at pure noise; None where the scheduler counts in units of its own.
+        falls: Whether the noise falls along the table; None where that is not known.
+    """
+
+    table: Tensor
+    index: int
+    level: float | None
+    falls: bool | None
+
+
+def tick() -> Tick | None:
+    """The step of the pipeline that is calling; None where none is, or its code does not say it."""
+    for frame in calling():
+        pipeline = frame.f_locals.get("self")
+        given = next((frame.f_locals[name] for name in pipelines.STEPPED if name in frame.f_locals), None)
+        if pipeline is None or not isinstance(given, (int, float)) and not (isinstance(given, Tensor) and given.numel() == 1):
+            return None
+        ticks = [find_tick(vars(pipeline)[name], float(given)) for name in pipelines.CLOCKS if name in vars(pipeline)]
+        return next((found for found in ticks if found is not None), None)
+    return None
+
+
+def find_tick(scheduler: Any, timestep: float) -> Tick | None:
+    """Where a timestep stands in the table of a scheduler."""
+    table = vars(scheduler).get("timesteps")
+    if not isinstance(table, Tensor) or not len(table):
+        return None
+    values = table.detach().cpu().double()
+    at = (values == timestep).nonzero()
+    if not len(at):
+        return None
+    levels = [level_of(scheduler, value) for value in (timestep, float(values[0]), float(values[-1]))]
+    known = None not in levels and bool(values.amin() >= 0) and bool(values.amax() <= scheduler.config.num_train_timesteps)
+    return Tick(table, int(at[0, 0]), levels[0] if known else None, levels[1] >= levels[2] if known else None)
+
+
+def level_of(scheduler: Any, timestep: float) -> float | None:
+    """A timestep of a scheduler on a schedule of 1000, 1000 at pure noise; None where it counts in units of its own."""
+    config = scheduler.config
+    if not families.SCHEDULERS.search(type(scheduler).__name__) or config.get("timestep_type", "discrete") != "discrete":
+        return None
+    level = 1000 * timestep / config.num_train_timesteps
+    return 1000 - level if config.get("invert_sigmas", False) else level
+
+
+def own_level(name: str, timestep: Tensor) -> Tensor | None:
+    """A timestep in the units of a class of denoisers on that schedule; None where it has no unit of its own."""
+    if families.UNKNOWN_TIME.search(name):
+        return None
+    timestep = 1000 * timestep if families.UNIT_TIME.search(name) else timestep
+    timestep = 1000 - timestep if families.RISING_TIME.search(name) else timestep
+    return timestep.round(decimals=3)  # a share is no whole number of thousandths in single precision
+
+
+def falling(name: str, timestep: Tensor) -> float:
+    """A timestep in the units of a class of denoisers, counted from the end of the noise; of parts at several ones it falls with each."""
+    values = timestep.flatten()
+    value = float(values[0] if bool((values == values[0]).all()) else values.double().mean())
+    if not families.RISING_TIME.search(name):
+        return value
+    return (1 if families.UNIT_TIME.search(name) else 1000) - value
+
+
+def agree(levels: Tensor, told: float) -> bool:
+    """Whether what a denoiser is given is what the scheduler says, up to rounding: of all its tokens, the noisiest."""
+    return abs(float(levels.amax()) - told) <= torch.finfo(torch.bfloat16).eps * 1000

@@ -1,0 +1,167 @@
+"""Pipelines of diffusers: which of their components denoise, and of whose prompt the parts of their denoiser's calls are."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedError, explain
+from . import families
+from .signatures import parameters
+
+# -- which components denoise ------------------------------------------------------------------------------------------
+SURGICAL = ("transformer", "unet")  # the names of components in which a surgery is
+SECOND = ("transformer_2", "unconditional_transformer")  # names of a second denoiser, whatever is wrapped around it
+BESIDE_DENOISER = re.compile(r"ControlNet|Adapter")  # these take a timestep, and put out what a denoiser reads
+
+
+def denoising(pipeline: str, components: dict[str, Any]) -> Any:
+    """The denoiser among the components of a pipeline; None if there is none.
+
+    Raises:
+        UnsupportedError: There are several: a surgery in one of them would be half of one.
+    """
+    found = [name for name, component in components.items() if denoises(name, component)]
+    if len(found) > 1:
+        rule = "A surgery in a pipeline is in all that denoises, one `transformer` or `unet`"
+        remedy = f"Pass each by itself, `{'`, `'.join(f'pipe.{name}' for name in found)}`: each gets an adapter of its own, edits too."
+        raise UnsupportedError(explain(rule, f"a {pipeline} with {' and '.join(found)}", remedy))
+    return next((components[name] for name in SURGICAL if components.get(name) is not None), None)
+
+
+def denoises(name: str, component: Any) -> bool:
+    """Whether a component of a pipeline denoises: by its name, or as a model that takes a timestep."""
+    if component is None or name in (*SURGICAL, *SECOND):
+        return component is not None
+    model = isinstance(component, sys.modules["diffusers"].ModelMixin) and not BESIDE_DENOISER.search(type(component).__name__)
+    return model and not set(families.TIMESTEPS).isdisjoint(parameters(type(component)))
+
+
+# -- caches of diffusers' own -------------------------------------------------------------------------------------------
+CACHE_HOOKS = re.compile(r"Cache|^FBC|Broadcast")  # classes of their hooks
+SHARED_CACHES = re.compile(r"^(FasterCache|PyramidAttentionBroadcast)")  # those that keep the same for a prompt and the negative prompt
+
+
+def their_caches(model: nn.Module) -> list[str]:
+    """The classes of hooks by which caches of diffusers' own are in a model."""
+    registries = (vars(module).get("_diffusers_hook") for module in model.modules())
+    hooks = (type(hook).__name__ for registry in registries if registry is not None for hook in registry.hooks.values())
+    return sorted({name for name in hooks if CACHE_HOOKS.search(name)})
+
+
+# -- how far it is ------------------------------------------------------------------------------------------------------
+STEPPED = ("t", "t_sched")  # how pipelines call the timestep of their scheduler at which they call
+CLOCKS = ("scheduler", "inverse_scheduler")  # their schedulers
+
+# -- whose prompt a call is given --------------------------------------------------------------------------------------
+POSITIVE, NEGATIVE = False, True  # of each part of a batch, whether its prompt is the negative one
+Parts = tuple[bool, ...]
+PAIR, ALONE, OTHER = (NEGATIVE, POSITIVE), (POSITIVE,), (NEGATIVE,)
+DECIDES = "do_classifier_free_guidance"  # what decides on several parts, a variable of the pipeline's call or a property
+PERTURBED = "do_perturbed_attention_guidance"  # the same of one more part, which has the prompt again
+# Names of a cache context that say it, whoever calls; the third is that of a batch.
+CONTEXTS: dict[str, Parts] = {"cond": ALONE, "uncond": OTHER, "cond_uncond": PAIR}
+# Names that the guiders of diffusers give to what they call the denoiser for; where a modular pipeline keeps what it does so with, and the
+# name in that.
+PREDICTIONS: dict[str, Parts] = {
+    **{"pred_cond": ALONE, "pred_uncond": OTHER},
+    **dict.fromkeys(("pred_cond_skip", "pred_cond_stg", "pred_cond_seg", "pred_cond_modality"), ALONE),
+}
+PREPARED, PREDICTION = "guider_state_batch", "__guidance_identifier__"
+# What a pipeline's code hands over as the prompt -> its parts under guidance; and the pipelines. One that names the context of each call
+# needs no row; one that is not here is not known.
+HANDED: tuple[tuple[dict[str, Parts], str], ...] = (
+    (
+        {"prompt_embeds": PAIR},
+        "AllegroPipeline AltDiffusionImg2ImgPipeline AltDiffusionPipeline AnimateDiffControlNetPipeline AnimateDiffPAGPipeline "
+        "AnimateDiffPipeline AnimateDiffSDXLPipeline AnimateDiffSparseControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline "
+        "AnimateDiffVideoToVideoPipeline AnyFlowPipeline AuraFlowPipeline BriaPipeline CogVideoXFunControlPipeline "
+        "CogVideoXImageToVideoPipeline CogVideoXPipeline CogVideoXVideoToVideoPipeline CogView3PlusPipeline ConsisIDPipeline "
+        "EasyAnimateControlPipeline EasyAnimateInpaintPipeline EasyAnimatePipeline HunyuanDiTControlNetPipeline HunyuanDiTPAGPipeline "
+        "HunyuanDiTPipeline I2VGenXLPipeline IFImg2ImgPipeline IFImg2ImgSuperResolutionPipeline IFInpaintingPipeline "
+        "IFInpaintingSuperResolutionPipeline IFPipeline IFSuperResolutionPipeline JoyImageEditPlusPipeline Kandinsky3Img2ImgPipeline "
+        "Kandinsky3Pipeline KolorsImg2ImgPipeline KolorsPAGPipeline KolorsPipeline LTXConditionPipeline LTXI2VLongMultiPromptPipeline "
+        "LTXImageToVideoPipeline LTXPipeline LattePipeline MochiPipeline PIAPipeline PixArtAlphaPipeline PixArtSigmaPAGPipeline "
+        "PixArtSigmaPipeline SanaPAGPipeline StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline "
+        "StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline "
+        "StableDiffusionAdapterPipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline "
+        "StableDiffusionControlNetPAGInpaintPipeline StableDiffusionControlNetPAGPipeline StableDiffusionControlNetPipeline "
+        "StableDiffusionControlNetXSPipeline StableDiffusionDepth2ImgPipeline StableDiffusionGLIGENPipeline "
+        "StableDiffusionGLIGENTextImagePipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline "
+        "StableDiffusionInpaintPipelineLegacy StableDiffusionLDM3DPipeline StableDiffusionLatentUpscalePipeline "
+        "StableDiffusionModelEditingPipeline StableDiffusionPAGImg2ImgPipeline StableDiffusionPAGInpaintPipeline "
+        "StableDiffusionPAGPipeline StableDiffusionPipeline StableDiffusionUpscalePipeline StableDiffusionXLAdapterPipeline "
+        "StableDiffusionXLControlNetImg2ImgPipeline StableDiffusionXLControlNetInpaintPipeline "
+        "StableDiffusionXLControlNetPAGImg2ImgPipeline StableDiffusionXLControlNetPAGPipeline StableDiffusionXLControlNetPipeline "
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline "
+        "StableDiffusionXLControlNetUnionPipeline StableDiffusionXLControlNetXSPipeline StableDiffusionXLImg2ImgPipeline "
+        "StableDiffusionXLInpaintPipeline StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline "
+        "StableDiffusionXLPAGPipeline StableDiffusionXLPipeline StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline TextToVideoSDPipeline "
+        "VideoToVideoSDPipeline",
+    ),
+    (
+        {"prompt_embeds": ALONE},
+        "Flux2KleinKVPipeline Flux2Pipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxControlNetImg2ImgPipeline "
+        "FluxControlNetInpaintPipeline FluxControlPipeline FluxFillPipeline LatentConsistencyModelImg2ImgPipeline "
+        "LatentConsistencyModelPipeline SanaWMLTX2Refiner StableAudio3AudioToAudioPipeline "
+        "StableAudio3InpaintPipeline VisualClozeGenerationPipeline",
+    ),
+    (
+        {"prompt_embeds": ALONE, "negative_prompt_embeds": OTHER},
+        "ChromaImg2ImgPipeline ChromaInpaintPipeline ChromaPipeline ChronoEditPipeline CogView4ControlPipeline "
+        "Cosmos2TextToImagePipeline Cosmos2VideoToWorldPipeline Cosmos2_5_PredictBasePipeline CosmosTextToWorldPipeline "
+        "CosmosVideoToWorldPipeline FluxControlNetPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxKontextInpaintPipeline "
+        "FluxKontextPipeline HunyuanSkyreelsImageToVideoPipeline HunyuanVideoFramepackPipeline HunyuanVideoImageToVideoPipeline "
+        "JoyImageEditPipeline Krea2Pipeline LongCatAudioDiTPipeline Lumina2Pipeline NucleusMoEImagePipeline WanVideoToVideoPipeline",
+    ),
+    (
+        {"prompt_embeds": (POSITIVE, NEGATIVE, NEGATIVE)},
+        "StableDiffusionInstructPix2PixPipeline StableDiffusionXLInstructPix2PixPipeline",
+    ),
+    ({"prompt_embeds": (POSITIVE, NEGATIVE)}, "LuminaPipeline"),
+    ({"prompt_embeds": PAIR, "original_prompt_embeds": ALONE}, "StableDiffusion3Pipeline"),
+    ({"prompt_embeds": PAIR, "uncond_emb": OTHER}, "StableDiffusionSAGPipeline"),
+    ({"prompt_embeds": PAIR, "text_embedding": ALONE, "text_embeddings": ALONE}, "StableDiffusionAttendAndExcitePipeline"),
+    (
+        {"prompt_embeds.to(dtype=transformer_dtype)": PAIR},
+        "SanaControlNetPipeline SanaImageToVideoPipeline SanaPipeline SanaVideoPipeline",
+    ),
+    ({"prompt_embeds.to(dtype=transformer_dtype)": ALONE}, "SanaSprintImg2ImgPipeline SanaSprintPipeline"),
+    (
+        {"prompt_embeds_qwen.to(dtype)": ALONE, "negative_prompt_embeds_qwen.to(dtype)": OTHER},
+        "Kandinsky5I2IPipeline Kandinsky5I2VPipeline Kandinsky5T2IPipeline Kandinsky5T2VPipeline",
+    ),
+    (
+        {"connector_prompt_embeds": PAIR, "video_prompt_embeds": ALONE},
+        "LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2InContextPipeline LTX2Pipeline",
+    ),
+    ({"image_embeddings": PAIR}, "PaintByExamplePipeline StableDiffusionImageVariationPipeline StableVideoDiffusionPipeline"),
+    ({"text_encoder_hidden_states": PAIR}, "KandinskyImg2ImgPipeline KandinskyInpaintPipeline KandinskyPipeline"),
+    ({"text_embeddings": PAIR}, "BlipDiffusionControlNetPipeline BlipDiffusionPipeline"),
+    ({"text": ALONE}, "MarigoldDepthPipeline MarigoldIntrinsicsPipeline MarigoldNormalsPipeline"),
+    ({"ca_embed": PAIR}, "PRXPipeline PRXPixelPipeline"),
+    (
+        {
+            "torch.cat([encoder_hidden_states, null_encoder_hidden_states], dim=0)": (POSITIVE, NEGATIVE),
+            **{"encoder_hidden_states": ALONE, "non_cover_encoder_hidden_states": ALONE},
+        },
+        "AceStepPipeline",
+    ),
+    ({"generated_prompt_embeds": PAIR}, "AudioLDM2Pipeline"),
+    ({"model_prompt_embeds": PAIR}, "StableAudio3Pipeline"),
+    ({"text_audio_duration_embeds": PAIR}, "StableAudioPipeline"),
+    ({"encoder_hidden_states": PAIR, "prompt_embeds": PAIR}, "AnyFlowFARPipeline"),
+    ({"encoder_hidden_states": ALONE, "neg_encoder_hidden_states": OTHER}, "Cosmos2_5_TransferPipeline"),
+    (
+        {"prompt_embeds if use_text_images else base_prompt_embeds": ALONE, "negative_prompt_embeds": OTHER},
+        "BriaFibo2Pipeline",
+    ),
+    (  # its first call only fills a cache with the pictures, for both
+        {"torch.zeros_like(prompt_embeds)[:1, :0, ...]": OTHER, "prompt_embeds": ALONE, "negative_prompt_embeds": OTHER},
+        "GlmImagePipeline",
+    ),
+)
+PROMPTS = {name: row for row, names in HANDED for name in names.split()}

@@ -1,0 +1,74 @@
+"""Two cache compressors in one stack: a pair works, entries in another format counted and carried, or is refused at attach."""
+
+import itertools
+
+import pytest
+import torch
+from held import COMPRESSORS, ask, decoded, longer, over_what_is_held, texts
+from tolerances import close
+
+from hf_tokens import D2OConfig, MiKVConfig, UnsupportedError, anatomy, get_token_model, list_methods
+from hf_tokens.roles.cache_compressor import CacheCompressor
+from hf_tokens.testing import zoo
+
+NEARLY = MiKVConfig(importance=0.3, bits=8)  # entries in another format that are all but what they were
+PAIRS = list(itertools.product([name for name in COMPRESSORS if name != "squeezeattention sinks"], repeat=2))
+TWO_FORMATS, SHARED = "one cache compressor that stores entries in another format", "store as one take in no others"
+
+
+def refusal(names):
+    """The rule by which a pair is refused, by what its methods define; None if it works."""
+    first, second = ({info.name: info.cls for info in list_methods()}[COMPRESSORS[name].method] for name in names)
+    hold, fold = ([getattr(cls, word) is not getattr(CacheCompressor, word) for cls in (first, second)] for word in ("hold", "fold"))
+    if all(hold):
+        return TWO_FORMATS
+    return SHARED if first.pairs and fold[1] or second.pairs and fold[0] else None
+
+
+def counts(cache):
+    """Entries that each layer, row and head holds."""
+    return [layer.there.sum(dim=-1) for layer in cache.layers]
+
+
+def test_every_compressor_stands_in_the_pairs():
+    assert {config.method for config in COMPRESSORS.values()} == {i.name for i in list_methods() if issubclass(i.cls, CacheCompressor)}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+def test_a_pair_works_or_is_refused_where_it_is_attached(pair):
+    stack, rule = [COMPRESSORS[name] for name in pair], refusal(pair)
+    model = zoo.build("llama").model
+    if rule is not None:
+        with pytest.raises(UnsupportedError, match=rule):
+            get_token_model(model, stack)
+        return
+    model = get_token_model(model, stack).eval()
+    together, cache = decoded(model)
+    alone, its_cache = decoded(model, slice(1, 2))
+    close(together[1:], alone, "the padded row")
+    assert [n[1].tolist() for n in counts(cache)] == [n[0].tolist() for n in counts(its_cache)]
+    base, context = zoo.build("llama").model, texts()
+    stream, (_, mask, (question, _)) = anatomy(base).streams[-1], context
+    held = ask(model, context[0], mask).past_key_values
+    everyone = [torch.ones(2, question.shape[1], dtype=torch.bool)] * len(held.layers)
+    want = over_what_is_held(base, stream, held, everyone, question, longer(mask, question))
+    close(ask(model, question, longer(mask, question), held).logits, want, "over what both left")
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["behind it", "in front of it"])
+@pytest.mark.parametrize("name", [name for name in COMPRESSORS if refusal((name, "mikv")) is None])
+def test_what_is_held_in_another_format_is_counted_and_carried(name, first):
+    """Of as many entries as are there without it, by nearly the same numbers: each is counted, and none is lost."""
+    alone, kept = decoded(get_token_model(zoo.build("llama").model, COMPRESSORS[name]).eval())
+    stack = [NEARLY, COMPRESSORS[name]] if first else [COMPRESSORS[name], NEARLY]
+    beside, held = decoded(get_token_model(zoo.build("llama").model, stack).eval())
+    assert all(torch.equal(a, b) for a, b in zip(counts(held), counts(kept), strict=True))
+    assert float((beside - alone).norm() / alone.norm()) < 0.02
+    assert any(bool(layer.record.entries["beyond"].any()) for layer in held.layers)
+
+
+def test_what_takes_in_others_stays_in_its_format():
+    _, cache = decoded(get_token_model(zoo.build("llama").model, [MiKVConfig(importance=0.2, bits=8), D2OConfig(budget=0.5)]).eval())
+    for layer in cache.layers:
+        low = [part for part in layer.kv.parts if part.packed[0][0].dtype == torch.uint8]
+        assert torch.equal(torch.stack([part.where for part in low]).any(dim=0), layer.record.entries["beyond"].bool() & layer.there)

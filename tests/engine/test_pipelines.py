@@ -1,0 +1,601 @@
+"""What pipelines of diffusers tell: all that denoises in them is known, or the pipeline is refused; swept over all that are installed."""
+
+import ast
+import collections
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+import typing
+import warnings
+from pathlib import Path
+
+import diffusers.pipelines
+import pytest
+import torch
+from denoisers import calls, denoiser, sampled
+from diffusers import (
+    AutoencoderKL,
+    CacheMixin,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.hooks import FirstBlockCacheConfig, ModelHook, PyramidAttentionBroadcastConfig, apply_first_block_cache
+from peft import LoraConfig, get_peft_model_state_dict
+from tolerances import all_equal
+
+from hf_tokens import ProSpectConfig, UnsupportedError, calibrate, edit, get_token_model, load, measure, save_adapter, unload
+from hf_tokens.diffusion.clock import falling, find_tick
+from hf_tokens.diffusion.steps import DenoisingWorld
+from hf_tokens.model import families
+from hf_tokens.model.pipelines import (
+    BESIDE_DENOISER,
+    CACHE_HOOKS,
+    DECIDES,
+    PREDICTION,
+    PREDICTIONS,
+    PROMPTS,
+    SHARED_CACHES,
+    STEPPED,
+    denoising,
+)
+from hf_tokens.model.streams import PROMPT
+from hf_tokens.testing import zoo
+from hf_tokens.tools.surgeries import surgery_of
+
+NEED_MORE = ("cv2", "note-seq", "PyAV", "flax", "onnx")  # modules that another package would have to be installed for
+
+
+@functools.cache
+def pipelines():
+    """Every pipeline class of the installed diffusers."""
+    found = {}
+    for info in pkgutil.walk_packages(diffusers.pipelines.__path__, "diffusers.pipelines."):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of what the libraries use
+                module = importlib.import_module(info.name)
+        except ImportError as error:
+            assert any(name in str(error) for name in NEED_MORE), error
+            continue
+        classes = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, DiffusionPipeline))
+        found |= {cls.__name__: cls for cls in classes if cls.__module__ == info.name and cls is not DiffusionPipeline}
+    assert len(found) > 250
+    return found
+
+
+def components(cls):
+    """A pipeline's components, without their weights: of the first class that each may be of."""
+    hints = typing.get_type_hints(cls.__init__, vars(importlib.import_module(cls.__module__)))
+    kinds = {name: [kind for kind in (typing.get_args(hint) or (hint,)) if isinstance(kind, type)] for name, hint in hints.items()}
+    return {name: kind[0].__new__(kind[0]) for name, kind in kinds.items() if kind and issubclass(kind[0], torch.nn.Module)}
+
+
+SEVERAL = {
+    *("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline", "Ideogram4Pipeline", "StableUnCLIPPipeline"),
+    *("KandinskyCombinedPipeline", "KandinskyImg2ImgCombinedPipeline", "KandinskyInpaintCombinedPipeline", "StableCascadeCombinedPipeline"),
+    *("KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline", "KandinskyV22InpaintCombinedPipeline"),
+    *("UnCLIPPipeline", "UnCLIPImageVariationPipeline", "VersatileDiffusionPipeline"),
+    *("VersatileDiffusionTextToImagePipeline", "VersatileDiffusionDualGuidedPipeline"),
+}
+
+
+def test_a_pipeline_with_several_denoisers_is_refused_by_name():
+    refused = set()
+    for name, cls in pipelines().items():
+        parts = components(cls)
+        looks_so = [k for k, v in parts.items() if isinstance(v, ModelMixin) and ("transformer" in k or "unet" in k or "prior" in k)]
+        try:
+            denoising(name, parts)
+        except UnsupportedError as error:
+            refused.add(name)
+            assert name in str(error) and "Pass each by itself" in str(error)
+        else:
+            assert len([k for k in looks_so if not BESIDE_DENOISER.search(type(parts[k]).__name__)]) < 2, name
+    assert refused == SEVERAL
+
+
+def wan(seed):
+    torch.manual_seed(seed)
+    sizes = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=16)
+    return WanTransformer3DModel(patch_size=(1, 2, 2), num_layers=2, cross_attn_norm=True, rope_max_seq_len=32, **sizes).eval()
+
+
+def pipeline(**parts):
+    return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, boundary_ratio=0.5, **parts)
+
+
+CALL = dict(hidden_states=torch.ones(1, 4, 1, 4, 4), timestep=torch.tensor([500]), encoder_hidden_states=torch.ones(1, 5, 8))
+DOORS = {
+    "attach": lambda pipe, folder: get_token_model(pipe, "rece"),
+    "load": lambda pipe, folder: load(folder, pipe),
+    "save": lambda pipe, folder: save_adapter(pipe, folder / "new"),
+    "edit": lambda pipe, folder: edit(pipe, {"erase": [CALL], "anchor": [CALL]}),
+    "calibrate": lambda pipe, folder: calibrate(pipe, [CALL]),
+    "unload": lambda pipe, folder: unload(pipe),
+    "measure": lambda pipe, folder: measure(pipe, **CALL),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@torch.no_grad()
+def test_no_door_takes_half_of_two_experts(door, tmp_path):
+    pipe, one = pipeline(transformer=wan(1), transformer_2=wan(2)), pipeline(transformer=wan(3), transformer_2=None)
+    get_token_model(one, "rece")
+    save_adapter(one, tmp_path)
+    both = (pipe.transformer, pipe.transformer_2)
+    before, modules = [expert(**CALL).sample for expert in both], [[*expert.modules()] for expert in both]
+    with pytest.raises(UnsupportedError, match="a WanPipeline with transformer and transformer_2. Pass each by itself, `pipe.transformer`"):
+        DOORS[door](pipe, tmp_path)
+    all_equal([expert(**CALL).sample for expert in both], before, "refused")
+    assert [[*expert.modules()] for expert in both] == modules
+
+
+@torch.no_grad()
+def test_each_of_two_experts_takes_an_edit_of_its_own():
+    pipe = pipeline(transformer=wan(1), transformer_2=wan(2))
+    for expert in (pipe.transformer, pipe.transformer_2):
+        before = expert(**CALL).sample
+        other = {**CALL, "encoder_hidden_states": torch.randn(1, 5, 8)}
+        edit(get_token_model(expert, "rece"), {"erase": [CALL], "anchor": [other]})
+        assert not torch.equal(expert(**CALL).sample, before)
+
+
+# -- whose prompt a call is given ------------------------------------------------------------------------------------
+
+DENOISER = re.compile(r"^(self\.(\w*unet|transformer)|\w*transformer|\w*unet|current_model)$")
+TOLD = re.compile(r"cache_context\((context_name|'cond'|'uncond')")
+NEGATED = re.compile(r"neg|uncond|null")
+# Pipelines of which no row says whose prompt they give: they count them in ways of their own.
+UNTOLD = {
+    *(
+        "DreamLitePipeline",
+        "DreamLiteMobilePipeline",
+        "LDMTextToImagePipeline",
+        "CycleDiffusionPipeline",
+        "SemanticStableDiffusionPipeline",
+    ),
+    *("StableDiffusionPipelineSafe", "LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL", "TextToVideoZeroPipeline"),
+    *("StableDiffusionDiffEditPipeline", "StableDiffusionPix2PixZeroPipeline", "StableDiffusionPanoramaPipeline", "Ideogram4Pipeline"),
+    *("TextToVideoZeroSDXLPipeline", "BriaFiboPipeline", "BriaFiboEditPipeline", "VersatileDiffusionTextToImagePipeline"),
+    *("VersatileDiffusionDualGuidedPipeline", "VersatileDiffusionImageVariationPipeline", "AmusedPipeline", "AmusedImg2ImgPipeline"),
+    *("AmusedInpaintPipeline", "VQDiffusionPipeline"),
+}
+
+
+@functools.cache
+def classes_in(file):
+    """The classes of a file, parsed."""
+    return {node.name: node for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.ClassDef)}
+
+
+@functools.cache
+def functions_of(cls):
+    """All nodes of each method of a class."""
+    code = classes_in(importlib.import_module(cls.__module__).__file__)[cls.__name__]
+    return [[*ast.walk(method)] for method in code.body if isinstance(method, ast.FunctionDef)]
+
+
+@functools.cache
+def calls_of(cls):
+    """For each method of a pipeline that calls its denoiser, its nodes and these calls."""
+    calls = ([n for n in nodes if isinstance(n, ast.Call) and DENOISER.match(ast.unparse(n.func))] for nodes in functions_of(cls))
+    return [(nodes, found) for nodes, found in zip(functions_of(cls), calls, strict=True) if found]
+
+
+def prompts(cls):
+    """What a pipeline's code gives its denoiser as the prompt, in calls that no context names."""
+    given = set()
+    for nodes, found in calls_of(cls):
+        contexts = (n for n in nodes if isinstance(n, ast.With) and any(TOLD.search(ast.unparse(item.context_expr)) for item in n.items))
+        named = {id(node) for context in contexts for node in ast.walk(context)}
+        given |= {ast.unparse(word.value) for call in found if id(call) not in named for word in call.keywords if word.arg == PROMPT}
+    return given - {"None"}
+
+
+def layouts(cls, name):
+    """How a pipeline's code puts the prompts of a batch together under a name: which of the parts are negative."""
+    found = set()
+    for node in (node for nodes in functions_of(cls) for node in nodes):
+        if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
+            cats = (n.args[0] for n in ast.walk(node.value) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.cat" and n.args)
+            found |= {tuple(bool(NEGATED.search(ast.unparse(e))) for e in cat.elts) for cat in cats if isinstance(cat, ast.List)}
+    return {layout for layout in found if any(layout)}
+
+
+def test_of_every_pipeline_it_is_known_whose_prompt_its_calls_are_given():
+    known, refused = set(), set()
+    for name, cls in pipelines().items():
+        given = prompts(cls)
+        if given and name in PROMPTS:
+            known.add(name)
+            assert given == PROMPTS[name].keys(), name
+        elif given:
+            refused.add(name)
+    assert known == PROMPTS.keys() and refused == UNTOLD | {name for name in refused if name.startswith("Onnx")}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_parts_of_a_batch_are_put_together_as_the_row_says(name):
+    cls = pipelines()[name]
+    for given, parts in PROMPTS[name].items():
+        variable = {"connector_prompt_embeds": "prompt_embeds"}.get(given, given.partition(".")[0])
+        made = layouts(cls, variable)
+        if len(parts) > 1 and not given.startswith("torch.cat"):
+            assert made == {parts}, (given, made)
+        elif len(parts) == 1:
+            assert not made and (bool(NEGATED.search(given)) == parts[0] or "zeros_like" in given), (given, made)
+        decides = inspect.unwrap(cls.__call__).__code__.co_varnames
+        assert len(parts) == 1 or DECIDES in decides or isinstance(inspect.getattr_static(cls, DECIDES, None), property)
+
+
+def test_a_guider_s_predictions_are_known_by_name():
+    guiders = [cls for cls in vars(importlib.import_module("diffusers.guiders")).values() if isinstance(cls, type)]
+    named = {name for cls in guiders for name in vars(cls).get("_input_predictions") or ()}
+    assert named == PREDICTIONS.keys()
+    assert importlib.import_module("diffusers.guiders.guider_utils").BaseGuidance._identifier_key == PREDICTION
+
+
+PARTS = dict(text_encoder=None, tokenizer=None)
+SAFE = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16, shift_factor=0.0)
+
+
+def stable(cls, channels=4):
+    unet = UNet2DConditionModel.from_config(denoiser("unet", torch.float32).config, in_channels=channels)
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    return cls(vae=vae(), unet=unet.eval(), scheduler=scheduler, **PARTS, **SAFE)
+
+
+def flux(cls):
+    sizes = dict(in_channels=16, patch_size=1, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8)
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(joint_attention_dim=6, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4), **sizes).eval()
+    beside = dict(text_encoder_2=None, tokenizer_2=None, image_encoder=None, feature_extractor=None)
+    return cls(scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), transformer=model, **PARTS, **beside)
+
+
+def drawn(pipe, images, same, **more):
+    """What a pipeline makes of embedded prompts; same: the negative prompts are those prompts."""
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(3)
+    embedded = {"prompt_embeds": torch.randn(images, 5, 6)}
+    if "transformer" in pipe.components:
+        embedded["pooled_prompt_embeds"] = torch.randn(images, 6)
+    embedded |= {f"negative_{name}": value.clone() if same else torch.randn_like(value) for name, value in embedded.items()}
+    return pipe(num_inference_steps=more.pop("steps", 2), output_type="latent", **embedded, **more).images
+
+
+class OwnPipeline(StableDiffusionPipeline):
+    @torch.no_grad()
+    def __call__(self, prompt_embeds, **_):
+        return self.unet(torch.ones(1, 4, 8, 8), 5, encoder_hidden_states=prompt_embeds)
+
+
+class InheritingPipeline(StableDiffusionPipeline):
+    pass
+
+
+IMAGE = dict(image=torch.rand(1, 3, 16, 16), true_cfg_scale=4.0, guidance_scale=1.0)
+OF_IMAGES = dict(height=8, width=8, guidance_scale=4.0)
+TWO_CALLS = [[False], [True]]
+RUNS = {
+    "a batch": (lambda: stable(StableDiffusionPipeline), OF_IMAGES, [[True, False]]),
+    "a class of the user's": (lambda: stable(InheritingPipeline), OF_IMAGES, [[True, False]]),
+    "no guidance": (lambda: stable(StableDiffusionPipeline), OF_IMAGES | {"guidance_scale": 1.0}, [[False]]),
+    "two images": (lambda: stable(StableDiffusionPipeline), OF_IMAGES | {"num_images_per_prompt": 2}, [[True, True, False, False]]),
+    "InstructPix2Pix": (
+        lambda: stable(StableDiffusionInstructPix2PixPipeline, 8),
+        dict(image=torch.rand(1, 3, 8, 8), guidance_scale=4.0, image_guidance_scale=1.5),
+        [[False, True, True]],
+    ),
+    "PAG alone": (lambda: stable(StableDiffusionPAGPipeline), OF_IMAGES | {"guidance_scale": 0.0, "pag_scale": 3.0}, [[False, False]]),
+    "PAG off": (lambda: stable(StableDiffusionPAGPipeline), OF_IMAGES | {"pag_scale": 0.0}, [[True, False]]),
+    "Flux": (lambda: flux(FluxPipeline), dict(height=16, width=16, true_cfg_scale=4.0, guidance_scale=1.0), TWO_CALLS),
+    "Flux img2img": (lambda: flux(FluxImg2ImgPipeline), dict(height=16, width=16, strength=1.0, **IMAGE), TWO_CALLS),
+    "Flux Kontext": (
+        lambda: flux(FluxKontextPipeline),
+        dict(height=16, width=16, _auto_resize=False, max_area=256, **IMAGE),
+        TWO_CALLS,
+    ),
+}
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["two prompts", "equal prompts"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_pipeline_tells_which_samples_are_of_the_negative_prompt(name, same, monkeypatch):
+    build, given, want = RUNS[name]
+    heard, negative = [], DenoisingWorld.negative
+    monkeypatch.setattr(DenoisingWorld, "negative", lambda self, call: heard.append(negative(self, call)) or heard[-1])
+    pipe = get_token_model(build(), ProSpectConfig(stages=1, init_std=1.0))
+    assert bool(drawn(pipe, 1, same, **given).isfinite().all())
+    assert [rows.tolist() for rows in heard] == want * 2
+
+
+def test_perturbed_attention_reads_the_samples_together():
+    given = OF_IMAGES | {"pag_scale": 3.0}
+    pipe = get_token_model(stable(StableDiffusionPAGPipeline), ProSpectConfig(stages=1))
+    with pytest.raises(UnsupportedError, match="got StableDiffusionPAGPipeline, whose perturbed attention joins them. Turn that off"):
+        drawn(pipe, 1, False, **given)
+    pipe = get_token_model(stable(StableDiffusionPAGPipeline), ProSpectConfig(stages=1, negative=True))
+    assert bool(drawn(pipe, 1, False, **given).isfinite().all())
+
+
+def test_a_pipeline_that_is_not_known_is_refused_unless_a_context_tells():
+    pipe = get_token_model(stable(OwnPipeline), ProSpectConfig(stages=1))
+    with pytest.raises(UnsupportedError, match=r"test_pipelines.OwnPipeline, which gives prompt_embeds as the prompt. Call the denoiser"):
+        pipe(torch.randn(1, 5, 6))
+    with CacheMixin.cache_context(pipe.unet, "cond"):
+        assert bool(pipe(torch.randn(1, 5, 6)).sample.isfinite().all())
+
+
+# -- how far it is -----------------------------------------------------------------------------------------------------
+SHARE = re.compile(r"/ ?\(?(1000|num_train_timesteps|self\.scheduler\.config\.num_train_timesteps)")
+RISES = re.compile(r"\b(1(\.0)?|1000) - (t\b|current_timestep|timestep)")
+# Denoisers whose units are made by their scheduler and not by the code of their pipelines.
+BY_SCHEDULER = {
+    "OmniGenTransformer2DModel": (True, True),
+    "MochiTransformer3DModel": (False, True),
+    "AceStepTransformer1DModel": (True, False),
+}
+# Pipelines whose denoiser runs at timesteps that are not those of a loop over their scheduler's.
+NO_LOOP = {
+    *("AnyFlowFARPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "AmusedPipeline", "RFD4ProteinaPipeline"),
+    *("SanaWMLTX2Refiner", "StableDiffusionAttendAndExcitePipeline", "StableDiffusionDiffEditPipeline", "UniDiffuserPipeline"),
+}
+
+
+def denoising_calls(cls):
+    """What a pipeline gives its denoiser as the timestep, with what it makes that of."""
+    for nodes, found in calls_of(cls):
+        made = collections.defaultdict(list)
+        for node in nodes:
+            if isinstance(node, ast.Assign):
+                made[ast.unparse(node.targets[0])].append(ast.unparse(node.value))
+        for call in found:
+            words = {word.arg: word.value for word in call.keywords}
+            given = next((ast.unparse(words[name]) for name in families.TIMESTEPS if name in words), None)
+            parts = [given or (ast.unparse(call.args[1]) if len(call.args) > 1 else "")]
+            for _ in range(2):
+                names = {name for part in parts for name in re.findall(r"\w+", part) if "step" in name or name.startswith(("t_", "curr_"))}
+                parts += [value for name in names for value in made[name]]
+            yield " ; ".join(parts)
+
+
+def test_the_units_of_every_denoiser_are_those_of_its_pipelines():
+    known = set()
+    for name, cls in pipelines().items():
+        for kind in {type(model).__name__ for part, model in components(cls).items() if part in ("transformer", "unet")}:
+            for text in denoising_calls(cls):
+                known.add(kind)
+                want = BY_SCHEDULER.get(kind, (bool(SHARE.search(text)), bool(RISES.search(text))))
+                assert (bool(families.UNIT_TIME.search(kind)), bool(families.RISING_TIME.search(kind))) == want, (name, kind, text)
+    assert len(known) > 60
+
+
+def test_a_pipeline_s_loop_says_at_which_timestep_of_its_scheduler_it_is():
+    others = set()
+    for name, cls in pipelines().items():
+        for nodes, _ in calls_of(cls):
+            loops = (node.target for node in nodes if isinstance(node, ast.For))
+            if not {n.id for target in loops for n in ast.walk(target) if isinstance(n, ast.Name)} & set(STEPPED):
+                others.add(name)
+    assert others == NO_LOOP
+
+
+FLOW = [1000, 750.2, 500.5, 250.8, 1]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of the schedulers' own
+@pytest.mark.parametrize(
+    ("scheduler", "given", "levels", "falls"),
+    [
+        (lambda: DDIMScheduler(steps_offset=1), {}, [801, 601, 401, 201, 1], True),
+        (lambda: DDIMInverseScheduler(), {}, [0, 200, 400, 600, 800], False),
+        (lambda: FlowMatchEulerDiscreteScheduler(), {}, FLOW, True),
+        (lambda: FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, FLOW, True),
+        (lambda: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1), {"sigmas": [1.0, 0.5, 0.25]}, [1000, 500, 250], True),
+        (lambda: EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), {}, [None] * 5, None),
+        (lambda: EDMEulerScheduler(), {}, [None] * 5, None),
+    ],
+    ids=["falling", "inversion", "flow", "inverted", "unit", "continuous", "EDM"],
+)
+def test_a_scheduler_tells_how_much_noise_a_timestep_means(scheduler, given, levels, falls):
+    scheduler = scheduler()
+    scheduler.set_timesteps(**(given or {"num_inference_steps": 5}))
+    ticks = [find_tick(scheduler, float(timestep)) for timestep in scheduler.timesteps]
+    assert [tick.index for tick in ticks] == list(range(len(levels)))
+    assert [tick.level if tick.level is None else round(tick.level, 1) for tick in ticks] == levels
+    assert {tick.falls for tick in ticks} == {falls}
+
+
+INVERTED = dict(guidance_scale=4.0, height=8, width=8)
+
+
+@pytest.mark.parametrize("method", ["toca", "profilingdit"])
+def test_an_inversion_is_a_run_whose_noise_rises(method):
+    """Its first step is computed whole, later ones are not: each is a step of one run, at its own noise."""
+    pipe, heard = get_token_model(stable(StableDiffusionPipeline), method), []
+    pipe.scheduler = DDIMInverseScheduler(clip_sample=False)
+    model = surgery_of(pipe)
+    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(model.call.context))
+    drawn(pipe, 1, False, **INVERTED | {"steps": 4})
+    drawn(pipe, 1, False, **INVERTED | {"steps": 2})
+    assert [(c.step, c.begins, c.elapsed) for c in heard] == [*((i, i == 0, i / 4) for i in range(4)), (0, True, 0.0), (1, False, 0.5)]
+    assert [c.time.tolist() for c in heard[:4]] == [[t, t] for t in (1, 251, 501, 751)] or [c.time[0] for c in heard[:2]] == [0, 250]
+
+
+def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_noise_there_is():
+    pipe, heard = get_token_model(stable(StableDiffusionPipeline), "profilingdit"), []
+    pipe.scheduler, model = EDMEulerScheduler(), surgery_of(pipe)
+    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(model.call.context))
+    drawn(pipe, 1, False, **INVERTED | {"steps": 4})
+    assert [(c.step, c.elapsed, c.time) for c in heard] == [(i, i / 4, None) for i in range(4)]
+    pipe = get_token_model(stable(StableDiffusionPipeline), "prospect")
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(UnsupportedError, match="how much noise a timestep means, got a timestep of UNet2DConditionModel in a unit"):
+        drawn(pipe, 1, False, **INVERTED)
+
+
+def falling_run(kind, steps=6):
+    """Timesteps of a denoiser's own run, in the units of its class."""
+    unit = 1 if families.UNIT_TIME.search(kind) else 1000
+    shares = [0.9 - 0.15 * i for i in range(steps)]
+    return [unit * (1 - share if families.RISING_TIME.search(kind) else share) for share in shares]
+
+
+DENOISERS = [family.partition("/")[2] for family in zoo.families("diffusers")]
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_every_denoiser_alone_counts_the_steps_of_its_run(kind):
+    cls = getattr(diffusers, kind)
+    steps = DenoisingWorld(cls.__new__(cls))
+    for _ in range(2):
+        for i, value in enumerate(falling_run(kind)):
+            steps.step("default", None, None, falling(kind, torch.tensor([value] * 2)))
+            assert (steps.index, steps.begins) == (i, i == 0)
+
+
+def test_steps_that_go_back_one_after_the_other_are_refused_where_something_is_kept():
+    call = calls("sd3", 1)[0]
+    for method in ("toca", "profilingdit", "importance-token-merge"):
+        model = get_token_model(denoiser("sd3"), method).eval()
+        run = lambda *times, model=model: [sampled(model, [{**call, "timestep": torch.full((2,), time)}]) for time in times]
+        run(900, 500, 900, 500, 700)
+        with pytest.raises(UnsupportedError, match="steps whose noise falls.* Call the denoiser within `CacheMixin.cache_context"):
+            run(100, 300, 500, 700)
+    model = get_token_model(denoiser("sd3"), "prospect").eval()
+    assert len([model(**{**call, "timestep": torch.full((2,), time)}) for time in (100, 300, 500)]) == 3
+
+
+# -- caches of diffusers' own ------------------------------------------------------------------------------------------
+
+
+def test_every_cache_of_diffusers_is_known_by_its_hooks():
+    caches, shared = set(), set()
+    for info in pkgutil.iter_modules(importlib.import_module("diffusers.hooks").__path__, "diffusers.hooks."):
+        module = importlib.import_module(info.name)
+        hooks = {
+            name for name, cls in vars(module).items() if isinstance(cls, type) and issubclass(cls, ModelHook) and cls is not ModelHook
+        }
+        hooks = {name for name in hooks if vars(module)[name].__module__ == info.name}
+        if hooks and ("cache" in info.name or "broadcast" in info.name):
+            caches |= hooks
+            shared |= set() if "StateManager" in vars(module) else hooks
+        else:
+            assert not any(CACHE_HOOKS.search(name) for name in hooks), info.name
+    assert caches and all(CACHE_HOOKS.search(name) for name in caches)
+    assert {name for name in caches if SHARED_CACHES.search(name)} == shared
+
+
+CACHES = {
+    "first block": lambda model: apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.05)),
+    "broadcast": lambda model: model.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000), current_timestep_callback=lambda: 500
+        )
+    ),
+}
+GUIDED_FLUX = dict(height=16, width=16, true_cfg_scale=4.0, guidance_scale=1.0, steps=4)
+
+
+AROUND, BESIDE, BOTH = "must be in a denoiser before a cache", "without a cache of diffusers' own", "gives its tokens to both"
+# method -> what is said where the cache was there first, where it came behind, and beside one that is shared by both prompts
+SAID = {
+    "apt": (None, None, None),
+    "prospect": (None, None, BOTH),
+    "importance-token-merge": (AROUND, None, None),
+    "profilingdit": (AROUND, BESIDE, BESIDE),
+}
+
+
+def both(method, cache, theirs_first):
+    """What a pipeline draws with a surgery and a cache, put in in this order."""
+    pipe = flux(FluxPipeline)
+    if theirs_first:
+        CACHES[cache](pipe.transformer)
+    torch.manual_seed(0)
+    get_token_model(pipe, method)
+    if not theirs_first:
+        CACHES[cache](pipe.transformer)
+    return drawn(pipe, 1, False, **GUIDED_FLUX)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("method", SAID)
+def test_a_cache_of_diffusers_beside_a_surgery_gives_the_same_in_both_orders_or_is_refused(method, cache):
+    before, behind, shared = SAID[method]
+    drawings = []
+    for theirs_first, said in ((True, before), (False, behind)):
+        said = shared if cache == "broadcast" and said is None else said
+        if said is None:
+            drawings.append(both(method, cache, theirs_first))
+            continue
+        with pytest.raises(UnsupportedError, match=said):
+            both(method, cache, theirs_first)
+    all_equal(drawings[1:], drawings[:-1], "the other order")
+
+
+# -- LoRAs of diffusers ------------------------------------------------------------------------------------------------
+
+
+def lora_weights(seed):
+    """The weights of a LoRA for the UNet of `stable`, as a pipeline loads them."""
+    torch.manual_seed(seed)
+    unet = stable(StableDiffusionPipeline).unet
+    unet.add_adapter(LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False))
+    return {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # so it is
+@pytest.mark.parametrize("unload_loras", ["unload_lora_weights", "unload_lora"])
+def test_where_diffusers_unloads_its_loras_ours_stays_and_is_listed(unload_loras):
+    weights, config = lora_weights(1), ProSpectConfig(stages=1, init_std=1.0)
+    pipe = stable(StableDiffusionPipeline)
+    base = drawn(pipe, 1, False, **OF_IMAGES)
+    torch.manual_seed(0)
+    get_token_model(pipe, config, adapter_name="ours")
+    ours = drawn(pipe, 1, False, **OF_IMAGES)
+    pipe.load_lora_weights(dict(weights), adapter_name="a")
+    pipe.set_adapters(["ours", "a"])
+    both = drawn(pipe, 1, False, **OF_IMAGES)
+    getattr(pipe if unload_loras == "unload_lora_weights" else pipe.unet, unload_loras)()
+    assert pipe.get_list_adapters() == {"unet": ["ours"]} and not any("lora" in name for name, _ in pipe.unet.named_modules())
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [ours], "the LoRA is out")
+    pipe.load_lora_weights(dict(weights), adapter_name="a")
+    pipe.set_adapters(["ours", "a"])
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [both], "the LoRA is in again")
+    pipe.unload_lora_weights()
+    unload(pipe)
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [base], "all is out")
+    assert "unload_lora" not in vars(pipe.unet) and "peft_config" not in vars(pipe.unet)
+
+
+def test_a_stack_with_a_lora_is_not_unloaded_by_half():
+    torch.manual_seed(0)
+    stack = [LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False), ProSpectConfig(stages=1, init_std=1.0)]
+    pipe = get_token_model(stable(StableDiffusionPipeline), stack, adapter_name="ours")
+    before = drawn(pipe, 1, False, **OF_IMAGES)
+    with pytest.raises(UnsupportedError, match=r"is taken out as a whole, got \['ours'\]. Call `hf_tokens.unload`"):
+        pipe.unload_lora_weights()
+    all_equal([drawn(pipe, 1, False, **OF_IMAGES)], [before], "refused")
