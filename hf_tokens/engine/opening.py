@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from .surgery import StreamSurgery
 
 
-KEPT_ROUNDS = "passes of this call that stored keys"
-
-
 def seen_before(block: BlockSurgery, cache: Cache | None) -> int:
     """Tokens that the cache of a block has seen."""
     layer = cache.layers[block.layer_idx] if cache is not None and block.layer_idx in range(len(cache.layers)) else None
@@ -53,16 +50,6 @@ def refuse_order(surgery: StreamSurgery, call: BlockCall, start: int) -> None:
     if widths and max(widths) < start + call.hidden.shape[1]:
         rule = f"{', '.join(moving)} must see the whole sequence in one pass where its tokens have no order"
         raise UnsupportedError(explain(rule, f"a cache of {start} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
-
-
-def refuse_rounds(surgery: StreamSurgery) -> None:
-    """What a cache has seen is no longer the place of the tokens where a model runs its blocks in rounds, each with keys of its own."""
-    rounds = surgery.call.held.setdefault(KEPT_ROUNDS, 0) if surgery.model.call is not None else 0
-    if rounds:
-        rule = f"The blocks of the stream {surgery.stream.name!r} must run once a call where keys are stored"
-        got = f"another round of {type(surgery.model.base).__name__}"
-        raise UnsupportedError(explain(rule, got, "Pass no cache, and `use_cache=False` to `generate`."))
-    surgery.call.held[KEPT_ROUNDS] = rounds + 1
 
 
 def refuse_state(methods: list[Method], context: ForwardContext) -> None:
@@ -93,7 +80,6 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         start = seen_before(block, call.cache)
         refuse_order(surgery, call, start)
     if layers:
-        refuse_rounds(surgery)
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before

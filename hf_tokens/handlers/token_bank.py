@@ -142,6 +142,11 @@ class TokenBankHandler(Handler):
             got = f"{site.block.tap.readers} tokens that only ask at {site.block.path}"
             raise UnsupportedError(explain(rule, got, "Give them different layers."))
         call.check()
+        local = site.local
+        if (call.q.shape[0], call.q.shape[2]) != (local.batch, local.m):
+            rule = f"{type(method).__name__} shapes an attention call with a query for each token of each sample"
+            got = f"queries {tuple(call.q.shape)} for {local.batch} x {local.m} tokens at {site.block.path}"
+            raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
         whole = site.inside(site.hidden, routed=None)
 
         def shaped(part: slice) -> AttentionCall:

@@ -65,7 +65,7 @@ class FrontedLayer(StaticLayer):
 
 def is_static(cache: Any) -> bool:
     """Whether all layers of a cache are static, and none has a window."""
-    return all(type(layer) in (StaticLayer, FrontedLayer) for layer in cache.layers)
+    return bool(cache.layers) and all(type(layer) in (StaticLayer, FrontedLayer) for layer in cache.layers)
 
 
 def front(cache: Any, slots: Iterable[int]) -> None:

@@ -118,7 +118,7 @@ def test_a_block_that_lays_its_tokens_out_is_not_shortened_and_nothing_changes(f
 SIDE_BY_SIDE = "gemma3n_text deepseek_v4 hy_v4 qwen4_exp_text".split()
 
 
-@pytest.mark.filterwarnings("ignore:hf-tokens. the edit")  # it changes nothing, as it says
+@pytest.mark.filterwarnings("ignore:hf-tokens")  # an edit that is not made, and layers that do not fit, as it says
 @pytest.mark.parametrize("family", [family for family in SIDE_BY_SIDE if family in zoo.families("transformers")])
 def test_every_method_takes_parallel_streams_or_is_refused(family):
     specimen, refused = zoo.build(family), []
@@ -194,7 +194,7 @@ def test_a_cache_of_tokens_without_an_order_is_not_continued():
 @pytest.mark.parametrize(
     "family, words",
     [
-        ("hrm_text", "must run once a call where keys are stored, got another round of HrmText"),
+        ("hrm_text", "needs blocks with one slot of the cache each, got several in HrmText"),
         ("prophetnet", "A block stores a key of each of its tokens, got . of ."),
     ],
 )
@@ -205,3 +205,10 @@ def test_blocks_that_store_other_keys_than_one_of_each_token_are_refused_at_once
         with pytest.raises(UnsupportedError, match=words):
             specimen.model.generate(specimen.inputs["input_ids"], **FOUR)
         model.unload()
+
+
+def test_an_attention_whose_queries_are_no_tokens_in_a_row_is_not_shaped():
+    model = zoo.build("inkling2_text").model
+    get_token_model(model, {"method": "landmark-attention", "block": 4})
+    with pytest.raises(UnsupportedError, match="shapes an attention call with a query for each token of each sample"):
+        model(input_ids=torch.randint(5, 60, (2, 16)), use_cache=False)
