@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import adopt, find_cache
-from ..model.blocks import several_slots
+from ..model.blocks import moves_slots, several_slots
 from .call import BlockCall
+from .handler import handler_of
 from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
 from .plan import PassPlan
@@ -185,8 +186,15 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     cache = find_cache((*args, *kwargs.values()))
     indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
     if cache is not None and any(several_slots(block.module) for block in surgery.blocks.values()):
-        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache each", "several"
-        remedy = "Pass `use_cache=False`, or choose another model."
-        raise UnsupportedError(explain(rule, f"{got} in {type(surgery.stream.blocks[0]).__name__}", remedy))
+        check_slots(surgery)
     if cache is not None and indices:
         adopt(cache, max(indices), surgery.stream.config)
+
+
+def check_slots(surgery: StreamSurgery) -> None:
+    """Refuse to keep books of one slot for a block with several; what is there for one block only is there for all its attentions."""
+    inserts = all({*handler_of(method).phases(method)} <= {"insert", "last"} for method in surgery.plan.methods)
+    if not inserts or any(moves_slots(block.module) for block in surgery.blocks.values()):
+        rule = "A surgery that changes the number of tokens needs blocks with one slot of the cache each"
+        got, remedy = f"several in {type(surgery.stream.blocks[0]).__name__}", "Pass `use_cache=False`, or choose another model."
+        raise UnsupportedError(explain(rule, got, remedy))

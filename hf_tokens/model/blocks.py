@@ -83,8 +83,13 @@ def borrows_keys(attention: nn.Module | None) -> bool:
 def several_slots(block: nn.Module) -> bool:
     """Whether the self-attentions of a block store their keys in several slots of a cache."""
     slots = (vars(attention).get("layer_idx") for attention in attentions(block))
-    moves = any(SLOT_OFFSET in parameters(type(attention)) for attention in attentions(block))
-    return moves or len({slot for slot in slots if slot is not None}) > 1
+    return moves_slots(block) or len({slot for slot in slots if slot is not None}) > 1
+
+
+@once_a_block
+def moves_slots(block: nn.Module) -> bool:
+    """Whether a block is told which slot of a cache is its own, another one each time that it runs in a pass."""
+    return any(SLOT_OFFSET in parameters(type(attention)) for attention in attentions(block))
 
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
