@@ -29,6 +29,7 @@ from ..kv.adopt import adopt, find_cache
 from ..kv.static import front, is_static
 from ..model.arguments import BETWEEN
 from .call import BlockCall
+from .handler import handler_of
 from .opening import open_pass
 from .passage import ask_behind, cache_layer, run_block
 from .plan import PassPlan
@@ -194,10 +195,17 @@ def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     if cache is None or not indices:
         return
     if any(block.facts.several_slots for block in surgery.blocks.values()):
-        rule, got = "A surgery that changes the number of tokens needs blocks with one slot of the cache each", "several"
-        remedy = "Pass `use_cache=False`, or choose another model."
-        raise UnsupportedError(explain(rule, f"{got} in {type(surgery.stream.blocks[0]).__name__}", remedy))
+        check_slots(surgery)
     if surgery.plan.fronts and is_static(cache) and reads_by_mask(surgery, kwargs):
         front(cache, indices)
     else:
         adopt(cache, max(indices), surgery.stream.config)
+
+
+def check_slots(surgery: StreamSurgery) -> None:
+    """Refuse to keep books of one slot for a block with several; what is there for one block only is there for all its attentions."""
+    inserts = all({*handler_of(method).phases(method)} <= {"insert", "last"} for method in surgery.plan.methods)
+    if not inserts or any(block.facts.moves_slots for block in surgery.blocks.values()):
+        rule = "A surgery that changes the number of tokens needs blocks with one slot of the cache each"
+        got, remedy = f"several in {type(surgery.stream.blocks[0]).__name__}", "Pass `use_cache=False`, or choose another model."
+        raise UnsupportedError(explain(rule, got, remedy))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class ModelRouterHandler(Handler):
             "targets": lambda: call.context.targets,
         }
         signals = {router: {name: supply[name]() for name in router.signals} for router in routers}
-        verdicts = [router.at_hand(partial(router.route, **signals[router])) for router in routers]
+        verdicts = [router.at_hand(functools.partial(router.route, **signals[router])) for router in routers]
         call.model.put_verdict(torch.stack(verdicts).any(dim=0))
         return output
 

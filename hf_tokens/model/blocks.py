@@ -51,6 +51,7 @@ class BlockFacts:
         bias_maker: Its attention, if that makes a bias of the distances.
         hands_on: Whether it gets what the block before returned for each token beside its hidden states.
         several_slots: Whether its self-attentions store their keys in several slots of a cache.
+        moves_slots: Whether it is told which slot is its own, another one each time that it runs in a pass.
         foreign: Names of arguments that are not of its own tokens, though they do not say so, and how many axes they then have.
     """
 
@@ -59,13 +60,15 @@ class BlockFacts:
     bias_maker: nn.Module | None
     hands_on: bool
     several_slots: bool
+    moves_slots: bool
     foreign: tuple[tuple[re.Pattern, int | None], ...]
 
     @classmethod
     def of(cls, block: nn.Module) -> BlockFacts:
         """Those of a block."""
         foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(type(block).__name__))
-        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), hands_on(block), several_slots(block), foreign)
+        slots = several_slots(block), moves_slots(block)
+        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), hands_on(block), *slots, foreign)
 
     def is_foreign(self, name: str, value: Any) -> bool:
         """Whether an argument is not of the block's own tokens, though its name does not say so."""
@@ -102,8 +105,12 @@ def borrows_keys(attention: nn.Module | None) -> bool:
 def several_slots(block: nn.Module) -> bool:
     """Whether the self-attentions of a block store their keys in several slots of a cache."""
     slots = (vars(attention).get("layer_idx") for attention in attentions(block))
-    moves = any(SLOT_OFFSET in parameters(type(attention)) for attention in attentions(block))
-    return moves or len({slot for slot in slots if slot is not None}) > 1
+    return moves_slots(block) or len({slot for slot in slots if slot is not None}) > 1
+
+
+def moves_slots(block: nn.Module) -> bool:
+    """Whether a block is told which slot of a cache is its own, another one each time that it runs in a pass."""
+    return any(SLOT_OFFSET in parameters(type(attention)) for attention in attentions(block))
 
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
