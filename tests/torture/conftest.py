@@ -14,21 +14,33 @@ def amount():
     return lambda at_length, in_short: at_length if AT_LENGTH else in_short
 
 
+class Counts:
+    """Numbers by what they count, in a plain dict, which reports can carry from one process to another."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __getitem__(self, what):
+        return self.held.get(what, 0)
+
+    def __setitem__(self, what, number):
+        self.held[what] = number
+
+
 @pytest.fixture
 def count(request):
     """What a test counts, printed behind all of them."""
-    counted = Counter()
-    yield counted
-    request.node.user_properties.append(("counted", dict(counted)))
+    held = {}
+    request.node.user_properties.append(("counted", held))
+    return Counts(held)
 
 
 def pytest_terminal_summary(terminalreporter):
     counted = defaultdict(Counter)
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
-            if report.when == "teardown":
-                test = report.nodeid.rpartition("::")[2].partition("[")[0].removeprefix("test_").replace("_", " ")
-                counted[test].update(dict(report.user_properties).get("counted", {}))
+            test = report.nodeid.rpartition("::")[2].partition("[")[0].removeprefix("test_").replace("_", " ")
+            counted[test].update(dict(report.user_properties).get("counted", {}))
     if AT_LENGTH and counted:
         terminalreporter.write_sep("=", "counted")
         for test, numbers in sorted(counted.items()):

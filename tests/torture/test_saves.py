@@ -38,7 +38,7 @@ def test_a_save_that_is_killed_leaves_the_old_the_new_or_a_refusal(tmp_path, amo
     files, start = {path.name for path in tmp_path.iterdir()}, time.perf_counter()
     save(old, tmp_path)
     length = time.perf_counter() - start
-    for _ in range(amount(50, 1)):
+    for _ in range(amount(63, 1)):
         killed_behind(2 * length * chance.random(), save, new, tmp_path)
         found = held(tmp_path)
         count["refused" if found == "refused" else {(1, 1): "old", (2, 2): "new"}[found]] += 1
