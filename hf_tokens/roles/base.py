@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..errors import ConfigError, UnsupportedError, explain
+from ..model.shards import gathered
 from .config import MethodConfig
 from .signals import JUDGES, OF_A_WORD, SIGNALS
 
@@ -168,7 +170,8 @@ class Method(nn.Module, abc.ABC):
     def at_hand(self, run: Callable[[], Any]) -> Any:
         """Run something of this instance, with what its first instances hold at hand too."""
         for method in dict.fromkeys((self, *self._firsts)):
-            run = partial(method, run)
+            parts = gathered(method)
+            run = partial(functional_call, method, parts, (run,)) if parts else partial(method, run)
         return run()
 
     def put_in_place(self, key: str, stream_first: Method, model_first: Method) -> None:

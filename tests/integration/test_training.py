@@ -12,7 +12,7 @@ import torch
 from tolerances import all_equal, close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_tokens import FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
+from hf_tokens import CAFTConfig, FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
 from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
 from hf_tokens.tools.surgeries import surgery_of
@@ -289,21 +289,54 @@ def test_modules_to_save_train_too(tmp_path):
 
 
 TWO = Path(__file__).parent / "two_processes.py"
+SHARDED = [FTPConfig(sparsity=0.3), CAFTConfig(heads=2, schedule="constant")]  # blocks share what the first one holds; an objective reads behind the blocks
 
 
-def test_two_processes_train_as_one(tmp_path):
-    root = Path(__file__).parents[2]
+def batches():
+    """The halves of a batch."""
+    rows = data(4)
+    return [{name: torch.stack([row[name] for row in half]) for name in ("input_ids", "labels")} for half in (rows[:2], rows[2:])]
+
+
+def step_twice(surgery, halves):
+    """Two steps by the mean of the losses of these batches."""
+    optimizer = torch.optim.SGD([p for p in surgery.parameters() if p.requires_grad], lr=0.1)
+    surgery.train()
+    for _ in range(2):
+        for half in halves:
+            torch.manual_seed(0)
+            (surgery(**half).loss / len(halves)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes made of their trainings."""
+    folder, root = tmp_path_factory.mktemp("two"), Path(__file__).parents[2]
     paths = [root, root / "adapters", root / "kernels" / "torch-ext", root / "tests"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TWO), str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TWO), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "two.pt")
+
+
+def test_two_processes_train_as_one(two, tmp_path):
     one = trainer(model(), tmp_path / "one", max_steps=2, per_device_train_batch_size=4)
     one.train()
-    two = torch.load(tmp_path / "two.pt")
     assert two["ranks"] == 2
     for name, value in trained(one.model).items():
         close(two["parameters"][name], value, name)
+
+
+def test_parameters_of_which_each_process_holds_a_part_train_as_whole_ones(two):
+    """FSDP2 gathers a block's parameters while the block runs; methods read some where it does not."""
+    before, one = trained(model(SHARDED)), model(SHARDED)
+    step_twice(one, batches())
+    for name, value in trained(one).items():
+        assert not torch.equal(value, before[name]), name
+        close(two["sharded"][name], value, name)
 
 
 def test_many_checkpointed_forwards_before_one_backward():
