@@ -186,7 +186,9 @@ def shared_mask(mask: Tensor | None) -> bool:
     """Whether a mask (b h|1 m n) only hides keys, from all heads alike, and so may come from the model: Doge's attention makes its own."""
     if mask is None or mask.dtype == torch.bool:
         return mask is None or mask.shape[1] == 1
-    return mask.shape[1] == 1 and bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all())
+    if mask.shape[1] > 1 or torch.compiler.is_compiling():
+        return False
+    return bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all())
 
 
 def read_alike(states: Tensor, cached: Tensor) -> bool:

@@ -116,7 +116,9 @@ def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:
     """The pooled vector in every place of the sequence (b n d), filler and padding too; a row of padding alone has none and stays."""
     padding = site.run.padding
     empty = None if padding is None else ~padding.any(dim=1, keepdim=True)  # b 1
-    site = site if empty is None else altered(site, run=altered(site.run, padding=padding | empty))
+    if empty is not None:
+        real = None if site.run.real is None else site.run.real | empty
+        site = altered(site, run=altered(site.run, padding=padding | empty, real=real))
     vector = pool(method, site, whole)
     if vector is None:
         return whole

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import families
 from .arguments import BETWEEN, CROSS, HIDES, OF_TOKENS
-from .parts import attentions
+from .parts import attentions, mixer_of
 from .signatures import bound_arguments, parameters, read_once
 
 SLOT_OFFSET = "cycle_offset"  # HRM's stacks run several times in a pass, each time with other slots
@@ -114,8 +114,8 @@ def moves_slots(block: nn.Module) -> bool:
 
 
 def layer_index(block: nn.Module, attention: nn.Module | None) -> int | None:
-    """The cache slot of a block; None if it has none, or reads the keys of another block."""
-    if borrows_keys(attention):
+    """The cache slot of a block's own tokens; None if it has none, reads the keys of another block, or stores those of another sequence."""
+    if borrows_keys(attention) or mixer_of(block) == "cross":
         return None
     modules = [module for module in (attention, block, *block.modules()) if module is not None]
     slots = (vars(module).get(name) for name in ("layer_idx", "layer_id") for module in modules)

@@ -60,5 +60,5 @@ def test_at_zero_strength_it_is_the_base(family):
 def test_blocks_without_one_that_are_named_are_refused(family):
     base = zoo.build(family).model
     stream, inside = attending(base)
-    with pytest.raises(UnsupportedError, match="a self-attention module in the block|store their keys in a cache"):
+    with pytest.raises(UnsupportedError, match="a self-attention module in the block|store their keys in a slot of a cache"):
         get_token_model(base, PrefixKVConfig(layers=tuple(range(len(stream)))))

@@ -289,7 +289,8 @@ def test_modules_to_save_train_too(tmp_path):
 
 
 TWO = Path(__file__).parent / "two_processes.py"
-SHARDED = [FTPConfig(sparsity=0.3), CAFTConfig(heads=2, schedule="constant")]  # blocks share what the first one holds; an objective reads behind the blocks
+# blocks share what the first one holds; an objective reads behind the blocks
+SHARDED = [FTPConfig(sparsity=0.3), CAFTConfig(heads=2, schedule="constant")]
 
 
 def batches():

@@ -35,6 +35,7 @@ class FourierVLMConfig(MethodConfig):
 class FourierVLM(TokenReducer):
     site = "before"
     kinds = ("text",)
+    side_by_side = True
     causal = True
     chunks = False
     decodes = False
