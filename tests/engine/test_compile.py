@@ -49,7 +49,7 @@ def test_what_looks_at_no_value_compiles_to_one_graph(family, config, call):
     torch.testing.assert_close(compiled, eager)
 
 
-BREAKS = 5  # in each block where the data decide which tokens run it
+BREAKS, BEHIND = 5, 1  # in each block where the data decide which tokens run it, and behind them all
 
 
 def test_a_block_breaks_the_graph_a_few_times_at_most():
@@ -57,4 +57,4 @@ def test_a_block_breaks_the_graph_a_few_times_at_most():
     model, _ = attached("llama", {"method": "ftp"})
     with torch.no_grad():
         found = torch._dynamo.explain(model.eval())(**PADDED)
-    assert found.graph_break_count <= BREAKS * model.config.num_hidden_layers, found.break_reasons
+    assert found.graph_break_count <= BREAKS * model.config.num_hidden_layers + BEHIND, found.break_reasons
