@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
-from ..model.signatures import bound_arguments, parameters
+from ..model.signatures import bound_arguments, parameters, positional
 from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
 from ..roles.signals import HOOKED
@@ -141,7 +141,7 @@ class SignalHooks:
 
     def _note(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if f"{name}_input" in self.wanted or f"{name}_output" in self.wanted:
-            self.captured[f"{name}_input"] = args[0] if args else kwargs["hidden_states"]
+            self.captured[f"{name}_input"] = args[0] if args else kwargs[positional(type(module))[0]]
             self.captured[f"{name}_output"] = output[0] if isinstance(output, tuple) else output
 
     def _note_update(self, module: nn.Module, args: tuple, output: Any) -> None:

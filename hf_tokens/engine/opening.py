@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
-from ..model.arguments import find_padding, find_views, token_masks
+from ..model.arguments import find_padding, find_segments, find_views, token_masks
 from ..model.signatures import STATES
 from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
@@ -89,9 +89,10 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     whole = torch.compiler.is_compiling() and context.pictures_alone  # a mask is made there in any case
     real, first = (None, None) if whole else find_padding(call.arguments, ledger, context.gives_mask)
     ledger = ledger if real is not None else altered(ledger, plain=ledger.n - surgery.prefix)
-    segments = None if start else call.segments(real, context.gives_places)
-    refuse_packed(surgery, segments, call.cache is not None)
     apart = None if surgery.stream.causal or whole else find_views(call.arguments, ledger, real)
+    segments = None if start else call.segments(real, context.gives_places)
+    segments = find_segments(apart) if segments is None and apart is not None else segments
+    refuse_packed(surgery, segments, call.cache is not None)
     admit_pass(plan.methods, memory, ledger)
     if layers:
         first = begin_rows(layers, ledger, real, first)
@@ -143,7 +144,7 @@ def refuse_packed(surgery: StreamSurgery, segments: Tensor | None, cached: bool)
     if alone:
         rule = f"The stream {surgery.stream.name!r} packs its samples into one row, and these methods take one sample a call"
         got = f"{len(segments)} segments and {', '.join(sorted({type(method).__name__ for method in alone}))}"
-        remedy = "Pass `packing=False` to the trainer, give it one sample a call, or name another stream."
+        remedy = "Pass `packing=False` to the trainer, give it one sample or picture a call, or name another stream."
         raise UnsupportedError(explain(rule, got, remedy))
 
 

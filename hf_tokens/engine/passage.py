@@ -68,6 +68,7 @@ def layer_of_rerun(pass_plan: PassPlan, call: BlockCall, site: Site, number: int
         "a method beside it that looks into the block": any(OF_THE_BLOCK & {*m.signals, *m.observes} for m in pass_plan.methods),
         "a cache compressor beside it": any(handler_of(method).reads_cache for method in pass_plan.methods),
         "a cache that no surgery keeps": cached and site.layer is None,
+        "keys of another sequence in its cache": call.cache is not None and surgery.stream.mixers[block.index] == "cross",
     }
     for reason, holds in reasons.items():
         if holds:

@@ -14,6 +14,7 @@ from ..engine.hooks import check_in_rows, own_attention
 from ..engine.run import Site
 from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
+from ..model.signatures import positional
 from ..roles.attention_edit import AttentionEdit
 
 
@@ -37,8 +38,9 @@ def edit_output(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dic
     if not editors:
         return None
     update = output[0] if isinstance(output, tuple) else output
+    hidden = args[0] if args else kwargs[positional(type(module))[0]]
     for method in editors:
-        update = edited_update(method, block.tap.site, args[0] if args else kwargs["hidden_states"], update)
+        update = edited_update(method, block.tap.site, hidden, update)
     return (update, *output[1:]) if isinstance(output, tuple) else update
 
 

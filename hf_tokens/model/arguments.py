@@ -275,3 +275,14 @@ def find_views(arguments: dict[str, Any], ledger: TokenLedger, padding: Tensor |
         first = seen.reshape(-1, *seen.shape[-3:]).any(dim=1).long().argmax(dim=-1).expand(ledger.batch, -1)  # b n
         return first if padding is None else first.masked_fill(~padding, -1)
     return None
+
+
+def find_segments(views: Tensor) -> Tensor | None:
+    """Where each sample begins in a row whose mask keeps them apart, by the first token that each one sees (1 n), (s); None where it does
+    not: in a window each token sees from another one on."""
+    if len(views) > 1:
+        return None
+    first = views[0].clamp(min=0)
+    begins = (views[0] >= 0) & (first == torch.arange(len(first), device=first.device))
+    apart = bool(((first[first] == first) | (views[0] < 0)).all())
+    return begins.nonzero()[:, 0] if apart and int(begins.sum()) > 1 else None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_tokens import DeepPromptConfig, FTPConfig, PrefixKVConfig, UnsupportedError, get_token_model
+from hf_tokens import DeepPromptConfig, FTPConfig, PPTConfig, PrefixKVConfig, UnsupportedError, get_token_model
 from hf_tokens.testing import zoo
 
 LENGTHS = (5, 1, 7)
@@ -39,6 +39,30 @@ def test_packed_samples_in_several_rows_are_refused():
     inputs = {key: value.expand(2, -1) if isinstance(value, torch.Tensor) else value for key, value in packed()[1].items()}
     with pytest.raises(UnsupportedError, match="Packed samples must lie in one row, got a batch of 2"):
         model(**inputs)
+
+
+def picture(inputs, i):
+    return {name: value[i : i + 1] for name, value in inputs.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral3", "lighton_ocr"])
+def test_pictures_that_a_mask_keeps_apart_in_one_row_have_their_own_tokens(family):
+    specimen = zoo.build(family)
+    model = get_token_model(specimen.model, DeepPromptConfig(tokens=3, init_std=1.0, stream="vision")).eval()
+    together = model(**specimen.inputs).logits
+    for i, one in enumerate(together):
+        torch.testing.assert_close(one, model(**picture(specimen.inputs, i)).logits[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral3", "lighton_ocr"])
+def test_a_method_that_looks_at_the_whole_row_takes_one_such_picture_a_call(family):
+    specimen = zoo.build(family)
+    model = get_token_model(specimen.model, PPTConfig(layers=(1,), r=2)).eval()
+    assert model(**picture(specimen.inputs, 0)).logits.isfinite().all()
+    with pytest.raises(UnsupportedError, match="packs its samples into one row, .* got 2 segments and PPT"):
+        model(**specimen.inputs)
 
 
 N, PADS = 10, 4
