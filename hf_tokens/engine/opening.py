@@ -91,7 +91,8 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     ledger = ledger if real is not None else altered(ledger, plain=ledger.n - surgery.prefix)
     apart = None if surgery.stream.causal or whole else find_views(call.arguments, ledger, real)
     segments = None if start else call.segments(real, context.gives_places)
-    segments = find_segments(apart) if segments is None and apart is not None else segments
+    if segments is None and apart is not None and surgery.stream.kind == "vision":  # a chunk of sound that stands apart is no sample
+        segments = find_segments(apart)
     refuse_packed(surgery, segments, call.cache is not None)
     admit_pass(plan.methods, memory, ledger)
     if layers:
