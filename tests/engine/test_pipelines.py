@@ -120,7 +120,7 @@ def test_a_pipeline_with_several_denoisers_is_refused_by_name():
             assert name in str(error) and "Pass each by itself" in str(error)
         else:
             assert len([k for k in looks_so if not BESIDE_DENOISER.search(type(parts[k]).__name__)]) < 2, name
-    assert refused == SEVERAL
+    assert refused == SEVERAL & pipelines().keys()
 
 
 def wan(seed):
@@ -240,11 +240,14 @@ def test_of_every_pipeline_it_is_known_whose_prompt_its_calls_are_given():
             assert given == PROMPTS[name].keys(), name
         elif given:
             refused.add(name)
-    assert known == PROMPTS.keys() and refused == UNTOLD | {name for name in refused if name.startswith("Onnx")}
+    there = pipelines().keys()
+    assert known == PROMPTS.keys() & there and refused == UNTOLD & there | {name for name in refused if name.startswith("Onnx")}
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_parts_of_a_batch_are_put_together_as_the_row_says(name):
+    if name not in pipelines():
+        pytest.skip("un-skip when the installed diffusers has it")
     cls = pipelines()[name]
     for given, parts in PROMPTS[name].items():
         variable = {"connector_prompt_embeds": "prompt_embeds"}.get(given, given.partition(".")[0])
@@ -434,7 +437,7 @@ def test_a_pipeline_s_loop_says_at_which_timestep_of_its_scheduler_it_is():
             loops = (node.target for node in nodes if isinstance(node, ast.For))
             if not {n.id for target in loops for n in ast.walk(target) if isinstance(n, ast.Name)} & set(STEPPED):
                 others.add(name)
-    assert others == NO_LOOP
+    assert others == NO_LOOP & pipelines().keys()
 
 
 FLOW = [1000, 750.2, 500.5, 250.8, 1]
