@@ -88,8 +88,8 @@ class AttentionTap:
         site = self.site
         local, layer = site.local, site.layer
         returned = None if layer is None else layer.returned
-        usual = call.bias is None and not call.strange and shared_mask(call.mask)
-        self.hands_on = usual and returned is not None and call.k is returned[0] and call.v is returned[1]
+        as_stored = returned is not None and call.k is returned[0] and call.v is returned[1]
+        self.hands_on = as_stored and call.bias is None and not call.strange and shared_mask(call.mask)
         if returned is not None:
             pairs = zip((call.k, call.v), returned, strict=True)
             self.same_keys, self.same_values = (read_alike(states, cached) for states, cached in pairs)
