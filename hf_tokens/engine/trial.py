@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..attention.tap import TAP
 from ..errors import HFTokensError, UnsupportedError, explain
 from ..kv.adopt import find_cache
+from ..model.parts import OWN
 
 CallArguments = tuple[tuple, dict[str, Any]]
-OUR_CHILD = "hf_tokens"  # the child of a block
 HUNG_ON = ("forward", TAP)  # what may stand on an instance beside what its class made
 
 
@@ -70,7 +70,7 @@ def stripped(module: nn.Module) -> nn.Module:
     vars(twin)["_parameters"].update(held["_parameters"])
     vars(twin)["_buffers"].update(copied(dict(held["_buffers"])))
     vars(twin)["_modules"].update(
-        {name: None if child is None else stripped(child) for name, child in held["_modules"].items() if name != OUR_CHILD}
+        {name: None if child is None else stripped(child) for name, child in held["_modules"].items() if name != OWN}
     )
     twin.training = module.training
     return twin

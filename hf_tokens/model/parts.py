@@ -14,7 +14,7 @@ from ..errors import UnsupportedError, explain
 from . import families
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-OWN = "hf_tokens"
+OWN = "hf_tokens"  # the child by which a surgery hangs on a block
 
 
 def attentions(block: nn.Module) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from ..engine.surgery import StreamSurgery
 from ..errors import ConfigError, UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, edited_shapes
 from ..model.anatomy import anatomy, prefix_tokens, prompt_width
+from ..model.parts import OWN
 from ..model.pictures import vision_tower
 from ..model.streams import Stream
 from ..roles.base import Dims, Method
@@ -33,8 +34,6 @@ from .nested import BaseRecord, check_nested, take_off
 from .patterns import check_patterns
 from .placement import Placement, head_outputs, plan
 from .saving import PEFT_PREFIX
-
-CHILD = "hf_tokens"
 
 
 def names_of_ours(configs: dict[str, PeftConfig]) -> set[str]:
@@ -89,7 +88,7 @@ class HFTokensModel(BaseTuner):
         with in_silence(), torch.device("meta"), Bounds(self.model, held):
             for p in self._plan:
                 for index in p.layers:
-                    path = f"{PEFT_PREFIX}{names[id(p.stream.blocks[index])]}.{CHILD}.hf_tokens_methods.{p.slot}"
+                    path = f"{PEFT_PREFIX}{names[id(p.stream.blocks[index])]}.{OWN}.hf_tokens_methods.{p.slot}"
                     needed |= {f"{path}.{name}": tensor for name, tensor in self._build(p, index).state_dict().items()}
         return needed
 
@@ -101,7 +100,7 @@ class HFTokensModel(BaseTuner):
         if id(target) not in self._blocks:
             return
         stream, index = self._blocks[id(target)]
-        block = target._modules.get(CHILD)
+        block = target._modules.get(OWN)
         if block is None:
             block = BlockSurgery(self._stream_surgery(stream), index)
             target.hf_tokens = block
@@ -216,7 +215,7 @@ class HFTokensModel(BaseTuner):
 
     def _surgeries(self) -> Iterator[BlockSurgery]:
         for module in list(self.model.modules()):
-            block = module._modules.get(CHILD)
+            block = module._modules.get(OWN)
             if isinstance(block, BlockSurgery):
                 yield block
 
@@ -319,7 +318,7 @@ class HFTokensModel(BaseTuner):
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.peft_configs():
             return {key: value for key, value in state.items() if f".{adapter_name}" in key}
-        return {key: value for key, value in state.items() if f".{CHILD}.hf_tokens_" in key or key.startswith(f"{CHILD}.")}
+        return {key: value for key, value in state.items() if f".{OWN}.hf_tokens_" in key or key.startswith(f"{OWN}.")}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

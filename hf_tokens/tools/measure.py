@@ -19,6 +19,7 @@ from ..engine.surgery import Listener, StreamSurgery
 from ..kv.adopt import find_cache, self_attention_cache
 from ..kv.layer import TokenCacheLayer, count_bytes
 from ..model.anatomy import anatomy
+from ..model.parts import OWN
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def measure(model: nn.Module, **inputs: Any) -> Cost:
     """
     counts, handles = TokenCounts(), []
     for stream in anatomy(model).streams:
-        if isinstance(stream.blocks[0]._modules.get("hf_tokens"), BlockSurgery):
+        if isinstance(stream.blocks[0]._modules.get(OWN), BlockSurgery):
             continue
         for index, block in enumerate(stream.blocks):
 
