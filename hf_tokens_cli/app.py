@@ -68,9 +68,10 @@ def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list
     card = next((card for card in built_in_cards() if card["name"] == method), None) or one_card(method)
     out = console()
     out.print(f"[bold]{card['name']}[/] [dim]{card['role']}, version {card['version']}[/]")
-    for heading, text in (("", card["claim"]), ("Paper", card["paper"]), ("Maths", card["maths"]), ("Differs", card["differs"])):
-        if text:
-            out.print(f"{heading + ': ' if heading else ''}{text}", markup=False, highlight=False)
+    out.print(card["claim"], markup=False, highlight=False)
+    for heading in ("paper", "maths", "differs", "checked"):
+        if text := card[heading]:
+            out.print(f"{heading.capitalize()}: {text}", markup=False, highlight=False)
     out.print(grid([f"knobs of {card['config']}", "default", "allowed", "meaning"], card["knobs"]))
 
 

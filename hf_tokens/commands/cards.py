@@ -25,6 +25,8 @@ __all__ = [
 {names}
 ]
 '''
+COMPARED = r"[\w.-]+/[\w.-]+@[0-9a-f]{8}, .+: largest difference .+"  # owner/name@commit, what was compared: largest difference, of what
+NO_CODE = r"no public code found \(\d{4}-\d{2}-\d{2}\)[.;,].+"
 NOT_MEASURED = "Not measured on a real model yet."
 
 
@@ -60,6 +62,11 @@ def measured(info: MethodInfo) -> str:
     return "\n".join([f"`{result['command']}`, {result['setting']}:", "", *head, *map(table_row, result["rows"])])
 
 
+def is_checked(info: MethodInfo) -> bool:
+    """Whether a card says beside which code the method was run and how far apart the two were, or that there is none."""
+    return re.fullmatch(f"{COMPARED}|{NO_CODE}", info.checked, flags=re.DOTALL) is not None
+
+
 def method_card(info: MethodInfo, template: str) -> str:
     """The card of one method."""
     entry = index_entry(info)
@@ -75,7 +82,7 @@ def overview(methods: list[MethodInfo], folder: str) -> str:
 
 def index_entry(info: MethodInfo) -> dict[str, Any]:
     """What `hf-tokens list` and `hf-tokens show` print of a method."""
-    texts = {key: getattr(info, key) for key in ("name", "version", "role", "claim", "paper", "maths", "differs")}
+    texts = {key: getattr(info, key) for key in ("name", "version", "role", "claim", "paper", "maths", "differs", "checked")}
     return {**texts, "config": info.config.__name__, "knobs": knob_rows(info)}
 
 

@@ -15,6 +15,8 @@ METHOD = '''"""{title}: <the claim in one line>.
 Paper:   <title (authors, venue year), arXiv:0000.00000>
 Maths:   <what is computed, in the paper's symbols>
 Differs: <what is not as in the paper>
+Checked: <owner/name@0123abcd, what was compared: largest difference 0; what differs and why. Or: no public code found (2026-01-31);
+         what the paper leaves open>
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ def option(
     zero: Any = None,
     size: bool = False,
     example: Any = None,
+    was: dict[int, Any] | None = None,
 ) -> Any:
     """Declare one knob of a method.
 
@@ -36,8 +37,10 @@ def option(
         zero: The value at which the method changes nothing.
         size: Whether it only sets how large the adapter is, so that a tiny model may do with less.
         example: A value to try the method with, where the default is for the user to fill in.
+        was: Defaults of earlier versions of the method, each by the last version that had it: what their files leave unsaid.
     """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "zero": zero, "size": size or None, "example": example}
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "zero": zero, "size": size or None}
+    bounds |= {"example": example, "was": was}
     return dataclasses.field(default=default, metadata={"help": help, **{k: v for k, v in bounds.items() if v is not None}})
 
 
@@ -149,10 +152,16 @@ class MethodConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MethodConfig:
-        """The config of a JSON form; keys of a newer release are dropped with a warning."""
-        names = {f.name for f, _ in cls.knobs()}
+        """The config of a JSON form; keys of a newer release are dropped with a warning, and what an older one left unsaid is as it was."""
+        names, version = {f.name for f, _ in cls.knobs()}, data.get("version", cls.version)
         unknown = sorted(set(data) - names - {"method", "version"})
         if unknown:
             words = f"hf-tokens: {cls.__name__} does not know {unknown}; these keys are ignored. {did_you_mean(unknown, names)}"
             warnings.warn(words.rstrip(), stacklevel=2)
-        return cls(**{k: v for k, v in data.items() if k in names})
+        return cls(**{**cls.defaults_of(version), **{k: v for k, v in data.items() if k in names}})
+
+    @classmethod
+    def defaults_of(cls, version: int) -> dict[str, Any]:
+        """The defaults of a version of the method that are no more."""
+        past = {f.name: {last: value for last, value in f.metadata.get("was", {}).items() if version <= last} for f, _ in cls.knobs()}
+        return {name: values[min(values)] for name, values in past.items() if values}

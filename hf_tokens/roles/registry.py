@@ -18,7 +18,7 @@ from .config import MethodConfig
 from .signals import AT_SITE, OF_A_CALL, OF_A_WORD
 
 ENTRY_POINTS = "hf_tokens.methods"
-HEADINGS = ("Paper", "Maths", "Differs")
+HEADINGS = ("Paper", "Maths", "Differs", "Checked")
 FEW_NAMES = 20  # names that an error may list
 METHODS: dict[str, dict[int, MethodInfo]] = {}
 AMethod = TypeVar("AMethod", bound=type[Method])
@@ -37,6 +37,7 @@ class MethodInfo:
     paper: str
     maths: str
     differs: str
+    checked: str
     doc: str
 
     @property
@@ -117,7 +118,7 @@ def list_methods(role: str | None = None) -> list[MethodInfo]:
 
 
 def method_info(name: str, version: int | None = None) -> MethodInfo:
-    """The registered method of a name.
+    """The registered method of a name; a version that is no more registered is read by the next one that is.
 
     Raises:
         ConfigError: No method, or no such version of it, is registered.
@@ -129,10 +130,10 @@ def method_info(name: str, version: int | None = None) -> MethodInfo:
         raise ConfigError(explain("A method must be one of those that `hf-tokens list` names", repr(name), remedy))
     versions = METHODS[name]
     version = max(versions) if version is None else version
-    if not isinstance(version, int) or version not in versions:
-        rule, remedy = f"Method {name!r} has versions {sorted(versions)}", "Update hf-tokens, or train the adapter again."
-        raise ConfigError(explain(rule, version, remedy))
-    return versions[version]
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= max(versions):
+        rule, remedy = f"Method {name!r} has the versions 1 to {max(versions)}", "Update hf-tokens, or train the adapter again."
+        raise ConfigError(explain(rule, repr(version), remedy))
+    return versions[min(known for known in versions if known >= version)]
 
 
 def method_config(spec: str | dict | MethodConfig) -> MethodConfig:

@@ -161,8 +161,30 @@ def test_unknown_names_and_versions():
         method_info("nonesuch")
     with pytest.raises(ConfigError, match=r"got 'Probe_Drop'\. Did you mean 'probe-drop'\? Install the package that has it"):
         method_info("Probe_Drop")
-    with pytest.raises(ConfigError, match=r"Method 'probe-drop' has versions \[1\], got 7. Update hf-tokens"):
+    with pytest.raises(ConfigError, match=r"Method 'probe-drop' has the versions 1 to 1, got 7. Update hf-tokens"):
         method_info("probe-drop", 7)
+
+
+def test_what_a_file_of_an_older_version_leaves_unsaid_is_as_it_was(registry):
+    @dataclass(frozen=True)
+    class AgedConfig(MethodConfig):
+        share: float = option(0.7, ge=0, le=1, was={1: 0.5, 3: 0.6}, help="Which part.")
+        exact: bool = option(True, was={2: False}, help="Whether.")
+        count: int = option(3, ge=0, help="How many.")
+
+    @register("aged", AgedConfig, version=4)
+    class Aged(TokenReducer):
+        def assign(self, hidden: Tensor):
+            return None
+
+    read = [method_config({"method": "aged", "version": version}) for version in (1, 2, 3, 4)]
+    assert [(c.share, c.exact, c.count) for c in read] == [(0.5, False, 3), (0.6, False, 3), (0.6, True, 3), (0.7, True, 3)]
+    assert method_config({"method": "aged", "version": 1, "share": 0.7}) == AgedConfig(exact=False)
+    assert method_config({"method": "aged"}) == method_config("aged") == AgedConfig()
+    assert method_config(read[0].to_dict()) == read[0] and read[0].to_dict()["version"] == 4
+    for version in (0, 5, True, "1"):
+        with pytest.raises(ConfigError, match=f"'aged' has the versions 1 to 4, got {version!r}"):
+            method_config({"method": "aged", "version": version})
 
 
 @pytest.mark.parametrize("spec", ["probe-drop", {"method": "probe-drop"}, ProbeDropConfig()])
@@ -177,8 +199,11 @@ def test_what_is_no_method(spec):
 
 
 def test_a_card_is_read_by_its_headings():
-    card = read_card("A claim.\n\nPaper:   P, arXiv:1234.56789\n         and more\nMaths:   x = y\nDiffers: nothing.\n\n>>> 1\n1\n")
-    assert card == {"claim": "A claim.", "paper": "P, arXiv:1234.56789\nand more", "maths": "x = y", "differs": "nothing."}
+    checked = "a/b@01234567, all: largest difference 0."
+    headings = f"Paper:   P, arXiv:1234.56789\n         and more\nMaths:   x = y\nDiffers: nothing.\nChecked: {checked}\n"
+    card = read_card(f"A claim.\n\n{headings}\n>>> 1\n1\n")
+    paper = "P, arXiv:1234.56789\nand more"
+    assert card == {"claim": "A claim.", "paper": paper, "maths": "x = y", "differs": "nothing.", "checked": checked}
 
 
 # -- the adapter's config --------------------------------------------------------------------------------------------

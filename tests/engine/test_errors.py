@@ -58,7 +58,7 @@ MISTAKES = {
     "a misspelt method": ("llama", "ftpp", ConfigError, r"got 'ftpp'\. Did you mean 'ftp'\? Install the package"),
     "a knob out of its bounds": ("llama", {**DROP, "share": 1}, ConfigError, r"Config.share must be in \[0, 1\), got 1\. Meaning: "),
     "a knob of the wrong type": ("llama", {**DROP, "share": "a"}, ConfigError, "ProbeDropConfig.share must be of type float, got 'a'"),
-    "a version to come": ("llama", {**DROP, "version": 9}, ConfigError, r"'probe-drop' has versions \[1\], got 9. Update hf-tokens"),
+    "a version to come": ("llama", {**DROP, "version": 9}, ConfigError, r"'probe-drop' has the versions 1 to 1, got 9. Update hf-tokens"),
     "a LoRA alone": (
         "llama",
         [{"method": "peft", "config": {"peft_type": "LORA"}}],
