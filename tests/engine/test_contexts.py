@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from held import ASKED, COMPRESSORS, LENGTH, ask, longer, over_what_is_held, texts
+from held import ASKED, COMPRESSORS, LENGTH, PADS, ask, longer, over_what_is_held, texts
 from tolerances import close
 
 from hf_tokens import (
@@ -14,6 +14,7 @@ from hf_tokens import (
     SelectionPConfig,
     UnsupportedError,
     anatomy,
+    compress_context,
     get_token_model,
     route_to,
     unload,
@@ -127,3 +128,62 @@ def test_a_large_model_with_a_compressed_cache_goes_on_where_a_small_one_stopped
     assert torch.equal(small.generate(**given, custom_generate=route_to(large)), large.generate(**given))
     some = get_token_model(zoo.build("llama").model, R2RConfig(threshold=0.5)).eval()
     assert some.generate(**given, custom_generate=route_to(large)).shape == (1, LENGTH + 6)
+
+
+# -- the door --------------------------------------------------------------------------------------------------------
+
+
+def questions_of(lengths=(5, 3, 2)):
+    """Questions of several lengths, padded in front, and their mask."""
+    ids = torch.randint(5, 80, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(max(lengths)).flip(0) < torch.tensor(lengths)[:, None]
+    return ids * mask, mask.long()
+
+
+def answered(model, given):
+    out = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(out.logits, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:3])
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_many_questions_in_one_batch_are_each_asked_alone(method, family):
+    torch.manual_seed(1)
+    base = zoo.build(family).model
+    model = base if method is None else get_token_model(base, METHODS[method]).eval()
+    (context, _, _), (ids, mask) = texts(), questions_of()
+    read = compress_context(model, context[:1])
+    held = read.kv_bytes
+    if family == "gemma3_text":
+        with pytest.raises(UnsupportedError, match="questions of several lengths. Ask those of one length together"):
+            read.ask(ids, mask)
+        ids, mask = questions_of((3, 3, 3))
+    whole = answered(model, read.ask(ids, mask))
+    for question, real, said in zip(ids, mask.bool(), whole, strict=True):
+        close(said, answered(model, read.ask(question[None, real]))[0], f"{family} {method}")
+    assert read.kv_bytes == held and len(read.cache.layers[0].keys) == 1
+    if method is None:
+        whole_text = torch.cat([context[:1], ids[1:2, -3:]], dim=1)
+        close(whole[1], answered(base, {"input_ids": whole_text, "attention_mask": torch.ones_like(whole_text)})[0], family)
+
+
+def test_each_of_several_texts_has_a_question():
+    model = get_token_model(zoo.build("llama").model, METHODS["prefixkv"]).eval()
+    context, mask, (question, _) = texts()
+    both = answered(model, compress_context(model, context, mask).ask(question))
+    for row, pads in enumerate((0, PADS)):
+        alone = compress_context(model, context[row : row + 1, pads:])
+        close(both[row], answered(model, alone.ask(question[row : row + 1]))[0])
+
+
+def test_what_is_no_context_or_no_question_is_refused():
+    model = get_token_model(zoo.build("llama").model, METHODS["prefixkv"]).eval()
+    context, mask, (question, _) = texts()
+    with pytest.raises(UnsupportedError, match="A context has one real token at least"):
+        compress_context(model, context, mask * torch.tensor([[1], [0]]))
+    with pytest.raises(UnsupportedError, match="got 2 texts and 1 questions. Compress one text"):
+        compress_context(model, context, mask).ask(question[:1])
+    with pytest.raises(UnsupportedError, match="padding behind it. Pad in front"):
+        compress_context(model, context[:1]).ask(question, torch.tensor([[1, 1, 1, 1, 0]] * 2))
+    with pytest.raises(UnsupportedError, match="got t5, which has an encoder"):
+        compress_context(zoo.build("t5").model, context)
