@@ -31,7 +31,7 @@ PUBLIC = {
     "tokens.matching": ("match_ids", "match_sequence"),
     "tokens.token_map": ("TokenMap", "indices", "rank"),
     "tools.calibrate": ("calibrate", "set_method"),
-    "tools.contexts": ("Context", "compress_context"),
+    "tools.contexts": ("CompressedContext", "compress_context"),
     "tools.edits": ("edit",),
     "tools.loading": ("load", "save_adapter"),
     "tools.measure": ("measure",),

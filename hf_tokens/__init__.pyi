@@ -12,6 +12,10 @@ from hf_tokens_adapters.cache_compressor.d2o import (
     D2O,
     D2OConfig,
 )
+from hf_tokens_adapters.cache_compressor.kvzip import (
+    KVzip,
+    KVzipConfig,
+)
 from hf_tokens_adapters.cache_compressor.mikv import (
     MiKV,
     MiKVConfig,
@@ -281,6 +285,10 @@ from .tools.calibrate import (
     calibrate,
     set_method,
 )
+from .tools.contexts import (
+    CompressedContext,
+    compress_context,
+)
 from .tools.edits import (
     edit,
 )
@@ -332,6 +340,7 @@ __all__ = [
     "CacheCompressor",
     "ColBERTTokenPooling",
     "ColBERTTokenPoolingConfig",
+    "CompressedContext",
     "ConfigError",
     "CrossLMM",
     "CrossLMMConfig",
@@ -366,6 +375,8 @@ __all__ = [
     "Holding",
     "ImportanceTokenMerge",
     "ImportanceTokenMergeConfig",
+    "KVzip",
+    "KVzipConfig",
     "LandmarkAttention",
     "LandmarkAttentionConfig",
     "LayerRouter",
@@ -443,6 +454,7 @@ __all__ = [
     "aux_loss",
     "calibrate",
     "closest_map",
+    "compress_context",
     "compress_prompt",
     "conclusions",
     "edit",

@@ -6,6 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_tokens import (
     D2OConfig,
+    KVzipConfig,
     MiKVConfig,
     MiniCacheConfig,
     PrefixKVConfig,
@@ -22,6 +23,7 @@ COMPRESSORS = {
     "squeezeattention sinks": SqueezeAttentionConfig(budget=0.5, policy="sinks", sinks=1),
     "razorattention": RazorAttentionConfig(heads=(0, 3), sinks=1, compression=3),
     "d2o": D2OConfig(budget=0.5),
+    "kvzip": KVzipConfig(ratio=0.5, chunk=7, sinks=1),
     "minicache": MiniCacheConfig(gamma=0.3),
     "mikv": MiKVConfig(importance=0.3, bits=4),
 }

@@ -141,22 +141,32 @@ class Scores:
     back: Callable[[Tensor, int], Tensor] | None = None
     group: Callable[[Tensor], Tensor] | None = None
 
-    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query") -> Tensor:
-        """What each key receives over all real queries or those with a weight, (b m).
+    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query", among: Tensor | None = None) -> Tensor:
+        """What each key receives over all real queries or those with a weight, (b m); the softmax may be `among` some keys alone, (b n) or
+        (b k n) bool.
 
         Returns:
             (b h n) for each query head; with `heads` "key" the mean of those on each key head (b g n), with "mean" that of all (b n).
         """
-        key = reduce, heads, torch.is_grad_enabled()
-        out = self.call.known.get(key) if weights is None else None
+        key, plain = (reduce, heads, torch.is_grad_enabled()), weights is None and among is None
+        out = self.call.known.get(key) if plain else None
         if out is None:
             real = None if self.real is None else self.real.to(self.call.q.dtype)
             counted = real if weights is None else weights if real is None else weights * real
-            out = attention_columns(self.call.q, self.call.k, weights=counted, reduce=reduce, heads=heads, **self.call.shape())
-            if weights is None:
+            more = {} if among is None else {"key_mask": self._of_call(among)}
+            out = attention_columns(self.call.q, self.call.k, weights=counted, reduce=reduce, heads=heads, **self.call.shape(), **more)
+            if plain:
                 self.call.known[key] = out
         out = self.group(out) if heads == "key" and self.group is not None else out
         return out if self.back is None else self.back(out, out.dim() - 1)
+
+    def _of_call(self, among: Tensor) -> Tensor:
+        """Flags of the tokens, or entries, (b n) or (b k n), for the keys of the call, (b g n)."""
+        b, g, n, _ = self.call.k.shape
+        places = torch.arange(n, device=among.device).expand(b, g, n)
+        places = places if self.back is None else self.back(places, 2)
+        wide = among[:, None] if among.dim() == 2 else among.repeat_interleave(g // among.shape[1], dim=1)
+        return torch.zeros(b, g, n, dtype=torch.bool, device=among.device).scatter(2, places, wide.expand_as(places))
 
     def rows(self, index: Tensor) -> Tensor:
         """The probabilities of chosen queries: index (b r) to (b h r n)."""

@@ -27,6 +27,24 @@ class DenoiserSteps(Protocol):
         """How much the condition changed it."""
 
 
+@dataclass
+class Recital:
+    """A pass behind a prompt that says a part of it again.
+
+    Attributes:
+        key: Of the method that has it said.
+        length: Tokens of the prompt, padding included.
+        first, end: Which of a row's real tokens are said.
+        scores: What the method made of it in each block, (b k n).
+    """
+
+    key: str
+    length: int
+    first: int
+    end: int
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class ForwardContext:
     """One call of the model. It is handed down to every pass of the call and gone with it, whether the call returned or raised.
@@ -45,6 +63,7 @@ class ForwardContext:
         picture: Shape of the denoiser's latents without batch and channels.
         steps_of_denoiser: Where the denoiser stands in its run.
         teaching: Whether the model runs without its surgery, for a method to learn from.
+        recital: What of the prompt it says again, for a method to learn from; nothing changes then.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +80,12 @@ class ForwardContext:
     picture: tuple[int, ...] | None = None
     steps_of_denoiser: DenoiserSteps | None = None
     teaching: bool = False
+    recital: Recital | None = None
+
+    @property
+    def aside(self) -> bool:
+        """Whether it is for a method to learn from."""
+        return self.teaching or self.recital is not None
 
     @property
     def pictures_alone(self) -> bool:

@@ -250,15 +250,19 @@ class ModelSurgery:
 
     def without(self, args: tuple, kwargs: dict, finals: list[StreamSurgery] | None = None) -> tuple[Any, dict[StreamSurgery, Any]]:
         """The output of the model without the adapter, and the last hidden states of some of its streams."""
+        with torch.no_grad(), self.without_adapters(), self.apart(ForwardContext(teaching=True), finals):
+            output = self.base(*args, **kwargs)  # labels too: TRL's forward needs them
+            return output, {surgery: surgery.call.final for surgery in finals or ()}
+
+    @contextlib.contextmanager
+    def apart(self, context: ForwardContext, finals: list[StreamSurgery] | None = None) -> Iterator[None]:
+        """A call of its own within the one that is under way, which goes on behind it."""
         before, calls = self.call, [surgery.call for surgery in self.streams]
-        context = ForwardContext(teaching=True)
         self.call = ModelCall(self, context)
         try:
-            with torch.no_grad(), self.without_adapters():
-                for surgery in self.streams:
-                    surgery.begin(context, keeps_final=surgery in (finals or ()))
-                output = self.base(*args, **kwargs)  # labels too: TRL's forward needs them
-                return output, {surgery: surgery.call.final for surgery in finals or ()}
+            for surgery in self.streams:
+                surgery.begin(context, keeps_final=surgery in (finals or ()))
+            yield
         finally:
             self.call = before
             for surgery, call in zip(self.streams, calls, strict=True):
@@ -290,13 +294,13 @@ class ModelSurgery:
 
     def after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         """The model below the head has returned."""
-        if self.call is not None and not self.teaching:
+        if self.call is not None and not self.call.context.aside:
             for handler in HANDLERS.values():
                 handler.after_base(self.call, output)
 
     def after_head(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """The head has returned."""
-        if self.call is None or self.teaching:
+        if self.call is None or self.call.context.aside:
             return None
         before = output
         for handler in HANDLERS.values():

@@ -262,7 +262,7 @@ class StreamRun:
     @property
     def prefill(self) -> bool:
         """Whether this pass brings a prompt or a whole sequence, and not one token of generation."""
-        return self.ledger.n > 1 or self.ledger.start == 0
+        return self.ledger.n > 1 or self.ledger.start == 0 or self.context.recital is not None
 
     def position(self, place: Tensor) -> Tensor:
         """How many real tokens of its row stand before each place, (b m) or (b k m); below 0 for one that is none."""

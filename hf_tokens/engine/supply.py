@@ -191,6 +191,13 @@ def newer_entries(site: Site) -> Tensor:
     return real.flip(-1).cumsum(dim=-1).flip(-1) - real
 
 
+def recited_entries(site: Site) -> Tensor:
+    """The `recited` signal."""
+    recital, place = site.run.context.recital, token_positions(altered(site, whole_cache=True))
+    said = (place >= recital.first) & (place < recital.end)
+    return said if site.layer.fresh is None else said & ~site.layer.fresh
+
+
 def note_received(site: Site) -> None:
     """Add to each cached entry the attention that it gets in this pass."""
     grouped = in_float32(site.block.tap.signal("scores", altered(site, whole_cache=True)).columns(heads="key"))  # b k n
@@ -273,6 +280,8 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "real": real_tokens,
     "attended": attended_residual,
     "newer": newer_entries,
+    "recited": recited_entries,
+    "reciting": lambda m: m.layer.origins >= m.run.context.recital.length,
     "received": lambda m: m.layer.record.entries["received"],
     "record": lambda m: m.layer.record,
     "states": lambda m: EntryStates(m.layer),

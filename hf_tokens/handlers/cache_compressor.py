@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..engine.handler import Handler, handles
+from ..engine.results import ModelCall
 from ..engine.run import Site
 from ..engine.supply import ask, cells, counterparts, note_received, real_entries
 from ..errors import UnsupportedError, explain
@@ -17,9 +19,11 @@ from ..roles.cache_compressor import CacheCompressor, Folded
 from ..roles.signals import OF_THE_CACHE, SCORED
 from ..tokens.altered import altered
 from ..tokens.entries import alike
+from .recital import recite, score_recital
 
 EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 WAITING = "blocks whose entries are shared out once all have run"
+RECITAL = "methods that wait for the prompt to be said again, and where they do"
 SHARES = "the part of the tokens seen that a layer may hold"
 BEYOND = "beyond"  # entries that are stored in another format, in the books of each entry
 
@@ -49,14 +53,28 @@ class CacheCompressorHandler(Handler):
             note_change(site)
 
     def after(self, method: CacheCompressor, site: Site) -> None:
-        if site.local is not None and site.layer is not None:
+        if site.local is None or site.layer is None:
+            return
+        method.note_heads(site.layer.heads)
+        if site.run.context.recital is not None:
+            score_recital(method, site)
+        elif method.recites is not None:
+            await_recital(method, site)
+        else:
             compress(method, site)
+
+    def after_model(self, call: ModelCall, output: Any) -> Any:
+        for method, sites in call.held.pop(RECITAL, {}).values():
+            scores = recite(method, call, sites, output)
+            for site in sites:
+                site.layer.record.entries[method.key] = scores[site.block.index]
+            allot(method, sites, {})
+        return output
 
 
 def compress(method: CacheCompressor, site: Site) -> None:
     """Behind a block: score the entries of its cache, and keep as many as the method's budget allows."""
     run = site.run
-    method.note_heads(site.layer.heads)
     if method.pairs:
         lower = partner(method, site)
         if lower is None:
@@ -80,6 +98,13 @@ def compress(method: CacheCompressor, site: Site) -> None:
             allot(method, run.held.pop((WAITING, method.key)), run.notes.pop(method.key, {}))
         return
     limit(method, site)
+
+
+def await_recital(method: CacheCompressor, site: Site) -> None:
+    """The prompt is compressed once the model has said it again, but what a window drops."""
+    if site.run.prefill and not site.run.ledger.start:
+        held = site.surgery.model.call.held.setdefault(RECITAL, {})
+        held.setdefault(method.key, (method, []))[1].extend([site] if site.layer.window is None else [])
 
 
 def blocks_of(method: CacheCompressor, site: Site) -> list[int]:
@@ -147,8 +172,10 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
         return
     real, lengths, seen = count_entries(method, site)
     if method.allots:
-        shares = shares_of(method, layer).to(lengths.device).view(-1, *[1] * (lengths.dim() - 1))
-        budgets = (shares * seen + EPSILON).long().clamp(min=1).minimum(lengths)
+        shares = shares_of(method, layer).to(lengths.device)
+        budgets = (
+            (alike_counts(shares, seen) * alike_counts(seen, shares) + EPSILON).long().clamp(min=1).minimum(alike_counts(lengths, shares))
+        )
     else:
         pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
         returned = [method.budget(n, s) for n, s in pairs]
@@ -172,7 +199,10 @@ def surplus(method: CacheCompressor, site: Site) -> int | None:
         return None
     seen, n = run.ledger.start + run.ledger.n, layer.length
     if method.allots:
-        budgets = [max(1, int(share * seen + EPSILON)) for share in shares_of(method, layer).tolist()]
+        shares = shares_of(method, layer)
+        if shares.dim() == 2:
+            return None
+        budgets = [max(1, int(share * seen + EPSILON)) for share in shares.tolist()]
     else:
         budgets = [method.budget(n, seen)]
     alike = type(budgets[0]) is int and budgets.count(budgets[0]) == len(budgets)
@@ -219,10 +249,16 @@ def allot(method: CacheCompressor, waiting: list[Site], notes: dict[int, Tensor]
     for site in waiting:
         part, (_, lengths, seen) = parts[site.block.index], count_entries(method, site)
         if not part.is_floating_point():
-            part = part.minimum(lengths.view(len(part), -1).amax(dim=1)).double() / seen.view(len(part), -1).amax(dim=1)
+            lengths, seen = (t.amax(dim=1) if t.dim() > part.dim() else alike_counts(t, part) for t in (lengths, seen))
+            part = part.minimum(lengths).double() / seen
         note_change(site)
         site.layer.record[method.key, SHARES] = part.double().cpu()  # it is read at each token, and a device would have to be waited for
         limit(method, site, scores.get(site.block.index))
+
+
+def alike_counts(count: Tensor, other: Tensor) -> Tensor:
+    """A number of each row (b), or head (b k), that goes with another one."""
+    return count[:, None] if count.dim() < other.dim() else count
 
 
 def shares_of(method: CacheCompressor, layer: TokenCacheLayer) -> Tensor:

@@ -65,13 +65,17 @@ class CacheCompressor(Method):
     def allot(self, scores: dict[int, Tensor], notes: dict[int, Tensor]) -> dict[int, Tensor]:
         """If `allots`: how many entries stay in each block behind a prompt, (b) by layer; each row keeps that share while it decodes.
 
-        Integers count entries; floats are shares of the tokens that the row was given.
+        Integers count entries; floats are shares of the tokens that the row was given. Or of each key head, (b k).
 
         Args:
             scores: What `score` returned in each block, -inf where a row has no entry; empty if it names `budget`, and is called later.
             notes: What `observe` returned in each block.
         """
         raise UnsupportedError(explain("A cache compressor that sets `allots` says how", type(self).__name__, "Define its `allot`."))
+
+    def lead(self, before: Tensor) -> Tensor:
+        """If it `recites`: ids in front of a part of the prompt that is said again, (b p), given those of the prompt before it, (b n)."""
+        return before[:, :0]
 
     def fold(self) -> Folded | tuple[Tensor, Tensor, Tensor | None] | None:
         """The entries that change as those that go join those that stay.

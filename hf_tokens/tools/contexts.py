@@ -21,7 +21,7 @@ ONE_PASS = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "use_cache"
 
 
 @dataclass(frozen=True)
-class Context:
+class CompressedContext:
     """What a model holds of a text that it has read.
 
     Attributes:
@@ -70,7 +70,7 @@ class Context:
 
 
 @torch.no_grad()
-def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Context:
+def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> CompressedContext:
     """Read a text once, compressed as the cache compressors of a model say, for many questions.
 
     ```python
@@ -97,4 +97,4 @@ def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | Non
     with evaluated(model):
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=GenerationConfig(**ONE_PASS))
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return Context(input_ids, mask, output.past_key_values, cache_argument(type(base).forward))
+    return CompressedContext(input_ids, mask, output.past_key_values, cache_argument(type(base).forward))
