@@ -84,11 +84,12 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
         layers[0].remember(memory)
         memory.tokens.clear()  # what was noted of those of the pass before
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
+    facts["laid_over_heads"] = block.facts.laid_over_heads
     facts["tokens_first"] = surgery.stream.layout == TOKENS_FIRST
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     whole = torch.compiler.is_compiling() and context.pictures_alone  # a mask is made there in any case
     real, first = (None, None) if whole else find_padding(call.arguments, ledger, context.gives_mask)
-    ledger = ledger if real is not None else altered(ledger, plain=ledger.n - surgery.prefix)
+    ledger = ledger if real is not None else altered(ledger, plain=ledger.n - surgery.prefix - surgery.suffix)
     apart = None if surgery.stream.causal or whole else find_views(call.arguments, ledger, real)
     segments = None if start else call.segments(real, context.gives_places)
     if segments is None and apart is not None and surgery.stream.kind == "vision":  # a chunk of sound that stands apart is no sample

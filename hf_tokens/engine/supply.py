@@ -79,9 +79,17 @@ def token_positions(site: Site) -> Tensor:
     return site.run.position(site.layer.origins if site.whole_cache else ledger.rows + ledger.start)
 
 
+def fresh_tokens(site: Site) -> Tensor:
+    """The `fresh` signal."""
+    ledger, suffix = site.run.ledger, site.surgery.suffix
+    fresh = ledger.flags(ledger.fresh, False)
+    return fresh | (ledger.rows >= ledger.n - suffix) if suffix else fresh
+
+
 def patch_grid(site: Site) -> tuple[int, int] | None:
     """The `grid` signal."""
-    kind, n, picture = site.surgery.stream.kind, site.run.ledger.n - site.surgery.prefix, site.run.context.picture
+    kind, picture = site.surgery.stream.kind, site.run.context.picture
+    n = site.run.ledger.n - site.surgery.prefix - site.surgery.suffix
     if kind == "denoiser" or kind in ("vision", "video") and picture is not None:
         return grid(n, picture)
     return None if kind in ("vision", "video") else (1, n)
@@ -260,7 +268,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "mask": token_mask,
     "sizes": entry_sizes,
     "positions": token_positions,
-    "fresh": lambda m: m.run.ledger.flags(m.run.ledger.fresh, False),
+    "fresh": fresh_tokens,
     "plain": lambda m: m.run.ledger.plain,
     "prefix": lambda m: m.surgery.prefix,
     "visual": lambda m: modality_span(m, "visual"),

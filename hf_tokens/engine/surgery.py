@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class StreamSurgery:
     """The surgery of one stream: its blocks, and the pass that is under way."""
 
-    def __init__(self, model: ModelSurgery, stream: Stream, prefix: int, holders: list[nn.Module]):
-        self.model, self.stream, self.prefix = model, stream, prefix
+    def __init__(self, model: ModelSurgery, stream: Stream, special: tuple[int, int], holders: list[nn.Module]):
+        self.model, self.stream = model, stream
+        self.prefix, self.suffix = special  # special tokens in front and behind
         self.holders = holders  # the modules around the blocks, the model first
         self.blocks: dict[int, BlockSurgery] = {}
         self.plan = StreamPlan(exit=len(stream))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
-from ..engine.hooks import check_in_rows, lacks, own_mlp
+from ..engine.hooks import check_in_rows, lacks
 from ..engine.run import Site, Span
 from ..engine.supply import ask
 from ..engine.surgery import StreamSurgery
@@ -40,13 +40,12 @@ class TokenReducerHandler(Handler):
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
         if hook == "merge":
             return block.state(Sublayers).attach("merge")
-        norm = block.surgery.stream.mlp_norm(block.index)
-        if norm is None:
-            raise lacks(block, "a norm in front of its MLP")
-        mlp = own_mlp(block)
+        norm, last = block.surgery.stream.middle(block.index)
+        if norm is None or last is None:
+            raise lacks(block, "a norm and an MLP behind it")
         check_in_rows(block)
         enter, leave = partial(enter_middle, block), partial(leave_middle, block)
-        return [norm.register_forward_pre_hook(enter), mlp.register_forward_hook(leave)]
+        return [norm.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
 
     def takes_sublayer(self, method: TokenReducer, sublayer: Sublayer) -> bool:
         return sublayer.part in method.parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -295,16 +296,20 @@ def _nearest_table(model: nn.Module, owner: str) -> tuple[int, nn.Module | None]
     return 0, None
 
 
-def prefix_tokens(model: nn.Module, stream: Stream) -> int:
-    """How many special tokens (class, distillation, registers) an encoder of pictures puts in front of its patches."""
+def special_tokens(model: nn.Module, stream: Stream) -> tuple[int, int]:
+    """How many special tokens (class, distillation, registers) an encoder of pictures puts in front of its patches, and behind them."""
+    return tuple(_special_tokens(model, stream, names) for names in (families.PREFIX_TOKENS, families.SUFFIX_TOKENS))
+
+
+def _special_tokens(model: nn.Module, stream: Stream, names: re.Pattern) -> int:
     if stream.kind not in ("vision", "video"):
         return 0
     at = stream.owner
     while True:
         special = {
-            value: value.shape[-2] if value.dim() == 3 else 1
+            value: value.shape[:-1].numel()
             for name, value in model.get_submodule(at).named_parameters()
-            if families.PREFIX_TOKENS.search(name) and not any(path in name for path in ("decoder", OWN))
+            if names.search(name) and not any(path in name for path in ("decoder", OWN))
         }
         if special or not at:
             return sum(special.values())

@@ -146,6 +146,8 @@ def take_axis(ledger: TokenLedger, name: str, value: Tensor, form: str, axis: in
         return value.index_select(axis, index[0])
     if form[0] == "h":  # heads folded into the batch
         return take(value.unflatten(0, (ledger.batch, -1)), index, axis + 1).flatten(0, 1)
+    if form == "nd" and ledger.laid_over_heads:
+        return take(value[None], index, 1)[:, None]
     raise unlike_samples(ledger, name)
 
 

@@ -91,7 +91,10 @@ MLP_NORM_OF = {"transformer_allegro.AllegroTransformerBlock": "norm2", "modeling
 NOT_FINAL = re.compile(r"embed|batch_norm", re.IGNORECASE)
 FINAL_NORMS = ("norm", "final_layer_norm", "layernorm_post")
 POOLED_NORM = re.compile(r"^((Alt|Chinese|X)?CLIP(Seg)?|MetaClip2|Kosmos2|MLCD|OwlViT|Owlv2)Vision")
-POST_NORM_BLOCKS = re.compile(r"modeling_openai\.Block|FastSpeech2|RTDetr")
+POST_NORM_BLOCKS = re.compile(r"modeling_openai\.Block|FastSpeech2|RTDetr|Swin2SRLayer|Swinv2Layer")
+# Names of the two modules that are a block's MLP where it is no module of its own, of the norm in front, and of what the second one
+# computes last before it adds the residual, if it is given that.
+TWO_PART_MLP, TWO_PART_NORM, RESIDUAL, BEFORE_RESIDUAL = ("intermediate", "output"), "layernorm_after", "input_tensor", "dropout"
 # An attention of these reads the hidden states and the embeddings side by side.
 CONCATENATES = re.compile(r"^Zamba")
 # A stage holds blocks and changes the resolution, with or without an attention of its own.
@@ -153,7 +156,11 @@ TOWERS = re.compile(r"^((Alt|Chinese)?CLIP(Seg)?|MetaClip2|Siglip2?|VisionTextDu
 # Where the order of registration is not the order of the calls.
 CALLED_BEFORE = {"mid_block": "up_blocks"}
 # Parameters that are special tokens in front of the patches of a picture.
-PREFIX_TOKENS = re.compile(r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token)$")
+PREFIX_TOKENS = re.compile(
+    r"(^|\.)(cls_token|class_token|class_embedding|distillation_token|dist_token|register_tokens|reg_token|cls_register_token)$"
+)
+# Those that are special tokens behind them.
+SUFFIX_TOKENS = re.compile(r"(^|\.)detection_tokens$")
 # Modules of a block, by name or class, that look up the places or distances of its tokens by counting them: those that are unused where
 # the block is given one of these arguments, and those that count whatever they are given.
 TABLES = re.compile(r"(^|\.)(relative_attention_bias|rel_attn_embed)$")
@@ -177,6 +184,8 @@ FOREIGN_OF = (
     (re.compile(r"^(AceStep|Wan|JoyImage|Chroma|Krea2)\w*Block$"), re.compile(r"^temb$"), 3),
     (re.compile(r"^LTX2Video"), re.compile(r"^temb_ca_"), 3),
 )
+# Blocks that lay their rotary tables (n d) over the heads of each sample (b h n d) as they are: they take (b 1 n d) as well.
+LAID_OVER_HEADS = re.compile(r"^(DINOv3ViT|EomtDinov3|Sapiens2)Layer$")
 # Arguments by which a block gets what the one before returned for each token beside its hidden states; one of them holds places of
 # keys, unread where the attention has an indexer of its own.
 HANDED_ON = re.compile(r"^(prev_(router_hidden_states|topk_indices)|layout_inputs|control_hidden_states)$")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import UnsupportedError, explain
 from . import families
+from .signatures import parameters
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"  # the child by which a surgery hangs on a block
@@ -100,6 +101,19 @@ def mlp_and_norm(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     names = (known,) if known else families.MLP_NORMS
     norms = [children[name] for name in names if name in children and not (post and name.startswith("post_attention"))]
     return mlp, norms[0] if norms and not isinstance(norms[0], CONTAINERS) else None
+
+
+def middle(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norm with which the MLP of a block begins, and the module that returns what it adds to the residual; None for what it has not."""
+    mlp, norm = mlp_and_norm(block)
+    children = dict(children_of(block))
+    if mlp is not None or not {*families.TWO_PART_MLP} <= children.keys():
+        return norm, mlp
+    last = children[families.TWO_PART_MLP[1]]
+    if families.RESIDUAL in parameters(type(last)):
+        last = dict(children_of(last)).get(families.BEFORE_RESIDUAL)
+    post = families.POST_NORM_BLOCKS.search(qualified_name(type(block)))
+    return None if post else children.get(families.TWO_PART_NORM), last
 
 
 def path_of(target: nn.Module, root: nn.Module) -> str | None:

@@ -21,7 +21,7 @@ from ..engine.model import ModelSurgery
 from ..engine.surgery import StreamSurgery
 from ..errors import ConfigError, UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, edited_shapes
-from ..model.anatomy import anatomy, prefix_tokens, prompt_width
+from ..model.anatomy import anatomy, prompt_width, special_tokens
 from ..model.parts import OWN
 from ..model.pictures import vision_tower
 from ..model.streams import Stream
@@ -139,7 +139,7 @@ class HFTokensModel(BaseTuner):
                 return surgery
         base, parts = self._anatomy.model, stream.paths[0].split(".")
         holders = [base.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-        return StreamSurgery(self._model_surgery, stream, prefix_tokens(base, stream), holders)
+        return StreamSurgery(self._model_surgery, stream, special_tokens(base, stream), holders)
 
     @property
     def _model_surgery(self) -> ModelSurgery:

@@ -11,7 +11,7 @@ SIGNALS: dict[str, str] = {
     "mask": "tokens (for a CacheCompressor: entries) that are real, neither padding nor filler, (b m) bool",
     "sizes": "how many original tokens stand in each token (for a CacheCompressor: entry, also (b k n)), (b m)",
     "positions": "place of each token (for a CacheCompressor: entry) in the given sequence, from 0 at the first real one, (b m)",
-    "fresh": "tokens that a TokenBank inserted, (b m) bool",
+    "fresh": "tokens that a TokenBank inserted, or that a model itself has behind its patches to answer with, (b m) bool",
     "plain": "tokens of each row that are real, neither special in front nor inserted, int, where that is known without a look; else None",
     "prefix": "number of special tokens (class, distillation, registers) in front of a vision stream, int",
     "visual": "tokens that come from an image or a video, (b m) bool",

@@ -30,6 +30,7 @@ class TokenLedger:
         context: Length of the second sequence that the blocks get, to carry it along or to read it.
         behind: Whether it stands behind the tokens in what they share, and not in front.
         tokens_first: Whether tables of tokens and samples have the tokens first.
+        laid_over_heads: Whether a table (n d) that all samples share may have a row for each, (b 1 n d).
         prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
@@ -52,6 +53,7 @@ class TokenLedger:
     context: int = 0
     behind: bool = False
     tokens_first: bool = False
+    laid_over_heads: bool = False
     prefix: int = 0
     additive: bool = False
     proportional: bool = False
