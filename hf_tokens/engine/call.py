@@ -17,8 +17,10 @@ from ..kv.static import FrontedLayer
 from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
 from ..model.blocks import BIAS, CROSS_BIAS, BlockFacts, mask_name, passed_on
+from ..model.parts import qualified_name
 from ..model.signatures import positional
 from ..model.streams import LAYOUTS, PACKED, Stream, axes, rebuilt
+from ..tokens.altered import altered
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
 from .trial import run_or_refuse
@@ -113,11 +115,16 @@ class BlockCall:
         """A mask as the model gave it; where it gave none, the one that these tokens need."""
         if value is not None and not (isinstance(value, dict) and None in value.values()):
             return value
-        mask = ledger.implied_mask(hidden, stored) if self.attends else ledger.filled
+        mask = self._ordered_by_flag(ledger).implied_mask(hidden, stored) if self.attends else ledger.filled
         if value is None or mask is None:
             return mask if value is None else value
         rule = "Rows that keep different numbers of tokens need one mask a block, or all of its masks said"
         raise UnsupportedError(explain(rule, f"the masks {sorted(value)}, of which some are None", "Run one sample at a time."))
+
+    def _ordered_by_flag(self, ledger: TokenLedger) -> TokenLedger:
+        """The ledger, causal only if a query of the attention sees nothing behind it without a mask: backends go by its flag."""
+        flag = getattr(self.stream.attention(self.index), "is_causal", True) is not False
+        return altered(ledger, causal=ledger.causal and flag and not families.OPEN_UNMASKED.search(qualified_name(type(self.block))))
 
     def _refuse_filler(self, ledger: TokenLedger) -> None:
         """A mask keeps filler from one attention; a state space can be kept from it as from padding: in front of a whole sequence."""
