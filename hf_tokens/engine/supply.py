@@ -274,7 +274,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "attended": attended_residual,
     "newer": newer_entries,
     "received": lambda m: m.layer.record.entries["received"],
-    "record": lambda m: m.layer.record,
+    "record": lambda m: m.layer.record.own(m.key),
     "states": lambda m: EntryStates(m.layer),
     "affinity": lambda m: m.call.affinity,
     "key_positions": key_positions,

@@ -50,7 +50,7 @@ SIGNALS: dict[str, str] = {
     "real": "tokens of this pass that are real, for a CacheCompressor too, (b m) bool",
     "received": "for a CacheCompressor: attention that each entry got since it is cached, mean of the heads on its key head, (b k n)",
     "newer": "for a CacheCompressor: real entries behind each one, (b n), or (b k n) for each key head",
-    "record": "for a CacheCompressor: a dict of this cache layer; its (b ...) tensors follow the rows, those of `.entries` the entries",
+    "record": "for a CacheCompressor: its own dict of a cache layer; its (b ...) tensors follow the rows, those of `.entries` the entries",
     "budget": "for a CacheCompressor: entries that may stay, (b 1) for a row or (b k) for each key head",
     "states": "for a CacheCompressor: a function that gives the cached keys and values, of all entries (b k n e), or of an index (b k r) "
     "alone; its `widths` are those of a key and of a value",
