@@ -216,6 +216,7 @@ class BlockCall:
             return output
         pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
         items = tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
+        self._refuse_skipped(items, ledger)
         if not self.facts.hands_on:
             self._refuse_beside([item if item is before else None for item, before in zip(items, output, strict=True)], ledger)
         return rebuilt(output, items)
@@ -230,6 +231,16 @@ class BlockCall:
             rule = "A block returns for each token its hidden states and nothing else, or all of its tokens must be there"
             got = f"{[tuple(item.shape) for item in beside]} beside them, from {self.where}"
             raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
+
+    def _refuse_skipped(self, items: tuple, ledger: TokenLedger) -> None:
+        """A second sequence that a block changes must stay as it was in a sample that skips the block."""
+        if ledger.filled is None or bool(ledger.filled.any(dim=1).all()):
+            return
+        own, given = self.stream.hidden_index(self.index), [v for v in self.arguments.values() if isinstance(v, Tensor) and v.dim() == 3]
+        second = [item for at, item in enumerate(items) if at != own.returned and isinstance(item, Tensor) and item.dim() == 3]
+        if any(item.shape == value.shape for item in second for value in given if all(item is not other for other in given)):
+            rule = "A block that changes a second sequence must run for all samples of the batch or for none"
+            raise UnsupportedError(explain(rule, f"a part of them at {self.where}", "Run one sample at a time, or choose other layers."))
 
     def _refuse_handed_on(self, ledger: TokenLedger) -> None:
         """What the block before returned for each token must be of those that this one gets."""

@@ -88,6 +88,15 @@ def test_where_the_model_gives_no_mask_a_token_sees_what_its_attention_lets_it_s
         all_close([t[row : row + 1] for t in together], alone, f"{family} {row}")
 
 
+def test_a_block_that_changes_a_second_sequence_runs_for_all_samples_or_for_none():
+    specimen = zoo.build("pegasus_x")
+    base, model = specimen.run(), get_token_model(specimen.model, DrLLMConfig(stream="encoder")).eval()
+    skips, runs = [1, 0, 1, 1], [1, 1, 1, 1]
+    all_close(zoo.tensors(model(**specimen.inputs, hf_tokens_targets=torch.tensor([runs, runs]))), base)
+    with pytest.raises(UnsupportedError, match="changes a second sequence must run for all samples of the batch or for none"):
+        model(**specimen.inputs, hf_tokens_targets=torch.tensor([runs, skips]))
+
+
 def test_what_is_given_no_sound_is_the_base_at_zero_strength():
     """A mask of its own tokens tells of no padding: what is no sound is there all the same."""
     base, model = zoo.build("higgs_audio_v2").model, get_token_model(zoo.build("higgs_audio_v2").model, PrefixKVConfig(budget=1.0)).eval()
