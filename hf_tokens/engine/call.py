@@ -17,8 +17,10 @@ from ..kv.static import FrontedLayer
 from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
 from ..model.blocks import BIAS, CROSS_BIAS, BlockFacts, mask_name, passed_on
+from ..model.parts import qualified_name
 from ..model.signatures import positional
 from ..model.streams import LAYOUTS, PACKED, Stream, axes, rebuilt
+from ..tokens.altered import altered
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
 from .trial import run_or_refuse
@@ -113,11 +115,16 @@ class BlockCall:
         """A mask as the model gave it; where it gave none, the one that these tokens need."""
         if value is not None and not (isinstance(value, dict) and None in value.values()):
             return value
-        mask = ledger.implied_mask(hidden, stored) if self.attends else ledger.filled
+        mask = self._ordered_by_flag(ledger).implied_mask(hidden, stored) if self.attends else ledger.filled
         if value is None or mask is None:
             return mask if value is None else value
         rule = "Rows that keep different numbers of tokens need one mask a block, or all of its masks said"
         raise UnsupportedError(explain(rule, f"the masks {sorted(value)}, of which some are None", "Run one sample at a time."))
+
+    def _ordered_by_flag(self, ledger: TokenLedger) -> TokenLedger:
+        """The ledger, causal only if a query of the attention sees nothing behind it without a mask: backends go by its flag."""
+        flag = getattr(self.stream.attention(self.index), "is_causal", True) is not False
+        return altered(ledger, causal=ledger.causal and flag and not families.OPEN_UNMASKED.search(qualified_name(type(self.block))))
 
     def _refuse_filler(self, ledger: TokenLedger) -> None:
         """A mask keeps filler from one attention; a state space can be kept from it as from padding: in front of a whole sequence."""
@@ -209,6 +216,7 @@ class BlockCall:
             return output
         pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
         items = tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
+        self._refuse_skipped(items, ledger)
         if not self.facts.hands_on:
             self._refuse_beside([item if item is before else None for item, before in zip(items, output, strict=True)], ledger)
         return rebuilt(output, items)
@@ -223,6 +231,16 @@ class BlockCall:
             rule = "A block returns for each token its hidden states and nothing else, or all of its tokens must be there"
             got = f"{[tuple(item.shape) for item in beside]} beside them, from {self.where}"
             raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
+
+    def _refuse_skipped(self, items: tuple, ledger: TokenLedger) -> None:
+        """A second sequence that a block changes must stay as it was in a sample that skips the block."""
+        if ledger.filled is None or bool(ledger.filled.any(dim=1).all()):
+            return
+        own, given = self.stream.hidden_index(self.index), [v for v in self.arguments.values() if isinstance(v, Tensor) and v.dim() == 3]
+        second = [item for at, item in enumerate(items) if at != own.returned and isinstance(item, Tensor) and item.dim() == 3]
+        if any(item.shape == value.shape for item in second for value in given if all(item is not other for other in given)):
+            rule = "A block that changes a second sequence must run for all samples of the batch or for none"
+            raise UnsupportedError(explain(rule, f"a part of them at {self.where}", "Run one sample at a time, or choose other layers."))
 
     def _refuse_handed_on(self, ledger: TokenLedger) -> None:
         """What the block before returned for each token must be of those that this one gets."""

@@ -291,7 +291,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "recited": recited_entries,
     "reciting": lambda m: m.layer.origins >= m.run.context.recital.length,
     "received": lambda m: m.layer.record.entries["received"],
-    "record": lambda m: m.layer.record,
+    "record": lambda m: m.layer.record.own(m.key),
     "states": lambda m: EntryStates(m.layer),
     "affinity": lambda m: m.call.affinity,
     "key_positions": key_positions,

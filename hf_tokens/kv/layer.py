@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
-from ..tokens.entries import Arrival, Stored, alike, append, bring, cells_of, pick_entries
+from ..tokens.entries import Arrival, Record, Stored, alike, append, bring, cells_of, pick_entries
 from .states import KVStates
 from .storage import Change, KVFormat
 
@@ -24,17 +24,6 @@ def join(old: Tensor | None, new: Tensor | None, old_like: Tensor, new_like: Ten
         return None
     old = torch.full_like(old_like, default, dtype=torch.bool) if old is None else old
     return append(old, torch.full_like(new_like, default, dtype=torch.bool) if new is None else new)
-
-
-class Record(dict):
-    """What methods remember of the rows of one cache layer: tensors (b ...), which follow the rows.
-
-    `entries` holds (b n) or (b k n) tensors that follow the entries; a new one has `BLANK` in them.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.entries: dict[str, Tensor] = {}
 
 
 class TokenCacheLayer(CacheLayerMixin):

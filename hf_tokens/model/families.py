@@ -145,6 +145,8 @@ LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 LOGIT_DIVISOR, LOGIT_CAP = "logits_scaling", "final_logit_softcapping"
 CAUSAL_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 OPEN_MASKS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_mask")
+# Blocks of a causal stream that see all of it where the model hands down no mask, though no flag of their attention says so.
+OPEN_UNMASKED = re.compile(r"^modeling_fsmt\.DecoderLayer$")
 # Models whose head reads each token, whatever it is: those for another task than to judge a sample as a whole.
 READS_EACH = re.compile(r"For(?!(Sequence|Image|Video|Audio)Classification|MultipleChoice|NextSentencePrediction|XVector)[A-Z]|Backbone$")
 # Models for late interaction: what they return is the set of their tokens' vectors, under this name.

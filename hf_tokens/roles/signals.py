@@ -52,7 +52,7 @@ SIGNALS: dict[str, str] = {
     "newer": "for a CacheCompressor: real entries behind each one, (b n), or (b k n) for each key head",
     "recited": "for a CacheCompressor that `recites`: entries that this pass says again, (b n) or (b k n) bool",
     "reciting": "for a CacheCompressor that `recites`: entries of this pass, its lead included, (b n) or (b k n) bool",
-    "record": "for a CacheCompressor: a dict of this cache layer; its (b ...) tensors follow the rows, those of `.entries` the entries",
+    "record": "for a CacheCompressor: its own dict of a cache layer; its (b ...) tensors follow the rows, those of `.entries` the entries",
     "budget": "for a CacheCompressor: entries that may stay, (b 1) for a row or (b k) for each key head",
     "states": "for a CacheCompressor: a function that gives the cached keys and values, of all entries (b k n e), or of an index (b k r) "
     "alone; its `widths` are those of a key and of a value",

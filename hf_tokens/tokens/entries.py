@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,47 @@ class Stored:
             return x
         slots, x = alike(self._slots, x)
         return torch.empty_like(x).scatter_(-1, slots, x)
+
+
+class Record(dict):
+    """What methods remember of the rows of one cache layer: tensors (b ...), which follow the rows, by a method's key and a name.
+
+    `entries` holds (b n) or (b k n) tensors that follow the entries; a new one has zero in them, but for a size, which is one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.entries: dict[str, Tensor] = {}
+
+    def own(self, key: str) -> OwnRecord:
+        """What one method remembers."""
+        return OwnRecord(self, key)
+
+
+class OwnRecord(MutableMapping):
+    """The part of a record that is a method's own, by names alone; `entries` are those of all."""
+
+    def __init__(self, record: Record, key: str):
+        self.record, self.key = record, key
+
+    @property
+    def entries(self) -> dict[str, Tensor]:
+        return self.record.entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.record[self.key, name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.record[self.key, name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.record[self.key, name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for key, name in self.record if key == self.key)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def append(old: Tensor, new: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ from hf_tokens.tools.surgeries import instances
 
 STIRS = (0.1, 1.0, -1.0, 2.0, 3.0)  # adapters start from zeros here and there, and routers open or closed; a test of what they do must not
 METHODS = {info.name: info for info in list_methods()}
+# What these signals say of a token does not depend on what comes behind it: a method that asks for no others decides alike with a cache.
+LOCAL = {"mask", "fresh", "prefix", "positions", "kind", "layer", "layers", "visual", "memory", "sizes", "progress"}
+LOCAL |= {"weights", "context", "fisher", "targets"}  # they are read once, before, or given
+MAYBE = {"hidden"}  # a method may look at each token by itself, or at all of them
 
 
 @cache

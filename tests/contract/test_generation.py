@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from contract.architectures import BATCH, PADS
-from contract.pairs import generate
+from contract.pairs import LOCAL, MAYBE, generate
 from tolerances import all_close, close
 from transformers.generation import ContinuousBatchingConfig
 
@@ -14,10 +14,6 @@ from hf_tokens.testing import CACHE
 from hf_tokens.tools.surgeries import surgery_of
 
 NEW = 4
-# What these signals say of a token does not depend on what comes behind it: a method that asks for no others decides alike with a cache.
-LOCAL = {"mask", "fresh", "prefix", "positions", "kind", "layer", "layers", "visual", "memory", "sizes", "progress"}
-LOCAL |= {"weights", "context", "fisher", "targets"}  # they are read once, before, or given
-MAYBE = {"hidden"}  # a method may look at each token by itself, or at all of them
 
 
 def ids_of(pair):

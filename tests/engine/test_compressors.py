@@ -72,3 +72,10 @@ def test_what_takes_in_others_stays_in_its_format():
     for layer in cache.layers:
         low = [part for part in layer.kv.parts if part.packed[0][0].dtype == torch.uint8]
         assert torch.equal(torch.stack([part.where for part in low]).any(dim=0), layer.record.entries["beyond"].bool() & layer.there)
+
+
+def test_what_a_compressor_remembers_is_its_own():
+    _, held = decoded(get_token_model(zoo.build("llama").model, [D2OConfig(budget=0.8), D2OConfig(budget=0.4)]).eval())
+    for layer in held.layers:
+        first, second = (value for (_, name), value in layer.record.items() if name == "threshold")
+        assert not torch.equal(first, second)

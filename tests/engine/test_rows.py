@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from contract.pairs import stir
 from held import ASKED, LENGTH, STEPS, ask, decoded, texts
-from tolerances import close
+from tolerances import all_close, close
 
 from hf_tokens import (
     D2OConfig,
     DeepPromptConfig,
+    DrLLMConfig,
+    DynamicTokenPoolingConfig,
     FTPConfig,
     LandmarkAttentionConfig,
     MiKVConfig,
@@ -62,6 +65,36 @@ def test_a_row_of_a_padded_batch_is_that_row_alone(family, name):
     together, _ = decoded(model)
     for row in range(2):
         close(together[row : row + 1], decoded(model, slice(row, row + 1))[0], f"{family} {name} {row}")
+
+
+UNMASKED = {
+    DynamicTokenPoolingConfig(layers=(1, 2)): ("aimv2_text_model", "colpali", "fsmt", "git", "llama", "paligemma"),
+    DrLLMConfig(threshold=0.5): ("colpali", "git", "llama", "paligemma"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [(method, family) for method, families in UNMASKED.items() for family in families],
+    ids=lambda value: value if isinstance(value, str) else value.method,
+)
+def test_where_the_model_gives_no_mask_a_token_sees_what_its_attention_lets_it_see(method, family):
+    specimen = zoo.build(family)
+    torch.manual_seed(0)
+    stir(get_token_model(specimen.model, method).eval())
+    together = specimen.run()
+    for row in range(2):
+        alone = specimen.run(**{name: value[row : row + 1] for name, value in specimen.inputs.items()})
+        all_close([t[row : row + 1] for t in together], alone, f"{family} {row}")
+
+
+def test_a_block_that_changes_a_second_sequence_runs_for_all_samples_or_for_none():
+    specimen = zoo.build("pegasus_x")
+    base, model = specimen.run(), get_token_model(specimen.model, DrLLMConfig(stream="encoder")).eval()
+    skips, runs = [1, 0, 1, 1], [1, 1, 1, 1]
+    all_close(zoo.tensors(model(**specimen.inputs, hf_tokens_targets=torch.tensor([runs, runs]))), base)
+    with pytest.raises(UnsupportedError, match="changes a second sequence must run for all samples of the batch or for none"):
+        model(**specimen.inputs, hf_tokens_targets=torch.tensor([runs, skips]))
 
 
 def test_what_is_given_no_sound_is_the_base_at_zero_strength():

@@ -129,7 +129,7 @@ def test_grouped_heads_balance_by_their_largest_query():
     specimen = zoo.build("llama")
     model = get_token_model(specimen.model, MiKVConfig()).eval()
     cache = model(**specimen.inputs, use_cache=True).past_key_values
-    assert cache.layers[0].record["balance"].shape == (2, 2, 8)
+    assert [value.shape for (_, name), value in cache.layers[0].record.items() if name == "balance"] == [(2, 2, 8)]
     assert cache.layers[0].length == 16 and cache.layers[0].nbytes < 2 * 2 * 2 * 16 * 8 * 4
 
 
