@@ -28,7 +28,7 @@ from ..model.streams import Stream
 from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
-from .doors import calling_loader, is_saving, tell_loader
+from .doors import calling_loader, calling_saver, tell_loader
 from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, check_nested, take_off
 from .patterns import check_patterns
@@ -313,8 +313,9 @@ class HFTokensModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        if is_saving():
-            config.prepare_to_save(tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key)
+        saver = calling_saver()
+        if saver is not None:
+            config.prepare_to_save((tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key), saver, adapter_name)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.peft_configs():
             return {key: value for key, value in state.items() if f".{adapter_name}" in key}
