@@ -24,6 +24,10 @@ OF_PEFT, OF_MODELS, OF_ADAPTERS = "peft.peft_model", "transformers.modeling_util
 SAVED = {OF_PEFT: "output_state_dict", OF_MODELS: "state_dict"}  # what a `save_pretrained` calls the tensors of a file
 FRAMES_TO_SAVER = 8  # frames between a model's `save_pretrained` and our search for it
 FRAMES_TO_LOADER = 20  # frames between a `load_adapter` and our search for it
+COPIERS = tuple(
+    f"trl.trainer.{kind}_trainer" for kind in ("dpo", "grpo", "kto", "rloo")
+)  # for a reference they copy parameters, no buffers
+COPIED = "default_config"  # what they call the config of the adapter that they copy, and give to the copy
 RENAMINGS = "peft_weight_conversions"  # what transformers' `load_adapter` calls its list
 
 
@@ -83,6 +87,12 @@ def about_to_save(saver: FrameType, adapter_name: str) -> PeftSave | None:
 def is_loading() -> bool:
     """Whether PEFT is loading an adapter."""
     return any(True for _ in under_way(OF_PEFT, ("from_pretrained", "load_adapter"), FRAMES_TO_LOADER))
+
+
+def is_copied(config: object) -> bool:
+    """Whether a trainer puts in an adapter of this config to copy another one's parameters into it."""
+    inits = (frame for module in COPIERS for frame in under_way(module, ("__init__",), FRAMES_TO_LOADER))
+    return any(frame.f_locals.get(COPIED) is config for frame in inits)
 
 
 def without(repo: object, name: str = WEIGHTS) -> AdapterError:

@@ -40,7 +40,7 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(tmp_path, amount, count
     save(old, tmp_path)
     length = time.perf_counter() - start
     for _ in range(amount(63, 1)):
-        killed_behind(2 * length * chance.random(), save, new, tmp_path)
+        killed_behind(4 * length * chance.random(), save, new, tmp_path)
         found = held(tmp_path)
         assert found in ((1, 1), (2, 2)) or maker not in WHOLE, f"{found} behind {count['old'] + count['new']} kills"
         count["refused" if found == "refused" else {(1, 1): "old", (2, 2): "new"}[found]] += 1
