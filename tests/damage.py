@@ -135,17 +135,23 @@ def bare(share):
     return model
 
 
+def around(share):
+    return get_token_model(zoo.build("llama").model, stack(share))
+
+
 MAKERS = {
-    "PEFT": (lambda n: get_token_model(zoo.build("llama").model, stack(n)), lambda model, folder: model.save_pretrained(folder)),
-    "save_adapter": (lambda n: get_token_model(zoo.build("llama").model, stack(n)), hf_tokens.save_adapter),
+    "PEFT": (around, lambda model, folder: model.save_pretrained(folder)),
+    "save_adapter": (around, hf_tokens.save_adapter),
+    "save_adapter of a model by itself": (lambda n: around(n).base_model.model, hf_tokens.save_adapter),
     "transformers": (bare, lambda model, folder: model.save_pretrained(folder)),
     "Trainer": (
-        lambda n: get_token_model(zoo.build("llama").model, stack(n)),
+        around,
         lambda model, folder: Trainer(model, TrainingArguments(str(folder), report_to=[])).save_model(),
     ),
 }
 
 
+WHOLE = [maker for maker in MAKERS if maker != "transformers"]  # that writes its config first, and then in the tensors' file
 STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "tempfile.mkdtemp", "shutil.rmtree")
 
 
@@ -163,10 +169,10 @@ def killed_in(step, save, model, folder):
     return os.waitpid(child, 0)[1] == 0
 
 
-def held(folder):
+def held(folder, load=hf_tokens.load):
     """What a folder says of its tensors and its config, if it can be loaded."""
     try:
-        model = hf_tokens.load(folder, zoo.build("llama").model)
+        model = load(folder, zoo.build("llama").model)
     except AdapterError as error:
         assert "have the digest that it names" in str(error)
         return "refused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -80,7 +81,7 @@ class DenoisingWorld(World):
         self.untold: tuple[Any, Tensor | None, Tensor] | None = None  # place, sample and prompt of a call whose prompt nobody told of
         self.joined: str | None = None
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
-            self.hook = context_hook(self.forget)
+            self.hook = context_hook_class()(self.forget)
             if RUN_OVER not in dir(type(model)):  # a model without caches of diffusers' own is not called at the end otherwise
                 vars(model)[RUN_OVER] = self.forget
         self.unloading = UnloadLora(model) if UnloadLora.name in dir(type(model)) else None
@@ -264,21 +265,30 @@ def same_values(x: Tensor, y: Tensor) -> bool:
     return x is y or x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
 
 
-def context_hook(forget: Callable[[], None]) -> Any:
-    """A diffusers hook that only takes part in `cache_context`, and is reset when a pipeline's run is over."""
+@functools.cache
+def context_hook_class() -> Any:
+    """The class of a diffusers hook that only takes part in `cache_context`, and is reset when a pipeline's run is over."""
     from diffusers.hooks import ModelHook
     from diffusers.hooks.hooks import BaseState, StateManager
 
     class ContextHook(ModelHook):
         _is_stateful = True
 
-        def __init__(self):
+        def __init__(self, forget: Callable[[], None]):
             super().__init__()
-            self.manager = StateManager(BaseState)
+            self.manager, self.forget = StateManager(BaseState), forget
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return bare_hook, (), vars(self)
 
         def reset_state(self, module: nn.Module) -> nn.Module:
             self.manager.reset()
-            forget()
+            self.forget()
             return module
 
-    return ContextHook()
+    return ContextHook
+
+
+def bare_hook() -> Any:
+    """One that has nothing yet: a pickle does not find the class, which is there only where diffusers is."""
+    return object.__new__(context_hook_class())

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from peft import PeftConfig, PeftType, get_peft_config
@@ -17,9 +18,9 @@ from torch import Tensor
 from ..errors import ConfigError, explain
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config
-from .doors import CONFIG, file_beside, is_loading, tensors_being_saved, without
-from .reading import read_config, whole
-from .saving import digest_of, has_bytes, hashes_of, replacing
+from .doors import CONFIG, about_to_save, file_beside, is_loading, tensors_being_saved, without
+from .reading import read_config, tensors_of, whole
+from .saving import ANNOUNCED, digest_of, has_bytes, hashes_of, replacing
 
 NAME = "HF_TOKENS"
 PEFT_METHOD = "peft"
@@ -84,6 +85,7 @@ class HFTokensConfig(PeftConfig):
         super().__post_init__()
         self.peft_type, self._weights, self._in_trial, self._is_loaded = HF_TOKENS, None, False, False
         self._hashes: dict[Any, str] = {}
+        self._is_announcing = False
         if isinstance(self.methods, (str, dict, MethodConfig, PeftConfig)):
             self.methods = [self.methods]
         if self.methods is not None and not isinstance(self.methods, Iterable):
@@ -103,8 +105,20 @@ class HFTokensConfig(PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """What the file of a config says, within bounds."""
-        data = read_config(Path(path_json_file), cls, NAME)
+        path = Path(path_json_file)
+        data = read_config(path, cls, NAME)
+        if (path.parent / ANNOUNCED / path.name).is_file():
+            data = cls._of_the_tensors(path, data)
         return {key: value for key, value in data.items() if key != "runtime_config"}
+
+    @classmethod
+    def _of_the_tensors(cls, path: Path, data: dict[str, Any]) -> dict[str, Any]:
+        """What the config says that is of the tensors beside it: where a save was killed behind these, it is the one that was announced."""
+        weights = file_beside(str(path.parent))
+        if weights is None or (digest := digest_of(tensors_of(weights))) == data.get("digest"):
+            return data
+        announced = read_config(path.parent / ANNOUNCED / path.name, cls, NAME)
+        return announced if announced.get("digest") == digest else data
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> HFTokensConfig:
@@ -155,9 +169,24 @@ class HFTokensConfig(PeftConfig):
         """Write the config whole or not at all, with the digest of the tensors that a model's `save_pretrained` writes beside it."""
         self.save_with(tensors_being_saved(), save_directory, **kwargs)
 
-    def prepare_to_save(self, tensors: Iterable[Tensor]) -> None:
-        """Note the hashes of what is about to be saved."""
-        self._hashes = hashes_of(tensors)
+    def prepare_to_save(self, tensors: Iterable[Tensor], saver: FrameType, adapter_name: str) -> None:
+        """Note the hashes of what PEFT is about to save, and announce the config that it will write behind its tensors."""
+        if self._is_announcing:
+            return
+        self._hashes, self._is_announcing = hashes_of(tensors), True
+        try:
+            save = about_to_save(saver, adapter_name)
+        finally:
+            self._is_announcing = False
+        if save is not None:
+            config = copy.copy(self)
+            vars(config).update(save.values)
+            config.announce(save.tensors, save.folder, auto_mapping_dict=save.auto_mapping)
+
+    def announce(self, tensors: Mapping[str, Tensor], folder: Path, **kwargs: Any) -> None:
+        """Write down the config of tensors that come before it: it counts from when they are there, until it is in its place itself."""
+        if all(map(has_bytes, tensors.values())):
+            self.save_with(tensors, folder / ANNOUNCED, **kwargs)
 
     def save_with(self, tensors: Mapping[str, Tensor] | None, folder: str | Path, **kwargs: Any) -> None:
         """Write the config beside these tensors; where they are not known, nothing is said of them."""

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from ..errors import AdapterError, UnsupportedError, explain
@@ -23,6 +24,10 @@ OF_PEFT, OF_MODELS, OF_ADAPTERS = "peft.peft_model", "transformers.modeling_util
 SAVED = {OF_PEFT: "output_state_dict", OF_MODELS: "state_dict"}  # what a `save_pretrained` calls the tensors of a file
 FRAMES_TO_SAVER = 8  # frames between a model's `save_pretrained` and our search for it
 FRAMES_TO_LOADER = 20  # frames between a `load_adapter` and our search for it
+COPIERS = tuple(
+    f"trl.trainer.{kind}_trainer" for kind in ("dpo", "grpo", "kto", "rloo")
+)  # for a reference they copy parameters, no buffers
+COPIED = "default_config"  # what they call the config of the adapter that they copy, and give to the copy
 RENAMINGS = "peft_weight_conversions"  # what transformers' `load_adapter` calls its list
 
 
@@ -49,15 +54,45 @@ def tensors_being_saved() -> Mapping[str, Tensor] | None:
     return next(found, None)
 
 
-def is_saving() -> bool:
-    """Whether PEFT is saving an adapter."""
-    return any(True for _ in under_way(OF_PEFT, ("save_pretrained",), FRAMES_TO_SAVER))
+def calling_saver() -> FrameType | None:
+    """The call of a PeftModel's `save_pretrained` that is under way, if one is."""
+    return next(under_way(OF_PEFT, ("save_pretrained",), FRAMES_TO_SAVER), None)
+
+
+class PeftSave(NamedTuple):
+    """What PEFT is about to write of an adapter: to a folder its tensors, and then its config."""
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    values: dict[str, Any]
+    auto_mapping: dict[str, str] | None
+
+
+def about_to_save(saver: FrameType, adapter_name: str) -> PeftSave | None:
+    """What a call of `save_pretrained` is about to write of an adapter; None where that is nothing, or something else."""
+    names = saver.f_locals  # where other processes hold parts of the tensors, all of them ask for these
+    model, folder, given = names["self"], Path(names["save_directory"]), names["kwargs"].get("state_dict")
+    tensors = get_peft_model_state_dict(model, given, adapter_name, False, names["save_embedding_layers"])
+    if not names["is_main_process"] or names["path_initial_model_for_weight_conversion"] is not None:
+        return None
+    config, base = model.peft_config[adapter_name], model.get_base_model()
+    values: dict[str, Any] = {"inference_mode": True}
+    if config.base_model_name_or_path is None:
+        values["base_model_name_or_path"] = vars(base).get("name_or_path") or None
+    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__} if config.task_type is None else None
+    return PeftSave(folder if adapter_name == "default" else folder / adapter_name, tensors, values, mapping)
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
 def is_loading() -> bool:
     """Whether PEFT is loading an adapter."""
     return any(True for _ in under_way(OF_PEFT, ("from_pretrained", "load_adapter"), FRAMES_TO_LOADER))
+
+
+def is_copied(config: object) -> bool:
+    """Whether a trainer puts in an adapter of this config to copy another one's parameters into it."""
+    inits = (frame for module in COPIERS for frame in under_way(module, ("__init__",), FRAMES_TO_LOADER))
+    return any(frame.f_locals.get(COPIED) is config for frame in inits)
 
 
 def without(repo: object, name: str = WEIGHTS) -> AdapterError:

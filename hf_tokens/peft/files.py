@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import AdapterError, explain
 from .config import PEFT_METHOD, HFTokensConfig
 from .doors import CONFIG, PICKLE, calling_loader, given_to, without
-from .reading import whole
+from .reading import opened, read_pickle, whole
 from .saving import PEFT_PREFIX, digest_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,28 +39,6 @@ def header(weights: Path) -> dict[str, Saved]:
     with whole(f"{weights.name} must be a whole safetensors file", "Download or save it again."), opened(weights) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
         return {key: (part.get_shape(), kinds.get(part.get_dtype())) for key, part in slices.items()}
-
-
-def check_is_file(weights: Path) -> None:
-    """Refuse a pipe or a device in the place of a file: it would never end."""
-    if not weights.is_file():
-        raise AdapterError(explain(f"{weights.name} must be a file", weights, "Download or save it again."))
-
-
-def opened(weights: Path) -> Any:
-    """A safetensors file."""
-    check_is_file(weights)
-    return safe_open(str(weights), framework="pt")
-
-
-def read_pickle(weights: Path) -> dict[str, Tensor]:
-    """The tensors in torch's own kind of file, which PEFT writes with `safe_serialization=False`; nothing in it is run."""
-    check_is_file(weights)
-    with whole(f"{weights.name} must be a whole file of tensors", "Download or save it again."):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise TypeError("there is more than tensors by their names")
-    return state
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------

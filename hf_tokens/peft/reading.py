@@ -1,4 +1,4 @@
-"""What a stranger's adapter_config.json may be: a small JSON file of plain numbers, of known names with values of their types."""
+"""What a stranger's files may be: a small adapter_config.json of plain numbers, of known names with values of their types; tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from ..errors import AdapterError, HFTokensError, explain
 from ..roles.config import matches
@@ -78,3 +82,34 @@ def whole_numbers(value: Any) -> Iterator[int]:
     elif isinstance(value, list):
         for item in value:
             yield from whole_numbers(item)
+
+
+def check_is_file(weights: Path) -> None:
+    """Refuse a pipe or a device in the place of a file: it would never end."""
+    if not weights.is_file():
+        raise AdapterError(explain(f"{weights.name} must be a file", weights, "Download or save it again."))
+
+
+def opened(weights: Path) -> Any:
+    """A safetensors file."""
+    check_is_file(weights)
+    return safe_open(str(weights), framework="pt")
+
+
+def read_pickle(weights: Path) -> dict[str, Tensor]:
+    """The tensors in torch's own kind of file, which PEFT writes with `safe_serialization=False`; nothing in it is run."""
+    check_is_file(weights)
+    with whole(f"{weights.name} must be a whole file of tensors", "Download or save it again."):
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise TypeError("there is more than tensors by their names")
+    return state
+
+
+def tensors_of(weights: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file with their names, one by one."""
+    if weights.suffix != ".safetensors":
+        yield from read_pickle(weights).items()
+        return
+    with whole(f"{weights.name} must be a whole safetensors file", "Download or save it again."), opened(weights) as file:
+        yield from ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 (a safetensors file is no dict)

@@ -1,4 +1,8 @@
-"""How an adapter is saved: its config is written whole, with a digest of the tensors beside it; what a killed save left there goes."""
+"""How an adapter is saved: its config is written whole, with a digest of the tensors beside it; what a killed save left there goes.
+
+The tensors and the config are two files. The config is announced before the tensors take their place, and takes its own behind them:
+whenever a save is killed, one of the two configs has the digest of the tensors that are there.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PEFT_PREFIX = "base_model.model."  # how a file calls what is in the base
 OURS = ".tmp-adapter-"  # how our temporary folders begin
+ANNOUNCED = f"{OURS}announced"  # holds the config of tensors that are being written
 OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # how safetensors calls a file that it writes
 
 

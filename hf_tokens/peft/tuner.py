@@ -28,7 +28,7 @@ from ..model.streams import Stream
 from ..roles.base import Dims, Method
 from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
-from .doors import calling_loader, is_saving, tell_loader
+from .doors import calling_loader, calling_saver, is_copied, tell_loader
 from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, check_nested, take_off
 from .patterns import check_patterns
@@ -170,11 +170,21 @@ class HFTokensModel(BaseTuner):
                     block.know(self._own_adapters)
                 if config.peft_configs():
                     self._inject_nested(model, config, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+                if is_copied(config):
+                    self._copy_buffers(next(name for name, other in self.peft_config.items() if other is config), adapter_name)
         except BaseException:
             self._roll_back(adapter_name)
             raise
         finally:
             config.aim(None)
+
+    @torch.no_grad()
+    def _copy_buffers(self, adapter_name: str, to: str) -> None:
+        """Give one adapter what another one holds beside its parameters: what it drew, selected or solved for."""
+        buffers = dict(self.model.named_buffers())
+        for name, value in buffers.items():
+            if f".{adapter_name}." in name:
+                buffers[name.replace(f".{adapter_name}.", f".{to}.")].copy_(value)
 
     def _inject_nested(self, model: nn.Module, config: HFTokensConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         trained = {p: p.requires_grad for p in model.parameters()}
@@ -313,8 +323,9 @@ class HFTokensModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        if is_saving():
-            config.prepare_to_save(tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key)
+        saver = calling_saver()
+        if saver is not None:
+            config.prepare_to_save((tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key), saver, adapter_name)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.peft_configs():
             return {key: value for key, value in state.items() if f".{adapter_name}" in key}

@@ -178,5 +178,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
     tensors = {PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}
+    config = inner.peft_config[adapter_name]
+    config.announce(tensors, folder)
     save_file(tensors, str(folder / WEIGHTS))
-    inner.peft_config[adapter_name].save_with(tensors, folder)
+    config.save_with(tensors, folder)

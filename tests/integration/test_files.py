@@ -12,7 +12,7 @@ import gates
 import pytest
 import torch
 from contract.pairs import difference, snapshot
-from damage import ADAPTERS, FIRST, MAKERS, MORE, ODD, change, filled, held, killed_in, leaves, planted, without_digest
+from damage import ADAPTERS, FIRST, MAKERS, MORE, ODD, WHOLE, change, filled, held, killed_in, leaves, planted, without_digest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -23,6 +23,7 @@ from tolerances import all_equal
 import hf_tokens
 from hf_tokens import AdapterError, ConfigError, DeepPromptConfig, HFTokensConfig, HFTokensError, get_token_model
 from hf_tokens.peft.patterns import check_patterns
+from hf_tokens.peft.saving import ANNOUNCED
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
@@ -195,21 +196,36 @@ def test_a_config_saved_by_itself_says_nothing_of_tensors(saved, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["digest"] is None
 
 
-@pytest.mark.parametrize("maker", of(["PEFT", "transformers"]))
-def test_a_save_that_is_killed_leaves_the_old_or_the_new_or_is_refused_and_no_litter_behind_the_next(tmp_path, maker):
+def kept_behind_kills(maker, folder, load=hf_tokens.load):
+    """What a folder holds when saving something new into it was killed in each of its steps; the next save leaves nothing else there."""
     make, save = MAKERS[maker]
     old, new = (filled(lambda value=value: make(value), value) for value in (1, 2))
-    save(old, tmp_path)
-    files, seen = {path.name for path in tmp_path.iterdir()}, []
+    save(old, folder)
+    said, announced = None, folder / ANNOUNCED / "adapter_config.json"
+    files, seen = {path.name for path in folder.iterdir()}, []
     for step in itertools.count():
-        (tmp_path / ".tmpAbC123").write_bytes(bytes(100))  # what safetensors leaves
-        done = killed_in(step, save, new, tmp_path)
-        seen.append(held(tmp_path))
-        save(old, tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == files
+        (folder / ".tmpAbC123").write_bytes(bytes(100))  # what safetensors leaves
+        done = killed_in(step, save, new, folder)
+        seen.append(held(folder, load))
+        said = announced.read_bytes() if announced.is_file() else said
+        assert not done or said in (None, (folder / "adapter_config.json").read_bytes())
+        save(old, folder)
+        assert {path.name for path in folder.iterdir()} == files
         if done:
-            break
-    assert seen[-1] == (2, 2) and seen[0] == (1, 1) and set(seen) <= {(1, 1), (2, 2), "refused"}
+            return seen
+
+
+@pytest.mark.parametrize("door", LIBRARIES[:2])
+@pytest.mark.parametrize("maker", WHOLE)
+def test_a_save_that_is_killed_leaves_the_old_or_the_new_and_no_litter_behind_the_next(tmp_path, maker, door):
+    seen = kept_behind_kills(maker, tmp_path, DOORS[door])
+    assert seen[0] == (1, 1) and seen[-1] == (2, 2) and set(seen) == {(1, 1), (2, 2)}
+
+
+@gates.add_adapter
+def test_a_save_of_transformers_that_is_killed_leaves_the_old_or_the_new_or_is_refused(tmp_path):
+    seen = kept_behind_kills("transformers", tmp_path)
+    assert seen[0] == (1, 1) and seen[-1] == (2, 2) and set(seen) <= {(1, 1), (2, 2), "refused"}
 
 
 def test_what_is_not_a_saves_own_stays(saved, tmp_path):

@@ -15,7 +15,10 @@ from tolerances import all_equal
 from hf_tokens import UnsupportedError, get_token_model
 from hf_tokens.testing import probe_config, zoo
 
-ERRORS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError, KeyError, TypeError, OSError, Warning)
+ERRORS = (
+    *(KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError, KeyError, TypeError, OSError, Warning),
+    *(RuntimeError, ValueError, IndexError, AssertionError),
+)
 
 
 class Raising:

@@ -1,4 +1,4 @@
-"""Saves that are killed at any moment leave the old adapter, the new one, or what every door refuses; the next one leaves no litter."""
+"""Saves that are killed at any moment leave the old adapter or the new one; the next one leaves no litter."""
 
 import os
 import random
@@ -7,11 +7,12 @@ import time
 
 import gates
 import pytest
-from damage import MAKERS, filled, held
+from damage import MAKERS, WHOLE, filled, held
 
 PARTS = 4
 MAKES = [
-    pytest.param(maker, marks=gates.add_adapter if maker == "transformers" else ()) for maker in ("PEFT", "save_adapter", "transformers")
+    pytest.param(maker, marks=gates.add_adapter if maker == "transformers" else ())
+    for maker in ("PEFT", "save_adapter of a model by itself", "transformers")
 ]
 
 
@@ -30,7 +31,7 @@ def killed_behind(seconds, save, model, folder):
 
 @pytest.mark.parametrize("maker", MAKES)
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_save_that_is_killed_leaves_the_old_the_new_or_a_refusal(tmp_path, amount, count, part, maker):
+def test_a_save_that_is_killed_leaves_the_old_or_the_new(tmp_path, amount, count, part, maker):
     make, save = MAKERS[maker]
     chance = random.Random(part)
     old, new = (filled(lambda value=value: make(value), value) for value in (1, 2))
@@ -39,8 +40,9 @@ def test_a_save_that_is_killed_leaves_the_old_the_new_or_a_refusal(tmp_path, amo
     save(old, tmp_path)
     length = time.perf_counter() - start
     for _ in range(amount(63, 1)):
-        killed_behind(2 * length * chance.random(), save, new, tmp_path)
+        killed_behind(4 * length * chance.random(), save, new, tmp_path)
         found = held(tmp_path)
+        assert found in ((1, 1), (2, 2)) or maker not in WHOLE, f"{found} behind {count['old'] + count['new']} kills"
         count["refused" if found == "refused" else {(1, 1): "old", (2, 2): "new"}[found]] += 1
         save(old, tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == files and held(tmp_path) == (1, 1)
