@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,18 +19,23 @@ SECOND = ("transformer_2", "unconditional_transformer")  # names of a second den
 BESIDE_DENOISER = re.compile(r"ControlNet|Adapter")  # these take a timestep, and put out what a denoiser reads
 
 
-def denoising(pipeline: str, components: dict[str, Any]) -> Any:
-    """The denoiser among the components of a pipeline; None if there is none.
+def denoisers(pipeline: str, components: dict[str, Any]) -> dict[str, Any]:
+    """The denoisers among the components of a pipeline by their names: one, several of a class that share its run, or none.
 
     Raises:
-        UnsupportedError: There are several: a surgery in one of them would be half of one.
+        UnsupportedError: There are several, of which not all are those: a surgery in some of them would be half of one.
     """
-    found = [name for name, component in components.items() if denoises(name, component)]
-    if len(found) > 1:
-        rule = "A surgery in a pipeline is in all that denoises, one `transformer` or `unet`"
-        remedy = f"Pass each by itself, `{'`, `'.join(f'pipe.{name}' for name in found)}`: each gets an adapter of its own, edits too."
-        raise UnsupportedError(explain(rule, f"a {pipeline} with {' and '.join(found)}", remedy))
-    return next((components[name] for name in SURGICAL if components.get(name) is not None), None)
+    found = {name: component for name, component in components.items() if denoises(name, component)}
+    known = {name: component for name, component in found.items() if name in (*SURGICAL, *SECOND)}
+    if len(found) > 1 and (known != found or len({type(component) for component in found.values()}) > 1):
+        raise apart("A surgery in a pipeline is in all that denoises, one `transformer` or `unet`, or two of one class", pipeline, found)
+    return known
+
+
+def apart(rule: str, pipeline: str, names: Iterable[str]) -> UnsupportedError:
+    """What is said where the denoisers of a pipeline are to be passed by themselves."""
+    remedy = f"Pass each by itself, `{'`, `'.join(f'pipe.{name}' for name in names)}`: each gets an adapter of its own, edits too."
+    return UnsupportedError(explain(rule, f"a {pipeline} with {' and '.join(names)}", remedy))
 
 
 def denoises(name: str, component: Any) -> bool:
@@ -151,6 +157,7 @@ HANDED: tuple[tuple[dict[str, Parts], str], ...] = (
         "AceStepPipeline",
     ),
     ({"generated_prompt_embeds": PAIR}, "AudioLDM2Pipeline"),
+    ({"llm_features": ALONE, "neg_llm_features": OTHER}, "Ideogram4Pipeline"),
     ({"model_prompt_embeds": PAIR}, "StableAudio3Pipeline"),
     ({"text_audio_duration_embeds": PAIR}, "StableAudioPipeline"),
     ({"encoder_hidden_states": PAIR, "prompt_embeds": PAIR}, "AnyFlowFARPipeline"),

@@ -59,6 +59,10 @@ class WeightEdit(Method):
             buffer.copy_(changes[name]) if name in changes else buffer.zero_()
         self._made = bool(self.made.fill_(bool(changes)))
 
+    def noted(self) -> dict[str, Tensor]:
+        """A copy of what the edit changes in this block; empty where it is not made."""
+        return {name: getattr(self, self.slot(name)).clone() for name in self.dims.weights} if bool(self.made) else {}
+
     @abc.abstractmethod
     def edit(self, *signals: Any) -> dict[str, Tensor]:
         """The new weights, name -> (o i), of all blocks at once; those left out stay."""

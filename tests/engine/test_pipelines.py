@@ -43,15 +43,19 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tolerances import all_equal
 
 from hf_tokens import (
+    AdapterError,
+    ConfigError,
     ProfilingDiTConfig,
     ProSpectConfig,
     UnsupportedError,
+    aux_loss,
     calibrate,
     edit,
     get_token_model,
     load,
     measure,
     save_adapter,
+    set_progress,
     unload,
 )
 from hf_tokens.diffusion.clock import Tick, falling, find_tick
@@ -66,11 +70,12 @@ from hf_tokens.model.pipelines import (
     PROMPTS,
     SHARED_CACHES,
     STEPPED,
-    denoising,
+    denoisers,
 )
 from hf_tokens.model.streams import PROMPT
 from hf_tokens.testing import zoo
-from hf_tokens.tools.surgeries import surgery_of
+from hf_tokens.tools import loading
+from hf_tokens.tools.surgeries import surgeries_of, surgery_of
 
 NEED_MORE = ("cv2", "note-seq", "PyAV", "flax", "onnx")  # modules that another package would have to be installed for
 
@@ -99,28 +104,33 @@ def components(cls):
     return {name: kind[0].__new__(kind[0]) for name, kind in kinds.items() if kind and issubclass(kind[0], torch.nn.Module)}
 
 
+PAIRS = {
+    **dict.fromkeys(("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline"), ["transformer", "transformer_2"]),
+    "Ideogram4Pipeline": ["transformer", "unconditional_transformer"],
+}
 SEVERAL = {
-    *("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline", "Ideogram4Pipeline", "StableUnCLIPPipeline"),
     *("KandinskyCombinedPipeline", "KandinskyImg2ImgCombinedPipeline", "KandinskyInpaintCombinedPipeline", "StableCascadeCombinedPipeline"),
     *("KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline", "KandinskyV22InpaintCombinedPipeline"),
-    *("UnCLIPPipeline", "UnCLIPImageVariationPipeline", "VersatileDiffusionPipeline"),
+    *("UnCLIPPipeline", "UnCLIPImageVariationPipeline", "VersatileDiffusionPipeline", "StableUnCLIPPipeline"),
     *("VersatileDiffusionTextToImagePipeline", "VersatileDiffusionDualGuidedPipeline"),
 }
 
 
-def test_a_pipeline_with_several_denoisers_is_refused_by_name():
-    refused = set()
+def test_several_denoisers_are_a_pair_of_a_class_or_refused_by_name():
+    refused, pairs = set(), {}
     for name, cls in pipelines().items():
         parts = components(cls)
         looks_so = [k for k, v in parts.items() if isinstance(v, ModelMixin) and ("transformer" in k or "unet" in k or "prior" in k)]
         try:
-            denoising(name, parts)
+            found = denoisers(name, parts)
         except UnsupportedError as error:
             refused.add(name)
             assert name in str(error) and "Pass each by itself" in str(error)
         else:
-            assert len([k for k in looks_so if not BESIDE_DENOISER.search(type(parts[k]).__name__)]) < 2, name
-    assert refused == SEVERAL & pipelines().keys()
+            pairs |= {name: [*found]} if len(found) > 1 else {}
+            assert len([k for k in looks_so if not BESIDE_DENOISER.search(type(parts[k]).__name__)]) < 2 or name in pairs, name
+    there = pipelines().keys()
+    assert refused == SEVERAL & there and pairs == {name: names for name, names in PAIRS.items() if name in there}
 
 
 def wan(seed):
@@ -133,6 +143,21 @@ def pipeline(**parts):
     return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, boundary_ratio=0.5, **parts)
 
 
+def pair(second=None):
+    pipe = pipeline(transformer=wan(1), transformer_2=wan(2) if second is None else second)
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(), vae=AutoencoderKLWan(**SMALL_VAE))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def filmed(pipe, guidance=4.0, steps=8, videos=1):
+    torch.manual_seed(3)
+    prompts = {"prompt_embeds": torch.randn(videos, 5, 8), "negative_prompt_embeds": torch.randn(videos, 5, 8)}
+    sizes = dict(height=64, width=64, num_frames=1, num_inference_steps=steps, output_type="latent")
+    return pipe(**prompts, **sizes, guidance_scale=guidance).frames
+
+
+SMALL_VAE = dict(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 CALL = dict(hidden_states=torch.ones(1, 4, 1, 4, 4), timestep=torch.tensor([500]), encoder_hidden_states=torch.ones(1, 5, 8))
 DOORS = {
     "attach": lambda pipe, folder: get_token_model(pipe, "rece"),
@@ -142,21 +167,172 @@ DOORS = {
     "calibrate": lambda pipe, folder: calibrate(pipe, [CALL]),
     "unload": lambda pipe, folder: unload(pipe),
     "measure": lambda pipe, folder: measure(pipe, **CALL),
+    "loss": lambda pipe, folder: aux_loss(pipe),
 }
+
+
+def unlike():
+    """Two denoisers that are no pair: of two classes."""
+    pipe = pair()
+    pipe.transformer_2 = denoiser("sd3", torch.float32)
+    return pipe
 
 
 @pytest.mark.parametrize("door", DOORS)
 @torch.no_grad()
-def test_no_door_takes_half_of_two_experts(door, tmp_path):
-    pipe, one = pipeline(transformer=wan(1), transformer_2=wan(2)), pipeline(transformer=wan(3), transformer_2=None)
+def test_no_door_takes_half_of_two_denoisers_that_are_not_alike(door, tmp_path):
+    pipe, one = unlike(), pipeline(transformer=wan(3), transformer_2=None)
     get_token_model(one, "rece")
     save_adapter(one, tmp_path)
-    both = (pipe.transformer, pipe.transformer_2)
-    before, modules = [expert(**CALL).sample for expert in both], [[*expert.modules()] for expert in both]
+    before, modules = pipe.transformer(**CALL).sample, [[*expert.modules()] for expert in (pipe.transformer, pipe.transformer_2)]
     with pytest.raises(UnsupportedError, match="a WanPipeline with transformer and transformer_2. Pass each by itself, `pipe.transformer`"):
         DOORS[door](pipe, tmp_path)
-    all_equal([expert(**CALL).sample for expert in both], before, "refused")
-    assert [[*expert.modules()] for expert in both] == modules
+    all_equal([pipe.transformer(**CALL).sample], [before], "refused")
+    assert [[*expert.modules()] for expert in (pipe.transformer, pipe.transformer_2)] == modules
+
+
+@pytest.mark.parametrize("door", DOORS.keys() - {"attach", "load"})
+def test_a_surgery_in_one_expert_alone_is_not_taken_for_the_pipeline_s(door, tmp_path):
+    pipe = pair()
+    get_token_model(pipe.transformer_2, "rece")
+    said = "One model is looked at" if door == "measure" else "in all of its denoisers, not in transformer_2 alone"
+    with pytest.raises(UnsupportedError, match=f"{said}.* Pass each by itself, `pipe.transformer`, `pipe.transformer_2`"):
+        DOORS[door](pipe, tmp_path)
+
+
+LIVES = {
+    "a bank": ProSpectConfig(stages=1, init_std=1.0, negative=True),
+    "a reducer": "importance-token-merge",
+    "a feature cache": ProfilingDiTConfig(background=(0, 1), start=0.0),
+    "a stack": [LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False), ProSpectConfig(stages=2, init_std=1.0)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("life", LIVES)
+def test_two_experts_have_one_surgery(life, guidance, tmp_path):
+    """What each does by itself they do together: put in, drawn with, saved, switched off, loaded, taken out."""
+    base, apart_ = filmed(pair(), guidance), pair()
+    torch.manual_seed(0)
+    for expert in (apart_.transformer, apart_.transformer_2):
+        get_token_model(expert, LIVES[life])
+    want = filmed(apart_, guidance)
+    assert not torch.equal(want, base)
+    pipe = pair()
+    torch.manual_seed(0)
+    get_token_model(pipe, LIVES[life])
+    all_equal([filmed(pipe, guidance)], [want], "each by itself")
+    save_adapter(pipe, tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        f"{name}/{file}" for name in PAIRS["WanPipeline"] for file in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    pipe.disable_lora()  # as diffusers calls it
+    all_equal([filmed(pipe, guidance)], [base], "disabled")
+    loaded = load(tmp_path, pair())
+    all_equal([filmed(loaded, guidance)], [want], "loaded")
+    unload(loaded)
+    all_equal([filmed(loaded, guidance)], [base], "unloaded")
+    assert not any("hf_tokens" in name for expert in (loaded.transformer, loaded.transformer_2) for name, _ in expert.named_modules())
+
+
+def test_a_video_of_two_experts_is_the_same_in_a_batch():
+    for life in ("a bank", "a feature cache"):
+        pipe = get_token_model(pair(), LIVES[life])
+        latents, prompts = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 2, 5, 8)
+        sizes = dict(height=64, width=64, num_frames=1, num_inference_steps=8, output_type="latent", guidance_scale=4.0)
+        film = lambda rows, pipe=pipe, latents=latents, prompts=prompts, sizes=sizes: (
+            pipe(prompt_embeds=prompts[0, rows], negative_prompt_embeds=prompts[1, rows], latents=latents[rows].clone(), **sizes).frames
+        )
+        torch.testing.assert_close(film(slice(2)), torch.cat([film(slice(1)), film(slice(1, 2))]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("door", ["attach", "load"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_what_does_not_fit_the_second_expert_does_not_stay_in_the_first(door, beside, tmp_path):
+    save_adapter(get_token_model(pair(), ProSpectConfig(stages=1)), tmp_path)
+    other = WanTransformer3DModel.from_config({**wan(2).config, "num_layers": 1})
+    pipe = pair(other.eval())
+    config = ProSpectConfig(stages=1)
+    if door == "attach":
+        get_token_model(pipe.transformer_2, config, adapter_name="mine")
+    if beside:
+        get_token_model(pipe.transformer, config, adapter_name="there")
+    state = lambda: [(name, p.requires_grad) for name, p in pipe.transformer.named_parameters()]
+    before, modules, names = pipe.transformer(**CALL).sample, state(), vars(pipe.transformer).get("peft_config", {}).keys() - {""}
+    damage_second(tmp_path)
+    with pytest.raises((ConfigError, AdapterError)):
+        get_token_model(pipe, config, adapter_name="mine") if door == "attach" else load(tmp_path, pipe, adapter_name="mine")
+    assert state() == modules and vars(pipe.transformer).get("peft_config", {}).keys() == names
+    all_equal([pipe.transformer(**CALL).sample], [before], "refused")
+
+
+def damage_second(folder):
+    """Turn a bit in the file of the second expert, which is still one that can be read."""
+    path = folder / "transformer_2" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+def test_an_adapter_of_one_denoiser_is_not_loaded_as_one_of_two_nor_the_other_way_round(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    save_adapter(get_token_model(pipeline(transformer=wan(1), transformer_2=None), "rece"), one)
+    save_adapter(get_token_model(pair(), "rece"), two)
+    with pytest.raises(AdapterError, match="with transformer and transformer_2 has a folder for each, got .*one, the adapter of one model"):
+        load(one, pair())
+    for model in (pipeline(transformer=wan(1), transformer_2=None), wan(1), None):
+        with pytest.raises(AdapterError, match="goes into a pipeline that has them, got .*two with transformer and transformer_2. Pass"):
+            load(two, model)
+    (two / "transformer_2" / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match="has a file adapter_config.json, got .*two/transformer_2 without it"):
+        load(two, pair())
+
+
+def test_a_save_that_is_killed_between_two_experts_leaves_no_mixture(tmp_path, monkeypatch):
+    pipe = get_token_model(pair(), ProSpectConfig(stages=1, init_std=1.0))
+    save_adapter(pipe, tmp_path)
+    save = loading.save_into
+    monkeypatch.setattr(
+        loading, "save_into", lambda folder, *rest: exec("raise KeyboardInterrupt") if "_2" in str(folder) else save(folder, *rest)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(pipe, tmp_path)
+    with pytest.raises(AdapterError, match="has a file adapter_config.json"):
+        load(tmp_path, pair())
+
+
+OTHER_CALL = {**CALL, "encoder_hidden_states": torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1))}
+
+
+@torch.no_grad()
+def test_an_erasure_reaches_both_experts_or_none():
+    pipe, apart_ = get_token_model(pair(), "rece"), pair()
+    moved = edit(pipe, {"erase": iter([CALL]), "anchor": [OTHER_CALL]})
+    assert [*moved] == ["transformer.default.0", "transformer_2.default.0"] and all(
+        value > 0 for of in moved.values() for value in of.values()
+    )
+    experts = [get_token_model(expert, "rece") for expert in (apart_.transformer, apart_.transformer_2)]
+    for expert in experts:
+        edit(expert, {"erase": [CALL], "anchor": [OTHER_CALL]})
+    erased = [expert(**CALL).sample for expert in (pipe.transformer, pipe.transformer_2)]
+    all_equal(erased, [expert(**CALL).sample for expert in experts], "each by itself")
+    handle = pipe.transformer_2.register_forward_pre_hook(lambda *_: exec("raise RuntimeError('out of memory')"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        edit(pipe, {"erase": [OTHER_CALL], "anchor": [CALL]})
+    handle.remove()
+    all_equal([expert(**CALL).sample for expert in (pipe.transformer, pipe.transformer_2)], erased, "none")
+
+
+@torch.no_grad()
+def test_knobs_of_two_experts_are_measured_in_one_run_of_their_pipeline(tmp_path):
+    pipe = get_token_model(pair(), ProfilingDiTConfig())
+    batch = dict(prompt_embeds=torch.ones(1, 5, 8), negative_prompt_embeds=torch.zeros(1, 5, 8), height=16, width=16, num_frames=1)
+    found = calibrate(pipe, [{**batch, "num_inference_steps": 6, "output_type": "latent"}])
+    assert [*found] == ["transformer.default.0", "transformer_2.default.0"]
+    for name in PAIRS["WanPipeline"]:
+        assert pipe.components[name].peft_config["default"].methods == [found[f"{name}.default.0"]]
+    set_progress(pipe, 0.25)
+    assert [surgery.progress for surgery in surgeries_of(pipe).values()] == [0.25, 0.25]
 
 
 @torch.no_grad()
@@ -171,7 +347,7 @@ def test_each_of_two_experts_takes_an_edit_of_its_own():
 
 # -- whose prompt a call is given ------------------------------------------------------------------------------------
 
-DENOISER = re.compile(r"^(self\.(\w*unet|transformer)|\w*transformer|\w*unet|current_model)$")
+DENOISER = re.compile(r"^(self\.(\w*unet|\w*transformer)|\w*transformer|\w*unet|current_model)$")
 TOLD = re.compile(r"cache_context\((context_name|'cond'|'uncond')")
 NEGATED = re.compile(r"neg|uncond|null")
 # Pipelines of which no row says whose prompt they give: they count them in ways of their own.
@@ -184,7 +360,7 @@ UNTOLD = {
         "SemanticStableDiffusionPipeline",
     ),
     *("StableDiffusionPipelineSafe", "LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL", "TextToVideoZeroPipeline"),
-    *("StableDiffusionDiffEditPipeline", "StableDiffusionPix2PixZeroPipeline", "StableDiffusionPanoramaPipeline", "Ideogram4Pipeline"),
+    *("StableDiffusionDiffEditPipeline", "StableDiffusionPix2PixZeroPipeline", "StableDiffusionPanoramaPipeline"),
     *("TextToVideoZeroSDXLPipeline", "BriaFiboPipeline", "BriaFiboEditPipeline", "VersatileDiffusionTextToImagePipeline"),
     *("VersatileDiffusionDualGuidedPipeline", "VersatileDiffusionImageVariationPipeline", "AmusedPipeline", "AmusedImg2ImgPipeline"),
     *("AmusedInpaintPipeline", "VQDiffusionPipeline"),
@@ -496,15 +672,15 @@ def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_no
 
 @torch.no_grad()
 def test_a_second_expert_goes_on_where_the_first_has_stopped():
-    pipe, heard = pipeline(transformer=wan(1), transformer_2=wan(2)), []
-    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(), vae=AutoencoderKLWan(**SMALL_VAE))
-    for expert in (pipe.transformer, pipe.transformer_2):
-        model = surgery_of(get_token_model(expert, ProfilingDiTConfig()))
-        expert.patch_embedding.register_forward_pre_hook(lambda *_, model=model: heard.append(model.call.context))
-    pipe.set_progress_bar_config(disable=True)
-    prompts = dict(prompt_embeds=torch.ones(1, 5, 8), negative_prompt_embeds=torch.zeros(1, 5, 8), guidance_scale=1.0)
-    pipe(height=16, width=16, num_frames=1, num_inference_steps=4, output_type="latent", **prompts)
-    assert [(c.step, c.elapsed) for c in heard] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]  # Wan's context tells it
+    pipe, heard = get_token_model(pair(), ProfilingDiTConfig()), []
+    for name, model in surgeries_of(pipe).items():
+        hear = lambda *_, model=model: heard.append(model.call.context)
+        pipe.components[name].patch_embedding.register_forward_pre_hook(hear)
+    for _ in range(2):
+        filmed(pipe, guidance=1.0, steps=4)
+        want = [(0, 0.0, True), (1, 0.25, False), (2, 0.5, True), (3, 0.75, False)]  # Wan's context tells it; each keeps what is its own
+        assert [(c.step, c.elapsed, c.begins) for c in heard] == want
+        heard.clear()
 
 
 @pytest.mark.parametrize(("begin", "origin", "first"), [(0, 1000.0, 0), (2, 500.0, 2), (None, 500.0, 2)])
@@ -523,7 +699,6 @@ def falling_run(kind, steps=6):
     return [unit * (1 - share if families.RISING_TIME.search(kind) else share) for share in shares]
 
 
-SMALL_VAE = dict(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 DENOISERS = [family.partition("/")[2] for family in zoo.families("diffusers")]
 
 
