@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from torch import Tensor
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean, explain
 from .handlers.objective import first_tensor, judge_prediction
 from .peft.config import HFTokensConfig
-from .peft.tuner import names_of_ours, take_off
 from .roles.config import MethodConfig
 from .tools.loading import beside_its_like
-from .tools.surgeries import blocks_in, denoiser, surgery_of
+from .tools.surgeries import inject_all, models_in, surgeries_of, surgery_of, take_out
 
 Methods = str | dict[str, Any] | MethodConfig | PeftConfig | Iterable[Any]
 
@@ -46,16 +46,15 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
         kwargs: Further arguments of `HFTokensConfig`, such as `modules_to_save` or `task_type`.
 
     Returns:
-        A PeftModel, or the pipeline that was passed, with the methods in its denoiser.
+        A PeftModel, or the pipeline that was passed, with the methods in its denoiser; in each of two, where they share its run.
 
     Raises:
         ConfigError: A method is unknown or a knob out of bounds.
         UnsupportedError: The methods do not fit the model. The model is as it was.
     """
-    inner = denoiser(model)
-    config = adapter_config(methods, **kwargs)
-    if inner is not None:
-        inject_adapter_in_model(config, inner, adapter_name)
+    models, config = models_in(model), adapter_config(methods, **kwargs)
+    if not isinstance(model, nn.Module):
+        inject_all(models, {name: copy.deepcopy(config) if len(models) > 1 else config for name in models}, adapter_name)
         return model
     if beside_its_like(model, config):
         model.add_adapter(adapter_name, config)
@@ -98,26 +97,18 @@ def objective_loss(model: Any, target: Tensor, read: Callable[[Any], Tensor] = f
 
 def set_progress(model: Any, progress: float) -> None:
     """Set how much of the training is done for all schedules, in [0, 1]; a Trainer does it by itself."""
-    surgery = surgery_of(model)
+    surgeries = surgeries_of(model)
     if not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
         raise ConfigError(explain("The progress of a training is in [0, 1]", repr(progress), "Pass steps done / steps to do."))
-    surgery.set_progress(progress)
+    for surgery in surgeries.values():
+        surgery.set_progress(progress)
 
 
 def unload(model: Any) -> Any:
     """Take every surgery out of a model or pipeline; returns what was there before."""
     if isinstance(model, PeftModel):
         return model.unload()
-    inner = denoiser(model) or model
-    surgery, configs = surgery_of(model), vars(inner).get("peft_config", {})
-    adapters = names_of_ours(configs)
-    take_off(inner, adapters)
-    for block in blocks_in(model):
-        block.detach()
-    surgery.detach()
-    for name in adapters:
-        del configs[name]
-    if not configs:  # another library's adapters keep theirs
-        vars(inner).pop("peft_config", None)
-        vars(inner).pop("_hf_peft_config_loaded", None)
+    models = models_in(model)
+    for name in surgeries_of(model):
+        take_out(models[name])
     return model

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from . import families
 from .parts import CONTAINERS, OWN, all_attentions, attentions, children_of, is_attention, is_norm, mixer_of, path_of, qualified_name
-from .pipelines import denoising
+from .pipelines import apart, denoisers
 from .signatures import parameters
 from .streams import PROMPT, Anatomy, Stream
 
@@ -46,13 +46,15 @@ def unwrap(model: Any) -> nn.Module:
     """The Transformers or Diffusers model inside a PeftModel or a Diffusers pipeline; any other module is returned as it is."""
     peft, diffusers = sys.modules.get("peft"), sys.modules.get("diffusers")
     if diffusers is not None and isinstance(model, diffusers.DiffusionPipeline):
-        denoiser = denoising(type(model).__name__, model.components)
-        if denoiser is None:
+        found = denoisers(type(model).__name__, model.components)
+        if not found:
             raise UnsupportedError(
                 f"A pipeline must hold a `transformer` or a `unet`. {type(model).__name__} holds {sorted(model.components)}. "
                 "Pass the component that denoises."
             )
-        model = denoiser
+        if len(found) > 1:
+            raise apart("One model is looked at", type(model).__name__, found)
+        model = next(iter(found.values()))
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         model = model.get_base_model()
     dynamo = sys.modules.get("torch._dynamo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -18,18 +19,23 @@ SECOND = ("transformer_2", "unconditional_transformer")  # names of a second den
 BESIDE_DENOISER = re.compile(r"ControlNet|Adapter")  # these take a timestep, and put out what a denoiser reads
 
 
-def denoising(pipeline: str, components: dict[str, Any]) -> Any:
-    """The denoiser among the components of a pipeline; None if there is none.
+def denoisers(pipeline: str, components: dict[str, Any]) -> dict[str, Any]:
+    """The denoisers among the components of a pipeline by their names: one, several of a class that share its run, or none.
 
     Raises:
-        UnsupportedError: There are several: a surgery in one of them would be half of one.
+        UnsupportedError: There are several, of which not all are those: a surgery in some of them would be half of one.
     """
-    found = [name for name, component in components.items() if denoises(name, component)]
-    if len(found) > 1:
-        rule = "A surgery in a pipeline is in all that denoises, one `transformer` or `unet`"
-        remedy = f"Pass each by itself, `{'`, `'.join(f'pipe.{name}' for name in found)}`: each gets an adapter of its own, edits too."
-        raise UnsupportedError(explain(rule, f"a {pipeline} with {' and '.join(found)}", remedy))
-    return next((components[name] for name in SURGICAL if components.get(name) is not None), None)
+    found = {name: component for name, component in components.items() if denoises(name, component)}
+    known = {name: component for name, component in found.items() if name in (*SURGICAL, *SECOND)}
+    if len(found) > 1 and (known != found or len({type(component) for component in found.values()}) > 1):
+        raise apart("A surgery in a pipeline is in all that denoises, one `transformer` or `unet`, or two of one class", pipeline, found)
+    return known
+
+
+def apart(rule: str, pipeline: str, names: Iterable[str]) -> UnsupportedError:
+    """What is said where the denoisers of a pipeline are to be passed by themselves."""
+    remedy = f"Pass each by itself, `{'`, `'.join(f'pipe.{name}' for name in names)}`: each gets an adapter of its own, edits too."
+    return UnsupportedError(explain(rule, f"a {pipeline} with {' and '.join(names)}", remedy))
 
 
 def denoises(name: str, component: Any) -> bool:
@@ -55,6 +61,7 @@ def their_caches(model: nn.Module) -> list[str]:
 # -- how far it is ------------------------------------------------------------------------------------------------------
 STEPPED = ("t", "t_sched")  # how pipelines call the timestep of their scheduler at which they call
 CLOCKS = ("scheduler", "inverse_scheduler")  # their schedulers
+GIVE_SHARES = ("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline")  # whose denoiser is given sigma / (1 + sigma) as the timestep
 
 # -- whose prompt a call is given --------------------------------------------------------------------------------------
 POSITIVE, NEGATIVE = False, True  # of each part of a batch, whether its prompt is the negative one
@@ -71,9 +78,29 @@ PREDICTIONS: dict[str, Parts] = {
     **dict.fromkeys(("pred_cond_skip", "pred_cond_stg", "pred_cond_seg", "pred_cond_modality"), ALONE),
 }
 PREPARED, PREDICTION = "guider_state_batch", "__guidance_identifier__"
-# What a pipeline's code hands over as the prompt -> its parts under guidance; and the pipelines. One that names the context of each call
-# needs no row; one that is not here is not known.
-HANDED: tuple[tuple[dict[str, Parts], str], ...] = (
+# Pipelines whose attention reads the samples of a call together, beside those that perturb it, and what does so.
+JOINS = {
+    **dict.fromkeys(("TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline"), "cross-frame attention"),
+    **dict.fromkeys(("LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL"), "store of attention maps"),
+    "StableDiffusionPix2PixZeroPipeline": "guidance by attention maps",
+}
+Variables = Callable[[str], Any]  # of the code that calls, by name; None for one that it has not
+Handed = dict[str, "Parts | Callable[[Variables], Parts]"]
+
+
+def where(decides: str, above: float) -> Callable[[Variables], Parts]:
+    """A pair where a variable of the pipeline's code is above a number, else the prompt alone."""
+    return lambda of: PAIR if of(decides) > above else ALONE
+
+
+def of_edits(of: Variables) -> Parts:
+    """The prompts that edit a picture, behind the negative one."""
+    return OTHER + ALONE * of("self").enabled_editing_prompts
+
+
+# What a pipeline's code hands over as the prompt -> its parts under guidance, or a function of the code's variables that says all of them;
+# and the pipelines. One that names the context of each call needs no row; one that is not here is not known.
+HANDED: tuple[tuple[Handed, str], ...] = (
     (
         {"prompt_embeds": PAIR},
         "AllegroPipeline AltDiffusionImg2ImgPipeline AltDiffusionPipeline AnimateDiffControlNetPipeline AnimateDiffPAGPipeline "
@@ -151,6 +178,41 @@ HANDED: tuple[tuple[dict[str, Parts], str], ...] = (
         "AceStepPipeline",
     ),
     ({"generated_prompt_embeds": PAIR}, "AudioLDM2Pipeline"),
+    ({"llm_features": ALONE, "neg_llm_features": OTHER}, "Ideogram4Pipeline"),
+    ({"prompt_embeds": where("guidance_scale", 1)}, "BriaFiboPipeline BriaFiboEditPipeline"),
+    ({"encoder_hidden_states": where("guidance_scale", 1)}, "AmusedPipeline AmusedImg2ImgPipeline AmusedInpaintPipeline"),
+    ({"context": lambda of: ALONE if of("guidance_scale") == 1 else PAIR}, "LDMTextToImagePipeline"),
+    ({"prompt_embeds": lambda of: PAIR if of("task") == "generate" else OTHER + PAIR}, "DreamLitePipeline"),
+    ({"prompt_embeds": ALONE}, "DreamLiteMobilePipeline"),
+    (  # a mask is of two prompts, each of which may have a negative one
+        {"prompt_embeds": lambda of: (PAIR if of(DECIDES) else ALONE) * (1 if of("target_prompt_embeds") is None else 2)},
+        "StableDiffusionDiffEditPipeline",
+    ),
+    ({"prompt_embeds_input": lambda of: (PAIR if of(DECIDES) else ALONE) * of("vb_size")}, "StableDiffusionPanoramaPipeline"),
+    (  # behind the prompt stands what the picture shall not show
+        {"prompt_embeds": lambda of: PAIR + OTHER * bool(of("enable_safety_guidance")) if of(DECIDES) else ALONE},
+        "StableDiffusionPipelineSafe",
+    ),
+    (  # behind the prompt stand those of the edits, of which it is told by how much they move the picture
+        {"text_embeddings": lambda of: PAIR + OTHER * of("enabled_editing_prompts") if of(DECIDES) else ALONE},
+        "SemanticStableDiffusionPipeline",
+    ),
+    ({"concat_prompt_embeds": OTHER * 2 + ALONE * 2}, "CycleDiffusionPipeline"),
+    (
+        {"prompt_embeds": PAIR, "prompt_embeds_edit": PAIR, "prompt_embeds_edit.detach()": PAIR},
+        "StableDiffusionPix2PixZeroPipeline",
+    ),
+    ({"prompt_embeds": PAIR}, "TextToVideoZeroPipeline TextToVideoZeroSDXLPipeline VQDiffusionPipeline"),
+    ({"prompt_embeds": PAIR}, "VersatileDiffusionTextToImagePipeline"),
+    ({"image_embeddings": PAIR}, "VersatileDiffusionImageVariationPipeline"),
+    (
+        {"text_embed_input": of_edits, "uncond_embedding": OTHER, "text_embeddings": ALONE},
+        "LEditsPPPipelineStableDiffusion",
+    ),
+    (
+        {"prompt_embeds": of_edits, "negative_prompt_embeds": lambda of: PAIR if of(DECIDES) else OTHER},
+        "LEditsPPPipelineStableDiffusionXL",
+    ),
     ({"model_prompt_embeds": PAIR}, "StableAudio3Pipeline"),
     ({"text_audio_duration_embeds": PAIR}, "StableAudioPipeline"),
     ({"encoder_hidden_states": PAIR, "prompt_embeds": PAIR}, "AnyFlowFARPipeline"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..engine.block import BlockSurgery
 from ..engine.surgery import Listener
@@ -13,7 +15,7 @@ from ..errors import UnsupportedError, explain
 from ..roles.base import Method
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config
-from .surgeries import blocks_in, denoiser, evaluated, instances, surgery_of
+from .surgeries import blocks_in, evaluated, instances, models_in, surgeries_of
 
 
 class Findings(Listener):
@@ -40,12 +42,12 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
         adapter_name: The adapter to calibrate.
 
     Returns:
-        The JSON form of every method that changed.
+        The JSON form of every method that changed, by its key; of two denoisers, behind the denoiser's name.
 
     Raises:
         UnsupportedError: There is no batch, or the adapter is not active.
     """
-    surgery, changed = surgery_of(model), {}
+    surgeries, models, changed = surgeries_of(model), models_in(model), {}
     batches = list(batches)
     if not batches:
         raise UnsupportedError(explain("`calibrate` needs at least one batch", "none", "Pass the inputs of the model."))
@@ -53,17 +55,21 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
     if adapter_name not in active:
         rule = f"`calibrate` measures an adapter that acts, one of {active}"
         raise UnsupportedError(explain(rule, repr(adapter_name), "Switch to it with `set_adapter`."))
-    more = {} if surgery.is_denoiser else {"use_cache": True}
-    findings = Findings(adapter_name)
-    with evaluated(denoiser(model) or model), surgery.listening(findings):
+    more = {} if all(surgery.is_denoiser for surgery in surgeries.values()) else {"use_cache": True}
+    findings = {name: Findings(adapter_name) for name in surgeries}
+    with contextlib.ExitStack() as around:
+        for name, surgery in surgeries.items():
+            around.enter_context(evaluated(models[name]))
+            around.enter_context(surgery.listening(findings[name]))
         for batch in batches:
             model(**{**batch, **more})
-    for key, records in findings.records.items():
-        method = next(m for m in surgery.methods() if m.key == key)
-        changed[key] = type(method).calibrate(method.config, records)
-    for key, config in changed.items():
-        rewrite(model, key, config)
-    return {key: config.to_dict() for key, config in changed.items()}
+    for name, found in findings.items():
+        for key, records in found.records.items():
+            method = next(m for m in surgeries[name].methods() if m.key == key)
+            changed[name, key] = type(method).calibrate(method.config, records)
+    for (name, key), config in changed.items():
+        rewrite(models[name], key, config)
+    return {f"{name}.{key}" if len(models) > 1 else key: config.to_dict() for (name, key), config in changed.items()}
 
 
 def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") -> None:
@@ -77,8 +83,14 @@ def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") 
     Raises:
         UnsupportedError: The adapter has no such method, or the config acts on other blocks or needs other parameters.
     """
-    surgery_of(model)
-    config = method_config(config)
+    surgeries, models, config = surgeries_of(model), models_in(model), method_config(config)
+    keys = {name: check_config(models[name], config, adapter_name) for name in surgeries}
+    for name, key in keys.items():
+        rewrite(models[name], key, config)
+
+
+def check_config(model: nn.Module, config: MethodConfig, adapter_name: str) -> str:
+    """The key of the method in a model that can take a config; refused where there is none."""
     alike = [method for method in instances(model, adapter_name) if type(method.config) is type(config)]
     if not alike:
         rule = f"Adapter {adapter_name!r} must have the method {config.method!r}"
@@ -94,7 +106,7 @@ def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") 
         if missing := dict(sorted(needed.items() - shapes(method).items())):
             got = f"a config that needs {missing} in block {method.dims.layer}"
             raise UnsupportedError(explain("A method keeps its parameters", got, "Take the surgery out and start again."))
-    rewrite(model, key, config)
+    return key
 
 
 def shapes(method: Method) -> dict[str, tuple[int, ...]]:
@@ -102,7 +114,7 @@ def shapes(method: Method) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in method.state_dict().items()}
 
 
-def rewrite(model: Any, key: str, config: MethodConfig) -> None:
+def rewrite(model: nn.Module, key: str, config: MethodConfig) -> None:
     """Write a method's config into all its instances and into the adapter's config."""
     adapter_name, slot = key.rsplit(".", 1)
     methods = [method for method in instances(model, adapter_name) if method.key == key]
@@ -112,7 +124,7 @@ def rewrite(model: Any, key: str, config: MethodConfig) -> None:
     except UnsupportedError:
         give(model, methods, before)
         raise
-    stack = (denoiser(model) or model).peft_config[adapter_name].methods
+    stack = model.peft_config[adapter_name].methods
     stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = config.to_dict()
 
 

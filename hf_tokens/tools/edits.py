@@ -22,10 +22,11 @@ from ..model.parts import Place
 from ..model.signatures import bound_arguments
 from ..roles.weight_edit import WeightEdit
 from ..tokens.token_map import in_float32
-from .surgeries import blocks_in, denoiser, evaluated, surgery_of
+from .surgeries import blocks_in, evaluated, models_in, surgeries_of
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 Groups = Mapping[str, Iterable[dict[str, Any]]]
+Moved = dict[str, dict[str, float]]
 HIDDEN = -1000.0  # an additive mask hides below: Diffusers adds -10000, Transformers the least number there is
 
 
@@ -51,8 +52,10 @@ class EditedWeight:
         return self.block.state(EditedWeights).effective(self.name)
 
 
-def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | None = None) -> dict[str, dict[str, float]]:
+def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | None = None) -> Moved:
     """Find the closed-form edits of an adapter on data, in the order of its stack; those that were found before are found anew.
+
+    Those of a pipeline's two denoisers are found for each, on the same data: for both, or after an error for none.
 
     Args:
         model: A PeftModel or pipeline with a surgery. It runs as it is, without the edits that are to be found.
@@ -62,13 +65,27 @@ def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | N
         loss: What the gradients are of, given the model's output and the batch; None takes the loss that the model returns.
 
     Returns:
-        How far each weight moved, |W' - W| / |W|, by the key of the method and the weight's name.
+        How far each weight moved, |W' - W| / |W|, by the key of the method and the weight's name; of two denoisers, behind theirs.
 
     Raises:
         UnsupportedError: The adapter has no edit or is not active, or a group of data is missing, empty or unknown.
     """
-    surgery = surgery_of(model)
-    weights = edited_weights(model, adapter_name)
+    surgeries, models = surgeries_of(model), models_in(model)
+    weights = {name: edited_weights(models[name], adapter_name) for name in surgeries}
+    methods = {name: check_edits(sites, adapter_name, data) for name, sites in weights.items()}
+    batches = {name: list(group) if iter(group) is group else group for name, group in data.items()}
+    moved = {}
+    with contextlib.ExitStack() as undone:
+        for name, surgery in surgeries.items():
+            if len(models) > 1:
+                undone.enter_context(noted_or_not(methods[name]))
+            found = find_edits(models[name], surgery, weights[name], batches, loss)
+            moved |= {f"{name}.{key}" if len(models) > 1 else key: changes for key, changes in found.items()}
+    return moved
+
+
+def check_edits(weights: list[EditedWeight], adapter_name: str, data: Groups) -> list[WeightEdit]:
+    """The edits of an adapter, of which these weights are, in all blocks; refused where there are none, or on other data."""
     if not weights:
         remedy = "Put a method of the role WeightEdit into it."
         raise UnsupportedError(explain("`edit` needs an adapter with a method that edits weights", f"{adapter_name!r} without one", remedy))
@@ -78,8 +95,24 @@ def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | N
         raise UnsupportedError(explain(rule, repr(adapter_name), "Switch to it with `set_adapter`."))
     stack = list(dict.fromkeys(site.method.key for site in weights))
     check_groups([next(s.method for s in weights if s.method.key == key) for key in stack], data)
-    batches = {name: list(group) if iter(group) is group else group for name, group in data.items()}
-    run, moved = denoiser(model) or model, {}
+    return list({id(site.method): site.method for site in weights}.values())
+
+
+@contextlib.contextmanager
+def noted_or_not(methods: list[WeightEdit]) -> Iterator[None]:
+    """Edits hold what they held after an error."""
+    before = [(method, method.noted()) for method in methods]
+    try:
+        yield
+    except BaseException:
+        for method, changes in before:
+            method.note(changes)
+        raise
+
+
+def find_edits(run: nn.Module, surgery: ModelSurgery, weights: list[EditedWeight], batches: Groups, loss: Loss | None) -> Moved:
+    """Find the edits of one model, and how far its weights move."""
+    stack, moved = list(dict.fromkeys(site.method.key for site in weights)), {}
     with evaluated(run):
         for place, key in enumerate(stack):
             sites = [site for site in weights if site.method.key == key]

@@ -8,21 +8,24 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import is_diffusers_available
 
 from ..errors import AdapterError, UnsupportedError, explain
+from ..model.pipelines import SECOND, SURGICAL
 from ..peft.config import HFTokensConfig
 from ..peft.doors import CONFIG, WEIGHTS, without
 from ..peft.files import MISREAD, header
 from ..peft.reading import whole
 from ..peft.saving import PEFT_PREFIX
 from ..peft.tuner import check_name
-from .surgeries import blocks_in, denoiser, instances, surgery_of
+from .surgeries import blocks_in, inject_all, instances, models_in, surgeries_of
 
+DENOISERS = (*SURGICAL, *SECOND)
+FILES = [str(Path(folder, name)) for folder in ("", *DENOISERS) for name in (CONFIG, WEIGHTS)]  # of an adapter
 OF_A_BASE = ("config.json", "model_index.json")  # files by which a model or a pipeline is known, which an adapter has not
 
 
@@ -59,21 +62,23 @@ def load(
     folder = Path(repo)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, *OF_A_BASE]))
+            folder = Path(snapshot_download(str(repo), revision=revision, token=token, allow_patterns=[*FILES, *OF_A_BASE]))
         except HFValidationError:
             rule = "An adapter is a folder or a Hub id like owner/name"
             raise AdapterError(explain(rule, repr(str(repo)), "There is no such folder: check the path.")) from None
-    check_files(folder, repo)
-    config = HFTokensConfig.from_pretrained(str(folder))
+    models = {"": None} if model is None else models_in(model)
+    parts = parts_of(folder, repo, list(models))
+    configs = {name: HFTokensConfig.from_pretrained(str(part)) for name, part in parts.items()}
+    config = next(iter(configs.values()))
     if model is None:
         model = base_model(config, token=token, **kwargs)
-    inner = denoiser(model)
-    beside = inner is None and beside_its_like(model, config)
+    beside = beside_its_like(model, config)
     if beside:
         check_name(adapter_name, model.peft_config)
     with whole(f"The methods in {CONFIG} must go into {type(model).__name__}", "Save the adapter again.", MISREAD):
-        if inner is not None:
-            return load_into(model, inner, folder, config, adapter_name)
+        if not isinstance(model, nn.Module):
+            inject_all(models, configs, adapter_name, lambda name: fill(models[name], parts[name], adapter_name))
+            return model
         if beside:
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
             model.set_adapter(adapter_name)
@@ -81,10 +86,27 @@ def load(
         return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config)
 
 
+def parts_of(folder: Path, repo: str | Path, names: list[str]) -> dict[str, Path]:
+    """The folder of each model's adapter, with the files in it checked: for several models, folders of their names in one folder."""
+    if len(names) == 1:
+        check_files(folder, repo)
+        return {names[0]: folder}
+    if (folder / CONFIG).is_file() and not any((folder / name).is_dir() for name in names):
+        rule = f"The adapter of a pipeline with {' and '.join(names)} has a folder for each"
+        remedy = f"Load it into the denoiser that it was made for, such as `hf_tokens.load({str(repo)!r}, pipe.{names[0]})`."
+        raise AdapterError(explain(rule, f"{repo}, the adapter of one model", remedy))
+    for name in names:
+        check_files(folder / name, Path(repo, name))
+    return {name: folder / name for name in names}
+
+
 def check_files(folder: Path, repo: str | Path) -> None:
     """Refuse an adapter whose files are missing or damaged, before anything is changed."""
     files = {name: (folder / name).is_file() for name in (CONFIG, WEIGHTS, *OF_A_BASE)}
     missing = next((name for name in (CONFIG, WEIGHTS) if not files[name]), None)
+    if missing == CONFIG and (found := [name for name in DENOISERS if (folder / name / CONFIG).is_file()]):
+        rule, got = "An adapter with a folder for each denoiser goes into a pipeline that has them", f"{repo} with {' and '.join(found)}"
+        raise AdapterError(explain(rule, got, "Pass that pipeline as `model=`, or load one of the folders into its denoiser."))
     if missing == CONFIG and any(files[name] for name in OF_A_BASE):
         remedy = "Load it by its own `from_pretrained`, and call `hf_tokens.get_token_model` or pass it as `model=` beside an adapter."
         raise AdapterError(explain("hf_tokens.load needs an adapter", f"{repo}, which is a base model", remedy))
@@ -141,15 +163,13 @@ def base_model(config: HFTokensConfig, **kwargs: Any) -> nn.Module:
     return cls.from_pretrained(name, revision=config.revision, **kwargs)
 
 
-def load_into(pipeline: Any, inner: nn.Module, folder: Path, config: HFTokensConfig, adapter_name: str) -> Any:
-    """Inject a saved adapter into a pipeline's denoiser."""
+def fill(model: nn.Module, folder: Path, adapter_name: str) -> None:
+    """Give an adapter in a pipeline's denoiser its saved tensors."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     weights = {key.removeprefix(PEFT_PREFIX): value for key, value in load_peft_weights(str(folder)).items()}
-    inject_adapter_in_model(config, inner, adapter_name)
-    set_peft_model_state_dict(inner, weights, adapter_name)
-    return pipeline
+    set_peft_model_state_dict(model, weights, adapter_name)
 
 
 def recall(model: nn.Module, adapter_name: str) -> None:
@@ -165,20 +185,29 @@ def recall(model: nn.Module, adapter_name: str) -> None:
 
 
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
-    """Save the adapter of a PeftModel or of a pipeline's denoiser."""
-    surgery_of(model)
+    """Save the adapter of a PeftModel or of a pipeline's denoiser; those of two denoisers into folders of their names in this one."""
+    surgeries_of(model)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
         return
+    models = models_in(model)
+    for inner in models.values():
+        recall(inner, adapter_name)
+    parts = [Path(folder, name if len(models) > 1 else "") for name in models]
+    for part in parts[1:]:  # what a killed save leaves is no mixture of two adapters
+        (part / CONFIG).unlink(missing_ok=True)
+    for inner, part in zip(models.values(), parts, strict=True):
+        save_into(part, inner, adapter_name)
+
+
+def save_into(folder: Path, model: nn.Module, adapter_name: str) -> None:
+    """Write the files of an adapter in a model."""
     from safetensors.torch import save_file
 
-    inner = denoiser(model) or model
-    recall(inner, adapter_name)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(inner, adapter_name=adapter_name)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {PEFT_PREFIX + key: value.contiguous().cpu() for key, value in state.items()}
-    config = inner.peft_config[adapter_name]
+    config = model.peft_config[adapter_name]
     config.announce(tensors, folder)
     save_file(tensors, str(folder / WEIGHTS))
     config.save_with(tensors, folder)

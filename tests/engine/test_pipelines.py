@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import types
 import typing
 import warnings
 from pathlib import Path
@@ -19,6 +20,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     CacheMixin,
+    Cosmos2TextToImagePipeline,
+    CosmosTextToWorldPipeline,
     DDIMInverseScheduler,
     DDIMScheduler,
     DiffusionPipeline,
@@ -43,15 +46,19 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tolerances import all_equal
 
 from hf_tokens import (
+    AdapterError,
+    ConfigError,
     ProfilingDiTConfig,
     ProSpectConfig,
     UnsupportedError,
+    aux_loss,
     calibrate,
     edit,
     get_token_model,
     load,
     measure,
     save_adapter,
+    set_progress,
     unload,
 )
 from hf_tokens.diffusion.clock import Tick, falling, find_tick
@@ -61,16 +68,18 @@ from hf_tokens.model.pipelines import (
     BESIDE_DENOISER,
     CACHE_HOOKS,
     DECIDES,
+    GIVE_SHARES,
     PREDICTION,
     PREDICTIONS,
     PROMPTS,
     SHARED_CACHES,
     STEPPED,
-    denoising,
+    denoisers,
 )
 from hf_tokens.model.streams import PROMPT
 from hf_tokens.testing import zoo
-from hf_tokens.tools.surgeries import surgery_of
+from hf_tokens.tools import loading
+from hf_tokens.tools.surgeries import surgeries_of, surgery_of
 
 NEED_MORE = ("cv2", "note-seq", "PyAV", "flax", "onnx")  # modules that another package would have to be installed for
 
@@ -99,28 +108,33 @@ def components(cls):
     return {name: kind[0].__new__(kind[0]) for name, kind in kinds.items() if kind and issubclass(kind[0], torch.nn.Module)}
 
 
+PAIRS = {
+    **dict.fromkeys(("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline"), ["transformer", "transformer_2"]),
+    "Ideogram4Pipeline": ["transformer", "unconditional_transformer"],
+}
 SEVERAL = {
-    *("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline", "Ideogram4Pipeline", "StableUnCLIPPipeline"),
     *("KandinskyCombinedPipeline", "KandinskyImg2ImgCombinedPipeline", "KandinskyInpaintCombinedPipeline", "StableCascadeCombinedPipeline"),
     *("KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline", "KandinskyV22InpaintCombinedPipeline"),
-    *("UnCLIPPipeline", "UnCLIPImageVariationPipeline", "VersatileDiffusionPipeline"),
+    *("UnCLIPPipeline", "UnCLIPImageVariationPipeline", "VersatileDiffusionPipeline", "StableUnCLIPPipeline"),
     *("VersatileDiffusionTextToImagePipeline", "VersatileDiffusionDualGuidedPipeline"),
 }
 
 
-def test_a_pipeline_with_several_denoisers_is_refused_by_name():
-    refused = set()
+def test_several_denoisers_are_a_pair_of_a_class_or_refused_by_name():
+    refused, pairs = set(), {}
     for name, cls in pipelines().items():
         parts = components(cls)
         looks_so = [k for k, v in parts.items() if isinstance(v, ModelMixin) and ("transformer" in k or "unet" in k or "prior" in k)]
         try:
-            denoising(name, parts)
+            found = denoisers(name, parts)
         except UnsupportedError as error:
             refused.add(name)
             assert name in str(error) and "Pass each by itself" in str(error)
         else:
-            assert len([k for k in looks_so if not BESIDE_DENOISER.search(type(parts[k]).__name__)]) < 2, name
-    assert refused == SEVERAL & pipelines().keys()
+            pairs |= {name: [*found]} if len(found) > 1 else {}
+            assert len([k for k in looks_so if not BESIDE_DENOISER.search(type(parts[k]).__name__)]) < 2 or name in pairs, name
+    there = pipelines().keys()
+    assert refused == SEVERAL & there and pairs == {name: names for name, names in PAIRS.items() if name in there}
 
 
 def wan(seed):
@@ -133,6 +147,21 @@ def pipeline(**parts):
     return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, boundary_ratio=0.5, **parts)
 
 
+def pair(second=None):
+    pipe = pipeline(transformer=wan(1), transformer_2=wan(2) if second is None else second)
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(), vae=AutoencoderKLWan(**SMALL_VAE))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def filmed(pipe, guidance=4.0, steps=8, videos=1):
+    torch.manual_seed(3)
+    prompts = {"prompt_embeds": torch.randn(videos, 5, 8), "negative_prompt_embeds": torch.randn(videos, 5, 8)}
+    sizes = dict(height=64, width=64, num_frames=1, num_inference_steps=steps, output_type="latent")
+    return pipe(**prompts, **sizes, guidance_scale=guidance).frames
+
+
+SMALL_VAE = dict(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 CALL = dict(hidden_states=torch.ones(1, 4, 1, 4, 4), timestep=torch.tensor([500]), encoder_hidden_states=torch.ones(1, 5, 8))
 DOORS = {
     "attach": lambda pipe, folder: get_token_model(pipe, "rece"),
@@ -142,21 +171,172 @@ DOORS = {
     "calibrate": lambda pipe, folder: calibrate(pipe, [CALL]),
     "unload": lambda pipe, folder: unload(pipe),
     "measure": lambda pipe, folder: measure(pipe, **CALL),
+    "loss": lambda pipe, folder: aux_loss(pipe),
 }
+
+
+def unlike():
+    """Two denoisers that are no pair: of two classes."""
+    pipe = pair()
+    pipe.transformer_2 = denoiser("sd3", torch.float32)
+    return pipe
 
 
 @pytest.mark.parametrize("door", DOORS)
 @torch.no_grad()
-def test_no_door_takes_half_of_two_experts(door, tmp_path):
-    pipe, one = pipeline(transformer=wan(1), transformer_2=wan(2)), pipeline(transformer=wan(3), transformer_2=None)
+def test_no_door_takes_half_of_two_denoisers_that_are_not_alike(door, tmp_path):
+    pipe, one = unlike(), pipeline(transformer=wan(3), transformer_2=None)
     get_token_model(one, "rece")
     save_adapter(one, tmp_path)
-    both = (pipe.transformer, pipe.transformer_2)
-    before, modules = [expert(**CALL).sample for expert in both], [[*expert.modules()] for expert in both]
+    before, modules = pipe.transformer(**CALL).sample, [[*expert.modules()] for expert in (pipe.transformer, pipe.transformer_2)]
     with pytest.raises(UnsupportedError, match="a WanPipeline with transformer and transformer_2. Pass each by itself, `pipe.transformer`"):
         DOORS[door](pipe, tmp_path)
-    all_equal([expert(**CALL).sample for expert in both], before, "refused")
-    assert [[*expert.modules()] for expert in both] == modules
+    all_equal([pipe.transformer(**CALL).sample], [before], "refused")
+    assert [[*expert.modules()] for expert in (pipe.transformer, pipe.transformer_2)] == modules
+
+
+@pytest.mark.parametrize("door", DOORS.keys() - {"attach", "load"})
+def test_a_surgery_in_one_expert_alone_is_not_taken_for_the_pipeline_s(door, tmp_path):
+    pipe = pair()
+    get_token_model(pipe.transformer_2, "rece")
+    said = "One model is looked at" if door == "measure" else "in all of its denoisers, not in transformer_2 alone"
+    with pytest.raises(UnsupportedError, match=f"{said}.* Pass each by itself, `pipe.transformer`, `pipe.transformer_2`"):
+        DOORS[door](pipe, tmp_path)
+
+
+LIVES = {
+    "a bank": ProSpectConfig(stages=1, init_std=1.0, negative=True),
+    "a reducer": "importance-token-merge",
+    "a feature cache": ProfilingDiTConfig(background=(0, 1), start=0.0),
+    "a stack": [LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False), ProSpectConfig(stages=2, init_std=1.0)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("life", LIVES)
+def test_two_experts_have_one_surgery(life, guidance, tmp_path):
+    """What each does by itself they do together: put in, drawn with, saved, switched off, loaded, taken out."""
+    base, apart_ = filmed(pair(), guidance), pair()
+    torch.manual_seed(0)
+    for expert in (apart_.transformer, apart_.transformer_2):
+        get_token_model(expert, LIVES[life])
+    want = filmed(apart_, guidance)
+    assert not torch.equal(want, base)
+    pipe = pair()
+    torch.manual_seed(0)
+    get_token_model(pipe, LIVES[life])
+    all_equal([filmed(pipe, guidance)], [want], "each by itself")
+    save_adapter(pipe, tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        f"{name}/{file}" for name in PAIRS["WanPipeline"] for file in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    pipe.disable_lora()  # as diffusers calls it
+    all_equal([filmed(pipe, guidance)], [base], "disabled")
+    loaded = load(tmp_path, pair())
+    all_equal([filmed(loaded, guidance)], [want], "loaded")
+    unload(loaded)
+    all_equal([filmed(loaded, guidance)], [base], "unloaded")
+    assert not any("hf_tokens" in name for expert in (loaded.transformer, loaded.transformer_2) for name, _ in expert.named_modules())
+
+
+def test_a_video_of_two_experts_is_the_same_in_a_batch():
+    for life in ("a bank", "a feature cache"):
+        pipe = get_token_model(pair(), LIVES[life])
+        latents, prompts = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 2, 5, 8)
+        sizes = dict(height=64, width=64, num_frames=1, num_inference_steps=8, output_type="latent", guidance_scale=4.0)
+        film = lambda rows, pipe=pipe, latents=latents, prompts=prompts, sizes=sizes: (
+            pipe(prompt_embeds=prompts[0, rows], negative_prompt_embeds=prompts[1, rows], latents=latents[rows].clone(), **sizes).frames
+        )
+        torch.testing.assert_close(film(slice(2)), torch.cat([film(slice(1)), film(slice(1, 2))]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("door", ["attach", "load"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_what_does_not_fit_the_second_expert_does_not_stay_in_the_first(door, beside, tmp_path):
+    save_adapter(get_token_model(pair(), ProSpectConfig(stages=1)), tmp_path)
+    other = WanTransformer3DModel.from_config({**wan(2).config, "num_layers": 1})
+    pipe = pair(other.eval())
+    config = ProSpectConfig(stages=1)
+    if door == "attach":
+        get_token_model(pipe.transformer_2, config, adapter_name="mine")
+    if beside:
+        get_token_model(pipe.transformer, config, adapter_name="there")
+    state = lambda: [(name, p.requires_grad) for name, p in pipe.transformer.named_parameters()]
+    before, modules, names = pipe.transformer(**CALL).sample, state(), vars(pipe.transformer).get("peft_config", {}).keys() - {""}
+    damage_second(tmp_path)
+    with pytest.raises((ConfigError, AdapterError)):
+        get_token_model(pipe, config, adapter_name="mine") if door == "attach" else load(tmp_path, pipe, adapter_name="mine")
+    assert state() == modules and vars(pipe.transformer).get("peft_config", {}).keys() == names
+    all_equal([pipe.transformer(**CALL).sample], [before], "refused")
+
+
+def damage_second(folder):
+    """Turn a bit in the file of the second expert, which is still one that can be read."""
+    path = folder / "transformer_2" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+def test_an_adapter_of_one_denoiser_is_not_loaded_as_one_of_two_nor_the_other_way_round(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    save_adapter(get_token_model(pipeline(transformer=wan(1), transformer_2=None), "rece"), one)
+    save_adapter(get_token_model(pair(), "rece"), two)
+    with pytest.raises(AdapterError, match="with transformer and transformer_2 has a folder for each, got .*one, the adapter of one model"):
+        load(one, pair())
+    for model in (pipeline(transformer=wan(1), transformer_2=None), wan(1), None):
+        with pytest.raises(AdapterError, match="goes into a pipeline that has them, got .*two with transformer and transformer_2. Pass"):
+            load(two, model)
+    (two / "transformer_2" / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match="has a file adapter_config.json, got .*two/transformer_2 without it"):
+        load(two, pair())
+
+
+def test_a_save_that_is_killed_between_two_experts_leaves_no_mixture(tmp_path, monkeypatch):
+    pipe = get_token_model(pair(), ProSpectConfig(stages=1, init_std=1.0))
+    save_adapter(pipe, tmp_path)
+    save = loading.save_into
+    monkeypatch.setattr(
+        loading, "save_into", lambda folder, *rest: exec("raise KeyboardInterrupt") if "_2" in str(folder) else save(folder, *rest)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(pipe, tmp_path)
+    with pytest.raises(AdapterError, match="has a file adapter_config.json"):
+        load(tmp_path, pair())
+
+
+OTHER_CALL = {**CALL, "encoder_hidden_states": torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1))}
+
+
+@torch.no_grad()
+def test_an_erasure_reaches_both_experts_or_none():
+    pipe, apart_ = get_token_model(pair(), "rece"), pair()
+    moved = edit(pipe, {"erase": iter([CALL]), "anchor": [OTHER_CALL]})
+    assert [*moved] == ["transformer.default.0", "transformer_2.default.0"] and all(
+        value > 0 for of in moved.values() for value in of.values()
+    )
+    experts = [get_token_model(expert, "rece") for expert in (apart_.transformer, apart_.transformer_2)]
+    for expert in experts:
+        edit(expert, {"erase": [CALL], "anchor": [OTHER_CALL]})
+    erased = [expert(**CALL).sample for expert in (pipe.transformer, pipe.transformer_2)]
+    all_equal(erased, [expert(**CALL).sample for expert in experts], "each by itself")
+    handle = pipe.transformer_2.register_forward_pre_hook(lambda *_: exec("raise RuntimeError('out of memory')"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        edit(pipe, {"erase": [OTHER_CALL], "anchor": [CALL]})
+    handle.remove()
+    all_equal([expert(**CALL).sample for expert in (pipe.transformer, pipe.transformer_2)], erased, "none")
+
+
+@torch.no_grad()
+def test_knobs_of_two_experts_are_measured_in_one_run_of_their_pipeline(tmp_path):
+    pipe = get_token_model(pair(), ProfilingDiTConfig())
+    batch = dict(prompt_embeds=torch.ones(1, 5, 8), negative_prompt_embeds=torch.zeros(1, 5, 8), height=16, width=16, num_frames=1)
+    found = calibrate(pipe, [{**batch, "num_inference_steps": 6, "output_type": "latent"}])
+    assert [*found] == ["transformer.default.0", "transformer_2.default.0"]
+    for name in PAIRS["WanPipeline"]:
+        assert pipe.components[name].peft_config["default"].methods == [found[f"{name}.default.0"]]
+    set_progress(pipe, 0.25)
+    assert [surgery.progress for surgery in surgeries_of(pipe).values()] == [0.25, 0.25]
 
 
 @torch.no_grad()
@@ -171,24 +351,11 @@ def test_each_of_two_experts_takes_an_edit_of_its_own():
 
 # -- whose prompt a call is given ------------------------------------------------------------------------------------
 
-DENOISER = re.compile(r"^(self\.(\w*unet|transformer)|\w*transformer|\w*unet|current_model)$")
+DENOISER = re.compile(r"^(self\.(\w*unet|\w*transformer)|\w*transformer|\w*unet|current_model)$")
 TOLD = re.compile(r"cache_context\((context_name|'cond'|'uncond')")
-NEGATED = re.compile(r"neg|uncond|null")
-# Pipelines of which no row says whose prompt they give: they count them in ways of their own.
-UNTOLD = {
-    *(
-        "DreamLitePipeline",
-        "DreamLiteMobilePipeline",
-        "LDMTextToImagePipeline",
-        "CycleDiffusionPipeline",
-        "SemanticStableDiffusionPipeline",
-    ),
-    *("StableDiffusionPipelineSafe", "LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL", "TextToVideoZeroPipeline"),
-    *("StableDiffusionDiffEditPipeline", "StableDiffusionPix2PixZeroPipeline", "StableDiffusionPanoramaPipeline", "Ideogram4Pipeline"),
-    *("TextToVideoZeroSDXLPipeline", "BriaFiboPipeline", "BriaFiboEditPipeline", "VersatileDiffusionTextToImagePipeline"),
-    *("VersatileDiffusionDualGuidedPipeline", "VersatileDiffusionImageVariationPipeline", "AmusedPipeline", "AmusedImg2ImgPipeline"),
-    *("AmusedInpaintPipeline", "VQDiffusionPipeline"),
-}
+NEGATED = re.compile(r"neg|uncond|null|_tuple\[1\]|embeds\[0\]")
+# Pipelines of which no row says whose prompt they give: one prompt of two in one, whose lengths its attention is told.
+UNTOLD = {"VersatileDiffusionDualGuidedPipeline"}
 
 
 @functools.cache
@@ -221,14 +388,109 @@ def prompts(cls):
     return given - {"None"}
 
 
+PUT_TOGETHER = ("torch.cat", "torch.concat", "torch.stack")
+
+
 def layouts(cls, name):
     """How a pipeline's code puts the prompts of a batch together under a name: which of the parts are negative."""
     found = set()
     for node in (node for nodes in functions_of(cls) for node in nodes):
-        if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
-            cats = (n.args[0] for n in ast.walk(node.value) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.cat" and n.args)
-            found |= {tuple(bool(NEGATED.search(ast.unparse(e))) for e in cat.elts) for cat in cats if isinstance(cat, ast.List)}
+        if not isinstance(node, ast.Assign) or name not in [ast.unparse(n) for target in node.targets for n in ast.walk(target)]:
+            continue
+        calls = [n for n in ast.walk(node.value) if isinstance(n, ast.Call)]
+        lists = [n.args[0] for n in calls if ast.unparse(n.func) in PUT_TOGETHER and n.args]
+        lists += [word.value for n in calls for word in n.keywords if word.arg == "prompts"]
+        found |= {tuple(bool(NEGATED.search(ast.unparse(e))) for e in each.elts) for each in lists if isinstance(each, ast.List)}
     return {layout for layout in found if any(layout)}
+
+
+N, P = True, False
+OFF, ON = {DECIDES: False}, {DECIDES: True}
+ABOVE_ONE = [({"guidance_scale": 1.0}, (P,)), ({"guidance_scale": 4.0}, (N, P))]
+PIPELINE = types.SimpleNamespace(enabled_editing_prompts=2)
+# Rows that are functions: what is said by which variables, and the lines of the source that say so.
+BY_VARIABLES = {
+    ("BriaFiboPipeline", "prompt_embeds"): (ABOVE_ONE, ["if guidance_scale > 1:", "cat([negative_prompt_embeds, prompt_embeds]"]),
+    ("BriaFiboEditPipeline", "prompt_embeds"): (ABOVE_ONE, ["if guidance_scale > 1:", "cat([negative_prompt_embeds, prompt_embeds]"]),
+    **{
+        (name, "encoder_hidden_states"): (
+            ABOVE_ONE,
+            ["if guidance_scale > 1.0:", "torch.concat([negative_encoder_hidden_states, encoder_hidden_states])"],
+        )
+        for name in ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
+    },
+    ("LDMTextToImagePipeline", "context"): (
+        [*ABOVE_ONE, ({"guidance_scale": 0.5}, (N, P))],
+        ["if guidance_scale == 1.0:", "context = prompt_embeds", "context = torch.cat([negative_prompt_embeds, prompt_embeds])"],
+    ),
+    ("DreamLitePipeline", "prompt_embeds"): (
+        [({"task": "generate"}, (N, P)), ({"task": "edit"}, (N, N, P))],
+        ['if task == "generate":', "prompts=[negative_prompt, prompt_str],", "prompts=[negative_prompt, negative_prompt, prompt_str],"],
+    ),
+    ("StableDiffusionDiffEditPipeline", "prompt_embeds"): (
+        [(OFF, (P,)), (ON, (N, P)), (OFF | {"target_prompt_embeds": 1}, (P, P)), (ON | {"target_prompt_embeds": 1}, (N, P, N, P))],
+        [
+            "target_prompt_embeds = torch.cat([target_negative_prompt_embeds, target_prompt_embeds])",
+            "source_prompt_embeds = torch.cat([source_negative_prompt_embeds, source_prompt_embeds])",
+            "prompt_embeds = torch.cat([source_prompt_embeds, target_prompt_embeds])",
+            "prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])",
+        ],
+    ),
+    ("StableDiffusionPanoramaPipeline", "prompt_embeds_input"): (
+        [(OFF | {"vb_size": 2}, (P, P)), (ON | {"vb_size": 1}, (N, P)), (ON | {"vb_size": 2}, (N, P, N, P))],
+        [
+            "prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])",
+            "prompt_embeds_input = torch.cat([prompt_embeds] * vb_size)",
+        ],
+    ),
+    ("StableDiffusionPipelineSafe", "prompt_embeds"): (
+        [
+            (OFF | {"enable_safety_guidance": False}, (P,)),
+            (ON | {"enable_safety_guidance": False}, (N, P)),
+            (ON | {"enable_safety_guidance": True}, (N, P, N)),
+        ],
+        ["cat([negative_prompt_embeds, prompt_embeds, safety_embeddings])", "cat([negative_prompt_embeds, prompt_embeds])"],
+    ),
+    ("SemanticStableDiffusionPipeline", "text_embeddings"): (
+        [
+            (OFF | {"enabled_editing_prompts": 2}, (P,)),
+            (ON | {"enabled_editing_prompts": 0}, (N, P)),
+            (ON | {"enabled_editing_prompts": 2}, (N, P, N, N)),
+        ],
+        ["cat([uncond_embeddings, text_embeddings, edit_concepts])", "cat([uncond_embeddings, text_embeddings])"],
+    ),
+    ("LEditsPPPipelineStableDiffusion", "text_embed_input"): (
+        [({"self": PIPELINE}, (N, P, P))],
+        ["cat([uncond_embeddings, edit_concepts])", "text_embed_input = text_embeddings", "[latents] * (1 + self.enabled_editing_prompts)"],
+    ),
+    ("LEditsPPPipelineStableDiffusionXL", "prompt_embeds"): (
+        [({"self": PIPELINE}, (N, P, P))],
+        ["negative_prompt_embeds,\n            edit_concepts_embeds,", "torch.cat([prompt_embeds, edit_prompt_embeds], dim=0)"],
+    ),
+    ("LEditsPPPipelineStableDiffusionXL", "negative_prompt_embeds"): (
+        [(OFF, (N,)), (ON, (N, P))],
+        ["negative_prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds], dim=0)"],
+    ),
+}
+
+
+def test_rows_that_are_functions_say_what_the_source_says():
+    functions = {(name, given) for name, row in PROMPTS.items() for given, parts in row.items() if callable(parts)}
+    assert functions == BY_VARIABLES.keys()
+    for (name, given), (cases, lines) in BY_VARIABLES.items():
+        cls = pipelines().get(name)
+        if cls is None:
+            continue
+        calls = [nodes for nodes, found in calls_of(cls) if any(given in (ast.unparse(w.value) for w in call.keywords) for call in found)]
+        assert all(line in inspect.getsource(cls) for line in lines), name
+        for variables, parts in cases:
+            assert PROMPTS[name][given](variables.get) == parts, (name, variables)
+            used = ({n.id for n in nodes if isinstance(n, ast.Name)} for nodes in calls)
+            assert any(variables.keys() <= names for names in used), (name, variables)
+
+
+# Where the code has a prompt under another name when it puts it together with others.
+MADE_AS = {"connector_prompt_embeds": "prompt_embeds", "prompt_embeds_edit": "prompt_embeds"}
 
 
 def test_of_every_pipeline_it_is_known_whose_prompt_its_calls_are_given():
@@ -250,12 +512,18 @@ def test_the_parts_of_a_batch_are_put_together_as_the_row_says(name):
         pytest.skip("un-skip when the installed diffusers has it")
     cls = pipelines()[name]
     for given, parts in PROMPTS[name].items():
-        variable = {"connector_prompt_embeds": "prompt_embeds"}.get(given, given.partition(".")[0])
+        if callable(parts):
+            continue
+        variable = given.partition(".")[0]
+        variable = MADE_AS.get(variable, variable)
         made = layouts(cls, variable)
         if len(parts) > 1 and not given.startswith("torch.cat"):
             assert made == {parts}, (given, made)
         elif len(parts) == 1:
-            assert not made and (bool(NEGATED.search(given)) == parts[0] or "zeros_like" in given), (given, made)
+            assert (not made or name.startswith("LEdits")) and (bool(NEGATED.search(given)) == parts[0] or "zeros_like" in given), (
+                given,
+                made,
+            )
         decides = inspect.unwrap(cls.__call__).__code__.co_varnames
         assert len(parts) == 1 or DECIDES in decides or isinstance(inspect.getattr_static(cls, DECIDES, None), property)
 
@@ -494,17 +762,63 @@ def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_no
         drawn(pipe, 1, False, **INVERTED)
 
 
+def test_the_unit_of_a_denoiser_that_has_none_of_its_own_is_its_pipeline_s():
+    there = set()
+    for name, cls in pipelines().items():
+        kinds = [type(model).__name__ for part, model in components(cls).items() if part in ("transformer", "unet")]
+        if any(families.UNKNOWN_TIME.search(kind) for kind in kinds):
+            source = inspect.getsource(cls)
+            share = "current_t = current_sigma / (current_sigma + 1)" in source and re.search(
+                r"timestep = current_t\.(expand|view)\(", source
+            )
+            there |= {name} if share else set()
+    assert there == set(GIVE_SHARES) & pipelines().keys()
+
+
+class Harmless(torch.nn.Module):
+    """Stands for the safety checker, which is another package's."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def to(self, *_, **__):
+        return self
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of the schedulers' own
+@torch.no_grad()
+def test_cosmos_2_tells_how_much_noise_there_is_and_cosmos_1_counts_in_logarithms():
+    specimen = zoo.build("diffusers/CosmosTransformer3DModel")
+    sizes = dict(height=16, width=16, num_inference_steps=4, output_type="latent", prompt_embeds=torch.randn(1, 5, 32), guidance_scale=1.0)
+    parts = dict(text_encoder=None, tokenizer=None, vae=AutoencoderKLWan(**SMALL_VAE), safety_checker=Harmless())
+    said = []
+    pipe = Cosmos2TextToImagePipeline(
+        transformer=specimen.model, scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), **parts
+    )
+    get_token_model(pipe, ProSpectConfig(stages=4, init_std=1.0))
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: said.append(surgery_of(pipe).call.context))
+    pipe.set_progress_bar_config(disable=True)
+    pipe(**sizes)
+    handle.remove()
+    sigmas = pipe.scheduler.sigmas[:4]
+    torch.testing.assert_close(torch.cat([c.time for c in said]), (1000 * sigmas / (1 + sigmas)).float(), rtol=1e-3, atol=1e-3)
+    assert [c.step for c in said] == [0, 1, 2, 3]
+    one = CosmosTextToWorldPipeline(transformer=unload(pipe).transformer, scheduler=EDMEulerScheduler(), **parts | {"vae": None})
+    one.set_progress_bar_config(disable=True)
+    with pytest.raises(UnsupportedError, match="how much noise a timestep means, got a timestep of CosmosTransformer3DModel in a unit"):
+        get_token_model(one, ProSpectConfig(stages=4))(**sizes, num_frames=1)
+
+
 @torch.no_grad()
 def test_a_second_expert_goes_on_where_the_first_has_stopped():
-    pipe, heard = pipeline(transformer=wan(1), transformer_2=wan(2)), []
-    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(), vae=AutoencoderKLWan(**SMALL_VAE))
-    for expert in (pipe.transformer, pipe.transformer_2):
-        model = surgery_of(get_token_model(expert, ProfilingDiTConfig()))
-        expert.patch_embedding.register_forward_pre_hook(lambda *_, model=model: heard.append(model.call.context))
-    pipe.set_progress_bar_config(disable=True)
-    prompts = dict(prompt_embeds=torch.ones(1, 5, 8), negative_prompt_embeds=torch.zeros(1, 5, 8), guidance_scale=1.0)
-    pipe(height=16, width=16, num_frames=1, num_inference_steps=4, output_type="latent", **prompts)
-    assert [(c.step, c.elapsed) for c in heard] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]  # Wan's context tells it
+    pipe, heard = get_token_model(pair(), ProfilingDiTConfig()), []
+    for name, model in surgeries_of(pipe).items():
+        hear = lambda *_, model=model: heard.append(model.call.context)
+        pipe.components[name].patch_embedding.register_forward_pre_hook(hear)
+    for _ in range(2):
+        filmed(pipe, guidance=1.0, steps=4)
+        want = [(0, 0.0, True), (1, 0.25, False), (2, 0.5, True), (3, 0.75, False)]  # Wan's context tells it; each keeps what is its own
+        assert [(c.step, c.elapsed, c.begins) for c in heard] == want
+        heard.clear()
 
 
 @pytest.mark.parametrize(("begin", "origin", "first"), [(0, 1000.0, 0), (2, 500.0, 2), (None, 500.0, 2)])
@@ -523,7 +837,6 @@ def falling_run(kind, steps=6):
     return [unit * (1 - share if families.RISING_TIME.search(kind) else share) for share in shares]
 
 
-SMALL_VAE = dict(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 DENOISERS = [family.partition("/")[2] for family in zoo.families("diffusers")]
 
 
