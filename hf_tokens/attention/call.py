@@ -141,19 +141,21 @@ class Scores:
     back: Callable[[Tensor, int], Tensor] | None = None
     group: Callable[[Tensor], Tensor] | None = None
 
-    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query") -> Tensor:
-        """What each key receives over all real queries or those with a weight, (b m).
+    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query", queries: Tensor | None = None) -> Tensor:
+        """What each key receives over all real queries or those with a weight, (b m); of `queries` (b r) alone, with weights (b r).
 
         Returns:
             (b h n) for each query head; with `heads` "key" the mean of those on each key head (b g n), with "mean" that of all (b n).
         """
         key = reduce, heads, torch.is_grad_enabled()
-        out = self.call.known.get(key) if weights is None else None
+        out = self.call.known.get(key) if weights is None and queries is None else None
         if out is None:
             real = None if self.real is None else self.real.to(self.call.q.dtype)
+            real = real if real is None or queries is None else real.gather(1, queries)
             counted = real if weights is None else weights if real is None else weights * real
-            out = attention_columns(self.call.q, self.call.k, weights=counted, reduce=reduce, heads=heads, **self.call.shape())
-            if weights is None:
+            some = dict(weights=counted, queries=queries, reduce=reduce, heads=heads)
+            out = attention_columns(self.call.q, self.call.k, **some, **self.call.shape())
+            if weights is None and queries is None:
                 self.call.known[key] = out
         out = self.group(out) if heads == "key" and self.group is not None else out
         return out if self.back is None else self.back(out, out.dim() - 1)
