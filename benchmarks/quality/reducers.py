@@ -439,7 +439,7 @@ def prompts() -> Iterator[tuple[str, str, MethodConfig | None, int, bool]]:
     for threshold in (1.5, 1.2, 1.0):
         yield "recoverable-compression", f"threshold {threshold}", RecoverableCompressionConfig(threshold=threshold), SCENE, False
     for keep in (0.7, 0.5, 0.25):
-        yield "transprune", f"keep {keep} three times", TransPruneConfig(keep=(keep,)), SCENE, False
+        yield "transprune", f"keep {keep} three times", TransPruneConfig(keep=(keep, keep**2, keep**3)), SCENE, False
     yield "hicom, untrained", "2 x 2, no learnt tokens", HIComConfig(tokens=0), SCENE, False
     yield "hicom, trained", "2 x 2 and 4 tokens", HIComConfig(tokens=4), SCENE, True
     for keep in (0.5, 0.2):

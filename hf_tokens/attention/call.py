@@ -141,27 +141,43 @@ class Scores:
     back: Callable[[Tensor, int], Tensor] | None = None
     group: Callable[[Tensor], Tensor] | None = None
 
-    def columns(self, weights: Tensor | None = None, reduce: str = "sum", heads: str = "query", among: Tensor | None = None) -> Tensor:
-        """What each key receives over all real queries or those with a weight, (b m); the softmax may be `among` some keys alone, (b n) or
-        (b k n) bool.
+    def columns(
+        self,
+        weights: Tensor | None = None,
+        reduce: str = "sum",
+        heads: str = "query",
+        queries: Tensor | None = None,
+        among: Tensor | None = None,
+    ) -> Tensor:
+        """What each key receives over all real queries or those with a weight, (b m).
+
+        Args:
+            weights: How much each query counts, (b m), or (b r) of those chosen.
+            reduce: `sum` over the queries, or `max`.
+            heads: `query` for each query head, `key` for the mean of those on each key head, `mean` for the mean of all.
+            queries: Look at these alone, (b r).
+            among: Keys among which the softmax is, (b n) or (b k n) bool; the others are hidden.
 
         Returns:
-            (b h n) for each query head; with `heads` "key" the mean of those on each key head (b g n), with "mean" that of all (b n).
+            (b h n), (b g n) or (b n), by `heads`.
         """
-        key, plain = (reduce, heads, torch.is_grad_enabled()), weights is None and among is None
+        key, plain = (reduce, heads, torch.is_grad_enabled()), weights is None and queries is None and among is None
         out = self.call.known.get(key) if plain else None
         if out is None:
             real = None if self.real is None else self.real.to(self.call.q.dtype)
+            real = real if real is None or queries is None else real.gather(1, queries)
             counted = real if weights is None else weights if real is None else weights * real
-            more = {} if among is None else {"key_mask": self._of_call(among)}
-            out = attention_columns(self.call.q, self.call.k, weights=counted, reduce=reduce, heads=heads, **self.call.shape(), **more)
+            some = dict(weights=counted, queries=queries, reduce=reduce, heads=heads, key_mask=self._of_call(among))
+            out = attention_columns(self.call.q, self.call.k, **some, **self.call.shape())
             if plain:
                 self.call.known[key] = out
         out = self.group(out) if heads == "key" and self.group is not None else out
         return out if self.back is None else self.back(out, out.dim() - 1)
 
-    def _of_call(self, among: Tensor) -> Tensor:
+    def _of_call(self, among: Tensor | None) -> Tensor | None:
         """Flags of the tokens, or entries, (b n) or (b k n), for the keys of the call, (b g n)."""
+        if among is None:
+            return None
         b, g, n, _ = self.call.k.shape
         places = torch.arange(n, device=among.device).expand(b, g, n)
         places = places if self.back is None else self.back(places, 2)

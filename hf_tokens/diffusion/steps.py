@@ -75,6 +75,7 @@ class DenoisingWorld(World):
         self.origin = 0.0  # the timestep at which the run began
         self.keeps_output = False  # whether a method names a signal of what the model put out
         self.sample: Tensor | None = None
+        self.halved: bool | None = None  # whether this call's sample has two equal halves, once that is asked
         self.context: Context = ("default", 1)
         self.last: dict[Context, StepOutput] = {}  # of the step before
         self.now: dict[Context, tuple[Tensor, StepOutput]] = {}
@@ -132,7 +133,7 @@ class DenoisingWorld(World):
         value = 0.0 if timestep is None else falling(type(self.model).__name__, torch.as_tensor(timestep))
         self.step("default" if context is None else context.name, context.step_index if counted else None, now, value)
         self.refuse_single(model)
-        self.sample = sample if isinstance(sample, Tensor) else None
+        self.sample, self.halved = sample if isinstance(sample, Tensor) else None, None
         steps = None if context is None else context.num_inference_steps
         if steps:
             elapsed = self.index / steps
@@ -231,8 +232,14 @@ class DenoisingWorld(World):
         if out.shape[channel] > sample.shape[channel]:
             out = out.narrow(channel, 0, sample.shape[channel])
         like = next((key for key, (other, _) in self.now.items() if same_values(other, sample)), self.context)
-        halves = len(sample) % 2 == 0 and len(sample) == len(out) and same_values(*sample.chunk(2)) and not unguided()
+        halves = len(sample) == len(out) and halves_alike(sample)
         self.now[self.context] = sample, StepOutput(out.detach(), sample.shape, halves, like)
+
+    def halves(self) -> bool:
+        """Whether the batch of this call is two halves of the same samples."""
+        if self.halved is None:
+            self.halved = self.sample is not None and halves_alike(self.sample)
+        return self.halved
 
     def before(self) -> StepOutput | None:
         """What this context put out at the step before; None where it then ran on other samples, as where guidance ends within a run."""
@@ -259,6 +266,11 @@ class DenoisingWorld(World):
             return None
         size = difference.norm(dim=-1)
         return torch.cat([size, size]) if last.halves else size
+
+
+def halves_alike(sample: Tensor) -> bool:
+    """Whether a batch holds its samples twice, as under guidance."""
+    return len(sample) % 2 == 0 and same_values(*sample.chunk(2)) and not unguided()
 
 
 def same_values(x: Tensor, y: Tensor) -> bool:

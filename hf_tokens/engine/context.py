@@ -26,6 +26,9 @@ class DenoiserSteps(Protocol):
     def guidance(self, n: int) -> Tensor | None:
         """How much the condition changed it."""
 
+    def halves(self) -> bool:
+        """Whether the batch is two halves of the same samples."""
+
 
 @dataclass
 class Recital:

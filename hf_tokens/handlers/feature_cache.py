@@ -26,7 +26,7 @@ from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
 from .sublayers import Sublayer, Sublayers, refuse_on_picture
 
-FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention"}
+FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention", "shared_doubt": "cross_attention"}
 
 
 @dataclass
@@ -218,8 +218,17 @@ def run_whole(method: FeatureCache, sublayer: Sublayer, store: dict, hidden: Ten
         first = 0 if ledger.behind else k.shape[2] - ledger.n
         store["influence"] = attention_columns(q, k, scaling=scaling, mask=mask, heads="mean")[:, first : first + ledger.n]
     else:
-        store["doubt"] = attention_entropy(q, k, scaling=scaling, mask=mask, pooled=True)
+        store["doubt"] = store["shared_doubt"] = attention_entropy(q, k, scaling=scaling, mask=mask, pooled=True)
+        if "shared_doubt" in method.asks and sublayer.block.surgery.call.context.steps_of_denoiser.halves():
+            mask = None if mask is None else mask.expand(*q.shape[:2], *mask.shape[2:])
+            q, k, mask = (None if x is None else beside(x) for x in (q, k, mask))
+            store["shared_doubt"] = attention_entropy(q, k, scaling=scaling, mask=mask, pooled=True).repeat(2, 1)
     return output
+
+
+def beside(x: Tensor) -> Tensor:
+    """The heads of a batch's second half behind those of its first, (b h ...) to (b/2 2h ...)."""
+    return torch.cat(x.chunk(2), dim=1)
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -305,6 +314,7 @@ def supply_features(
         "age": lambda: kept.age + 1,
         "influence": lambda: store_of(method, block).get("influence"),
         "doubt": lambda: store_of(method, block).get("doubt"),
+        "shared_doubt": lambda: store_of(method, block).get("shared_doubt"),
         "grid": lambda: grid(n, context.picture),
         "noise": lambda: context.steps_of_denoiser.noise(n),
         "guidance": lambda: context.steps_of_denoiser.guidance(n),

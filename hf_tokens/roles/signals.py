@@ -25,6 +25,7 @@ SIGNALS: dict[str, str] = {
     "mlp_output": "what this block's MLP returned for each token, before the residual is added, (b m d)",
     "influence": "for a FeatureCache: what each token gave in the self-attention that was last computed whole, mean over heads, (b n)",
     "doubt": "for a FeatureCache: entropy of the heads' mean cross-attention of each token when it was last computed whole, or None, (b n)",
+    "shared_doubt": "for a FeatureCache: the same of the mean of both halves of a batch under guidance, else as `doubt`",
     "age": "for a FeatureCache: steps since each token of this sublayer was computed, 1 for the step before, (b n)",
     "grid": "height and width of the picture in tokens, special ones in front left out; (1, n) where there is none, None where unknown",
     "noise": "what the denoiser put out for each token at the step before; None at the first, or where it lies otherwise, (b n f)",

@@ -1,4 +1,4 @@
-"""ToCa against a slow loop over one sample, written from the equations of arXiv:2410.05317."""
+"""ToCa against a slow loop over one sample, written from the equations of arXiv:2410.05317 and what its code makes of them."""
 
 import contextlib
 import math
@@ -19,10 +19,14 @@ from diffusers import (
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from hf_tokens_adapters.feature_cache import toca
+from hf_tokens_adapters.feature_cache.toca import ToCa
+from hf_tokens_kernels import attention_entropy
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 from hf_tokens import HFTokensConfig, ToCaConfig, UnsupportedError, anatomy, get_token_model, load, measure, save_adapter, unload
 from hf_tokens.api import adapter_config
+from hf_tokens.handlers.feature_cache import beside
 from hf_tokens.testing import zoo
 from hf_tokens.tools.measure import TokenCounts
 
@@ -33,6 +37,7 @@ KINDS = ("attn", "cross", "mlp")
 class Knobs:
     cycle: int = 2  # N: every N-th step computes and stores everything
     ratio: float = 0.7  # R: the share of tokens that is reused
+    rule: str = "release"  # or "abstract": signals as they are, a constant bonus, factors of the share that is reused
     weights: tuple[float, float, float, float] = (1.0, 0.5, 0.25, 0.4)  # lambda_1..lambda_4
     cell: int = 2  # k: side of a cell of the grid
     kinds: tuple[float, float, float] = (1.0, 1.0, 1.0)  # lambda_type of KINDS
@@ -51,7 +56,8 @@ CASES = {
     "nothing reused": ((2, 3), 4, 2, 2, None, Knobs(cycle=4, ratio=0.0)),
     "everything reused": ((2, 3), 4, 2, 2, None, Knobs(cycle=4, ratio=1.0)),
     "only the MLP": ((3, 3), 4, 2, 2, None, Knobs(cycle=4, kinds=(0.0, 0.0, 1.0))),
-    "attention reused whole": ((3, 3), 4, 2, 2, None, Knobs(cycle=4, ratio=0.6, kinds=(2.0, 1.0, 1.0))),
+    "attention reused whole": ((3, 3), 4, 2, 2, None, Knobs(cycle=4, ratio=0.6, kinds=(0.0, 1.0, 2.0))),
+    "as the abstract has it": ((3, 5), 4, 3, 3, None, Knobs(cycle=4, rule="abstract", depth=0.6, time=0.6)),
     "deeper reuses more": ((3, 4), 5, 3, 2, None, Knobs(cycle=4, depth=0.6)),
     "later reuses more": ((3, 4), 5, 2, 2, None, Knobs(cycle=4, time=0.6)),
     "longest reused first": ((2, 2), 6, 1, 2, None, Knobs(cycle=6, ratio=0.5, weights=(0.0, 0.0, 1.0, 0.0))),
@@ -125,34 +131,44 @@ def control(weights):
     return {i: -sum(c * math.log(c) for c in row if c > 0) for i, row in weights.items()}
 
 
+def unit(values):
+    size = math.sqrt(sum(v * v for v in values.values()))
+    return {i: v / size for i, v in values.items()}
+
+
 def score(s1, s2, ages, grid, knobs):
-    """S = sum_j lambda_j s_j;  s_3 = n_i / N;  s_4 = 1 for the best of each k x k cell by the other three."""
+    """S = sum_j lambda_j s_j with s_1 and 1 + s_2 of length 1, s_3 = n_i / N; the best of each k x k cell is raised by lambda_4 of it."""
     l1, l2, l3, l4 = knobs.weights
     height, width = grid
+    s2 = dict(enumerate(s2)) if isinstance(s2, list) else s2
+    if knobs.rule == "release":
+        s1, s2 = unit(s1), unit({i: 1 + value for i, value in s2.items()})
     total = [l1 * s1[i] + l2 * s2[i] + l3 * ages[i] / knobs.cycle for i in range(height * width)]
     best = {}
     for i in range(height * width):
         cell = (i // width // knobs.cell, i % width // knobs.cell)
         if cell not in best or total[i] > total[best[cell]]:
             best[cell] = i
-    return [value + l4 * (i in best.values()) for i, value in enumerate(total)]
+    return [v + l4 * (v if knobs.rule == "release" else 1) * (i in best.values()) for i, v in enumerate(total)]
 
 
-def reused_share(knobs, kind, layer, layers, step, steps):
-    """R(l, type, t) = R lambda_type 2 (1/2 + lambda_l (l/L - 1/2)) 2 (1/2 + lambda_t (1/2 - t/T)), kept in [0, 1].
+def count(knobs, kind, layer, layers, step, steps, n):
+    """How many of n tokens are computed, floor(r n) of r = (1 - R) l_type (1 + l_l - 2 l_l l/L) (1 + l_t - 2 l_t t/T), kept in [0, 1].
 
-    l/L runs from 0 to 1 over the layers, t/T from 1 to 0 over the steps; a single layer or step stands in the middle.
+    The abstract has n - floor(R(l, type, t) n) of R l_type 2 (1/2 + l_l (l/L - 1/2)) 2 (1/2 + l_t (1/2 - t/T)), T one step less.
     """
-    along = layer / (layers - 1) if layers > 1 else 0.5
+    along, factor = layer / (layers - 1) if layers > 1 else 0.5, knobs.kinds[KINDS.index(kind)]
+    if knobs.rule == "release":
+        later = 1 + knobs.time - 2 * knobs.time * step / steps
+        share = (1 - knobs.ratio) * factor * (1 + knobs.depth - 2 * knobs.depth * along) * later
+        return math.floor(min(1.0, max(0.0, share)) * n + 1e-9)
     noise = 1 - step / (steps - 1) if steps > 1 else 0.5
-    share = knobs.ratio * knobs.kinds[KINDS.index(kind)]
-    share *= 2 * (0.5 + knobs.depth * (along - 0.5)) * 2 * (0.5 + knobs.time * (0.5 - noise))
-    return min(1.0, max(0.0, share))
+    share = knobs.ratio * factor * 2 * (0.5 + knobs.depth * (along - 0.5)) * 2 * (0.5 + knobs.time * (0.5 - noise))
+    return n - math.floor(min(1.0, max(0.0, share)) * n + 1e-9)
 
 
-def choose(scores, share):
-    """The tokens to compute: the n - floor(share n) best, of equal ones the first."""
-    number = len(scores) - math.floor(share * len(scores) + 1e-9)
+def choose(scores, number):
+    """The tokens to compute, of equal ones the first."""
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:number])
 
 
@@ -196,7 +212,7 @@ def naive(blocks, steps, context, grid, knobs, valid=None, conditions=None):
                 chosen = list(range(n))
                 if step % knobs.cycle:
                     scores = score(s1[layer], s2.get(layer, [0.0] * n), ages[site], grid, knobs)
-                    chosen = choose(scores, reused_share(knobs, kind, layer, len(blocks), step, len(steps)))
+                    chosen = choose(scores, count(knobs, kind, layer, len(blocks), step, len(steps), n))
                 fresh, weights = sublayer(block, kind, hidden, context, chosen, condition)
                 if step % knobs.cycle == 0 and kind == "attn":
                     s1[layer] = influence(weights)
@@ -261,8 +277,7 @@ def test_naive_computes_as_many_tokens_as_the_ratio_says(case):
     computed = naive(blocks, steps, context, grid, knobs, valid)[1]
     n = grid[0] * grid[1]
     for (step, layer, kind), tokens in computed.items():
-        share = reused_share(knobs, kind, layer, len(blocks), step, len(steps))
-        assert len(tokens) == (n if step % knobs.cycle == 0 else n - math.floor(share * n + 1e-9))
+        assert len(tokens) == (n if step % knobs.cycle == 0 else count(knobs, kind, layer, len(blocks), step, len(steps), n))
         assert len(set(tokens)) == len(tokens)
 
 
@@ -290,17 +305,16 @@ def test_naive_bonus_goes_to_one_token_of_every_cell():
     knobs = Knobs(weights=(1.0, 0.0, 0.0, 10.0), cell=2)
     s1 = dict(enumerate([1, 5, 2, 3, 4, 9, 0, 7, 8, 6, 11, 10, 12, 13, 14]))
     scores = score(s1, [0.0] * 15, [0] * 15, (3, 5), knobs)
-    assert [i for i, value in enumerate(scores) if value == s1[i] + 10] == [5, 8, 9, 10, 13, 14]
+    plain = unit(s1)
+    assert [i for i, value in enumerate(scores) if value == pytest.approx(11 * plain[i]) and s1[i]] == [5, 8, 9, 10, 13, 14]
 
 
-def test_naive_ratio_of_depth_and_time_keeps_the_mean():
-    knobs = Knobs(ratio=0.4, depth=0.5, time=0.5)
-    over_depth = [reused_share(knobs, "mlp", layer, 5, 1, 3) for layer in range(5)]
-    assert over_depth == sorted(over_depth)
-    assert sum(over_depth) / 5 == pytest.approx(0.4)
-    over_time = [reused_share(knobs, "mlp", 1, 3, step, 5) for step in range(5)]
-    assert over_time == sorted(over_time)
-    assert sum(over_time) / 5 == pytest.approx(0.4)
+def test_naive_factors_of_depth_and_time_keep_the_mean():
+    knobs = Knobs(ratio=0.6, depth=0.5, time=0.5)
+    over_depth = [count(knobs, "mlp", layer, 5, 2, 4, 1000) for layer in range(5)]
+    assert over_depth == sorted(over_depth, reverse=True) and sum(over_depth) / 5 == pytest.approx(400)
+    over_time = [count(knobs, "mlp", 1, 3, step, 4, 1000) for step in range(5)]
+    assert over_time == sorted(over_time, reverse=True) and sum(over_time) / 5 == pytest.approx(400)
 
 
 # per case: model, latents (height, width), steps, valid context tokens, knobs, config
@@ -314,6 +328,8 @@ MODELS = {
     "PixArt": ("pixart", (8, 8), 5, 3, Knobs(cycle=3, weights=(0.0, 1.0, 0.25, 0.4))),
     "PixArt, both signals, odd grid": ("pixart", (6, 10), 4, None, Knobs(cycle=3, ratio=0.5, weights=(0.7, 1.0, 0.25, 0.6))),
     "PixArt, context padded but one": ("pixart", (4, 4), 4, 1, Knobs(cycle=3, weights=(0.5, 1.0, 0.25, 0.4))),
+    "PixArt, as the abstract has it": ("pixart", (6, 10), 4, None, Knobs(cycle=3, rule="abstract", weights=(0.7, 1.0, 0.25, 0.6))),
+    "PixArt, its schedule": ("pixart", (8, 8), 5, None, Knobs(cycle=3, kinds=(0.0, 0.6, 1.6), depth=0.6, time=0.9, cell=4)),
     "U-Net": ("unet", (4, 6), 5, None, Knobs(cycle=3, weights=(0.5, 1.0, 0.25, 0.4))),
 }
 PARTS = {"attn": "attention", "cross": "cross_attention", "mlp": "mlp"}
@@ -363,7 +379,7 @@ def config_of(knobs, steps, **more):
     l1, l2, l3, l4 = knobs.weights
     return ToCaConfig(
         cycle=knobs.cycle, ratio=knobs.ratio, influence=l1, control=l2, frequency=l3, bonus=l4, cell=knobs.cell, types=knobs.kinds,
-        depth=knobs.depth, time=knobs.time, steps=steps, **more,
+        depth=knobs.depth, time=knobs.time, steps=steps, normalise=knobs.rule == "release", rule=knobs.rule, **more,
     )  # fmt: skip
 
 
@@ -432,11 +448,36 @@ def test_denoiser_is_the_loop(case):
             assert counts[s, step][layer, PARTS[part]] == 2 * len(tokens)
 
 
-def test_weights_that_are_not_given_follow_the_kind_of_block():
-    for kind, weights in (("dit", (1.0, 0.0)), ("pixart", (0.0, 1.0))):
-        calls = inputs(kind, (8, 8), 4)
-        given = sampled(get_token_model(denoiser(kind), ToCaConfig(influence=weights[0], control=weights[1])), calls)
-        assert torch.equal(sampled(get_token_model(denoiser(kind), "toca"), calls), given)
+SETTINGS = {"dit": {**toca.PLAIN, "influence": 1.0, "control": 0.0}, "pixart": {**toca.CROSSED, "influence": 0.0, "control": 1.0}}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_knobs_that_are_not_given_follow_the_kind_of_block(kind):
+    calls = inputs(kind, (8, 8), 4)
+    given = sampled(get_token_model(denoiser(kind), ToCaConfig(**SETTINGS[kind])), calls)
+    assert torch.equal(sampled(get_token_model(denoiser(kind), "toca"), calls), given)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_both_halves_under_guidance_compute_the_same_tokens(guided, monkeypatch):
+    calls, seen, verb = inputs("pixart", (8, 8), 4), [], ToCa.reuse
+    if guided:
+        calls = [{**call, "hidden_states": call["hidden_states"][:1].expand(2, -1, -1, -1)} for call in calls]
+
+    def spied(self, **signals):
+        got = verb(self, **signals)
+        seen.extend([] if got is None or signals["part"] != "mlp" else [(signals["age"], signals["shared_doubt"], got)])
+        return got
+
+    monkeypatch.setattr(ToCa, "reuse", spied)
+    sampled(get_token_model(denoiser("pixart"), ToCaConfig(cycle=4, ratio=0.5, types=(0.0, 1.0, 1.0), depth=0.0, time=0.0)), calls)
+    knobs, picked = Knobs(cycle=4, weights=(0.0, 1.0, 0.25, 0.4), cell=4), []
+    for age, doubt, got in seen:
+        for row in range(2):
+            scores = score(dict.fromkeys(range(16), 1.0), doubt[row].tolist(), (age[row] - 1).tolist(), (4, 4), knobs)
+            assert sorted(got[row].tolist()) == choose(scores, 8)
+        picked.append(got.sort().values)
+    assert all(torch.equal(*rows) for rows in picked) == guided and seen
 
 
 def masked(model, run, knobs):
@@ -451,7 +492,7 @@ def masked(model, run, knobs):
         for row in range(len(old)):
             s1 = {token: float(influence[i][row, token]) for token in range(n)}
             scores = score(s1, [0.0] * n, [int(a) for a in seen[i, kind][1][row]], (4, 4), knobs)
-            chosen[row, choose(scores, knobs.ratio)] = True
+            chosen[row, choose(scores, count(knobs, kind, 0, 1, 0, 1, n))] = True
         return chosen
 
     def hear(module, args, kwargs, output, i, kind):
@@ -568,7 +609,7 @@ def test_step_that_the_pipeline_tells():
             _set_cache_context(inner, None)
         assert torch.equal(torch.stack(got), want)
     with pytest.raises(UnsupportedError, match="number of denoising steps"):
-        sampled(model, calls)
+        sampled(get_token_model(denoiser("dit"), ToCaConfig(cycle=5, time=0.5, rule="abstract")), calls)
 
 
 @pytest.mark.parametrize("kind", ["dit", "pixart", "unet"])
@@ -749,3 +790,11 @@ def test_uses_that_are_refused():
             module.set_chunk_feed_forward(32, 1)
     with pytest.raises(UnsupportedError, match="once a step"):
         sampled(model, calls)
+
+
+def test_the_entropy_under_guidance_is_that_of_the_mean():
+    torch.manual_seed(0)
+    q, k = torch.randn(4, 2, 6, 3, dtype=torch.float64), torch.randn(4, 2, 5, 3, dtype=torch.float64)
+    maps = (q @ k.mT * 0.5).softmax(-1).mean(1)
+    mean = (maps[:2] + maps[2:]) / 2
+    torch.testing.assert_close(attention_entropy(beside(q), beside(k), scaling=0.5, pooled=True), -(mean * mean.log()).sum(-1))

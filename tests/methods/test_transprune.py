@@ -1,4 +1,4 @@
-"""TransPrune against its paper: sections 3.1 and 3.2 of arXiv:2507.20630v2, equations (1) to (6)."""
+"""TransPrune against its paper, sections 3.1 and 3.2 of arXiv:2507.20630v2, equations (1) to (6), as its code reads them."""
 
 import math
 
@@ -11,48 +11,53 @@ from hf_tokens.testing import CACHE
 
 
 def transition(inputs, outputs):
-    """Equations (1) and (2) for one module: softmax over the image tokens of 1 - |cosine|, times the ratio of the norms."""
+    """Equations (1) and (2) for one module: softmax over the tokens of 1 - cosine, times the ratio of the norms."""
     ratios, turns = [], []
     for before, after in zip(inputs, outputs, strict=True):
         size_in = math.sqrt(sum(float(v) ** 2 for v in before))
         size_out = math.sqrt(sum(float(v) ** 2 for v in after))
         dot = sum(float(a) * float(b) for a, b in zip(before, after, strict=True))
         ratios.append(size_out / size_in if size_in else 0.0)
-        turns.append(1.0 - abs(dot / (size_in * size_out)) if size_in and size_out else 1.0)
+        turns.append(1.0 - dot / (size_in * size_out) if size_in and size_out else 1.0)
     total = sum(math.exp(t) for t in turns)
     return [math.exp(t) / total * m for t, m in zip(turns, ratios, strict=True)]
 
 
-def instruction_attention(queries, keys):
-    """Equation (5): queries h l d of the instruction, keys g n d of the image tokens; softmax over the image tokens, mean over l and h."""
+def instruction_attention(queries, keys, places):
+    """Equation (5): queries h l d at `places` among the keys g n d; each sees those up to itself; mean over l and h."""
     heads, groups, n = len(queries), len(keys), len(keys[0])
     received = [0.0] * n
     for h in range(heads):
         shared = keys[h * groups // heads]
-        for query in queries[h]:
-            logits = [float(query @ key) / math.sqrt(len(query)) for key in shared]
+        for query, place in zip(queries[h], places, strict=True):
+            logits = [float(query @ key) / math.sqrt(len(query)) for key in shared[: place + 1]]
             top = max(logits)
             total = sum(math.exp(z - top) for z in logits)
-            for j in range(n):
-                received[j] += math.exp(logits[j] - top) / total
+            for j, logit in enumerate(logits):
+                received[j] += math.exp(logit - top) / total
     asked = heads * len(queries[0])
     return [r / asked if asked else 0.0 for r in received]
 
 
-def kept(n, ratio):
-    """How many of n image tokens a stage keeps; a stage never takes the last one."""
-    return min(n, max(1, math.ceil(ratio * n - 1e-9)))
+def kept(whole, left, ratio):
+    """How many of `left` image tokens a stage keeps where there were `whole`; it never takes the last one."""
+    return min(left, max(1, math.floor(ratio * whole + 1e-9)))
 
 
-def naive(image, attention, ffn, guide, accumulate, prune, keep, alpha):
-    """Indices of the image tokens alive after every pruning layer, for one sample.
+def share(values):
+    return [v / (sum(values) + 1e-8) for v in values]
+
+
+def naive(image, tokens, attention, ffn, guide, accumulate, prune, keep, alpha):
+    """Indices of the image tokens alive after every pruning layer, for one sample of so many tokens.
 
     image: indices of the image tokens; attention[l], ffn[l]: (inputs n d, outputs n d) of the layer's two modules over the whole
-    sequence, residuals left out; guide[p]: (instruction queries h l d, keys g n d) of the layer after p; layers are counted from 1.
+    sequence, residuals left out; guide[p]: (places of the instruction, queries h n d, keys g n d); layers are counted from 1.
     """
-    alive, history, stages = list(image), dict.fromkeys(image, 0.0), {}
+    alive, history, stages = list(range(tokens)), [0.0] * tokens, {}
+    seen = lambda: [i for i in alive if i in image]
     for layer in sorted(set(accumulate) | set(prune)):
-        if not alive:
+        if not seen():
             break
         if layer in accumulate:
             for inputs, outputs in (attention[layer], ffn[layer]):
@@ -60,18 +65,22 @@ def naive(image, attention, ffn, guide, accumulate, prune, keep, alpha):
                 for i, gain in zip(alive, gains, strict=True):
                     history[i] += gain  # equations (3) and (4)
         if layer in prune:
-            queries, keys = guide[layer]
-            asked = instruction_attention(queries, [[head[i] for i in alive] for head in keys])
-            score = {i: alpha * history[i] + (1 - alpha) * a for i, a in zip(alive, asked, strict=True)}  # equation (6)
-            best = sorted(alive, key=lambda i: (-score[i], i))[: kept(len(alive), keep[list(prune).index(layer)])]
-            alive = sorted(best)
-            stages[layer] = alive
+            told, queries, keys = guide[layer]
+            places = [alive.index(i) for i in told]
+            asking, given = ([[head[i] for i in some] for head in states] for states, some in ((queries, told), (keys, alive)))
+            asked = instruction_attention(asking, given, places)
+            turned, asked = share([history[i] for i in seen()]), share([asked[alive.index(i)] for i in seen()])
+            score = {i: alpha * t + (1 - alpha) * a for i, t, a in zip(seen(), turned, asked, strict=True)}  # equation (6)
+            count = kept(len(image), len(score), keep[list(prune).index(layer)])
+            best = sorted(score, key=lambda i: (-score[i], i))[:count]
+            alive = [i for i in alive if i not in image or i in best]
+            stages[layer] = sorted(best)
     return stages
 
 
 # tokens of the sequence, image span, instruction span, valid tokens (the rest is padding on the left), keep per stage, alpha
 CASES = [
-    pytest.param(16, range(3, 11), range(11, 16), 16, (0.5, 0.5, 0.5), 0.5, id="the paper's halving"),
+    pytest.param(16, range(3, 11), range(11, 16), 16, (0.875, 0.625, 0.125), 0.5, id="the release's scripts"),
     pytest.param(17, range(2, 13), range(13, 17), 17, (0.7, 0.5, 0.3), 0.5, id="odd sizes"),
     pytest.param(9, range(1, 8), range(8, 9), 9, (0.5, 0.5, 0.5), 1.0, id="transitions only"),
     pytest.param(9, range(1, 8), range(8, 9), 9, (0.5, 0.5, 0.5), 0.0, id="attention only"),
@@ -86,33 +95,32 @@ ACCUMULATE, PRUNE = (7, 8, 9, 10, 11, 12), (7, 9, 12)
 
 
 def sample(tokens, instruction, width=6, heads=4, groups=2, seed=0):
-    """Random module inputs and outputs of one sample, with the queries and keys of the layers after the pruning layers."""
+    """Random module inputs and outputs of one sample, with the queries and keys of the pruning layers."""
     draw = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     modules = [{layer: (randn(tokens, width), randn(tokens, width)) for layer in ACCUMULATE} for _ in range(2)]
-    guide = {p: (randn(heads, tokens, width)[:, list(instruction)], randn(groups, tokens, width)) for p in PRUNE}
+    guide = {p: (list(instruction), randn(heads, tokens, width), randn(groups, tokens, width)) for p in PRUNE}
     return *modules, guide
 
 
 @pytest.mark.parametrize(("tokens", "image", "instruction", "valid", "keep", "alpha"), CASES)
 def test_naive_keeps_what_its_ratios_say(tokens, image, instruction, valid, keep, alpha):
-    attention, ffn, guide = sample(tokens, instruction)
-    stages = naive(image, attention, ffn, guide, ACCUMULATE, PRUNE, keep, alpha)
+    stages = naive(image, tokens, *sample(tokens, instruction), ACCUMULATE, PRUNE, keep, alpha)
     before = list(image)
     assert valid >= len(before)
     for layer, ratio in zip(PRUNE, keep, strict=True):
         after = stages.get(layer, [])
         assert set(after) <= set(before)
         assert after == sorted(after)
-        assert len(after) == (kept(len(before), ratio) if before else 0)
+        assert len(after) == (kept(len(image), len(before), ratio) if before else 0)
         before = after
 
 
-def test_naive_halves_the_published_counts():
-    counts = [288]
-    for _ in PRUNE:
-        counts.append(kept(counts[-1], 0.5))
-    assert counts == [288, 144, 72, 36]
+def test_naive_keeps_the_counts_of_the_scripts():
+    left = [576]
+    for share_left in TransPruneConfig().keep:
+        left.append(kept(576, left[-1], share_left))
+    assert left == [576, 504, 360, 72]
 
 
 def test_naive_prefers_the_turned_and_the_grown():
@@ -123,26 +131,27 @@ def test_naive_prefers_the_turned_and_the_grown():
     assert gains.index(max(gains)) == 1
     grown = torch.stack([same[0], same[1], same[2] * 3, same[3]])
     assert transition(same, grown) == pytest.approx([0.25, 0.25, 0.75, 0.25])
-    assert transition(same, -same) == pytest.approx([0.25] * 4)
+    back = transition(same, torch.stack([-same[0], *mixed[1:]]))
+    assert back[0] > back[1] > back[2]  # turned round is more than turned aside
     assert sum(transition(same, turned)) == pytest.approx(1.0)
 
 
 def test_naive_attention_is_a_mean_of_distributions():
-    _, _, guide = sample(9, range(6, 9))
-    queries, keys = guide[7]
-    assert sum(instruction_attention(queries, keys)) == pytest.approx(1.0)
-    assert instruction_attention(torch.zeros_like(queries), keys) == pytest.approx([1 / 9] * 9)
-    assert instruction_attention(queries[:, :0], keys) == [0.0] * 9
+    told, queries, keys = sample(9, range(6, 9))[2][7]
+    queries = queries[:, told]
+    assert sum(instruction_attention(queries, keys, told)) == pytest.approx(1.0)
+    assert instruction_attention(queries * 0, keys, [8, 8, 8]) == pytest.approx([1 / 9] * 9)
+    assert instruction_attention(queries[:, :0], keys, []) == [0.0] * 9
 
 
 def test_naive_carries_the_history_of_survivors_only():
     attention, ffn, guide = sample(10, range(8, 10))
-    first = naive(range(1, 8), attention, ffn, guide, ACCUMULATE, PRUNE, (0.5, 1.0, 1.0), 1.0)[7]
+    first = naive(range(1, 8), 10, attention, ffn, guide, ACCUMULATE, PRUNE, (0.5, 1.0, 1.0), 1.0)[7]
     gone = next(i for i in range(1, 8) if i not in first)
     for layer in ACCUMULATE[1:]:
         attention[layer][1][gone] *= 1000
-    assert naive(range(1, 8), attention, ffn, guide, ACCUMULATE, PRUNE, (0.5, 0.5, 0.5), 1.0)[7] == first
-    again = naive(range(1, 8), attention, ffn, guide, ACCUMULATE, PRUNE, (0.5, 0.5, 0.5), 1.0)
+    again = naive(range(1, 8), 10, attention, ffn, guide, ACCUMULATE, PRUNE, (0.5, 0.5, 0.5), 1.0)
+    assert again[7] == first
     assert gone not in again[12]
 
 
@@ -178,11 +187,11 @@ def by_hand(model, ids, pixels, accumulate, prune, keep, alpha):
         turn = lambda v, cos=cos[0], sin=sin[0]: v * cos + torch.cat([-v[..., v.shape[-1] // 2 :], v[..., : v.shape[-1] // 2]], -1) * sin
         queries, keys = (p(normed).view(len(alive), -1, 4).transpose(0, 1) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
         queries, keys = (torch.stack([whole(head) for head in turn(v)]) for v in (queries, keys))
-        guide[layer] = queries[:, told], keys
+        guide[layer] = told, queries, keys
         if layer in prune:
             ready = [p for p in prune if p <= layer]
             upto = [a for a in accumulate if a <= layer]
-            stages = naive(image, attention, ffn, guide, upto, ready, keep, alpha)
+            stages = naive(image, n, attention, ffn, guide, upto, ready, keep, alpha)
             alive = [i for i in alive if i not in image or i in stages[layer]]
     return model.lm_head(text.norm(outputs)), stages, alive
 
@@ -225,12 +234,12 @@ def test_model_is_the_loop(images, knobs, side, cached):
 
 def test_tokens_and_memory_are_saved():
     given = prompts((1,), text=(2, 5))
-    model = get_token_model(llava(), TransPruneConfig(accumulate=(2, 3), prune=(2, 4), keep=(0.5,))).eval()
+    model = get_token_model(llava(), TransPruneConfig(accumulate=(2, 3), prune=(2, 4), keep=(0.5, 0.25))).eval()
     cost = measure(model, **given, use_cache=True)
     with model.disable_adapter():
         whole = measure(model, **given, use_cache=True)
-    assert whole.tokens - cost.tokens == 2 * 4 + 2 * 6
-    assert cost.kv_bytes == whole.kv_bytes * (2 * 16 + 2 * 12 + 2 * 10) // (6 * 16)
+    assert whole.tokens - cost.tokens == 2 * 5 + 2 * 7
+    assert cost.kv_bytes == whole.kv_bytes * (2 * 16 + 2 * 11 + 2 * 9) // (6 * 16)
     assert cost.flops < whole.flops
 
 
@@ -272,8 +281,9 @@ def test_later_turns_need_no_image():
 def test_the_papers_layers_are_scaled_to_the_depth():
     config = TransPruneConfig()
     assert config.accumulates(32) == {7, 8, 9, 10, 11, 12}
-    assert config.keeps(32) == {7: 0.5, 9: 0.5, 12: 0.5}
-    assert config.keeps(4) == {1: 0.25, 2: 0.5}
+    assert config.keeps(32) == {7: 0.875, 9: 0.625, 12: 0.125}
+    assert config.keeps(4) == {1: 0.625, 2: 0.125}
+    assert TransPruneConfig(rule="abstract", keep=(0.5, 0.5, 0.5)).keeps(4) == {1: 0.25, 2: 0.5}
     with pytest.raises(ConfigError, match="one for each of 3"):
         TransPruneConfig(keep=(0.5, 0.5))
     with pytest.raises(ConfigError, match=r"\[1, 6\]"):
