@@ -41,15 +41,17 @@ def prefix(shares, order, p):
     return len(order)
 
 
-def sizes(layers, mask, ratio):
-    """Cache size of every layer: the largest p, the same in all layers, whose prefixes fit the budget ratio * layers * keys.
+def sizes(layers, mask, ratio, protected=5):
+    """Cache size of every layer: the largest p, the same in all layers, whose prefixes, with the protected entries beside each, fit the
+    budget ratio * layers * keys.
 
     Every p at which a size can change is tried; the paper's binary search ends at the same place.
     """
     orders = [priority(shares, mask) for shares in layers]
     keys = sum(mask)
-    budget = max(len(layers), math.floor(ratio * len(layers) * keys + 1e-9))
-    best = [1] * len(layers)
+    least = min(keys, 1 + protected)
+    budget = max(least * len(layers), math.floor(ratio * len(layers) * keys + 1e-9))
+    best = [least] * len(layers)
     thresholds = {1.0}
     for shares, order in zip(layers, orders, strict=True):
         held = 0.0
@@ -57,38 +59,42 @@ def sizes(layers, mask, ratio):
             held += shares[key]
             thresholds.add(min(held, 1.0))
     for p in sorted(thresholds):
-        found = [prefix(shares, order, p) for shares, order in zip(layers, orders, strict=True)]
+        found = [min(keys, prefix(shares, order, p) + protected) for shares, order in zip(layers, orders, strict=True)]
         if sum(found) <= budget:
             best = found
     return best
 
 
-def configuration(samples, ratio):
+def configuration(samples, ratio, protected=5):
     """The offline estimate: retention ratio of every layer, averaged over samples of (layers, mask)."""
-    per_sample = [[size / sum(mask) for size in sizes(layers, mask, ratio)] for layers, mask in samples]
+    per_sample = [[size / sum(mask) for size in sizes(layers, mask, ratio, protected)] for layers, mask in samples]
     return [sum(column) / len(column) for column in zip(*per_sample, strict=True)]
 
 
-def held_back(seen, ratio):
-    """Entries that a layer may hold once it has seen so many tokens; never none."""
-    return min(seen, max(1, math.floor(ratio * seen + 1e-9)))
+def held_back(seen, ratio, protected=5):
+    """Entries that a layer may hold once it has seen so many tokens; never none, and all that are protected."""
+    return min(seen, max(1, protected, math.floor(ratio * seen + 1e-9)))
 
 
-def naive(layers, mask, ratios, steps=0, distance=25):
+def naive(layers, mask, ratios, steps=0, distance=25, start=4, newest=1, anchor="prompt"):
     """Positions held by every layer of one sample after prefill and `steps` decoded tokens, in their order in the sequence.
 
-    layers: shares of importance, one list a layer; ratios: the configuration. While decoding, the entry at a fixed distance from the
-    newest one goes whenever the layer outgrows its ratio.
+    layers: shares of importance, one list a layer; ratios: the configuration. The first `start` and the `newest` entries of the prompt
+    stay. While decoding, an entry goes whenever the layer outgrows its ratio: the one at a place of the cache that is fixed behind the
+    prompt, `distance` in front of its end (the middle where there is no such place), or at that distance from the newest one.
     """
     held = []
     for shares, ratio in zip(layers, ratios, strict=True):
-        seen = sum(mask)
-        cache = sorted(priority(shares, mask)[: held_back(seen, ratio)])
+        seen, order = sum(mask), priority(shares, mask)
+        real = sorted(order)
+        spared = [i for place, i in enumerate(real) if place < start or place >= len(real) - newest]
+        cache = sorted([*spared, *(i for i in order if i not in spared)][: held_back(seen, ratio, start + newest)])
+        place = len(cache) - distance if len(cache) > distance else len(cache) // 2
         for step in range(steps):
             cache.append(len(mask) + step)
             seen += 1
-            while len(cache) > held_back(seen, ratio):
-                del cache[max(0, len(cache) - 1 - distance)]
+            while len(cache) > held_back(seen, ratio, start + newest):
+                del cache[place if anchor == "prompt" else max(0, len(cache) - 1 - distance)]
         held.append(cache)
     return held
 
@@ -122,16 +128,17 @@ def sample(layers, heads, keys, padding, seed=0, sharpness=3.0):
 @pytest.mark.parametrize(("layers", "heads", "keys", "padding", "ratio", "steps", "distance"), CASES)
 def test_naive_keeps_to_the_budget(layers, heads, keys, padding, ratio, steps, distance):
     shares, mask = sample(layers, heads, keys, padding)
-    found = sizes(shares, mask, ratio)
-    real = keys - padding
-    assert all(1 <= size <= real for size in found)
-    assert sum(found) <= max(layers, math.floor(ratio * layers * real + 1e-9))
+    found, real = sizes(shares, mask, ratio), keys - padding
+    least = min(real, 6)
+    assert all(least <= size <= real for size in found)
+    assert sum(found) <= max(layers * least, math.floor(ratio * layers * real + 1e-9))
     ratios = configuration([(shares, mask)], ratio)
     held = naive(shares, mask, ratios, steps, distance)
     for shares_of, cache, size, share in zip(shares, naive(shares, mask, ratios), found, ratios, strict=True):
-        assert len(cache) == size
+        spared = {*range(padding, min(keys, padding + 4)), keys - 1}
+        assert len(cache) == size and spared <= {*cache}
         assert all(mask[i] for i in cache)
-        assert not any(shares_of[i] < shares_of[j] for i in cache for j in range(keys) if mask[j] and j not in cache)
+        assert not any(shares_of[i] < shares_of[j] for i in {*cache} - spared for j in range(keys) if mask[j] and j not in cache)
         assert share == pytest.approx(size / real)
     for cache, share in zip(held, ratios, strict=True):
         assert cache == sorted(set(cache))
@@ -141,12 +148,12 @@ def test_naive_keeps_to_the_budget(layers, heads, keys, padding, ratio, steps, d
 
 def test_naive_gives_the_even_layer_more_than_the_peaked_one():
     even, peaked = [0.1] * 10, [0.91] + [0.01] * 9
-    assert sizes([even, peaked], [True] * 10, 0.5) == [9, 1]
+    assert sizes([even, peaked], [True] * 10, 0.5, 0) == [9, 1]
 
 
 def test_naive_holds_the_same_share_in_every_layer():
     shares, mask = sample(5, 2, 24, 0)
-    found = sizes(shares, mask, 0.4)
+    found = sizes(shares, mask, 0.4, 0)
     held = [sum(sorted(layer, reverse=True)[:size]) for layer, size in zip(shares, found, strict=True)]
     short = [sum(sorted(layer, reverse=True)[: size - 1]) for layer, size in zip(shares, found, strict=True)]
     assert max(short) < min(held) + 1e-12
@@ -160,7 +167,7 @@ def test_naive_finds_what_a_binary_search_finds():
         p = (low + high) / 2
         over = sum(prefix(*pair, p) for pair in zip(shares, orders, strict=True)) > math.floor(0.3 * 4 * 16 + 1e-9)
         low, high = (low, p) if over else (p, high)
-    assert [prefix(*pair, low) for pair in zip(shares, orders, strict=True)] == sizes(shares, mask, 0.3)
+    assert [prefix(*pair, low) for pair in zip(shares, orders, strict=True)] == sizes(shares, mask, 0.3, 0)
 
 
 def test_naive_full_budget_is_the_full_cache():
@@ -170,12 +177,20 @@ def test_naive_full_budget_is_the_full_cache():
 
 def test_naive_averages_configurations():
     samples = [sample(3, 2, 16, 0, seed) for seed in range(4)]
-    ratios = configuration(samples, 0.5)
+    ratios = configuration(samples, 0.5, 0)
     assert 0.5 - 3 / 48 <= sum(ratios) / 3 <= 0.5
 
 
 def test_naive_drops_at_the_distance():
-    assert naive([[0.25] * 4], [True] * 4, [0.5], steps=4, distance=1) == [[0, 4, 6, 7]]
+    unprotected = {"start": 0, "newest": 0}
+    assert naive([[0.25] * 4], [True] * 4, [0.5], steps=4, distance=1, anchor="newest", **unprotected) == [[0, 4, 6, 7]]
+    assert naive([[0.25] * 4], [True] * 4, [0.5], steps=4, distance=1, **unprotected) == [[0, 5, 6, 7]]
+
+
+def test_naive_keeps_the_first_and_the_newest():
+    shares = [0.01, 0.01, 0.3, 0.3, 0.2, 0.1, 0.08]
+    assert naive([shares], [True] * 7, [0.5], start=1, newest=1) == [[0, 2, 6]]
+    assert naive([shares], [True] * 7, [0.1]) == [[0, 1, 2, 3, 6]]
 
 
 # -- the method in a model -------------------------------------------------------------------------------------------
@@ -193,7 +208,7 @@ def prompt_by_hand(base, ids):
 
 
 @torch.no_grad()
-def decode_by_hand(base, ids, ratios, steps, distance):
+def decode_by_hand(base, ids, ratios, steps, **knobs):
     """Greedy tokens and logits of one row that attends, in each block, to what the loop holds, and what it holds at the end."""
     shares, inputs, states = prompt_by_hand(base, ids)
     out, logits = [], []
@@ -203,12 +218,12 @@ def decode_by_hand(base, ids, ratios, steps, distance):
         if step == steps - 1:
             break
         x = embed(base, torch.tensor(out[-1]), torch.tensor(len(ids) + step))
-        held = naive(shares, [True] * len(ids), ratios, step, distance)
+        held = naive(shares, [True] * len(ids), ratios, step, **knobs)
         for layer, block in enumerate(blocks(base)):
             inputs[layer] = torch.cat([inputs[layer], x[None]])
             x = block(torch.cat([inputs[layer][held[layer]], x[None]]))[0][-1]
         states = x[None]
-    return out, torch.stack(logits), naive(shares, [True] * len(ids), ratios, steps - 1, distance)
+    return out, torch.stack(logits), naive(shares, [True] * len(ids), ratios, steps - 1, **knobs)
 
 
 def held_in(cache, row, first):
@@ -219,6 +234,7 @@ def held_in(cache, row, first):
 
 
 RATIOS = (0.31, 0.55, 1.0, 0.08)
+FIRST_VERSION = {"start_size": 0, "protect_size": 0, "anchor": "newest"}
 MODELS = [
     pytest.param((12,), {"budget": 0.5}, id="the paper's half"),
     pytest.param((17, 9, 4), {"ratios": RATIOS, "distance": 4}, id="odd sizes, padded"),
@@ -227,6 +243,11 @@ MODELS = [
     pytest.param((9, 5), {"budget": 1.0}, id="nothing to evict"),
     pytest.param((9, 5), {"budget": 0.01, "distance": 2}, id="one key a layer"),
     pytest.param((9, 5), {"budget": 0.01, "online": True, "distance": 2}, id="one key a layer, online"),
+    pytest.param((17, 9, 4), {"budget": 0.4, "start_size": 1, "distance": 3}, id="the scripts' single first entry"),
+    pytest.param((17, 9, 4), {"budget": 0.4, "start_size": 2, "protect_size": 3, "distance": 9, "online": True}, id="three newest"),
+    pytest.param((17, 9, 4), {"ratios": RATIOS, "distance": 4} | FIRST_VERSION, id="version 1"),
+    pytest.param((11, 6, 1), {"budget": 0.4, "online": True, "distance": 3} | FIRST_VERSION, id="version 1, online"),
+    pytest.param((9, 5), {"budget": 0.01, "distance": 2} | FIRST_VERSION, id="version 1, one key a layer"),
 ]
 
 
@@ -237,16 +258,18 @@ def test_model_is_the_loop(lengths, knobs):
         torch.nn.init.normal_(block.attn.c_attn.weight, std=0.3 * (layer + 1))
     model = get_token_model(base, PrefixKVConfig(**knobs)).eval()
     ids, mask = batch(lengths)
-    steps, distance = 9, knobs.get("distance", 25)
+    steps, names = 9, {"distance": "distance", "start_size": "start", "protect_size": "newest", "anchor": "anchor"}
+    ruled = {names[knob]: value for knob, value in knobs.items() if knob in names}
     got, logits, cache = greedy(model, ids, mask, steps)
     assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=steps, do_sample=False)[:, ids.shape[1] :], got)
     for row, length in enumerate(lengths):
         real, first = ids[row, -length:], ids.shape[1] - length
         shares, _, _ = prompt_by_hand(base, real)
         ratios = knobs.get("ratios", (knobs.get("budget"),) * 4)
+        protected = knobs.get("start_size", 4) + knobs.get("protect_size", 1)
         if knobs.get("online"):
-            ratios = [size / length for size in sizes(shares, [True] * length, knobs["budget"])]
-        tokens, told, held = decode_by_hand(base, real, ratios, steps, distance)
+            ratios = [size / length for size in sizes(shares, [True] * length, knobs["budget"], protected)]
+        tokens, told, held = decode_by_hand(base, real, ratios, steps, **ruled)
         assert held_in(cache, row, first) == held
         assert got[row].tolist() == tokens
         torch.testing.assert_close(logits[row], told, rtol=1e-9, atol=1e-9)
@@ -292,7 +315,7 @@ def test_padding_on_the_right_takes_no_entry():
 
 def test_memory_is_freed():
     model = get_token_model(gpt2(), PrefixKVConfig(ratios=(0.25, 0.5, 0.75, 1.0))).eval()
-    ids, _ = batch((16,))
+    ids, _ = batch((32,))
     cost = measure(model, input_ids=ids, use_cache=True)
     with model.disable_adapter():
         whole = measure(model, input_ids=ids, use_cache=True)

@@ -3,15 +3,18 @@
 Paper:   PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient Generation (Wang et al.,
          NeurIPS 2025), arXiv:2412.03409
 Maths:   I_l = mean_h sum_q A_l[h, q, :] / |.|_1, sorted;  o_l(p) = min {o : the first o of I_l sum to p};  R_l = o_l(p) / n for the
-         largest p, by binary search, with sum_l o_l(p) <= r L n;  decoding drops the entry at that distance if a layer outgrows R_l
-Differs: without calibration (`hf_tokens.calibrate`) and `online` every layer keeps the share r. A layer keeps one key at least. The paper
-         states no default of r and the distance; the pruning that it cites uses 25. A later turn of a chat scores all by its own queries.
+         largest p, by binary search, with sum_l o_l(p) <= r L n;  the first and the newest entries stay beside the prefix;  decoding
+         drops the entry at one place of the cache, `distance` in front of the prompt's end, if a layer outgrows R_l
+Differs: without calibration (`hf_tokens.calibrate`) and `online` every layer keeps the share r. The search ends at the budget, where the
+         release stops within 5 keys of it and scales the rest. A later turn of a chat scores all by its own queries.
+Checked: THU-MIG/PrefixKV@39b72656, `PrefixKV` at sizes it chose itself, first 1 and 4, 41 tokens and 22 more: largest difference 0
+         entries behind the prompt and 1 while decoding: it rounds the entries that go down, and so holds one more.
 
 >>> from hf_tokens import PrefixKVConfig, calibrate, get_token_model, measure
 >>> from hf_tokens.testing import zoo
 >>> base = zoo.build("gpt2")
->>> model = get_token_model(base.model, PrefixKVConfig(budget=0.25))
->>> round(sum(calibrate(model, [base.inputs])["default.0"]["ratios"]), 2) <= 4 * 0.25
+>>> model = get_token_model(base.model, PrefixKVConfig(budget=0.5))
+>>> round(sum(calibrate(model, [base.inputs])["default.0"]["ratios"]), 2) <= 4 * 0.5
 True
 >>> measure(model, **base.inputs, use_cache=True).kv_bytes <= 4 * 2 * 2 * 16 * 32 * 4 // 2
 True
@@ -34,12 +37,20 @@ class PrefixKVConfig(MethodConfig):
     budget: float = option(0.5, gt=0, le=1, zero=1.0, help="Share of all keys that stay (paper: compression ratio r).")
     ratios: tuple[float, ...] = option((), gt=0, le=1, zero=(), help="Share in each of its blocks (paper: R_l), as calibration found it.")
     online: bool = option(False, help="Search the shares anew for each sample, at the end of its prompt.")
+    start_size: int = option(4, ge=0, was={1: 0}, help="First entries that always stay (release: 4, its scripts 1).")
+    protect_size: int = option(1, ge=0, was={1: 0}, help="Newest entries of a prompt that always stay.")
     distance: int = option(25, ge=1, help="Distance from the newest entry to the one that goes while decoding.")
+    anchor: str = option(
+        "prompt",
+        choices=("prompt", "newest"),
+        was={1: "newest"},
+        help="Whether the distance counts from the end of the prompt, or moves on.",
+    )
 
 
-def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:
+def sizes(scores: dict[int, Tensor], ratio: float, protected: int = 0) -> dict[int, Tensor]:
     """Keys that each layer keeps, (b), of scores (b n), or (b k n) where heads differ, that are -inf where there is no key: the largest p
-    whose prefixes fit the budget."""
+    whose prefixes fit the budget, with so many protected ones beside each."""
     held, count = {}, {}
     for layer, score in scores.items():
         there = score.isfinite()
@@ -49,7 +60,7 @@ def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:
     budget = (ratio * sum(count.values()) + 1e-9).floor()  # b; at p = 0 each layer keeps one key
 
     def prefixes(p: Tensor) -> dict[int, Tensor]:
-        found = {layer: (share < p[:, None] - 1e-12).sum(dim=1) + 1 for layer, share in held.items()}
+        found = {layer: (share < p[:, None] - 1e-12).sum(dim=1) + 1 + protected for layer, share in held.items()}
         return {layer: torch.where(p >= 1, count[layer], size.minimum(count[layer])) for layer, size in found.items()}
 
     high = torch.ones_like(budget, dtype=torch.float64)
@@ -61,7 +72,7 @@ def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:
     return prefixes(low)
 
 
-@register("prefixkv", PrefixKVConfig)
+@register("prefixkv", PrefixKVConfig, version=2)
 class PrefixKV(CacheCompressor):
     chunks = False
     decodes = True
@@ -79,22 +90,38 @@ class PrefixKV(CacheCompressor):
         found = {layer: [] for layer in sorted(records)}
         for batch in zip(*(records[layer] for layer in found), strict=True):
             scores = dict(zip(found, batch, strict=True))
-            for layer, size in sizes(scores, config.budget).items():
+            for layer, size in sizes(scores, config.budget, config.start_size + config.protect_size).items():
                 found[layer] += (size / scores[layer].isfinite().sum(dim=1).double()).tolist()
         return dataclasses.replace(config, ratios=tuple(sum(shares) / len(shares) for shares in found.values()))
 
-    def score(self, scores: object, mask: Tensor, prefill: bool) -> Tensor:
+    def examine(self, scores: object, mask: Tensor) -> Tensor:
+        received = scores.columns().mean(dim=1) if mask.dim() == 2 else scores.columns(heads="key")  # b n, or b k n beside another policy
+        return received.masked_fill(~mask, -torch.inf)
+
+    def observe(self, scores: object, mask: Tensor, positions: Tensor, record: dict, prefill: bool) -> Tensor | None:
+        if not prefill:
+            return None
+        record["prompt"] = torch.where(mask, positions, -1).amax(dim=-1, keepdim=True)
+        record.pop("place", None)
+        return self.examine(scores, mask) if self.config.online else None
+
+    def score(self, scores: object, mask: Tensor, newer: Tensor, positions: Tensor, record: dict, prefill: bool) -> Tensor:
+        c = self.config
         if prefill:
-            return scores.columns().mean(dim=1) if mask.dim() == 2 else scores.columns(heads="key")  # b n, or b k n beside another policy
-        behind = mask.flip(-1).cumsum(dim=-1).flip(-1) - 1  # real entries after each one
-        aged = torch.where(behind >= self.config.distance, behind, 2 * mask.shape[-1] - behind)
-        return aged.to(torch.float64)
+            return self.examine(scores, mask).masked_fill((positions < c.start_size) | (newer < c.protect_size), torch.inf)
+        if c.anchor == "newest":
+            return torch.where(newer >= c.distance, newer, 2 * mask.shape[-1] - newer).double()
+        place = mask.cumsum(dim=-1) - 1
+        if "place" not in record:
+            size = (mask & (positions <= record["prompt"])).sum(dim=-1, keepdim=True)
+            record["place"] = torch.where(size > c.distance, size - c.distance, size // 2)
+        return torch.where(place >= record["place"], place, 3 * mask.shape[-1] - place).double()
 
     def budget(self, length: int, seen: int) -> int:
         c, dims = self.config, self.dims
         blocks = sorted(range(dims.layers) if c.layers is None else {layer % dims.layers for layer in c.layers})
         share = c.ratios[blocks.index(dims.layer)] if c.ratios else c.budget
-        return min(length, max(1, math.floor(share * seen + 1e-9)))
+        return min(length, max(1, c.start_size + c.protect_size, math.floor(share * seen + 1e-9)))
 
     def allot(self, scores: dict[int, Tensor], notes: dict[int, Tensor]) -> dict[int, Tensor]:
-        return sizes(scores, self.config.budget)
+        return sizes(notes, self.config.budget, self.config.start_size + self.config.protect_size)
