@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -136,6 +136,7 @@ def weights_of_context(block: nn.Module) -> dict[str, Place]:
 # site of a WeightEdit -> its weights in a block, by their names in it, and what a block must have
 WEIGHT_SITES = {
     "block": (weights_of_block, "parameters"),
+    "model": (weights_of_block, "parameters"),
     "context": (weights_of_context, "a cross-attention with linear projections of the context"),
 }
 
@@ -143,6 +144,26 @@ WEIGHT_SITES = {
 def block_weights(block: nn.Module, site: str) -> dict[str, Place]:
     """The weights of a block at a site, by name."""
     return WEIGHT_SITES[site][0](block)
+
+
+OUTSIDE = "/"  # begins the name of a weight outside of the blocks, which is its path in the model
+
+
+def outside_weights(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, tuple[Place, ...]]:
+    """The weights of a model outside of these blocks: one that is tied has several places and the name of the first."""
+    inside = {id(weight) for block in blocks for weight in block.parameters()}
+    places: dict[int, list[tuple[str, Place]]] = {}
+    for path, (module, name) in weights_of_block(model).items():
+        if id(module._parameters[name]) not in inside:
+            places.setdefault(id(module._parameters[name]), []).append((path, (module, name)))
+    return {OUTSIDE + found[0][0]: tuple(place for _, place in found) for found in places.values()}
+
+
+def check_plain(weight: nn.Parameter, path: str) -> None:
+    """Refuse a weight that no sum of tensors can stand in for."""
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        rule, got = "A weight that is edited is a plain floating-point parameter", f"{type(weight).__name__} of {weight.dtype}"
+        raise UnsupportedError(explain(rule, f"{got} at {path}", "Load the model without quantisation."))
 
 
 def check_weights(model: nn.Module, block: nn.Module, path: str, site: str) -> None:
@@ -156,9 +177,7 @@ def check_weights(model: nn.Module, block: nn.Module, path: str, site: str) -> N
         names.setdefault(id(weight), []).append(name)
     for name, (module, attribute) in weights.items():
         weight = module._parameters[attribute]
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            rule, got = "A weight that is edited is a plain floating-point parameter", f"{type(weight).__name__} of {weight.dtype}"
-            raise UnsupportedError(explain(rule, f"{got} at {path}.{name}", "Load the model without quantisation."))
+        check_plain(weight, f"{path}.{name}")
         if len(names.get(id(weight), ())) > 1:
             rule = "A weight that is edited belongs to one place of the model"
             raise UnsupportedError(explain(rule, f"one tied as {names[id(weight)]}", "Choose other layers or another model."))

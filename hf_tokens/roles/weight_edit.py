@@ -16,7 +16,9 @@ class WeightEdit(Method):
     """A closed-form change of weights, found once on data by `hf_tokens.edit`.
 
     While the adapter acts, each call of the block sees W + delta in the place of W, which stays as it is; nothing of it is trained. The
-    site is which weights: `block`, all of it; `context`, the projections of its cross-attention that read the context.
+    site is which weights: `block`, all of it; `context`, the projections of its cross-attention that read the context; `model`, all of the
+    blocks and what is outside of them, embeddings and heads too, whose changes the instance in the first block holds; where the config
+    names `layers` or a `stream`, it is those blocks alone.
 
     Class attributes:
         groups: Names of the groups of data that the verb needs.
@@ -24,7 +26,7 @@ class WeightEdit(Method):
     """
 
     role, verb, moves_tokens, packed, in_block, exports = "WeightEdit", "edit", False, True, False, True
-    site, sites = "block", ("block", "context")
+    site, sites = "block", ("block", "context", "model")
     groups: ClassVar[tuple[str, ...]] = ()
     maybe: ClassVar[tuple[str, ...]] = ()
 
@@ -34,6 +36,11 @@ class WeightEdit(Method):
         self.register_buffer("made", torch.zeros((), dtype=torch.bool))
         for name, shape in dims.weights.items():
             self.register_buffer(self.slot(name), torch.zeros(shape))
+
+    @classmethod
+    def site_of(cls, config: MethodConfig) -> str:
+        """The site, for a method whose config has a choice; its class says the widest."""
+        return cls.site
 
     @staticmethod
     def slot(name: str) -> str:

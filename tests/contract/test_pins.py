@@ -14,7 +14,8 @@ def test_a_version_keeps_its_numbers(name):
     assert [each["version"] for each in pinned] == [*range(pinned[0]["version"], METHODS[name].version + 1)]
     for each in pinned:
         made = pins.again(name, each)
-        assert made["defaults"] == each["defaults"], "a default changed: make it a new version, and say what it `was`"
+        known = {name: made["defaults"][name] for name in each["defaults"]}  # a later version may have more knobs
+        assert known == each["defaults"], "a default changed: make it a new version, and say what it `was`"
         assert made.get("base", []) == pytest.approx(each.get("base", []), **NUMBERS), "the tiny model changed: write the pins again"
         flat = lambda starts: {f"{key} {i}": v for key, value in starts.items() for i, v in enumerate((value[0], *value[1], *value[2:]))}
         starts, want = flat(made.get("starts", {})), flat(each.get("starts", {}))
