@@ -31,6 +31,7 @@ PHASES = {
     "last": "the same for the last block that runs, whichever it is",
     "call": "what stands for the block's own forward",
     "weights": "what stands in for the base's weights while it runs",
+    "outside": "the same outside of the blocks, while the model runs",
     "attention": "what the self-attention returns is edited",
     "between": "the tokens between attention and MLP",
     "mlp": "which tokens the MLP computes",
@@ -109,6 +110,9 @@ class Handler:
     def weights(self, block: BlockSurgery) -> AbstractContextManager:
         """What stands in for the base's weights while the block runs."""
         return nullcontext()
+
+    def outside(self, block: BlockSurgery, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with what stands in for the base's weights outside of the blocks."""
 
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from .block import BlockSurgery
 from .context import ForwardContext
 from .generation import BEGINNINGS, CheckedBeginning, refuse_export, refuse_pages
 from .handler import HANDLERS, Handler
-from .hooks import BoundForward, SharedHook
+from .hooks import SharedHook, SignedForward
 from .loss import LossReplacement, StepLosses, share_of_step
 from .results import ModelCall, World
 from .surgery import Listener, StreamSurgery
@@ -37,19 +36,20 @@ TEACHER = "last hidden states of the model without the adapter"
 TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and no argument of the model
 
 
-class ModelForward(BoundForward):
+class ModelForward(SignedForward):
     """The forward of the model, a call of its own where nothing called the model: `model.forward(...)`. A call that raises, whatever it is,
-    leaves nothing of itself behind. It has the signature that it had."""
+    leaves nothing of itself behind."""
 
     def __init__(self, model: ModelSurgery):
         self.model = model
         super().__init__(model.base)
-        self.__signature__ = inspect.signature(self._before or type(model.base).forward.__get__(model.base))
 
-    @property
-    def stand_in(self) -> Callable:
-        """A method of ours would not show the signature."""
-        return self
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the model had, with the weights that edits make outside of its blocks."""
+        run = super().inner
+        for handler, block in self.model.outside:
+            run = partial(handler.outside, block, run)
+        return run(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         heard = self.model.hears()
@@ -81,6 +81,7 @@ class ModelSurgery:
         self.streams: list[StreamSurgery] = []
         self.listeners: list[Listener] = []
         self.around: tuple[Handler, ...] = ()
+        self.outside: tuple[tuple[Handler, BlockSurgery], ...] = ()
         self.call: ModelCall | None = None
         self.losses, self.progress = StepLosses(), 1.0
         self.conclusions: dict[str, Tensor] = {}
@@ -115,8 +116,9 @@ class ModelSurgery:
             yield from surgery.blocks.values()
 
     def refresh(self) -> None:
-        """Note which handlers stand around the calls of the blocks."""
+        """Note which handlers stand around the calls of the blocks, and which blocks hold what is edited outside of them."""
         self.around = tuple(handler for handler in HANDLERS.values() if handler.stands_around(self))
+        self.outside = tuple((handler, block) for block in self.blocks() for handler, _ in block.plan.always.of("outside")[:1])
 
     def set_progress(self, progress: float) -> None:
         """Note how much of the training is done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,33 +13,61 @@ from torch import Tensor, nn
 
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
+from ..engine.hooks import SignedForward
 from ..errors import UnsupportedError, explain
-from ..model.parts import Place, block_weights
+from ..model.parts import OUTSIDE, Place, block_weights, outside_weights
 from ..roles.base import Method
+from ..roles.config import MethodConfig
 from ..roles.weight_edit import WeightEdit
+
+OUTSIDE_HOOK = "weights outside of the blocks"
 
 
 @handles("WeightEdit")
 class WeightEditHandler(Handler):
     def phases(self, method: WeightEdit) -> tuple[str, ...]:
-        return ("weights",)
+        return ("weights", "outside") if outside_names(method) else ("weights",)
 
     def hooks(self, method: WeightEdit) -> set[str]:
-        return {method.site}
+        return {method.site, OUTSIDE_HOOK} if outside_names(method) else {method.site}
 
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
-        block.state(EditedWeights).add(hook)
-        return []
+        edited = block.state(EditedWeights)
+        return edited.add_outside() if hook == OUTSIDE_HOOK else edited.add(hook)
 
     def weights(self, block: BlockSurgery) -> AbstractContextManager:
         edited = block.state(EditedWeights)
         edited.warn_if_unmade()
-        return edited.standing_in()
+        return edited.standing_in(edited.inside)
+
+    def outside(self, block: BlockSurgery, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        edited = block.state(EditedWeights)
+        with edited.standing_in(edited.outside):
+            return run(*args, **kwargs)
 
 
-def edited_shapes(cls: type[Method], block: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights of a block that a method may change; none if it edits no weights."""
-    weights = block_weights(block, cls.site) if issubclass(cls, WeightEdit) else {}
+def outside_names(method: WeightEdit) -> list[str]:
+    """The weights outside of the blocks whose changes an instance holds."""
+    return [name for name in method.dims.weights if name.startswith(OUTSIDE)]
+
+
+def reaches_outside(cls: type[Method], config: MethodConfig) -> bool:
+    """Whether a method changes weights outside of the blocks too."""
+    return issubclass(cls, WeightEdit) and cls.site_of(config) == "model" and config.layers is None and config.stream is None
+
+
+def edited_shapes(cls: type[Method], config: MethodConfig, block: nn.Module, outside: Iterable[nn.Module] | None) -> dict[str, tuple]:
+    """The shapes of the weights that an instance in a block may change; none if it edits no weights.
+
+    Args:
+        cls: The method.
+        config: Its config.
+        block: The block.
+        outside: The model and its blocks, for the instance that holds the changes outside of them.
+    """
+    weights = block_weights(block, cls.site_of(config)) if issubclass(cls, WeightEdit) else {}
+    model, *blocks = outside or (None,)
+    weights |= {} if model is None else {name: places[0] for name, places in outside_weights(model, blocks).items()}
     return {name: tuple(module._parameters[attribute].shape) for name, (module, attribute) in weights.items()}
 
 
@@ -49,17 +77,46 @@ def weight_edits(block: BlockSurgery, adapter_name: str) -> list[WeightEdit]:
     return [method for method in methods if isinstance(method, WeightEdit)]
 
 
+class HolderForward(SignedForward):
+    """The forward of a module that holds weights outside of the blocks: what calls it beside the model reads the edited ones too."""
+
+    def __init__(self, module: nn.Module, edited: EditedWeights, names: frozenset[str]):
+        self.edited, self.names = edited, names
+        super().__init__(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.edited.standing_in(self.names):
+            return self.inner(*args, **kwargs)
+
+
 class EditedWeights:
-    """The weights of a block that its edits may change."""
+    """The weights that the edits in a block may change: the block's, and those outside of all blocks."""
 
     def __init__(self, block: BlockSurgery):
         self.block = block
-        self.places: dict[str, Place] = {}
-        self._standing = False  # whether they stand in for the base's now
+        self.places: dict[str, tuple[Place, ...]] = {}
+        self.inside = self.outside = frozenset[str]()
+        self._standing: frozenset[str] = frozenset()  # those that stand in for the base's now
 
-    def add(self, site: str) -> None:
-        """Those of a site too."""
-        self.places |= block_weights(self.block.module, site)
+    def add(self, site: str) -> list[Any]:
+        """Those of a site of the block too."""
+        found = block_weights(self.block.module, site)
+        self.places |= {name: (place,) for name, place in found.items()}
+        self.inside |= found.keys()
+        return []
+
+    def add_outside(self) -> list[Any]:
+        """Those outside of the blocks too; returns what stands on the modules that hold them."""
+        methods = (method for methods in self.block.hf_tokens_methods.values() for method in methods.values())
+        self.outside = frozenset(name for method in methods if isinstance(method, WeightEdit) for name in outside_names(method))
+        found = {name: places for name, places in outside_weights(self.block.base, ()).items() if name in self.outside}
+        self.places |= found
+        held: dict[nn.Module, set[str]] = {}
+        for name, places in found.items():
+            for module, _ in places:
+                held.setdefault(module, set()).add(name)
+        held.pop(self.block.base, None)  # its own call is that of the model
+        return [HolderForward(module, self, frozenset(names)) for module, names in held.items()]
 
     @property
     def edits(self) -> list[WeightEdit]:
@@ -68,7 +125,7 @@ class EditedWeights:
 
     def effective(self, name: str) -> Tensor:
         """A weight with the changes of the edits that act."""
-        module, attribute = self.places[name]
+        module, attribute = self.places[name][0]
         base = module._parameters[attribute]
         for method in self.edits:
             if name in method.dims.weights and method.is_made:
@@ -76,32 +133,38 @@ class EditedWeights:
         return base
 
     @contextlib.contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Let the edited weights stand in for the base's own, whose tensors stay where they are; once, where a checkpoint enters again."""
+    def standing_in(self, names: frozenset[str]) -> Iterator[None]:
+        """Let edited weights stand in for the base's own, whose tensors stay where they are; once, where a checkpoint or a part of the
+        model enters again."""
         replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-        if self._standing:
-            yield
-            return
-        self._standing = True
+        before = self._standing
         try:
-            for name, (module, attribute) in self.places.items():
-                base, weight = module._parameters[attribute], self.effective(name)
-                if base.is_meta:
-                    rule = "A weight that is edited lies on the device of its block"
-                    raise UnsupportedError(explain(rule, f"an offloaded one, {name}", "Load the model without a device map that offloads."))
-                if weight is not base:
-                    replaced.append((module, attribute, base))
-                    module._parameters[attribute] = weight
+            self._standing = before | names
+            for name in self.places if names - before else ():
+                if name in names and name not in before:
+                    self._replace(name, replaced)
             yield
         finally:
-            self._standing = False
+            self._standing = before
             for module, attribute, base in replaced:
                 module._parameters[attribute] = base
+
+    def _replace(self, name: str, replaced: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
+        """Put an edited weight into its places, and note what was there."""
+        weight = self.effective(name)
+        for module, attribute in self.places[name]:
+            base = module._parameters[attribute]
+            if base.is_meta:
+                rule = "A weight that is edited lies on the device of its block"
+                raise UnsupportedError(explain(rule, f"an offloaded one, {name}", "Load the model without a device map that offloads."))
+            if weight is not base:
+                replaced.append((module, attribute, base))
+                module._parameters[attribute] = weight
 
     @torch.no_grad()
     def bake(self) -> None:
         """Write the edits that act into the base's own tensors."""
-        for name, (module, attribute) in self.places.items():
+        for name, ((module, attribute), *_) in self.places.items():
             module._parameters[attribute].copy_(self.effective(name))
 
     def warn_if_unmade(self) -> None:

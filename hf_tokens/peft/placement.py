@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, explain
 from ..handlers.objective import one_at_a_time
+from ..handlers.weight_edit import reaches_outside
 from ..model import families
 from ..model.anatomy import pictured_stream, prompt_width
 from ..model.blocks import layer_index, several_slots
-from ..model.parts import WEIGHT_SITES, block_weights, check_weights, cross_attentions
+from ..model.parts import OUTSIDE, WEIGHT_SITES, block_weights, check_plain, check_weights, cross_attentions, outside_weights
 from ..model.pictures import forms_grids
 from ..model.pipelines import their_caches
 from ..model.signatures import parameters
@@ -191,6 +192,20 @@ def attending_layers(info: MethodInfo, stream: Stream, layers: Iterable[int]) ->
     return inside
 
 
+def all_blocks(base: Anatomy) -> list[nn.Module]:
+    """The blocks of all streams of a model."""
+    return [block for stream in base.streams for block in stream.blocks]
+
+
+def check_edited(base: Anatomy, info: MethodInfo, config: MethodConfig, stream: Stream, layers: tuple[int, ...]) -> None:
+    """Refuse weights that no others may stand in for."""
+    for index in layers:
+        check_weights(base.model, stream.blocks[index], stream.paths[index], info.cls.site_of(config))
+    if reaches_outside(info.cls, config):
+        for name, ((module, attribute), *_) in outside_weights(base.model, all_blocks(base)).items():
+            check_plain(module._parameters[attribute], name.removeprefix(OUTSIDE))
+
+
 def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
     """The blocks of a stream that a method acts on."""
     n = len(stream)
@@ -199,7 +214,7 @@ def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tup
         raise ConfigError(explain(f"{type(config).__name__}.layers must name a block", "()", remedy))
     named = info.cls.default_layers(config, n) if config.layers is None else config.layers
     if config.layers is None and issubclass(info.cls, WeightEdit):
-        named = [i for i in named if block_weights(stream.blocks[i], info.cls.site)]
+        named = [i for i in named if block_weights(stream.blocks[i], info.cls.site_of(config))]
     if config.layers is None and attends(info.cls):
         named = attending_layers(info, stream, named)
     outside = [i for i in named if not -n <= i < n]
@@ -226,8 +241,7 @@ def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
             for check in (check_cache, check_place, check_first, check_span, check_streams):
                 check(info, stream, layers)
             if issubclass(info.cls, WeightEdit):
-                for index in layers:
-                    check_weights(base.model, stream.blocks[index], stream.paths[index], info.cls.site)
+                check_edited(base, info, method, stream, layers)
             info.cls.check(method, stream.kind, len(stream), layers)
             placements.append(Placement(slot, method, info, stream, layers))
     check_single(placements)

@@ -20,7 +20,7 @@ from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..engine.surgery import StreamSurgery
 from ..errors import ConfigError, UnsupportedError, explain
-from ..handlers.weight_edit import EditedWeights, edited_shapes
+from ..handlers.weight_edit import EditedWeights, edited_shapes, reaches_outside
 from ..model.anatomy import anatomy, prompt_width, special_tokens
 from ..model.parts import OWN
 from ..model.pictures import vision_tower
@@ -32,7 +32,7 @@ from .doors import calling_loader, calling_saver, is_copied, tell_loader
 from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, check_nested, take_off
 from .patterns import check_patterns
-from .placement import Placement, head_outputs, plan
+from .placement import Placement, all_blocks, head_outputs, plan
 from .saving import PEFT_PREFIX
 
 
@@ -118,6 +118,8 @@ class HFTokensModel(BaseTuner):
     def _build(self, p: Placement, index: int) -> Method:
         stream = p.stream
         places = [(other.stream.name, i) for other in self._plan if other.slot == p.slot for i in other.layers]
+        holds = reaches_outside(p.info.cls, p.config) and places[0] == (stream.name, index)
+        outside = (self._anatomy.model, *all_blocks(self._anatomy)) if holds else None
         dims = Dims(
             **{name: getattr(stream, name) for name in ("width", "heads", "kv_heads", "head_dim", "kind", "causal")},
             layer=index,
@@ -127,7 +129,7 @@ class HFTokensModel(BaseTuner):
             place=places.index((stream.name, index)),
             places=len(places),
             outputs=head_outputs(self._anatomy),
-            weights=edited_shapes(p.info.cls, stream.blocks[index]),
+            weights=edited_shapes(p.info.cls, p.config, stream.blocks[index], outside),
             table=None if stream.table is None else self._anatomy.model.get_submodule(stream.table),
             prompt=prompt_width(self._anatomy.model),
         )

@@ -18,7 +18,7 @@ from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, weight_edits
 from ..model.arguments import CROSS
-from ..model.parts import Place
+from ..model.parts import OUTSIDE, Place
 from ..model.signatures import bound_arguments
 from ..roles.weight_edit import WeightEdit
 from ..tokens.token_map import in_float32
@@ -36,15 +36,15 @@ class EditedWeight:
 
     block: BlockSurgery
     method: WeightEdit
-    name: str  # in its block
+    name: str  # in its block, or in the model outside of the blocks
 
     @property
     def path(self) -> str:
-        return f"{self.block.path}.{self.name}"
+        return self.name.removeprefix(OUTSIDE) if self.name.startswith(OUTSIDE) else f"{self.block.path}.{self.name}"
 
     @property
     def place(self) -> Place:
-        return self.block.state(EditedWeights).places[self.name]
+        return self.block.state(EditedWeights).places[self.name][0]
 
     @property
     def effective(self) -> Tensor:

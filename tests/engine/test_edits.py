@@ -1,6 +1,7 @@
 """Edits of weights: what they leave alone, what they are told, how they stack, and what is refused."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -272,3 +273,97 @@ def test_a_pipeline_s_denoiser_is_edited(tmp_path):
     save_adapter(pipe, tmp_path)
     all_equal([unload(pipe).unet(**inputs).sample], [before])
     all_equal([load(tmp_path, pipe).unet(**inputs).sample], [after])
+
+
+@dataclass(frozen=True)
+class HalveConfig(MethodConfig):
+    by: float = option(2.0, ge=0, zero=1.0, help="Divisor.")
+
+
+@pytest.fixture
+def halve():
+    @register("test-halve", HalveConfig)
+    class Halve(WeightEdit):
+        """Paper: none, arXiv:0000.00000"""
+
+        site = "model"
+        groups = ("any",)
+
+        def edit(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: w / self.config.by for name, w in weights.items()}
+
+    yield Halve
+    del METHODS["test-halve"]
+
+
+def scaled(base, factor):
+    twin = copy.deepcopy(base)
+    for weight in twin.parameters():
+        weight.data *= factor
+    return twin
+
+
+# models by what is outside of their blocks: a head, a tied one, weights of the root, of its parts, two streams, convolutions
+WHOLE = ["llama", "gpt2", "t5", "clip", "vit", "mobilebert", "whisper", "llava"]
+WHOLE += ["diffusers/PixArtTransformer2DModel", "diffusers/SD3Transformer2DModel", "diffusers/UNet2DConditionModel"]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # MobileBERT's
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_site_model_is_every_weight(halve, name, tmp_path):
+    specimen = zoo.build(name)
+    base, inputs = specimen.model.eval().requires_grad_(False), specimen.inputs
+    first = lambda model: [next(v for v in model(**inputs).values() if isinstance(v, Tensor) and v.is_floating_point())]
+    before, plain = first(base), copy.deepcopy(base)
+    want = first(scaled(plain, 0.5))
+    tensors = {name: (p, p.clone()) for name, p in base.named_parameters()}
+    model = get_token_model(base, HalveConfig()).eval()
+    moved = edit(model, {"any": [inputs]})["default.0"]
+    assert moved.keys() == tensors.keys()
+    all_equal(first(model), want, "halved")
+    assert all(dict(base.named_parameters())[name] is p and torch.equal(p, bits) for name, (p, bits) in tensors.items())
+    save_adapter(model, tmp_path)
+    all_equal(first(load(tmp_path, copy.deepcopy(plain)).eval()), want, "loaded")
+    with model.disable_adapter():
+        all_equal(first(model), before)
+    all_equal(first(copy.deepcopy(model).merge_and_unload()), want, "baked")
+    all_equal(first(model.unload()), before)
+    assert not any("forward" in vars(module) for module in base.modules())
+
+
+def test_what_is_called_beside_the_model_reads_the_edited_weights_too(halve):
+    specimen = zoo.build("t5")
+    base, inputs = specimen.model.eval(), specimen.inputs
+    twin, ids = scaled(base, 0.5), inputs["input_ids"]
+    signature = inspect.signature(base.encoder.forward)
+    model = get_token_model(base, HalveConfig()).eval()
+    edit(model, {"any": [inputs]})
+    assert inspect.signature(base.encoder.forward) == signature and inspect.signature(base.shared.forward).parameters.keys() == {"input"}
+    with torch.no_grad():
+        all_equal([base.get_input_embeddings()(ids)], [twin.get_input_embeddings()(ids)])
+        all_equal([base.encoder(input_ids=ids).last_hidden_state], [twin.encoder(input_ids=ids).last_hidden_state])
+    sizes = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 0}
+    all_equal([model.generate(input_ids=ids, **sizes)], [twin.generate(input_ids=ids, **sizes)])
+
+
+def test_named_blocks_are_all_that_changes_at_the_site_model(halve):
+    base, inputs = llama()
+    model = get_token_model(base, HalveConfig(layers=(1,)))
+    assert {name.split(".")[2] for name in edit(model, {"any": [inputs]})["default.0"]} == {"1"}
+
+
+def test_a_weight_outside_of_the_blocks_is_plain_too(halve):
+    base, _ = llama()
+    base.lm_head.weight = nn.Parameter(torch.zeros(base.lm_head.weight.shape, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedError, match="is a plain floating-point parameter, got Parameter of torch.int8 at lm_head.weight"):
+        get_token_model(base, HalveConfig())
+
+
+def test_a_call_that_raises_leaves_no_edited_weight_in_the_base(halve):
+    base, inputs = llama()
+    tensors = dict(base.named_parameters())
+    model = get_token_model(base, HalveConfig())
+    edit(model, {"any": [inputs]})
+    with pytest.raises(IndexError):
+        model(input_ids=inputs["input_ids"] + 10**6)
+    assert all(p is tensors[name] for name, p in base.named_parameters())

@@ -87,16 +87,18 @@ def by_hand(base, data, prefix, alpha):
     return edited.requires_grad_(False)
 
 
+@pytest.mark.parametrize("weights", ["model", "block"])
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
-def test_in_a_model(kind):
+def test_in_a_model(kind, weights):
     if kind == "vit":
         base, prefix = vit(), "vit.layers."
         data = {"forget": [pictures(2, 0), pictures(1, 0)], "retain": [pictures(3, 1), pictures(2, 2)]}
     else:
-        base, prefix = gpt2(), "transformer.h."
+        base, prefix = gpt2(), "transformer.h."  # its head is tied to its embeddings
         data = {"forget": [texts([5, 3], 1)], "retain": [texts([4, 6], 2), texts([1, 5], 3)]}
+    prefix = prefix if weights == "block" else ""
     want = by_hand(copy.deepcopy(base), data, prefix, alpha=2.0)
-    model = get_token_model(base, SSDUnlearnConfig(alpha=2.0)).eval()
+    model = get_token_model(base, SSDUnlearnConfig(alpha=2.0, weights=weights)).eval()
     moved = edit(model, data)["default.0"]
     assert moved.keys() == {name for name, _ in want.named_parameters() if name.startswith(prefix)}
     inputs = data["retain"][0]

@@ -3,9 +3,11 @@
 Paper:   Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening (Foster et al., AAAI 2024), arXiv:2308.07707
 Maths:   F_i = E[(dL / dw_i)^2] over the data to forget (f) and over the training data (d)
          w_i := min((lambda F_d,i / F_f,i)^b, 1) w_i  where F_f,i > alpha F_d,i
-Differs: it acts on the weights of the blocks; embeddings, heads and norms outside of them stay. The expectation is a mean over batches of
-         the squared gradient of their mean loss, which is the paper's for batches of one. The group `retain` may hold the whole training
-         set, as in the paper, or what should stay. The exponent b is that of the authors' code, 1; alpha is 10, and theirs for a ViT is 5.
+Differs: as in the authors' code the expectation is a mean over batches of the squared gradient of their mean loss, which is the paper's
+         for batches of one, and F_d is that of the whole training set: let the group `retain` hold it, the data to forget too. alpha 10
+         is theirs for a ResNet; for a ViT it is 5 to forget a class and 25 to forget a part of one.
+Checked: if-loops/selective-synaptic-dampening@cdfdc0e3, importances and dampened weights of a ViT, all 40 of its tensors in float64:
+         largest difference 5.6e-17; weights that matter to nothing stay in both.
 
 >>> import torch
 >>> from hf_tokens import SSDUnlearnConfig, edit, get_token_model
@@ -31,12 +33,19 @@ class SSDUnlearnConfig(MethodConfig):
     alpha: float = option(10.0, ge=0, help="How many times more a weight must matter to the forget data to be dampened (alpha).")
     lam: float = option(1.0, ge=0, help="Share of its value that a weight keeps, times the ratio of both importances (lambda).")
     exponent: float = option(1.0, ge=0, zero=0.0, help="Exponent of the dampening factor (b in the authors' code).")
+    weights: str = option(
+        "model", choices=("model", "block"), was={1: "block"}, help="All weights, embeddings and heads too, or those of the blocks alone."
+    )
 
 
-@register("ssd-unlearn", SSDUnlearnConfig)
+@register("ssd-unlearn", SSDUnlearnConfig, version=2)
 class SSDUnlearn(WeightEdit):
-    site = "block"
+    site = "model"
     groups = ("forget", "retain")
+
+    @classmethod
+    def site_of(cls, config: SSDUnlearnConfig) -> str:
+        return config.weights
 
     def edit(self, weights: dict[str, Tensor], fisher: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: self.dampen(w, fisher["forget"][name], fisher["retain"][name]) for name, w in weights.items()}
