@@ -17,8 +17,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
-from ..model.anatomy import image_tokens
-from ..model.pictures import ENCODED, SeenPictures, has_pictures, patch_grids
+from ..model.pictures import ENCODED, SeenPictures, patch_grids, visual_tokens
 from ..model.signatures import CACHES, bound_arguments
 from ..roles.base import Method
 from ..roles.signals import SPANS
@@ -212,7 +211,7 @@ class ModelSurgery:
         for world in self.worlds:
             fields |= world.before_model(self, args, kwargs)
         arguments = bound_arguments(self.base, args, kwargs)
-        context = ForwardContext(arguments=arguments, visual=self._visual(arguments), targets=targets, **fields)
+        context = ForwardContext(arguments=arguments, visual=visual_tokens(self.base, arguments), targets=targets, **fields)
         self.call, self.waiting = ModelCall(self, context), None
         taught = [s for s in self.streams if self.base.training and torch.is_grad_enabled() and any(m.teaches for m in s.methods())]
         for surgery in self.streams:
@@ -241,14 +240,6 @@ class ModelSurgery:
             rule = "A model with an adapter takes one call at a time"
             remedy = "Take turns with a lock, or give each thread a `copy.deepcopy` of the model."
             raise UnsupportedError(explain(rule, "a call while another thread's runs", remedy))
-
-    def _visual(self, arguments: dict[str, Any]) -> Tensor | None:
-        """Tokens that stand for pictures; None where pictures are given and no token stands for them, or where it is not known."""
-        tokens, ids = image_tokens(self.base), arguments.get("input_ids")
-        if not tokens or not isinstance(ids, Tensor) or ids.is_floating_point():
-            return None
-        spans = torch.isin(ids, torch.tensor(tokens, device=ids.device))
-        return spans if not has_pictures(arguments) or bool(spans.any()) else None
 
     def without(self, args: tuple, kwargs: dict, finals: list[StreamSurgery] | None = None) -> tuple[Any, dict[StreamSurgery, Any]]:
         """The output of the model without the adapter, and the last hidden states of some of its streams."""

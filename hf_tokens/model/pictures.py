@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, explain
 from ..tokens.ledger import TokenLedger
 from . import families
+from .anatomy import image_tokens
 from .signatures import bound_arguments, read_once
 from .streams import Anatomy
 
@@ -57,6 +58,15 @@ def has_pictures(arguments: dict[str, Any]) -> bool:
     encoded = arguments.get(ENCODED) or {}
     given = any(value is not None and any(part in name for part in families.PICTURES) for name, value in arguments.items())
     return given or any(encoded.get(modality) is not None for modality in MODALITIES)
+
+
+def visual_tokens(model: nn.Module, arguments: dict[str, Any]) -> Tensor | None:
+    """Tokens that stand for pictures; None where pictures are given and no token stands for them, or where it is not known."""
+    tokens, ids = image_tokens(model), arguments.get("input_ids")
+    if not tokens or not isinstance(ids, Tensor) or ids.is_floating_point():
+        return None
+    spans = torch.isin(ids, torch.tensor(tokens, device=ids.device))
+    return spans if not has_pictures(arguments) or bool(spans.any()) else None
 
 
 def forms_grids(model: nn.Module) -> bool:
