@@ -1,5 +1,6 @@
 """KVzip against its release: the scores of a recital, one threshold over all blocks and heads, and nothing evicted later."""
 
+import itertools
 import math
 
 import pytest
@@ -25,8 +26,11 @@ def naive(queries, keys, context, part, sinks):
     return {j: SINK if j < sinks else score for j, score in scores.items()}
 
 
-def kept(scores, ratio):
+def kept(scores, ratio, uniform=False):
     """Of the scores by (block, head, place), the ratio that stays, and one of each head; of two alike the first one."""
+    if uniform:
+        heads = {entry[:2] for entry in scores}
+        return {*itertools.chain(*(kept({e: s for e, s in scores.items() if e[:2] == head}, ratio) for head in heads))}
     order = sorted(scores, key=lambda entry: (-scores[entry], entry))
     best = {entry[:2]: entry for entry in reversed(order)}
     return {*order[: math.floor(ratio * len(order) + 1e-9)], *best.values()}
@@ -45,7 +49,7 @@ def by_release(base, ids, steps, c):
                 part = range(first, min(n, first + c.chunk))
                 found = naive(block.queries[h, n:], [entry.k for entry in entries], n, part, c.sinks)
                 scores |= {(layer, h, j): score for j, score in found.items()}
-    stays = kept(scores, c.ratio)
+    stays = kept(scores, c.ratio, c.level == "pair-uniform")
     _, held, last = prompt(base, ids)
     held = [[[e for e in entries if (b, h, e.origin) in stays] for h, entries in enumerate(heads)] for b, heads in enumerate(held)]
     tokens, logits = [], []
@@ -63,6 +67,7 @@ MODELS = [
     pytest.param((17, 9, 4), {"ratio": 0.4, "chunk": 5, "sinks": 1, **WORDS}, id="parts and words, padded"),
     pytest.param((11, 6), {"ratio": 0.3, "chunk": 4, "sinks": 2, "suffix": 9}, id="a suffix longer than a part"),
     pytest.param((13, 7), {"ratio": 0.6, "chunk": 3, "suffix": 0, "sinks": 3}, id="no suffix"),
+    pytest.param((13, 7), {"ratio": 0.4, "sinks": 2, "level": "pair-uniform", **WORDS}, id="each head alike"),
     pytest.param((9, 5), {"ratio": 1.0, **WORDS}, id="nothing to evict"),
     pytest.param((6, 1), {"ratio": 0.7, "sinks": 1}, id="one token"),
 ]

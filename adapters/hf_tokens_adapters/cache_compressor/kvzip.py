@@ -29,6 +29,7 @@ from hf_tokens import CacheCompressor, MethodConfig, option, register
 @dataclass(frozen=True)
 class KVzipConfig(MethodConfig):
     ratio: float = option(0.3, gt=0, le=1, zero=1.0, help="Share of all entries that stay (release: ratio).")
+    level: str = option("pair", choices=("pair", "pair-uniform"), help="What the ratio is of: all heads together, or each of them.")
     chunk: int = option(2000, ge=1, help="Tokens of the context that are said again in one pass.")
     sinks: int = option(
         4, ge=0, help="First tokens of the context, which stay and are looked at in each pass (release: the system prompt)."
@@ -61,6 +62,9 @@ class KVzip(CacheCompressor):
         return length
 
     def allot(self, scores: dict[int, Tensor], notes: dict[int, Tensor]) -> dict[int, Tensor]:
+        if self.config.level == "pair-uniform":
+            count = lambda score: (self.config.ratio * (score > -torch.inf).sum(dim=2) + 1e-9).long()
+            return {layer: count(score).clamp(min=1) for layer, score in scores.items()}
         every = torch.cat([score.flatten(1) for score in scores.values()], dim=1)
         stay = (self.config.ratio * (every > -torch.inf).sum(dim=1, keepdim=True) + 1e-9).long()
         order = every.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
