@@ -32,7 +32,7 @@ class Guidance:
 
     Attributes:
         parts: Of each part, whether its prompt is the negative one; None where nobody tells.
-        joined: The pipeline whose attention reads the parts together; None where it reads each sample alone.
+        joined: The pipeline whose attention reads the parts together, and what does so; None where it reads each sample alone.
     """
 
     parts: Parts | None
@@ -48,7 +48,7 @@ def guidance_of(context: str) -> Guidance:
         if pipelines.PREPARED in frame.f_code.co_varnames:
             prepared = frame.f_locals.get(pipelines.PREPARED)
             return Guidance(told if prepared is None else PREDICTIONS.get(vars(prepared).get(pipelines.PREDICTION)))
-        return in_pipeline(frame) if told is None or owner(frame) in PROMPTS else Guidance(told)
+        return in_pipeline(frame) if told is None or owner(frame) in PROMPTS else Guidance(told, joined_in(owner(frame)))
     return Guidance(told)
 
 
@@ -73,10 +73,17 @@ def in_pipeline(frame: FrameType) -> Guidance:
     if parts is None:
         rule = "Which prompt is the negative one is known of the pipeline that calls, or told by the context of the call"
         raise UnsupportedError(explain(rule, f"{name}, which gives {expression or 'none'} as the prompt", REMEDY))
-    if len(parts) > 1 and not flag(frame, pipelines.DECIDES):
+    if callable(parts):
+        parts = parts(frame.f_locals.get)
+    elif len(parts) > 1 and not flag(frame, pipelines.DECIDES):
         parts = ALONE
     perturbed = pipelines.PERTURBED in dir(type(pipeline)) and flag(frame, pipelines.PERTURBED)
-    return Guidance((*parts, *ALONE), name) if perturbed else Guidance(parts)
+    return Guidance((*parts, *ALONE), f"{name}, whose perturbed attention") if perturbed else Guidance(parts, joined_in(name))
+
+
+def joined_in(pipeline: str) -> str | None:
+    """The pipeline and what in it reads the samples of a call together; None where nothing does."""
+    return f"{pipeline}, whose {pipelines.JOINS[pipeline]}" if pipeline in pipelines.JOINS else None
 
 
 def unguided() -> bool:

@@ -15,7 +15,7 @@ class DenoiserSteps(Protocol):
     """Where a denoiser stands in its run, and what it put out at the step before."""
 
     keeps_output: bool  # whether a method names a signal of what it put out
-    joined: str | None  # the pipeline whose attention reads the samples of this call together, where it does
+    joined: str | None  # the pipeline whose attention reads the samples of this call together, and what does so
 
     def negative(self, arguments: dict[str, Any]) -> Tensor | None:
         """Samples of the negative prompt in a call, (b) bool; None where there is no prompt."""

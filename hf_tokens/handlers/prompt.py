@@ -112,8 +112,8 @@ def refuse_parts(call: ModelCall) -> None:
     """What a method keeps from one call to the next is of all samples, and so is an attention that joins them; a call in parts has some."""
     if call.context.steps_of_denoiser.joined is not None:
         rule = "Where only some samples of a call take tokens into their prompt, as under guidance, its attention reads each sample alone"
-        got = f"{call.context.steps_of_denoiser.joined}, whose perturbed attention joins them"
-        raise UnsupportedError(explain(rule, got, "Turn that off (`pag_scale=0`), or give the tokens to the negative prompt too."))
+        got = f"{call.context.steps_of_denoiser.joined} joins them"
+        raise UnsupportedError(explain(rule, got, "Turn that off (PAG by `pag_scale=0`), or give the tokens to the negative prompt too."))
     keeping = sorted({type(method).__name__ for method in call.model.methods() if handler_of(method).keeps_steps})
     keeping += ["noise or guidance"] if call.context.steps_of_denoiser.keeps_output else []
     keeping = keeping or their_caches(call.model.base)

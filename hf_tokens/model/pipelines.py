@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -77,9 +77,29 @@ PREDICTIONS: dict[str, Parts] = {
     **dict.fromkeys(("pred_cond_skip", "pred_cond_stg", "pred_cond_seg", "pred_cond_modality"), ALONE),
 }
 PREPARED, PREDICTION = "guider_state_batch", "__guidance_identifier__"
-# What a pipeline's code hands over as the prompt -> its parts under guidance; and the pipelines. One that names the context of each call
-# needs no row; one that is not here is not known.
-HANDED: tuple[tuple[dict[str, Parts], str], ...] = (
+# Pipelines whose attention reads the samples of a call together, beside those that perturb it, and what does so.
+JOINS = {
+    **dict.fromkeys(("TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline"), "cross-frame attention"),
+    **dict.fromkeys(("LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL"), "store of attention maps"),
+    "StableDiffusionPix2PixZeroPipeline": "guidance by attention maps",
+}
+Variables = Callable[[str], Any]  # of the code that calls, by name; None for one that it has not
+Handed = dict[str, "Parts | Callable[[Variables], Parts]"]
+
+
+def where(decides: str, above: float) -> Callable[[Variables], Parts]:
+    """A pair where a variable of the pipeline's code is above a number, else the prompt alone."""
+    return lambda of: PAIR if of(decides) > above else ALONE
+
+
+def of_edits(of: Variables) -> Parts:
+    """The prompts that edit a picture, behind the negative one."""
+    return OTHER + ALONE * of("self").enabled_editing_prompts
+
+
+# What a pipeline's code hands over as the prompt -> its parts under guidance, or a function of the code's variables that says all of them;
+# and the pipelines. One that names the context of each call needs no row; one that is not here is not known.
+HANDED: tuple[tuple[Handed, str], ...] = (
     (
         {"prompt_embeds": PAIR},
         "AllegroPipeline AltDiffusionImg2ImgPipeline AltDiffusionPipeline AnimateDiffControlNetPipeline AnimateDiffPAGPipeline "
@@ -158,6 +178,40 @@ HANDED: tuple[tuple[dict[str, Parts], str], ...] = (
     ),
     ({"generated_prompt_embeds": PAIR}, "AudioLDM2Pipeline"),
     ({"llm_features": ALONE, "neg_llm_features": OTHER}, "Ideogram4Pipeline"),
+    ({"prompt_embeds": where("guidance_scale", 1)}, "BriaFiboPipeline BriaFiboEditPipeline"),
+    ({"encoder_hidden_states": where("guidance_scale", 1)}, "AmusedPipeline AmusedImg2ImgPipeline AmusedInpaintPipeline"),
+    ({"context": lambda of: ALONE if of("guidance_scale") == 1 else PAIR}, "LDMTextToImagePipeline"),
+    ({"prompt_embeds": lambda of: PAIR if of("task") == "generate" else OTHER + PAIR}, "DreamLitePipeline"),
+    ({"prompt_embeds": ALONE}, "DreamLiteMobilePipeline"),
+    (  # a mask is of two prompts, each of which may have a negative one
+        {"prompt_embeds": lambda of: (PAIR if of(DECIDES) else ALONE) * (1 if of("target_prompt_embeds") is None else 2)},
+        "StableDiffusionDiffEditPipeline",
+    ),
+    ({"prompt_embeds_input": lambda of: (PAIR if of(DECIDES) else ALONE) * of("vb_size")}, "StableDiffusionPanoramaPipeline"),
+    (  # behind the prompt stands what the picture shall not show
+        {"prompt_embeds": lambda of: PAIR + OTHER * bool(of("enable_safety_guidance")) if of(DECIDES) else ALONE},
+        "StableDiffusionPipelineSafe",
+    ),
+    (  # behind the prompt stand those of the edits, of which it is told by how much they move the picture
+        {"text_embeddings": lambda of: PAIR + OTHER * of("enabled_editing_prompts") if of(DECIDES) else ALONE},
+        "SemanticStableDiffusionPipeline",
+    ),
+    ({"concat_prompt_embeds": OTHER * 2 + ALONE * 2}, "CycleDiffusionPipeline"),
+    (
+        {"prompt_embeds": PAIR, "prompt_embeds_edit": PAIR, "prompt_embeds_edit.detach()": PAIR},
+        "StableDiffusionPix2PixZeroPipeline",
+    ),
+    ({"prompt_embeds": PAIR}, "TextToVideoZeroPipeline TextToVideoZeroSDXLPipeline VQDiffusionPipeline"),
+    ({"prompt_embeds": PAIR}, "VersatileDiffusionTextToImagePipeline"),
+    ({"image_embeddings": PAIR}, "VersatileDiffusionImageVariationPipeline"),
+    (
+        {"text_embed_input": of_edits, "uncond_embedding": OTHER, "text_embeddings": ALONE},
+        "LEditsPPPipelineStableDiffusion",
+    ),
+    (
+        {"prompt_embeds": of_edits, "negative_prompt_embeds": lambda of: PAIR if of(DECIDES) else OTHER},
+        "LEditsPPPipelineStableDiffusionXL",
+    ),
     ({"model_prompt_embeds": PAIR}, "StableAudio3Pipeline"),
     ({"text_audio_duration_embeds": PAIR}, "StableAudioPipeline"),
     ({"encoder_hidden_states": PAIR, "prompt_embeds": PAIR}, "AnyFlowFARPipeline"),

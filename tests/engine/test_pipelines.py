@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import types
 import typing
 import warnings
 from pathlib import Path
@@ -349,22 +350,9 @@ def test_each_of_two_experts_takes_an_edit_of_its_own():
 
 DENOISER = re.compile(r"^(self\.(\w*unet|\w*transformer)|\w*transformer|\w*unet|current_model)$")
 TOLD = re.compile(r"cache_context\((context_name|'cond'|'uncond')")
-NEGATED = re.compile(r"neg|uncond|null")
-# Pipelines of which no row says whose prompt they give: they count them in ways of their own.
-UNTOLD = {
-    *(
-        "DreamLitePipeline",
-        "DreamLiteMobilePipeline",
-        "LDMTextToImagePipeline",
-        "CycleDiffusionPipeline",
-        "SemanticStableDiffusionPipeline",
-    ),
-    *("StableDiffusionPipelineSafe", "LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL", "TextToVideoZeroPipeline"),
-    *("StableDiffusionDiffEditPipeline", "StableDiffusionPix2PixZeroPipeline", "StableDiffusionPanoramaPipeline"),
-    *("TextToVideoZeroSDXLPipeline", "BriaFiboPipeline", "BriaFiboEditPipeline", "VersatileDiffusionTextToImagePipeline"),
-    *("VersatileDiffusionDualGuidedPipeline", "VersatileDiffusionImageVariationPipeline", "AmusedPipeline", "AmusedImg2ImgPipeline"),
-    *("AmusedInpaintPipeline", "VQDiffusionPipeline"),
-}
+NEGATED = re.compile(r"neg|uncond|null|_tuple\[1\]|embeds\[0\]")
+# Pipelines of which no row says whose prompt they give: one prompt of two in one, whose lengths its attention is told.
+UNTOLD = {"VersatileDiffusionDualGuidedPipeline"}
 
 
 @functools.cache
@@ -397,14 +385,109 @@ def prompts(cls):
     return given - {"None"}
 
 
+PUT_TOGETHER = ("torch.cat", "torch.concat", "torch.stack")
+
+
 def layouts(cls, name):
     """How a pipeline's code puts the prompts of a batch together under a name: which of the parts are negative."""
     found = set()
     for node in (node for nodes in functions_of(cls) for node in nodes):
-        if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
-            cats = (n.args[0] for n in ast.walk(node.value) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.cat" and n.args)
-            found |= {tuple(bool(NEGATED.search(ast.unparse(e))) for e in cat.elts) for cat in cats if isinstance(cat, ast.List)}
+        if not isinstance(node, ast.Assign) or name not in [ast.unparse(n) for target in node.targets for n in ast.walk(target)]:
+            continue
+        calls = [n for n in ast.walk(node.value) if isinstance(n, ast.Call)]
+        lists = [n.args[0] for n in calls if ast.unparse(n.func) in PUT_TOGETHER and n.args]
+        lists += [word.value for n in calls for word in n.keywords if word.arg == "prompts"]
+        found |= {tuple(bool(NEGATED.search(ast.unparse(e))) for e in each.elts) for each in lists if isinstance(each, ast.List)}
     return {layout for layout in found if any(layout)}
+
+
+N, P = True, False
+OFF, ON = {DECIDES: False}, {DECIDES: True}
+ABOVE_ONE = [({"guidance_scale": 1.0}, (P,)), ({"guidance_scale": 4.0}, (N, P))]
+PIPELINE = types.SimpleNamespace(enabled_editing_prompts=2)
+# Rows that are functions: what is said by which variables, and the lines of the source that say so.
+BY_VARIABLES = {
+    ("BriaFiboPipeline", "prompt_embeds"): (ABOVE_ONE, ["if guidance_scale > 1:", "cat([negative_prompt_embeds, prompt_embeds]"]),
+    ("BriaFiboEditPipeline", "prompt_embeds"): (ABOVE_ONE, ["if guidance_scale > 1:", "cat([negative_prompt_embeds, prompt_embeds]"]),
+    **{
+        (name, "encoder_hidden_states"): (
+            ABOVE_ONE,
+            ["if guidance_scale > 1.0:", "torch.concat([negative_encoder_hidden_states, encoder_hidden_states])"],
+        )
+        for name in ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
+    },
+    ("LDMTextToImagePipeline", "context"): (
+        [*ABOVE_ONE, ({"guidance_scale": 0.5}, (N, P))],
+        ["if guidance_scale == 1.0:", "context = prompt_embeds", "context = torch.cat([negative_prompt_embeds, prompt_embeds])"],
+    ),
+    ("DreamLitePipeline", "prompt_embeds"): (
+        [({"task": "generate"}, (N, P)), ({"task": "edit"}, (N, N, P))],
+        ['if task == "generate":', "prompts=[negative_prompt, prompt_str],", "prompts=[negative_prompt, negative_prompt, prompt_str],"],
+    ),
+    ("StableDiffusionDiffEditPipeline", "prompt_embeds"): (
+        [(OFF, (P,)), (ON, (N, P)), (OFF | {"target_prompt_embeds": 1}, (P, P)), (ON | {"target_prompt_embeds": 1}, (N, P, N, P))],
+        [
+            "target_prompt_embeds = torch.cat([target_negative_prompt_embeds, target_prompt_embeds])",
+            "source_prompt_embeds = torch.cat([source_negative_prompt_embeds, source_prompt_embeds])",
+            "prompt_embeds = torch.cat([source_prompt_embeds, target_prompt_embeds])",
+            "prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])",
+        ],
+    ),
+    ("StableDiffusionPanoramaPipeline", "prompt_embeds_input"): (
+        [(OFF | {"vb_size": 2}, (P, P)), (ON | {"vb_size": 1}, (N, P)), (ON | {"vb_size": 2}, (N, P, N, P))],
+        [
+            "prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])",
+            "prompt_embeds_input = torch.cat([prompt_embeds] * vb_size)",
+        ],
+    ),
+    ("StableDiffusionPipelineSafe", "prompt_embeds"): (
+        [
+            (OFF | {"enable_safety_guidance": False}, (P,)),
+            (ON | {"enable_safety_guidance": False}, (N, P)),
+            (ON | {"enable_safety_guidance": True}, (N, P, N)),
+        ],
+        ["cat([negative_prompt_embeds, prompt_embeds, safety_embeddings])", "cat([negative_prompt_embeds, prompt_embeds])"],
+    ),
+    ("SemanticStableDiffusionPipeline", "text_embeddings"): (
+        [
+            (OFF | {"enabled_editing_prompts": 2}, (P,)),
+            (ON | {"enabled_editing_prompts": 0}, (N, P)),
+            (ON | {"enabled_editing_prompts": 2}, (N, P, N, N)),
+        ],
+        ["cat([uncond_embeddings, text_embeddings, edit_concepts])", "cat([uncond_embeddings, text_embeddings])"],
+    ),
+    ("LEditsPPPipelineStableDiffusion", "text_embed_input"): (
+        [({"self": PIPELINE}, (N, P, P))],
+        ["cat([uncond_embeddings, edit_concepts])", "text_embed_input = text_embeddings", "[latents] * (1 + self.enabled_editing_prompts)"],
+    ),
+    ("LEditsPPPipelineStableDiffusionXL", "prompt_embeds"): (
+        [({"self": PIPELINE}, (N, P, P))],
+        ["negative_prompt_embeds,\n            edit_concepts_embeds,", "torch.cat([prompt_embeds, edit_prompt_embeds], dim=0)"],
+    ),
+    ("LEditsPPPipelineStableDiffusionXL", "negative_prompt_embeds"): (
+        [(OFF, (N,)), (ON, (N, P))],
+        ["negative_prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds], dim=0)"],
+    ),
+}
+
+
+def test_rows_that_are_functions_say_what_the_source_says():
+    functions = {(name, given) for name, row in PROMPTS.items() for given, parts in row.items() if callable(parts)}
+    assert functions == BY_VARIABLES.keys()
+    for (name, given), (cases, lines) in BY_VARIABLES.items():
+        cls = pipelines().get(name)
+        if cls is None:
+            continue
+        calls = [nodes for nodes, found in calls_of(cls) if any(given in (ast.unparse(w.value) for w in call.keywords) for call in found)]
+        assert all(line in inspect.getsource(cls) for line in lines), name
+        for variables, parts in cases:
+            assert PROMPTS[name][given](variables.get) == parts, (name, variables)
+            used = ({n.id for n in nodes if isinstance(n, ast.Name)} for nodes in calls)
+            assert any(variables.keys() <= names for names in used), (name, variables)
+
+
+# Where the code has a prompt under another name when it puts it together with others.
+MADE_AS = {"connector_prompt_embeds": "prompt_embeds", "prompt_embeds_edit": "prompt_embeds"}
 
 
 def test_of_every_pipeline_it_is_known_whose_prompt_its_calls_are_given():
@@ -426,12 +509,18 @@ def test_the_parts_of_a_batch_are_put_together_as_the_row_says(name):
         pytest.skip("un-skip when the installed diffusers has it")
     cls = pipelines()[name]
     for given, parts in PROMPTS[name].items():
-        variable = {"connector_prompt_embeds": "prompt_embeds"}.get(given, given.partition(".")[0])
+        if callable(parts):
+            continue
+        variable = given.partition(".")[0]
+        variable = MADE_AS.get(variable, variable)
         made = layouts(cls, variable)
         if len(parts) > 1 and not given.startswith("torch.cat"):
             assert made == {parts}, (given, made)
         elif len(parts) == 1:
-            assert not made and (bool(NEGATED.search(given)) == parts[0] or "zeros_like" in given), (given, made)
+            assert (not made or name.startswith("LEdits")) and (bool(NEGATED.search(given)) == parts[0] or "zeros_like" in given), (
+                given,
+                made,
+            )
         decides = inspect.unwrap(cls.__call__).__code__.co_varnames
         assert len(parts) == 1 or DECIDES in decides or isinstance(inspect.getattr_static(cls, DECIDES, None), property)
 
