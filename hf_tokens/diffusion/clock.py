@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model import families, pipelines
-from .guidance import calling
+from .guidance import calling, owner
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Tick:
         falls: Whether the noise falls along the table; None where that is not known.
         begin: The place at which the pipeline's run began; None where the scheduler does not know.
         span: The level there.
+        shares: Whether the denoiser is given the share of noise, whatever the scheduler counts in.
     """
 
     table: Tensor
@@ -31,6 +32,7 @@ class Tick:
     falls: bool | None
     begin: int | None = None
     span: float | None = None
+    shares: bool = False
 
 
 def tick() -> Tick | None:
@@ -41,7 +43,8 @@ def tick() -> Tick | None:
         if pipeline is None or not isinstance(given, (int, float)) and not (isinstance(given, Tensor) and given.numel() == 1):
             return None
         ticks = [find_tick(vars(pipeline)[name], float(given)) for name in pipelines.CLOCKS if name in vars(pipeline)]
-        return next((found for found in ticks if found is not None), None)
+        shares = owner(frame) in pipelines.GIVE_SHARES
+        return next((replace(found, shares=shares) for found in ticks if found is not None), None)
     return None
 
 
@@ -70,11 +73,11 @@ def level_of(scheduler: Any, timestep: float) -> float | None:
     return 1000 - level if config.get("invert_sigmas", False) else level
 
 
-def own_level(name: str, timestep: Tensor) -> Tensor | None:
-    """A timestep in the units of a class of denoisers on that schedule; None where it has no unit of its own."""
-    if families.UNKNOWN_TIME.search(name):
+def own_level(name: str, timestep: Tensor, shares: bool = False) -> Tensor | None:
+    """A timestep in the units of a class of denoisers, or as a share of the noise, on that schedule; None where there is no such unit."""
+    if families.UNKNOWN_TIME.search(name) and not shares:
         return None
-    timestep = 1000 * timestep if families.UNIT_TIME.search(name) else timestep
+    timestep = 1000 * timestep if shares or families.UNIT_TIME.search(name) else timestep
     timestep = 1000 - timestep if families.RISING_TIME.search(name) else timestep
     return timestep.round(decimals=3)  # a share is no whole number of thousandths in single precision
 

@@ -184,10 +184,11 @@ class DenoisingWorld(World):
         """The timestep of each sample on a schedule of 1000, 1000 at pure noise, (b); None where its unit is not known."""
         if timestep is None or not isinstance(sample, Tensor):
             return None
-        levels = own_level(type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float())
-        if now is not None and now.level is None:
+        shares = now is not None and now.shares
+        levels = own_level(type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float(), shares)
+        if now is not None and now.level is None and not shares:
             return None
-        if now is not None and (levels is None or not agree(levels, now.level)):
+        if now is not None and not shares and (levels is None or not agree(levels, now.level)):
             return torch.full((len(sample),), now.level, device=sample.device)
         if levels is None:
             return None

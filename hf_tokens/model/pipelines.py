@@ -61,6 +61,7 @@ def their_caches(model: nn.Module) -> list[str]:
 # -- how far it is ------------------------------------------------------------------------------------------------------
 STEPPED = ("t", "t_sched")  # how pipelines call the timestep of their scheduler at which they call
 CLOCKS = ("scheduler", "inverse_scheduler")  # their schedulers
+GIVE_SHARES = ("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline")  # whose denoiser is given sigma / (1 + sigma) as the timestep
 
 # -- whose prompt a call is given --------------------------------------------------------------------------------------
 POSITIVE, NEGATIVE = False, True  # of each part of a batch, whether its prompt is the negative one

@@ -20,6 +20,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     CacheMixin,
+    Cosmos2TextToImagePipeline,
+    CosmosTextToWorldPipeline,
     DDIMInverseScheduler,
     DDIMScheduler,
     DiffusionPipeline,
@@ -66,6 +68,7 @@ from hf_tokens.model.pipelines import (
     BESIDE_DENOISER,
     CACHE_HOOKS,
     DECIDES,
+    GIVE_SHARES,
     PREDICTION,
     PREDICTIONS,
     PROMPTS,
@@ -757,6 +760,52 @@ def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_no
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(UnsupportedError, match="how much noise a timestep means, got a timestep of UNet2DConditionModel in a unit"):
         drawn(pipe, 1, False, **INVERTED)
+
+
+def test_the_unit_of_a_denoiser_that_has_none_of_its_own_is_its_pipeline_s():
+    there = set()
+    for name, cls in pipelines().items():
+        kinds = [type(model).__name__ for part, model in components(cls).items() if part in ("transformer", "unet")]
+        if any(families.UNKNOWN_TIME.search(kind) for kind in kinds):
+            source = inspect.getsource(cls)
+            share = "current_t = current_sigma / (current_sigma + 1)" in source and re.search(
+                r"timestep = current_t\.(expand|view)\(", source
+            )
+            there |= {name} if share else set()
+    assert there == set(GIVE_SHARES) & pipelines().keys()
+
+
+class Harmless(torch.nn.Module):
+    """Stands for the safety checker, which is another package's."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def to(self, *_, **__):
+        return self
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of the schedulers' own
+@torch.no_grad()
+def test_cosmos_2_tells_how_much_noise_there_is_and_cosmos_1_counts_in_logarithms():
+    specimen = zoo.build("diffusers/CosmosTransformer3DModel")
+    sizes = dict(height=16, width=16, num_inference_steps=4, output_type="latent", prompt_embeds=torch.randn(1, 5, 32), guidance_scale=1.0)
+    parts = dict(text_encoder=None, tokenizer=None, vae=AutoencoderKLWan(**SMALL_VAE), safety_checker=Harmless())
+    said = []
+    pipe = Cosmos2TextToImagePipeline(
+        transformer=specimen.model, scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), **parts
+    )
+    get_token_model(pipe, ProSpectConfig(stages=4, init_std=1.0))
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: said.append(surgery_of(pipe).call.context))
+    pipe.set_progress_bar_config(disable=True)
+    pipe(**sizes)
+    handle.remove()
+    sigmas = pipe.scheduler.sigmas[:4]
+    torch.testing.assert_close(torch.cat([c.time for c in said]), (1000 * sigmas / (1 + sigmas)).float(), rtol=1e-3, atol=1e-3)
+    assert [c.step for c in said] == [0, 1, 2, 3]
+    one = CosmosTextToWorldPipeline(transformer=unload(pipe).transformer, scheduler=EDMEulerScheduler(), **parts | {"vae": None})
+    one.set_progress_bar_config(disable=True)
+    with pytest.raises(UnsupportedError, match="how much noise a timestep means, got a timestep of CosmosTransformer3DModel in a unit"):
+        get_token_model(one, ProSpectConfig(stages=4))(**sizes, num_frames=1)
 
 
 @torch.no_grad()
