@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -48,8 +49,11 @@ from tolerances import all_equal
 from hf_tokens import (
     AdapterError,
     ConfigError,
+    MethodConfig,
     ProfilingDiTConfig,
     ProSpectConfig,
+    TokenMap,
+    TokenReducer,
     UnsupportedError,
     aux_loss,
     calibrate,
@@ -77,6 +81,7 @@ from hf_tokens.model.pipelines import (
     denoisers,
 )
 from hf_tokens.model.streams import PROMPT
+from hf_tokens.roles import registry
 from hf_tokens.testing import zoo
 from hf_tokens.tools import loading
 from hf_tokens.tools.surgeries import surgeries_of, surgery_of
@@ -550,8 +555,8 @@ def stable(cls, channels=4):
     return cls(vae=vae(), unet=unet.eval(), scheduler=scheduler, **PARTS, **SAFE)
 
 
-def flux(cls):
-    sizes = dict(in_channels=16, patch_size=1, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8)
+def flux(cls, layers=1):
+    sizes = dict(in_channels=16, patch_size=1, num_layers=layers, num_single_layers=layers, num_attention_heads=2, attention_head_dim=8)
     torch.manual_seed(0)
     model = FluxTransformer2DModel(joint_attention_dim=6, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4), **sizes).eval()
     beside = dict(text_encoder_2=None, tokenizer_2=None, image_encoder=None, feature_extractor=None)
@@ -928,6 +933,54 @@ def test_a_cache_of_diffusers_beside_a_surgery_gives_the_same_in_both_orders_or_
         with pytest.raises(UnsupportedError, match=said):
             both(method, cache, theirs_first)
     all_equal(drawings[1:], drawings[:-1], "the other order")
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighboursConfig(MethodConfig):
+    pass
+
+
+class Neighbours(TokenReducer):
+    """Each second token joins the one behind it."""
+
+    site = "before"
+
+    def assign(self, mask):
+        return TokenMap.merge(mask.shape[1], *(torch.arange(i, mask.shape[1] - 1 + i, 2).expand(len(mask), -1) for i in (0, 1)))
+
+
+@pytest.fixture
+def neighbours(monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    registry.register("neighbours", NeighboursConfig)(Neighbours)
+    return "neighbours"
+
+
+@pytest.mark.parametrize("stream", ["denoiser.1", "denoiser.2"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_first_block_cache_over_blocks_with_fewer_tokens_is_right(neighbours, stream, layer):
+    """Where it skips nothing, nothing changes; where it skips, the first block's output and what the others added then is what there is."""
+
+    def cached(threshold):
+        pipe, read, first = flux(FluxPipeline, layers=3), [], []
+        get_token_model(pipe, {"method": neighbours, "layers": [layer], "stream": stream})
+        if threshold is not None:
+            apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=threshold))
+        pipe.transformer.transformer_blocks[0].register_forward_hook(lambda module, args, output: first.append(output[1]))
+        pipe.transformer.norm_out.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        return drawn(pipe, 1, False, **GUIDED_FLUX), read, first
+
+    plain, never, (skipped, read, first) = cached(None)[0], cached(0.0)[0], cached(1e9)
+    all_equal([never], [plain], "nothing is skipped")
+    assert not torch.equal(skipped, plain)
+    all_equal(read[2:], first[2:], "all behind the first block is skipped")
+
+
+def test_what_shortens_a_block_is_refused_beside_a_cache_of_its_parts(neighbours):
+    pipe = get_token_model(flux(FluxPipeline), neighbours)
+    CACHES["broadcast"](pipe.transformer)
+    with pytest.raises(UnsupportedError, match=r"got \['Neighbours', 'PyramidAttentionBroadcastHook'\]. Enable FirstBlockCacheConfig"):
+        drawn(pipe, 1, False, **GUIDED_FLUX)
 
 
 # -- LoRAs of diffusers ------------------------------------------------------------------------------------------------
