@@ -30,6 +30,7 @@ class TokenLedger:
         context: Length of the second sequence that the blocks get, to carry it along or to read it.
         behind: Whether it stands behind the tokens in what they share, and not in front.
         tokens_first: Whether tables of tokens and samples have the tokens first.
+        rotary_of_heads: Whether rotary tables are of tokens and heads, for all samples.
         prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
@@ -52,6 +53,7 @@ class TokenLedger:
     context: int = 0
     behind: bool = False
     tokens_first: bool = False
+    rotary_of_heads: bool = False
     prefix: int = 0
     additive: bool = False
     proportional: bool = False
