@@ -620,6 +620,27 @@ def test_a_pipeline_tells_which_samples_are_of_the_negative_prompt(name, same, m
     assert [rows.tolist() for rows in heard] == want * 2
 
 
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # of Chroma's own
+def test_a_mask_over_prompt_and_picture_is_refused_where_the_prompt_grows():
+    specimen = zoo.build("diffusers/ChromaTransformer2DModel")
+    prompt, picture = specimen.inputs[PROMPT], specimen.inputs["hidden_states"]
+    model = get_token_model(specimen.model, ProSpectConfig(stages=1))
+    mask = torch.ones(len(prompt), prompt.shape[1] + picture.shape[1], dtype=torch.bool)
+    with pytest.raises(UnsupportedError, match="described by masks named as .*, got `attention_mask`"):
+        model(**specimen.inputs | {"attention_mask": mask})
+
+
+@torch.no_grad()
+def test_what_a_denoiser_put_out_is_not_given_to_blocks_whose_samples_are_frames():
+    specimen = zoo.build("diffusers/UNetMotionModel")
+    sample, prompt = specimen.inputs["sample"], specimen.inputs[PROMPT]
+    half = {"sample": torch.cat([sample[:1]] * 2), PROMPT: prompt}
+    model = get_token_model(specimen.model, "importance-token-merge")
+    with pytest.raises(UnsupportedError, match="The signal 'guidance' has a row for each token of each sample, got 2 samples, of which"):
+        for timestep in (900, 500):
+            model(**specimen.inputs | half | {"timestep": torch.tensor(timestep)})
+
+
 def test_perturbed_attention_reads_the_samples_together():
     given = OF_IMAGES | {"pag_scale": 3.0}
     pipe = get_token_model(stable(StableDiffusionPAGPipeline), ProSpectConfig(stages=1))
@@ -755,6 +776,18 @@ def test_an_inversion_is_a_run_whose_noise_rises(method):
     assert [c.time.tolist() for c in heard[:4]] == [[t, t] for t in (1, 251, 501, 751)] or [c.time[0] for c in heard[:2]] == [0, 250]
 
 
+def test_a_pipeline_that_copies_its_scheduler_s_table_at_each_step_is_in_one_run():
+    """The views of a panorama have a scheduler each, by turns."""
+    pipe, heard = get_token_model(stable(pipelines()["StableDiffusionPanoramaPipeline"]), "profilingdit"), []
+    model = surgery_of(pipe)
+    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(model.call.context))
+    for _ in range(2):
+        drawn(pipe, 1, False, **INVERTED | {"steps": 4})
+        assert [(c.step, c.begins, c.elapsed) for c in heard] == [(i, i == 0, heard[i].elapsed) for i in range(4)]
+        assert [round(c.elapsed, 1) for c in heard] == [0.0, 0.3, 0.7, 1.0]
+        heard.clear()
+
+
 def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_noise_there_is():
     pipe, heard = get_token_model(stable(StableDiffusionPipeline), "profilingdit"), []
     pipe.scheduler, model = EDMEulerScheduler(), surgery_of(pipe)
@@ -831,7 +864,7 @@ def test_a_run_whose_first_steps_another_denoiser_made_began_with_them(begin, or
     """The scheduler says at which of its timesteps the pipeline began; one that does not is taken to begin here."""
     table = torch.tensor([1000.0, 750.0, 500.0, 250.0])
     steps = DenoisingWorld(WanTransformer3DModel.__new__(WanTransformer3DModel))
-    steps.step("default", None, Tick(table, 2, 500.0, True, begin, 1000.0 if begin == 0 else 500.0), 500.0)
+    steps.step("default", None, Tick(table, 0, 2, 500.0, True, begin, 1000.0 if begin == 0 else 500.0), 500.0)
     assert (steps.index, steps.begins, steps.origin, steps.first) == (0, True, origin, first)
 
 
