@@ -18,6 +18,7 @@ class Tick:
 
     Attributes:
         table: The scheduler's timesteps.
+        clock: Which scheduler it is.
         index: The place of this one.
         level: What it is on a schedule of 1000, 1000 at pure noise; None where the scheduler counts in units of its own.
         falls: Whether the noise falls along the table; None where that is not known.
@@ -27,6 +28,7 @@ class Tick:
     """
 
     table: Tensor
+    clock: int
     index: int
     level: float | None
     falls: bool | None
@@ -61,7 +63,12 @@ def find_tick(scheduler: Any, timestep: float) -> Tick | None:
     levels = [level_of(scheduler, value) for value in (timestep, float(values[0]), float(values[-1]), float(values[begin or 0]))]
     known = None not in levels and bool(values.amin() >= 0) and bool(values.amax() <= scheduler.config.num_train_timesteps)
     level, first, last, span = levels if known else [None] * 4
-    return Tick(table, int(at[0, 0]), level, first >= last if known else None, begin, span)
+    return Tick(table, id(scheduler), int(at[0, 0]), level, first >= last if known else None, begin, span)
+
+
+def same_table(one: Tick, clock: int | None, table: Tensor | None) -> bool:
+    """Whether a step is of this table of a scheduler, which some pipelines copy as they go."""
+    return one.table is table or table is not None and one.clock == clock and torch.equal(one.table, table)
 
 
 def level_of(scheduler: Any, timestep: float) -> float | None:

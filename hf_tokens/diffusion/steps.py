@@ -23,7 +23,7 @@ from ..model.pipelines import ALONE
 from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
-from .clock import Tick, agree, falling, own_level, tick
+from .clock import Tick, agree, falling, own_level, same_table, tick
 from .guidance import REMEDY, guidance_of, unguided
 from .unloading import UnloadLora
 
@@ -67,7 +67,8 @@ class DenoisingWorld(World):
         self.begins = False  # whether this call is the first of a run
         self.place: tuple[int, float] | None = None  # what counts the steps, and what falls from one to the next
         self.index = 0
-        self.table: Tensor | None = None  # of the scheduler that counts them
+        self.clock: int | None = None  # which scheduler counts them
+        self.table: Tensor | None = None  # its timesteps
         self.first = 0  # place in it at which the run began
         self.single = 0  # runs of a single step behind each other, none of which was told of
         self.calls: Counter[str] = Counter()
@@ -157,7 +158,9 @@ class DenoisingWorld(World):
         """Go on to a call of this name: at a step that its context tells, that a scheduler counts, or that has this much noise."""
         place = (0, -value) if told is None else (1, float(told))
         if told is None and now is not None:
-            place, self.table = (id(now.table), float(now.index)), now.table
+            if not same_table(now, self.clock, self.table):
+                self.clock, self.table = now.clock, now.table
+            place = (id(self.table), float(now.index))
         before = self.place
         back = before is not None and place[0] == before[0] and place[1] < before[1]
         self.begins = before is None or back or place[0] != before[0] or self.calls[name] >= CALLS and place == before

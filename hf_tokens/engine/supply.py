@@ -153,8 +153,13 @@ def pictured_tokens(site: Site) -> tuple[Tensor, Tensor, Tensor]:
 
 def step_output(site: Site, name: str) -> Tensor | None:
     """What the denoiser put out at the step before, for each of the tokens at this moment."""
-    output = getattr(site.run.context.steps_of_denoiser, name)(site.run.ledger.n)
-    return None if output is None else take(output, site.run.ledger.rows)
+    ledger = site.run.ledger
+    output = getattr(site.run.context.steps_of_denoiser, name)(ledger.n)
+    if output is not None and len(output) != ledger.batch:
+        rule = f"The signal {name!r} has a row for each token of each sample"
+        got = f"{len(output)} samples, of which {site.block.path} makes {ledger.batch}, as where frames are samples"
+        raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
+    return None if output is None else take(output, ledger.rows)
 
 
 def noted(site: Site, name: str) -> Tensor:

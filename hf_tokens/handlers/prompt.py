@@ -210,8 +210,10 @@ def extend_prompt(call: Arguments, inserts: list[PromptInsert]) -> tuple[Argumen
 
 
 def runs_over_prompt(value: Any, call: Arguments) -> bool:
-    """Whether an argument may run over the tokens of the prompt."""
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] == call[PROMPT].shape[1]
+    """Whether an argument may run over the tokens of the prompt, alone or beside those of the picture."""
+    prompt, picture = call[PROMPT], call.get("hidden_states")
+    beside = picture.shape[1] if isinstance(picture, Tensor) and picture.dim() == 3 else 0
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] in (prompt.shape[1], prompt.shape[1] + beside)
 
 
 def widen_prompt(call: Arguments, tokens: Tensor, at: Tensor) -> Arguments:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.hooks import check_in_rows, lacks
+from ..engine.results import ModelCall
 from ..engine.run import Site, Span
 from ..engine.supply import ask
 from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
+from ..model.pipelines import WHOLE_BLOCKS, their_caches
 from ..roles.signals import OF_THE_BLOCK
 from ..roles.token_reducer import TokenReducer
 from ..tokens.altered import altered
@@ -46,6 +48,15 @@ class TokenReducerHandler(Handler):
         check_in_rows(block)
         enter, leave = partial(enter_middle, block), partial(leave_middle, block)
         return [norm.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
+
+    def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if call.context.begins:
+            reducers = sorted({type(m).__name__ for m in call.model.methods() if isinstance(m, TokenReducer) and m.site != "sublayer"})
+            caches = [name for name in their_caches(call.model.base) if not WHOLE_BLOCKS.search(name)] if reducers else []
+            if caches:
+                rule = "Where tokens of a block join or vanish, no cache of diffusers' own keeps what parts of it returned for others"
+                raise UnsupportedError(explain(rule, [*reducers, *caches], "Enable FirstBlockCacheConfig, or disable the adapter."))
+        return args, kwargs
 
     def takes_sublayer(self, method: TokenReducer, sublayer: Sublayer) -> bool:
         return sublayer.part in method.parts

@@ -36,6 +36,7 @@ FORMS = {1: ("n",), 2: ("nd",), 3: ("bnd", "hnd"), 4: ("bndd", "bbnd", "sbnd", "
 PLACE_FORMS = {1: ("n",), 2: ("bn", "nd"), 3: ("sbn", "bnd", "bbn"), 4: ("bndd", "bbnd")}  # of whole numbers and flags
 PAIR_FORMS = ("nn", "bnn", "nnd", "nndd")
 SECTIONS, MOST_AXES = (3, 4), 4
+ROTARY = "rotary_emb"
 # The same by name, tried in front of these.
 NAMED_FORMS = (
     (re.compile(r"mask|gate|paddings"), ("bn",)),
@@ -119,6 +120,7 @@ def token_form(ledger: TokenLedger, name: str, value: Tensor) -> str | None:
     own = next((forms for names, forms in NAMED_FORMS if names.search(name)), ())
     usual = FORMS if value.is_floating_point() or value.is_complex() else PLACE_FORMS
     first = ("nbd",) if ledger.tokens_first else ()
+    own = ("ndd",) if ledger.rotary_of_heads and ROTARY in name else own
     forms = (*own, *first, *usual.get(min(value.dim(), MOST_AXES), ()))
     return next((form for form in forms if lies(ledger, form, value)), None)
 

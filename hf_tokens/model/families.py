@@ -116,6 +116,8 @@ BLOCK_LAYOUTS = (
 )
 # Blocks that put a second sequence behind their own tokens where they join the two, and not in front of them.
 CONTEXT_BEHIND = re.compile(r"^(Hunyuan|Motif|HiDream|NucleusMoE|JoyImage|JointTransformer)")
+# Blocks whose rotary tables, which all samples share, are of tokens and heads.
+ROTARY_OF_HEADS = re.compile(r"^Mochi")
 # Blocks of Diffusers that take a mask for bool, where others add it.
 BOOL_MASKS = re.compile(r"^Lumina2")
 # block class -> what no mask function shows

@@ -48,6 +48,7 @@ def denoises(name: str, component: Any) -> bool:
 
 # -- caches of diffusers' own -------------------------------------------------------------------------------------------
 CACHE_HOOKS = re.compile(r"Cache|^FBC|Broadcast")  # classes of their hooks
+WHOLE_BLOCKS = re.compile(r"^FBC")  # those that run a block whole or not at all
 SHARED_CACHES = re.compile(r"^(FasterCache|PyramidAttentionBroadcast)")  # those that keep the same for a prompt and the negative prompt
 
 

@@ -31,6 +31,7 @@ class TokenLedger:
         behind: Whether it stands behind the tokens in what they share, and not in front.
         tokens_first: Whether tables of tokens and samples have the tokens first.
         laid_over_heads: Whether a table (n d) that all samples share may have a row for each, (b 1 n d).
+        rotary_of_heads: Whether rotary tables are of tokens and heads, for all samples.
         prefix: Special tokens in front that a table of positions may leave out.
         additive: Whether the backend wants masks to be added, not bool.
         proportional: Whether a key counts by its size.
@@ -54,6 +55,7 @@ class TokenLedger:
     behind: bool = False
     tokens_first: bool = False
     laid_over_heads: bool = False
+    rotary_of_heads: bool = False
     prefix: int = 0
     additive: bool = False
     proportional: bool = False

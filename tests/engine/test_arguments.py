@@ -89,3 +89,16 @@ def test_what_is_foreign_to_a_block_is_an_argument_of_it():
     blocks = {type(block) for family in OF_ROWS for s in anatomy(zoo.build(family).model).streams for block in s.blocks}
     for classes, names, _ in FOREIGN_OF:
         assert any(classes.search(b.__name__) and any(map(names.search, parameters(b))) for b in blocks), classes
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # of Mochi's own
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_rotary_table_of_tokens_and_heads_is_none_of_samples_where_all_three_are_as_many(batch):
+    specimen = zoo.build("diffusers/MochiTransformer3DModel")
+    assert specimen.model.config.num_attention_heads == 4
+    inputs = {name: torch.cat([value] * 2)[:batch].clone() for name, value in specimen.inputs.items()}
+    inputs["hidden_states"] = torch.randn(batch, 4, 1, 4, 4, generator=torch.Generator().manual_seed(0))  # four tokens
+    model = get_token_model(specimen.model, probe_config(0.5))
+    alone = [model(**{name: value[i : i + 1] for name, value in inputs.items()}).sample for i in range(batch)]
+    torch.testing.assert_close(model(**inputs).sample, torch.cat(alone))

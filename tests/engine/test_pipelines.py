@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -48,8 +49,11 @@ from tolerances import all_equal
 from hf_tokens import (
     AdapterError,
     ConfigError,
+    MethodConfig,
     ProfilingDiTConfig,
     ProSpectConfig,
+    TokenMap,
+    TokenReducer,
     UnsupportedError,
     aux_loss,
     calibrate,
@@ -77,6 +81,7 @@ from hf_tokens.model.pipelines import (
     denoisers,
 )
 from hf_tokens.model.streams import PROMPT
+from hf_tokens.roles import registry
 from hf_tokens.testing import zoo
 from hf_tokens.tools import loading
 from hf_tokens.tools.surgeries import surgeries_of, surgery_of
@@ -550,8 +555,8 @@ def stable(cls, channels=4):
     return cls(vae=vae(), unet=unet.eval(), scheduler=scheduler, **PARTS, **SAFE)
 
 
-def flux(cls):
-    sizes = dict(in_channels=16, patch_size=1, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8)
+def flux(cls, layers=1):
+    sizes = dict(in_channels=16, patch_size=1, num_layers=layers, num_single_layers=layers, num_attention_heads=2, attention_head_dim=8)
     torch.manual_seed(0)
     model = FluxTransformer2DModel(joint_attention_dim=6, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4), **sizes).eval()
     beside = dict(text_encoder_2=None, tokenizer_2=None, image_encoder=None, feature_extractor=None)
@@ -613,6 +618,27 @@ def test_a_pipeline_tells_which_samples_are_of_the_negative_prompt(name, same, m
     pipe = get_token_model(build(), ProSpectConfig(stages=1, init_std=1.0))
     assert bool(drawn(pipe, 1, same, **given).isfinite().all())
     assert [rows.tolist() for rows in heard] == want * 2
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")  # of Chroma's own
+def test_a_mask_over_prompt_and_picture_is_refused_where_the_prompt_grows():
+    specimen = zoo.build("diffusers/ChromaTransformer2DModel")
+    prompt, picture = specimen.inputs[PROMPT], specimen.inputs["hidden_states"]
+    model = get_token_model(specimen.model, ProSpectConfig(stages=1))
+    mask = torch.ones(len(prompt), prompt.shape[1] + picture.shape[1], dtype=torch.bool)
+    with pytest.raises(UnsupportedError, match="described by masks named as .*, got `attention_mask`"):
+        model(**specimen.inputs | {"attention_mask": mask})
+
+
+@torch.no_grad()
+def test_what_a_denoiser_put_out_is_not_given_to_blocks_whose_samples_are_frames():
+    specimen = zoo.build("diffusers/UNetMotionModel")
+    sample, prompt = specimen.inputs["sample"], specimen.inputs[PROMPT]
+    half = {"sample": torch.cat([sample[:1]] * 2), PROMPT: prompt}
+    model = get_token_model(specimen.model, "importance-token-merge")
+    with pytest.raises(UnsupportedError, match="The signal 'guidance' has a row for each token of each sample, got 2 samples, of which"):
+        for timestep in (900, 500):
+            model(**specimen.inputs | half | {"timestep": torch.tensor(timestep)})
 
 
 def test_perturbed_attention_reads_the_samples_together():
@@ -750,6 +776,18 @@ def test_an_inversion_is_a_run_whose_noise_rises(method):
     assert [c.time.tolist() for c in heard[:4]] == [[t, t] for t in (1, 251, 501, 751)] or [c.time[0] for c in heard[:2]] == [0, 250]
 
 
+def test_a_pipeline_that_copies_its_scheduler_s_table_at_each_step_is_in_one_run():
+    """The views of a panorama have a scheduler each, by turns."""
+    pipe, heard = get_token_model(stable(pipelines()["StableDiffusionPanoramaPipeline"]), "profilingdit"), []
+    model = surgery_of(pipe)
+    pipe.unet.register_forward_pre_hook(lambda *_: heard.append(model.call.context))
+    for _ in range(2):
+        drawn(pipe, 1, False, **INVERTED | {"steps": 4})
+        assert [(c.step, c.begins, c.elapsed) for c in heard] == [(i, i == 0, heard[i].elapsed) for i in range(4)]
+        assert [round(c.elapsed, 1) for c in heard] == [0.0, 0.3, 0.7, 1.0]
+        heard.clear()
+
+
 def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_noise_there_is():
     pipe, heard = get_token_model(stable(StableDiffusionPipeline), "profilingdit"), []
     pipe.scheduler, model = EDMEulerScheduler(), surgery_of(pipe)
@@ -826,7 +864,7 @@ def test_a_run_whose_first_steps_another_denoiser_made_began_with_them(begin, or
     """The scheduler says at which of its timesteps the pipeline began; one that does not is taken to begin here."""
     table = torch.tensor([1000.0, 750.0, 500.0, 250.0])
     steps = DenoisingWorld(WanTransformer3DModel.__new__(WanTransformer3DModel))
-    steps.step("default", None, Tick(table, 2, 500.0, True, begin, 1000.0 if begin == 0 else 500.0), 500.0)
+    steps.step("default", None, Tick(table, 0, 2, 500.0, True, begin, 1000.0 if begin == 0 else 500.0), 500.0)
     assert (steps.index, steps.begins, steps.origin, steps.first) == (0, True, origin, first)
 
 
@@ -928,6 +966,54 @@ def test_a_cache_of_diffusers_beside_a_surgery_gives_the_same_in_both_orders_or_
         with pytest.raises(UnsupportedError, match=said):
             both(method, cache, theirs_first)
     all_equal(drawings[1:], drawings[:-1], "the other order")
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighboursConfig(MethodConfig):
+    pass
+
+
+class Neighbours(TokenReducer):
+    """Each second token joins the one behind it."""
+
+    site = "before"
+
+    def assign(self, mask):
+        return TokenMap.merge(mask.shape[1], *(torch.arange(i, mask.shape[1] - 1 + i, 2).expand(len(mask), -1) for i in (0, 1)))
+
+
+@pytest.fixture
+def neighbours(monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    registry.register("neighbours", NeighboursConfig)(Neighbours)
+    return "neighbours"
+
+
+@pytest.mark.parametrize("stream", ["denoiser.1", "denoiser.2"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_first_block_cache_over_blocks_with_fewer_tokens_is_right(neighbours, stream, layer):
+    """Where it skips nothing, nothing changes; where it skips, the first block's output and what the others added then is what there is."""
+
+    def cached(threshold):
+        pipe, read, first = flux(FluxPipeline, layers=3), [], []
+        get_token_model(pipe, {"method": neighbours, "layers": [layer], "stream": stream})
+        if threshold is not None:
+            apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=threshold))
+        pipe.transformer.transformer_blocks[0].register_forward_hook(lambda module, args, output: first.append(output[1]))
+        pipe.transformer.norm_out.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        return drawn(pipe, 1, False, **GUIDED_FLUX), read, first
+
+    plain, never, (skipped, read, first) = cached(None)[0], cached(0.0)[0], cached(1e9)
+    all_equal([never], [plain], "nothing is skipped")
+    assert not torch.equal(skipped, plain)
+    all_equal(read[2:], first[2:], "all behind the first block is skipped")
+
+
+def test_what_shortens_a_block_is_refused_beside_a_cache_of_its_parts(neighbours):
+    pipe = get_token_model(flux(FluxPipeline), neighbours)
+    CACHES["broadcast"](pipe.transformer)
+    with pytest.raises(UnsupportedError, match=r"got \['Neighbours', 'PyramidAttentionBroadcastHook'\]. Enable FirstBlockCacheConfig"):
+        drawn(pipe, 1, False, **GUIDED_FLUX)
 
 
 # -- LoRAs of diffusers ------------------------------------------------------------------------------------------------
