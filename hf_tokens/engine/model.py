@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -38,8 +39,7 @@ TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and n
 
 
 class ModelForward(BoundForward):
-    """The forward of the model, a call of its own where nothing called the model: `model.forward(...)`. A call that raises, whatever it is,
-    leaves nothing of itself behind. It has the signature that it had."""
+    """The forward of the model, a call of its own where nothing called it: `model.forward(...)`. What raises leaves nothing behind."""
 
     def __init__(self, model: ModelSurgery):
         self.model = model
@@ -50,6 +50,11 @@ class ModelForward(BoundForward):
     def stand_in(self) -> Callable:
         """A method of ours would not show the signature."""
         return self
+
+    @property
+    def __code__(self) -> CodeType:
+        """The code of the forward that stood here: `torch.export` names inputs by where that is written."""
+        return (self._before or type(self.module).forward).__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         heard = self.model.hears()
