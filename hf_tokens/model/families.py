@@ -202,6 +202,8 @@ FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
+# Models that generate with a cache of other tokens than those of their blocks, or with masks that do not lie over it.
+OWN_CACHES = re.compile(r"^(CpmAnt|ProphetNet|XLMProphetNet)")
 # What an attention says that takes no mask but one of its full size.
 MASK_OF_SIZE = "ttention mask should be of size"
 # How a denoiser calls its timestep.
