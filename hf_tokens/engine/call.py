@@ -116,6 +116,7 @@ class BlockCall:
         if value is not None and not (isinstance(value, dict) and None in value.values()):
             return value
         mask = self._ordered_by_flag(ledger).implied_mask(hidden, stored) if self.attends else ledger.filled
+        mask = mask.expand(-1, -1, hidden.shape[1], -1) if mask is not None and self.facts.full_mask else mask
         if value is None or mask is None:
             return mask if value is None else value
         rule = "Rows that keep different numbers of tokens need one mask a block, or all of its masks said"

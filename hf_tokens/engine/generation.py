@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
+from ..model import families
 from .handler import handler_of
 from .hooks import BoundForward
 from .tap import taps
@@ -75,6 +76,20 @@ def refuse_chunks(
         raise UnsupportedError(explain(rule, f"{', '.join(names)} and a prompt in chunks of {size}", "Leave out `prefill_chunk_size`."))
 
 
+def refuse_own_caches(model: ModelSurgery, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+    """A cache that does not hold a key for each token of a block, or that masks do not lie over, tells nothing of tokens that have moved.
+
+    Raises:
+        UnsupportedError: A method moves tokens in a stream with such a cache.
+    """
+    cached = [surgery for surgery in model.streams if any(block.layer_idx is not None for block in surgery.blocks.values())]
+    methods = [m for surgery in cached for m in surgery.methods() if m.moves_tokens and m.config != m.config.at_zero()]
+    moving = sorted({type(method).__name__ for method in methods})
+    if moving and generation_config.use_cache and families.OWN_CACHES.search(type(model.base).__name__):
+        rule = f"{', '.join(moving)} must act where a cache holds a key of each token of a block, and the masks lie over them"
+        raise UnsupportedError(explain(rule, type(model.base).__name__, "Pass `use_cache=False` to `generate`, or choose another model."))
+
+
 def refuse_export(model: ModelSurgery) -> None:
     """A graph is recorded once, and cannot do other things for other numbers.
 
@@ -90,6 +105,7 @@ def refuse_export(model: ModelSurgery) -> None:
 # methods of transformers' `GenerationMixin`, and what is checked before they run
 BEGINNINGS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("init_continuous_batching", refuse_pages),
+    ("_prepare_special_tokens", refuse_own_caches),
     ("_get_candidate_generator", refuse_drafts),
     ("_prefill", refuse_chunks),
 )

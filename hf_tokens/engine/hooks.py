@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ class SignedForward(BoundForward):
     @property
     def stand_in(self) -> Callable:
         return self
+
+    @property
+    def __code__(self) -> CodeType:
+        """The code of the forward that stood here: `torch.export` names inputs by where that is written."""
+        return (self._before or type(self.module).forward).__code__
 
 
 class SharedHook:

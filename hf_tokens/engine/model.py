@@ -36,8 +36,7 @@ TARGETS = "hf_tokens_targets"  # a batch's column that is for the methods, and n
 
 
 class ModelForward(SignedForward):
-    """The forward of the model, a call of its own where nothing called the model: `model.forward(...)`. A call that raises, whatever it is,
-    leaves nothing of itself behind."""
+    """The forward of the model, a call of its own where nothing called it: `model.forward(...)`. What raises leaves nothing behind."""
 
     def __init__(self, model: ModelSurgery):
         self.model = model

@@ -14,7 +14,8 @@ from ..errors import UnsupportedError, explain
 from ..kv.adopt import place
 from ..kv.layer import TokenCacheLayer
 from ..kv.static import FrontedLayer
-from ..roles.signals import OF_THE_BLOCK
+from ..model.streams import SIDE_BY_SIDE
+from ..roles.signals import AT_SITE, HOOKED, OF_THE_BLOCK
 from ..tokens.altered import altered
 from ..tokens.entries import Stored
 from ..tokens.ledger import TokenLedger
@@ -28,6 +29,8 @@ from .supply import ask, own_tokens
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
+
+OF_THE_TOKENS = {"hidden", "entered", *HOOKED}  # signals that are as wide as the tokens
 
 
 def run_block(pass_plan: PassPlan, call: BlockCall, site: Site) -> Any:
@@ -80,6 +83,7 @@ def layer_of_rerun(pass_plan: PassPlan, call: BlockCall, site: Site, number: int
 def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | None, dense: bool) -> tuple[Any, Tensor]:
     """Run the block on the tokens that are routed to it, between the tokens that are there for this block only."""
     block, run, hidden, layer = site.block, site.run, site.hidden, site.layer
+    refuse_width(pass_plan, site)
     ledger, x, routed = route_tokens(gate, dense, run.ledger, hidden)
     if block.blank and ledger.m == 1 and ledger.filled is not None and not bool(ledger.filled.any()):  # nothing is left to compute
         if layer is not None:
@@ -121,6 +125,18 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
         got = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {block.path}"
         raise UnsupportedError(explain(rule, got, "Choose other layers."))
     return output, y if gate is None else join_routed(gate, routed, hidden.to(y.dtype), y)
+
+
+def refuse_width(pass_plan: PassPlan, site: Site) -> None:
+    """A method's own weights are as wide as the stream; the first block of a few families is not."""
+    stream, width = site.surgery.stream, site.hidden.shape[-1]
+    if width == stream.width or stream.layout in SIDE_BY_SIDE:
+        return
+    inside = [m for m in pass_plan.methods if OF_THE_TOKENS & m.asks or "insert" in handler_of(m).phases(m)]
+    sized = sorted({type(method).__name__ for method in inside if method.site not in AT_SITE and [*method.parameters()]})
+    if sized:
+        rule = f"{', '.join(sized)} must act in blocks that are as wide as their stream, {stream.width}"
+        raise UnsupportedError(explain(rule, f"{width} features at {site.block.path}", "Choose other layers."))
 
 
 def check_tokens(block: BlockSurgery, x: Tensor, y: Tensor, ledger: TokenLedger) -> None:

@@ -142,19 +142,21 @@ def take_axis(ledger: TokenLedger, name: str, value: Tensor, form: str, axis: in
         index = rows_behind_prefix(ledger, name)
     if form[0] == "b":
         return take(value, index, axis)
+    if form == "nd" and ledger.laid_over_heads:
+        return take(value[None], index, 1)[:, None]
     if form[0] == "s":  # M-RoPE: sections x batch x tokens
         return take(value.movedim(1, 0), index, axis).movedim(0, 1)
     if ledger.uniform():
         return value.index_select(axis, index[0])
     if form[0] == "h":  # heads folded into the batch
         return take(value.unflatten(0, (ledger.batch, -1)), index, axis + 1).flatten(0, 1)
-    if form == "nd" and ledger.laid_over_heads:
-        return take(value[None], index, 1)[:, None]
     raise unlike_samples(ledger, name)
 
 
 def rows_behind_prefix(ledger: TokenLedger, name: str) -> Tensor:
     """Rows of a table that has none for the special tokens in front."""
+    if ledger.plain is not None:  # none of the special ones has left
+        return ledger.rows[:, ledger.prefix :] - ledger.prefix
     behind = ledger.rows >= ledger.prefix
     if not bool((behind == behind[:1]).all()):
         raise unlike_samples(ledger, name)

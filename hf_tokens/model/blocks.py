@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import families
 from .arguments import BETWEEN, CROSS, HIDES, OF_TOKENS
-from .parts import attentions, mixer_of
+from .parts import attentions, checks_mask, mixer_of
 from .signatures import bound_arguments, parameters, read_once
 
 SLOT_OFFSET = "cycle_offset"  # HRM's stacks run several times in a pass, each time with other slots
@@ -52,6 +52,7 @@ class BlockFacts:
         hands_on: Whether it gets what the block before returned for each token beside its hidden states.
         several_slots: Whether its self-attentions store their keys in several slots of a cache.
         moves_slots: Whether it is told which slot is its own, another one each time that it runs in a pass.
+        full_mask: Whether its attention takes no mask but one with a row for each query.
         laid_over_heads: Whether what it lays over the heads of its tokens (n d) may be another for each sample (b 1 n d).
         foreign: Names of arguments that are not of its own tokens, though they do not say so, and how many axes they then have.
     """
@@ -62,6 +63,7 @@ class BlockFacts:
     hands_on: bool
     several_slots: bool
     moves_slots: bool
+    full_mask: bool
     laid_over_heads: bool
     foreign: tuple[tuple[re.Pattern, int | None], ...]
 
@@ -70,8 +72,9 @@ class BlockFacts:
         """Those of a block."""
         foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(type(block).__name__))
         slots = several_slots(block), moves_slots(block)
+        full_mask = any(checks_mask(type(attention)) for attention in attentions(block))
         laid_over_heads = bool(families.LAID_OVER_HEADS.search(type(block).__name__))
-        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), hands_on(block), *slots, laid_over_heads, foreign)
+        return cls(counts_tokens(block), mixes_more(block), bias_maker(block), hands_on(block), *slots, full_mask, laid_over_heads, foreign)
 
     def is_foreign(self, name: str, value: Any) -> bool:
         """Whether an argument is not of the block's own tokens, though its name does not say so."""

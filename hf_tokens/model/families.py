@@ -107,7 +107,7 @@ BLOCK_LAYOUTS = (
     (re.compile(r"VitDetLayer|Kandinsky3Attention|Florence2VisionBlock"), "b d h w"),
     (re.compile(r"PatchTST|TwoWayAttentionBlock"), "b c n d"),
     (re.compile(r"Lfm3VlVisionLayer"), "n d"),
-    (re.compile(r"DeepseekV4Decoder|HYV4Decoder|Glm5NextTextDecoder"), "b n c d"),
+    (re.compile(r"DeepseekV4Decoder|HYV4(VL)?Decoder|Glm5NextTextDecoder"), "b n c d"),
     (re.compile(r"Qwen4Exp\w*DecoderLayer"), "b n (c d)"),
     (re.compile(r"Gemma3nTextDecoder"), "c b n d"),
     (re.compile(r"XLNetLayer|modeling_fsmt|BridgeTowerResidualAttention|ErnieImageSharedAdaLNBlock"), "n b d"),
@@ -206,6 +206,10 @@ FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
+# Models that generate with a cache of other tokens than those of their blocks, or with masks that do not lie over it.
+OWN_CACHES = re.compile(r"^(CpmAnt|ProphetNet|XLMProphetNet)")
+# What an attention says that takes no mask but one of its full size.
+MASK_OF_SIZE = "ttention mask should be of size"
 # How a denoiser calls its timestep.
 TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
 # Denoisers whose timestep is a share of 1, where others count to 1000; those whose timestep rises as the noise falls; and those whose

@@ -62,6 +62,13 @@ def calls_interface(cls: type[nn.Module]) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(cls.forward).__code__.co_names
 
 
+@cache
+def checks_mask(cls: type[nn.Module]) -> bool:
+    """Whether an attention takes no mask but one with a row for each query: its error says so."""
+    words = (word for word in inspect.unwrap(cls.forward).__code__.co_consts if isinstance(word, str))
+    return any(families.MASK_OF_SIZE in word for word in words)
+
+
 def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     # what hf-tokens hung on a block is no part of the base model
     return ((name, child) for name, child in module.named_children() if name != OWN)

@@ -118,8 +118,8 @@ class TokenLedger:
         return flags if padding is None else flags & padding.gather(1, self.rows)
 
     def uniform(self) -> bool:
-        """Whether every sample of the batch keeps the same places."""
-        return self.batch == 1 or bool((self.rows == self.rows[:1]).all())
+        """Whether every sample of the batch keeps the same places; a graph that is recorded is for those that do not."""
+        return self.batch == 1 or not torch.compiler.is_exporting() and bool((self.rows == self.rows[:1]).all())
 
     def sizes_with(self, stored: Stored | None) -> Tensor | None:
         """How many tokens each key counts for, (b s) or (b k s); None if for one each."""

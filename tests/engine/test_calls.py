@@ -10,6 +10,8 @@ from tolerances import close
 
 from hf_tokens import anatomy, get_token_model, list_methods
 from hf_tokens.errors import UnsupportedError
+from hf_tokens.model.parts import checks_mask
+from hf_tokens.model.streams import axes
 from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
@@ -212,3 +214,45 @@ def test_an_attention_whose_queries_are_no_tokens_in_a_row_is_not_shaped():
     get_token_model(model, {"method": "landmark-attention", "block": 4})
     with pytest.raises(UnsupportedError, match="a query for each token of each sample|must be told the places of its tokens"):
         model(input_ids=torch.randint(5, 60, (2, 16)), use_cache=False)
+
+
+@pytest.mark.parametrize("method", ["apt", "deep-prompt"])
+def test_a_method_with_weights_of_its_own_acts_in_blocks_as_wide_as_their_stream(method):
+    specimen = zoo.build("fun_asr_nano_encoder")
+    base = specimen.run()
+    model = get_token_model(specimen.model, method).eval()
+    with pytest.raises(UnsupportedError, match=r"as wide as their stream, 32, got \d+ features at layers\.0\. Choose other layers"):
+        specimen.run()
+    model.unload()
+    model = get_token_model(specimen.model, {"method": method, "layers": (1, 2, 3)}).eval()
+    assert [t.shape for t in specimen.run()] == [t.shape for t in base]
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "deepseek_v4", "hy_v4", "hy_v4_vl", "glm5_next", "qwen4_exp"])
+def test_the_tokens_of_a_stream_lie_as_its_anatomy_says(family):
+    if family not in zoo.families("transformers"):
+        pytest.skip("un-skip when the installed transformers has it")
+    specimen, seen = zoo.build(family), {}
+    for stream in anatomy(specimen.model).streams:
+
+        def note(module, args, kwargs, stream=stream):
+            seen[stream.name] = stream.bind(0, args, kwargs).dim(), axes(stream.layout)
+
+        stream.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    specimen.run()
+    assert seen and all(axes_there == axes_told for axes_there, axes_told in seen.values()), seen
+
+
+def test_an_attention_that_takes_nothing_but_a_full_mask_gets_one():
+    specimen = zoo.build("clvp_encoder")
+    assert checks_mask(type(anatomy(specimen.model).streams[0].attention(0)))
+    assert not checks_mask(type(anatomy(zoo.build("bert").model).streams[0].attention(0)))
+    model = get_token_model(specimen.model, "dr-llm").eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "hf_tokens" in name:
+            parameter.data.normal_(generator=generator)
+    together = specimen.run()
+    for i in range(2):
+        alone = zoo.tensors(model(**{name: value[i : i + 1] for name, value in specimen.inputs.items()}))
+        close(together[0][i : i + 1], alone[0])

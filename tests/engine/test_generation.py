@@ -16,6 +16,7 @@ from hf_tokens import (
     RazorAttentionConfig,
     SqueezeAttentionConfig,
     TokenReducer,
+    UnsupportedError,
     get_token_model,
     register,
     set_method,
@@ -23,7 +24,7 @@ from hf_tokens import (
 from hf_tokens.engine import stream
 from hf_tokens.handlers import cache_compressor
 from hf_tokens.roles.registry import METHODS
-from hf_tokens.testing import CACHE, zoo
+from hf_tokens.testing import CACHE, probe_config, zoo
 
 STACKS = {
     "tokens in front": [DeepPromptConfig(tokens=3)],
@@ -160,3 +161,19 @@ def test_a_config_that_is_changed_in_place_is_as_one_from_the_start(change):
         set_method(model, after)
         said.append(decoded(model, specimen.inputs["input_ids"])[0])
     assert all(torch.equal(a, b) for a, b in zip(*said, strict=True))
+
+
+@pytest.mark.parametrize("method", [{"method": "deep-prompt"}, probe_config(0.5)], ids=["prompts", "fewer tokens"])
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_a_cache_that_is_not_of_the_blocks_tokens_is_refused_before_anything_is_computed(family, method):
+    specimen = zoo.build(family)
+    ids, called = specimen.inputs["input_ids"][:, :8], []
+    get_token_model(specimen.model, method).eval()
+    for module in specimen.model.modules():
+        module.register_forward_pre_hook(lambda module, args: called.append(module))
+    told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with pytest.raises(UnsupportedError, match="must act where a cache holds a key of each token of a block"):
+        specimen.model.generate(ids, **told)
+    assert not called
+    if family == "cpmant":  # ProphetNet's blocks take their own number of tokens only
+        assert specimen.model.generate(ids, use_cache=False, **told).shape[1] == 11

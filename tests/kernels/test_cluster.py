@@ -153,3 +153,16 @@ def test_ways_that_wait_for_each_other_end():
 def test_bad_input_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         cluster(torch.zeros(1, 2, 2), 1, **given)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_one_operator_is_recorded(strict):
+    class Joined(torch.nn.Module):
+        def forward(self, x, valid):
+            return cluster(x, 5, "complete", valid=valid)
+
+    x, valid = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12).expand(2, -1) < 10
+    program = torch.export.export(Joined(), (x, valid), strict=strict)
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert torch.ops.hf_tokens_kernels.cluster.default in called
+    assert torch.equal(program.module()(x, valid), cluster(x, 5, "complete", valid=valid))

@@ -16,6 +16,7 @@ Differs: all pairs of clusters nearest to each other join at once, which gives t
 True
 """
 
+import math
 from dataclasses import dataclass
 
 from hf_tokens_kernels import cluster
@@ -36,6 +37,7 @@ class ATCConfig(MethodConfig):
 @register("atc", ATCConfig)
 class ATC(TokenReducer):
     site = "middle"
+    exports = True
     kinds = ("vision",)
 
     @property
@@ -52,10 +54,15 @@ class ATC(TokenReducer):
         config, along = self.config, self.dims.layer / max(1, self.dims.layers - 1)
         return config.merged if config.schedule == "constant" else int(2 * config.merged * (1 - along))
 
-    def assign(self, keys: Tensor, mask: Tensor, positions: Tensor, fresh: Tensor, prefix: int) -> TokenMap | None:
+    def assign(
+        self, keys: Tensor, mask: Tensor, positions: Tensor, fresh: Tensor, prefix: int, plain: int | None = None
+    ) -> TokenMap | None:
         if self.config.keep_rate == 1 and self.merged() == 0:
             return None
         protected = (positions < prefix) | fresh  # b n
-        count = (mask & ~protected).sum(dim=1)
-        target = (count.double() * self.config.keep_rate - 1e-9).ceil().long() - self.merged()  # b
-        return TokenMap.pool(cluster(keys.mean(dim=1), target, self.config.linkage, valid=mask, protected=protected))
+        if plain is None:
+            target = ((mask & ~protected).sum(dim=1).double() * self.config.keep_rate - 1e-9).ceil().long() - self.merged()  # b
+        else:
+            target = max(1, math.ceil(plain * self.config.keep_rate - 1e-9) - self.merged())
+        group = cluster(keys.mean(dim=1), target, self.config.linkage, valid=mask, protected=protected)
+        return TokenMap.pool(group, gone=None if plain is None else max(0, plain - target))

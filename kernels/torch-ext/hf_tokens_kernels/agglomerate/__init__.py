@@ -47,8 +47,6 @@ def agglomerate(
     return clusters(build, free, joins, linkage).masked_fill(~valid, -1)
 
 
-@torch.compiler.disable
-@torch.no_grad()
 def cluster(
     features: Tensor,
     target: int | Tensor,
@@ -62,7 +60,8 @@ def cluster(
     Few tokens go through the matrix of their distances, as `agglomerate` does. For many no such matrix is built: every round reads the
     features of all clusters once for each block of those whose nearest one has joined. The clusters are the same, but where two
     distances lie within rounding of each other: sums of features round otherwise than sums of distances, and equal distances may do so
-    too. Of joins at the height of the cut those go first that are found in an earlier round.
+    too. Of joins at the height of the cut those go first that are found in an earlier round. `torch.export` records one operator,
+    `hf_tokens_kernels::cluster`, which is there wherever this package is imported.
 
     Args:
         features: (b n d); what stands at tokens that are not valid is not read.
@@ -85,11 +84,31 @@ def cluster(
         rule = f"metric must be one of {METRICS}, and average linkage takes the first"
         raise ValueError(f"{rule}, got {metric!r} and {linkage!r}. Give `agglomerate` the distances.")
     valid, free, joins = books(features, target, valid, protected)
+    if torch.compiler.is_exporting():
+        return recorded(features, free, joins, linkage, metric).masked_fill(~valid, -1)
+    return clustered(features, free, joins, linkage, metric).masked_fill(~valid, -1)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def clustered(features: Tensor, free: Tensor, joins: Tensor, linkage: str, metric: str) -> Tensor:
+    """The first member of each token's cluster, (b n), after `joins` (b) joins among the tokens that are `free` (b n)."""
     x = features.to(accumulated(features.dtype)).masked_fill(~free[..., None], 0)
     x = normalize(x, dim=-1) if metric == "cosine" else x
     if x.shape[1] <= MATRIX_TOKENS[linkage]:
-        return clusters(lambda: distances(x, free, linkage, metric), free, joins, linkage).masked_fill(~valid, -1)
-    return by_features.clusters(x, free, joins, linkage, metric).masked_fill(~valid, -1)
+        return clusters(lambda: distances(x, free, linkage, metric), free, joins, linkage)
+    return by_features.clusters(x, free, joins, linkage, metric)
+
+
+@torch.library.custom_op("hf_tokens_kernels::cluster", mutates_args=())
+def recorded(features: Tensor, free: Tensor, joins: Tensor, linkage: str, metric: str) -> Tensor:
+    """The same as an operator: how many rounds there are depends on the data, what comes out does not."""
+    return clustered(features, free, joins, linkage, metric).clone()
+
+
+@recorded.register_fake
+def _(features: Tensor, free: Tensor, joins: Tensor, linkage: str, metric: str) -> Tensor:
+    return torch.empty_like(free, dtype=torch.long)
 
 
 def distances(x: Tensor, free: Tensor, linkage: str, metric: str) -> Tensor:
