@@ -122,8 +122,9 @@ class BlockCall:
         raise UnsupportedError(explain(rule, f"the masks {sorted(value)}, of which some are None", "Run one sample at a time."))
 
     def _ordered_by_flag(self, ledger: TokenLedger) -> TokenLedger:
-        """The ledger, causal only if a query of the attention sees nothing behind it without a mask: backends go by its flag."""
-        flag = getattr(self.stream.attention(self.index), "is_causal", True) is not False
+        """The ledger, causal only if a query sees nothing behind it without a mask: backends go by the call's flag, or the attention's."""
+        told = self.arguments.get("is_causal")
+        flag = (getattr(self.stream.attention(self.index), "is_causal", True) if told is None else told) is not False
         return altered(ledger, causal=ledger.causal and flag and not families.OPEN_UNMASKED.search(qualified_name(type(self.block))))
 
     def _refuse_filler(self, ledger: TokenLedger) -> None:

@@ -61,11 +61,19 @@ def sizes(scores: dict[int, Tensor], ratio: float) -> dict[int, Tensor]:
     return prefixes(low)
 
 
+def mean_by_place(received: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """What each token (b k n) received, its mean over the heads that hold it."""
+    place = (positions if positions.dim() == 3 else positions[:, None].expand_as(mask)).clamp(min=0)  # b k n
+    sums = lambda x: received.new_zeros(len(mask), int(place.max()) + 1).scatter_add(1, place.flatten(1), x.flatten(1))
+    total, count = sums(received * mask), sums(mask.to(received.dtype))
+    return (total / count.clamp(min=1)).gather(1, place.flatten(1)).view_as(received)
+
+
 @register("prefixkv", PrefixKVConfig)
 class PrefixKV(CacheCompressor):
     chunks = False
     decodes = True
-    of_prompts = ("scores",)
+    of_prompts = ("scores", "positions")
     allots = property(lambda self: self.config.online)
 
     @classmethod
@@ -83,9 +91,11 @@ class PrefixKV(CacheCompressor):
                 found[layer] += (size / scores[layer].isfinite().sum(dim=1).double()).tolist()
         return dataclasses.replace(config, ratios=tuple(sum(shares) / len(shares) for shares in found.values()))
 
-    def score(self, scores: object, mask: Tensor, prefill: bool) -> Tensor:
-        if prefill:
-            return scores.columns().mean(dim=1) if mask.dim() == 2 else scores.columns(heads="key")  # b n, or b k n beside another policy
+    def score(self, scores: object, positions: Tensor | None, mask: Tensor, prefill: bool) -> Tensor:
+        if prefill and mask.dim() == 2:
+            return scores.columns().mean(dim=1)
+        if prefill:  # beside a policy that keeps other tokens in each head
+            return mean_by_place(scores.columns(heads="key"), positions, mask)
         behind = mask.flip(-1).cumsum(dim=-1).flip(-1) - 1  # real entries after each one
         aged = torch.where(behind >= self.config.distance, behind, 2 * mask.shape[-1] - behind)
         return aged.to(torch.float64)
