@@ -161,8 +161,9 @@ class Case:
         return all(len(value) == self.batch for value in tensors) and not any(isinstance(v, (list, tuple)) for v in self.inputs.values())
 
     def said(self, model: nn.Module, prompt: Inputs, **more: Any) -> list[Tensor]:
-        """The logits of each step of a generation."""
+        """The logits of each step of a generation; BLIP's writes into its prompt."""
         torch.manual_seed(0)
+        prompt = {name: value.clone() if isinstance(value, Tensor) else value for name, value in prompt.items()}
         with torch.no_grad():
             out = model.generate(
                 **prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,

@@ -213,7 +213,7 @@ class BlockCall:
 
     def _give_back(self, output: Any, cut: dict, ledger: TokenLedger) -> Any:
         """An argument that the block passes on leaves it whole: the next block cuts it anew."""
-        if not isinstance(output, tuple):
+        if not isinstance(output, (tuple, list)):
             return output
         pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
         items = tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
