@@ -257,7 +257,11 @@ class BlockCall:
 
     def read(self, output: Any) -> Tensor:
         """The hidden states in a block's output, (b m d)."""
-        return LAYOUTS[self.layout][0](self.stream.read(self.index, output))
+        hidden = self.stream.read(self.index, output)
+        if not isinstance(hidden, Tensor):
+            rule = "A block must return its hidden states as a tensor, or first in a tuple"
+            raise UnsupportedError(explain(rule, f"a {type(hidden).__name__} from {self.where}", "Choose another stream or model."))
+        return LAYOUTS[self.layout][0](hidden)
 
     def pack(self, hidden: Tensor) -> Tensor:
         """(b n d) in the layout of the model."""

@@ -8,7 +8,7 @@ import torch
 from contract.pairs import difference, snapshot, tiny
 from tolerances import all_close, close
 
-from hf_tokens import APTConfig, anatomy, get_token_model, list_methods
+from hf_tokens import APTConfig, DeepPromptConfig, anatomy, get_token_model, list_methods
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
@@ -44,6 +44,15 @@ def test_an_attention_may_return_a_list():
     base = specimen.run()
     get_token_model(specimen.model, APTConfig().at_zero())
     all_close(specimen.run(), base, "zero strength")
+
+
+def test_a_block_that_returns_its_tokens_nested_is_refused():
+    specimen = zoo.build("mm-grounding-dino")
+    get_token_model(specimen.model, DeepPromptConfig().at_zero())
+    with pytest.raises(
+        UnsupportedError, match="must return its hidden states as a tensor, or first in a tuple, got a tuple from MMGroundingDino"
+    ):
+        specimen.run()
 
 
 @pytest.mark.parametrize("number", [1, 3])
