@@ -57,7 +57,6 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = {info.name: info for info in list_methods() if info.cls.placed and info.cls.__module__ != "hf_tokens.testing.probe"}
 COMPRESSORS = [name for name, info in METHODS.items() if info.role == "CacheCompressor"]
 PADS, NEW, PROMPT = 3, 3, 12
-SPECIAL = [*range(80, zoo.VOCAB)]  # a tiny model would say that a picture comes, and no picture would come
 Inputs = dict[str, Any]
 
 
@@ -144,6 +143,12 @@ class Case:
         return set(self.inputs) <= own and self.talks and not self.model.config.is_encoder_decoder
 
     @property
+    def special(self) -> list[int]:
+        """Ids that are no words: a tiny model would say that a picture comes, and no picture would come."""
+        named = [v for k, v in vars(self.model.config).items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)]
+        return sorted({*named, *range(80, zoo.VOCAB)})
+
+    @property
     def ids(self) -> Tensor:
         return self.inputs["input_ids"][:, :PROMPT]
 
@@ -167,7 +172,7 @@ class Case:
         with torch.no_grad():
             out = model.generate(
                 **prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-                return_dict_in_generate=True, suppress_tokens=None if self.text else SPECIAL, **more,
+                return_dict_in_generate=True, suppress_tokens=None if self.text else self.special, **more,
             )  # fmt: skip
         return list(out.logits)
 
@@ -421,15 +426,18 @@ def table(files: list[Path]) -> str:
 def counted(rows: list[dict[str, Any]]) -> Iterator[str]:
     """How many of these rows are right, refused, wrong or raised, law by law, and each of the latter two."""
     counts = Counter((row["law"], row["verdict"].partition(":")[0]) for row in rows)
-    yield f"{len({row['family'] for row in rows})} families, {len({(row['family'], *row['stack']) for row in rows})} cases.\n"
+    names = sorted({name for row in rows for name in row["stack"]})
+    cases = len({(row["family"], *row["stack"]) for row in rows})
+    yield f"{len({row['family'] for row in rows})} families, {cases} cases of these methods, not each on each: {', '.join(names)}.\n"
     yield "| law | right | rounded | refused | wrong | raised |\n|---|---|---|---|---|---|"
     for law in ("attach", *LAWS):
         numbers = [counts[law, kind] for kind in ("right", "rounded", "refused", "wrong", "raised")]
         if any(numbers):
             yield f"| {law} | {' | '.join(map(str, numbers))} |"
+    yield ""
     for row in rows:
         if row["verdict"].startswith(("rounded", "wrong", "raised")):
-            yield f"\n- {row['family']}, {' + '.join(row['stack'])}, {row['law']}: {row['verdict']}"
+            yield f"- {row['family']}, {' + '.join(row['stack'])}, {row['law']}: {row['verdict']}"
 
 
 def main() -> None:
