@@ -123,8 +123,9 @@ class BlockCall:
         raise UnsupportedError(explain(rule, f"the masks {sorted(value)}, of which some are None", "Run one sample at a time."))
 
     def _ordered_by_flag(self, ledger: TokenLedger) -> TokenLedger:
-        """The ledger, causal only if a query of the attention sees nothing behind it without a mask: backends go by its flag."""
-        flag = getattr(self.stream.attention(self.index), "is_causal", True) is not False
+        """The ledger, causal only if a query sees nothing behind it without a mask: backends go by the call's flag, or the attention's."""
+        told = self.arguments.get("is_causal")
+        flag = (getattr(self.stream.attention(self.index), "is_causal", True) if told is None else told) is not False
         return altered(ledger, causal=ledger.causal and flag and not families.OPEN_UNMASKED.search(qualified_name(type(self.block))))
 
     def _refuse_filler(self, ledger: TokenLedger) -> None:
@@ -213,7 +214,7 @@ class BlockCall:
 
     def _give_back(self, output: Any, cut: dict, ledger: TokenLedger) -> Any:
         """An argument that the block passes on leaves it whole: the next block cuts it anew."""
-        if not isinstance(output, tuple):
+        if not isinstance(output, (tuple, list)):
             return output
         pairs = [(part, self.arguments[name]) for name, part in cut.items() if isinstance(part, Tensor) and name in self.arguments]
         items = tuple(next((whole for part, whole in pairs if passed_on(item, part)), item) for item in output)
@@ -257,7 +258,11 @@ class BlockCall:
 
     def read(self, output: Any) -> Tensor:
         """The hidden states in a block's output, (b m d)."""
-        return LAYOUTS[self.layout][0](self.stream.read(self.index, output))
+        hidden = self.stream.read(self.index, output)
+        if not isinstance(hidden, Tensor):
+            rule = "A block must return its hidden states as a tensor, or first in a tuple"
+            raise UnsupportedError(explain(rule, f"a {type(hidden).__name__} from {self.where}", "Choose another stream or model."))
+        return LAYOUTS[self.layout][0](hidden)
 
     def pack(self, hidden: Tensor) -> Tensor:
         """(b n d) in the layout of the model."""

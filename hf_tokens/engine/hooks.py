@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
 from ..model.signatures import bound_arguments, parameters, positional
-from ..model.streams import TOKENS_FIRST
+from ..model.streams import TOKENS_FIRST, first_of
 from ..roles.base import Method
 from ..roles.signals import HOOKED
 
@@ -161,11 +161,11 @@ class SignalHooks:
     def _note(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if f"{name}_input" in self.wanted or f"{name}_output" in self.wanted:
             self.captured[f"{name}_input"] = args[0] if args else kwargs[positional(type(module))[0]]
-            self.captured[f"{name}_output"] = output[0] if isinstance(output, tuple) else output
+            self.captured[f"{name}_output"] = first_of(output)
 
     def _note_update(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.captured.pop("attended", None)
-        self.captured["update"] = output[0] if isinstance(output, tuple) else output
+        self.captured["update"] = first_of(output)
 
     def _note_norm(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The first norm behind the attention reads the residual, or what is to be added to it."""

@@ -15,6 +15,7 @@ from ..engine.run import Site
 from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..model.signatures import positional
+from ..model.streams import first_of, with_first
 from ..roles.attention_edit import AttentionEdit
 
 
@@ -37,11 +38,11 @@ def edit_output(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dic
     editors = [method for _, method in block.called_inside("attention")]
     if not editors:
         return None
-    update = output[0] if isinstance(output, tuple) else output
+    update = first_of(output)
     hidden = args[0] if args else kwargs[positional(type(module))[0]]
     for method in editors:
         update = edited_update(method, block.tap.site, hidden, update)
-    return (update, *output[1:]) if isinstance(output, tuple) else update
+    return with_first(output, update)
 
 
 def edited_update(method: AttentionEdit, site: Site, hidden: Tensor, update: Tensor) -> Tensor:

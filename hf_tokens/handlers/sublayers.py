@@ -18,6 +18,7 @@ from ..errors import UnsupportedError, explain
 from ..model.arguments import realign, token_form
 from ..model.parts import cross_attentions
 from ..model.signatures import bound_arguments, parameters
+from ..model.streams import first_of, with_first
 from ..roles.token_reducer import TokenReducer
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap
@@ -156,8 +157,7 @@ def run_merged(reducer: TokenReducer, sublayer: Sublayer, hidden: Tensor, argume
     whole = tokens.beside(front, behind)
     sublayer.count(mapped.shape[0] * mapped.shape[1])
     output = run_short(sublayer, mapped, whole, hidden, arguments)
-    back = whole.slots.unmerge(output[0] if isinstance(output, tuple) else output)
-    return (back, *output[1:]) if isinstance(output, tuple) else back
+    return with_first(output, whole.slots.unmerge(first_of(output)))
 
 
 def run_short(sublayer: Sublayer, mapped: Tensor, tokens: TokenMap, hidden: Tensor, arguments: dict[str, Any]) -> Any:
@@ -190,7 +190,7 @@ def run_checked(sublayer: Sublayer, mapped: Tensor, cut: dict[str, Any], hidden:
     words = (rule, type(sublayer.module).__name__, "Choose other layers or another model.")
     run = partial(sublayer.inner, mapped, **cut)
     output = run_or_refuse(run, sublayer.module, ((hidden,), arguments), ((mapped,), cut), words)
-    first = output[0] if isinstance(output, tuple) else output
+    first = first_of(output)
     if first.shape[:2] != mapped.shape[:2]:
         rule = "A sublayer must return as many tokens as it got"
         raise UnsupportedError(explain(rule, f"{tuple(mapped.shape)} in and {tuple(first.shape)} out", "Choose other layers."))

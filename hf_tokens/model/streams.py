@@ -44,6 +44,16 @@ def rebuilt(output: Any, items: tuple) -> Any:
     return type(output)(items) if type(output) in (tuple, list) else type(output)(*items)
 
 
+def first_of(output: Any) -> Any:
+    """What a module returns, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_first(output: Any, first: Any) -> Any:
+    """The same with something else in its place."""
+    return rebuilt(output, (first, *output[1:])) if isinstance(output, (tuple, list)) else first
+
+
 @dataclass(frozen=True, eq=False)
 class Stream:
     """One sequence of residual blocks; `paths` are relative to the unwrapped model.

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 from contract.pairs import difference, snapshot, tiny
-from tolerances import close
+from tolerances import all_close, close
 
-from hf_tokens import anatomy, get_token_model, list_methods
+from hf_tokens import APTConfig, DeepPromptConfig, anatomy, get_token_model, list_methods
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.model.parts import checks_mask
 from hf_tokens.model.streams import axes
@@ -39,6 +39,22 @@ def test_a_state_that_does_not_tell_its_length_is_not_continued(method):
     assert torch.equal(model.generate(ids, use_cache=False, **FOUR), base) == (method["tokens"] == 0)
     with pytest.raises(UnsupportedError, match="must be told how long the sequence is that goes on, got a model's own `state`"):
         model.generate(ids, **FOUR)
+
+
+def test_an_attention_may_return_a_list():
+    specimen = zoo.build("openai-gpt")
+    base = specimen.run()
+    get_token_model(specimen.model, APTConfig().at_zero())
+    all_close(specimen.run(), base, "zero strength")
+
+
+def test_a_block_that_returns_its_tokens_nested_is_refused():
+    specimen = zoo.build("mm-grounding-dino")
+    get_token_model(specimen.model, DeepPromptConfig().at_zero())
+    with pytest.raises(
+        UnsupportedError, match="must return its hidden states as a tensor, or first in a tuple, got a tuple from MMGroundingDino"
+    ):
+        specimen.run()
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -7,7 +7,7 @@ import torch
 from held import COMPRESSORS, ask, decoded, longer, over_what_is_held, texts
 from tolerances import close
 
-from hf_tokens import D2OConfig, MiKVConfig, UnsupportedError, anatomy, get_token_model, list_methods
+from hf_tokens import D2OConfig, MiKVConfig, PrefixKVConfig, RazorAttentionConfig, UnsupportedError, anatomy, get_token_model, list_methods
 from hf_tokens.roles.cache_compressor import CacheCompressor
 from hf_tokens.testing import zoo
 
@@ -72,6 +72,15 @@ def test_what_takes_in_others_stays_in_its_format():
     for layer in cache.layers:
         low = [part for part in layer.kv.parts if part.packed[0][0].dtype == torch.uint8]
         assert torch.equal(torch.stack([part.where for part in low]).any(dim=0), layer.record.entries["beyond"].bool() & layer.there)
+
+
+def test_a_row_is_scored_alike_whether_another_row_lets_entries_of_a_head_go_or_none_does():
+    """In a window of eight the first compressor has something to evict in the shorter row alone."""
+    stack = [RazorAttentionConfig(sinks=3, compression=5), PrefixKVConfig(budget=0.3, distance=3)]
+    model = get_token_model(zoo.build("cohere2").model, stack).eval()
+    together, _ = decoded(model)
+    for row in range(2):
+        close(together[row : row + 1], decoded(model, slice(row, row + 1))[0], f"row {row}")
 
 
 def test_what_a_compressor_remembers_is_its_own():

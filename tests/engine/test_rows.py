@@ -68,7 +68,9 @@ def test_a_row_of_a_padded_batch_is_that_row_alone(family, name):
 
 
 UNMASKED = {
-    DynamicTokenPoolingConfig(layers=(1, 2)): ("aimv2_text_model", "colpali", "fsmt", "git", "llama", "paligemma"),
+    DynamicTokenPoolingConfig(layers=(1, 2)): (
+        *("aimv2_text_model", "clip_text_model", "clipseg_text_model", "colpali", "fsmt", "git", "llama", "paligemma"),
+    ),
     DrLLMConfig(threshold=0.5): ("colpali", "git", "llama", "paligemma"),
 }
 

@@ -72,11 +72,19 @@ def sizes(scores: dict[int, Tensor], ratio: float, protected: int = 0) -> dict[i
     return prefixes(low)
 
 
+def mean_by_place(received: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """What each token (b k n) received, its mean over the heads that hold it."""
+    place = (positions if positions.dim() == 3 else positions[:, None].expand_as(mask)).clamp(min=0)  # b k n
+    sums = lambda x: received.new_zeros(len(mask), int(place.max()) + 1).scatter_add(1, place.flatten(1), x.flatten(1))
+    total, count = sums(received * mask), sums(mask.to(received.dtype))
+    return (total / count.clamp(min=1)).gather(1, place.flatten(1)).view_as(received)
+
+
 @register("prefixkv", PrefixKVConfig, version=2)
 class PrefixKV(CacheCompressor):
     chunks = False
     decodes = True
-    of_prompts = ("scores",)
+    of_prompts = ("scores", "positions")
     allots = property(lambda self: self.config.online)
 
     @classmethod
@@ -94,8 +102,11 @@ class PrefixKV(CacheCompressor):
                 found[layer] += (size / scores[layer].isfinite().sum(dim=1).double()).tolist()
         return dataclasses.replace(config, ratios=tuple(sum(shares) / len(shares) for shares in found.values()))
 
-    def examine(self, scores: object, mask: Tensor) -> Tensor:
-        received = scores.columns().mean(dim=1) if mask.dim() == 2 else scores.columns(heads="key")  # b n, or b k n beside another policy
+    def examine(self, scores: object, positions: Tensor, mask: Tensor) -> Tensor:
+        if mask.dim() == 2:
+            received = scores.columns().mean(dim=1)
+        else:  # beside a policy that keeps other tokens in each head
+            received = mean_by_place(scores.columns(heads="key"), positions, mask)
         return received.masked_fill(~mask, -torch.inf)
 
     def observe(self, scores: object, mask: Tensor, positions: Tensor, record: dict, prefill: bool) -> Tensor | None:
@@ -103,12 +114,12 @@ class PrefixKV(CacheCompressor):
             return None
         record["prompt"] = torch.where(mask, positions, -1).amax(dim=-1, keepdim=True)
         record.pop("place", None)
-        return self.examine(scores, mask) if self.config.online else None
+        return self.examine(scores, positions, mask) if self.config.online else None
 
     def score(self, scores: object, mask: Tensor, newer: Tensor, positions: Tensor, record: dict, prefill: bool) -> Tensor:
         c = self.config
         if prefill:
-            return self.examine(scores, mask).masked_fill((positions < c.start_size) | (newer < c.protect_size), torch.inf)
+            return self.examine(scores, positions, mask).masked_fill((positions < c.start_size) | (newer < c.protect_size), torch.inf)
         if c.anchor == "newest":
             return torch.where(newer >= c.distance, newer, 2 * mask.shape[-1] - newer).double()
         place = mask.cumsum(dim=-1) - 1
