@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract.pairs import METHODS, tiny
+from peft import LoraConfig
 from tolerances import all_equal, close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import hf_tokens
 from hf_tokens import CAFTConfig, FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
 from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeInsertConfig
@@ -201,6 +204,38 @@ def test_a_training_that_is_broken_off_leaves_the_model_and_the_next_training_ri
     set_progress(fresh, surgery_of(surgery).progress)
     all_equal(answer(surgery), answer(fresh), "a call behind it")
     same_run(trainer(fresh, tmp_path / "fresh"), trainer(surgery, tmp_path / "again"))
+
+
+class Killed(TrainerCallback):
+    """The process ends behind a step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+DROPPING = LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.2)
+WITH_STATE = ["ftp", "dr-llm", "token-prepending", "moe-plus-plus", "apt", "caft"]
+
+
+@pytest.mark.parametrize("method", WITH_STATE)
+def test_a_training_that_was_killed_goes_on_to_the_bit(tmp_path, method):
+    stack = lambda: model([tiny(METHODS[method].config), DROPPING])
+    saving = dict(save_strategy="steps", save_steps=1, lr_scheduler_type="linear", optim="adamw_torch", remove_unused_columns=False)
+    whole = trainer(stack(), tmp_path / "whole", **saving)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(stack(), tmp_path / "killed", callbacks=[Killed()], **saving).train()
+    begun = stack()
+    with torch.no_grad():
+        for parameter in (p for p in begun.parameters() if p.requires_grad):
+            parameter.add_(1)
+    again = trainer(begun, tmp_path / "killed", **saving)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole)
+    all_equal([*again.model.state_dict().values()], [*whole.model.state_dict().values()], "resumed")
+    found = hf_tokens.load(tmp_path / "killed" / "checkpoint-4", zoo.build("llama").model)
+    all_equal([*found.state_dict().values()], [*whole.model.state_dict().values()], "loaded")
 
 
 def test_checkpoints_resume_to_the_bit(tmp_path):

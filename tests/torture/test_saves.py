@@ -12,7 +12,7 @@ from damage import MAKERS, WHOLE, filled, held
 PARTS = 4
 MAKES = [
     pytest.param(maker, marks=gates.add_adapter if maker == "transformers" else ())
-    for maker in ("PEFT", "save_adapter of a model by itself", "transformers")
+    for maker in ("PEFT", "Trainer", "save_adapter of a model by itself", "transformers")
 ]
 
 
@@ -39,7 +39,7 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(tmp_path, amount, count
     files, start = {path.name for path in tmp_path.iterdir()}, time.perf_counter()
     save(old, tmp_path)
     length = time.perf_counter() - start
-    for _ in range(amount(63, 1)):
+    for _ in range(amount(45, 1)):
         killed_behind(4 * length * chance.random(), save, new, tmp_path)
         found = held(tmp_path)
         assert found in ((1, 1), (2, 2)) or maker not in WHOLE, f"{found} behind {count['old'] + count['new']} kills"
