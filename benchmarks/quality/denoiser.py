@@ -139,7 +139,7 @@ SETTINGS: list[tuple[str, str, MethodConfig]] = [
         for r, mlp in ((0.25, False), (0.5, False), (0.75, False), (0.5, True))
     ),
     *(
-        ("merging without importance", f"ratio {r}{', MLP too' if mlp else ''}", ImportanceTokenMergeConfig(ratio=r, mlp=mlp, pool=1.0))
+        ("merging without importance", f"ratio {r}{', MLP too' if mlp else ''}", ImportanceTokenMergeConfig(ratio=r, mlp=mlp, spread=4.0))
         for r, mlp in ((0.25, False), (0.5, False), (0.75, False), (0.5, True))
     ),
     *(("random tokens", f"cycle {c}, ratio {r}", RandomTokensConfig(cycle=c, ratio=r)) for c, r in ((2, 0.7), (3, 0.7), (4, 0.93))),

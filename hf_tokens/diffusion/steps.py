@@ -254,8 +254,8 @@ class DenoisingWorld(World):
         output = self.before()
         return None if output is None else over_tokens(output.output, n)
 
-    def guidance(self, n: int) -> Tensor | None:
-        """How much the condition changed it, (b n): over the halves of a batch, or between the two calls for one sample."""
+    def contrast(self, n: int) -> Tensor | None:
+        """What the condition changed in it, (b n f): over the halves of a batch, or between the two calls for one sample."""
         last = self.before()
         if last is None:
             return None
@@ -265,10 +265,12 @@ class DenoisingWorld(World):
         if len(two) != 2 or two[0].shape != two[1].shape:
             return None
         difference = over_tokens(two[0] - two[1], n)
-        if difference is None:
-            return None
-        size = difference.norm(dim=-1)
-        return torch.cat([size, size]) if last.halves else size
+        return torch.cat([difference, difference]) if difference is not None and last.halves else difference
+
+    def guidance(self, n: int) -> Tensor | None:
+        """How much that is, (b n)."""
+        difference = self.contrast(n)
+        return None if difference is None else difference.norm(dim=-1)
 
 
 def halves_alike(sample: Tensor) -> bool:

@@ -23,8 +23,11 @@ class DenoiserSteps(Protocol):
     def noise(self, n: int) -> Tensor | None:
         """What this context put out at the step before, for each of n tokens."""
 
+    def contrast(self, n: int) -> Tensor | None:
+        """What the condition changed in it, for each of n tokens."""
+
     def guidance(self, n: int) -> Tensor | None:
-        """How much the condition changed it."""
+        """How much that is."""
 
     def halves(self) -> bool:
         """Whether the batch is two halves of the same samples."""

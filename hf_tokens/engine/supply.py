@@ -286,6 +286,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "layer": lambda m: m.block.index,
     "layers": lambda m: len(m.surgery.stream),
     "noise": lambda m: step_output(m, "noise"),
+    "contrast": lambda m: step_output(m, "contrast"),
     "guidance": lambda m: step_output(m, "guidance"),
     "progress": lambda m: m.surgery.model.progress,
     "prefill": lambda m: m.run.prefill,

@@ -317,6 +317,7 @@ def supply_features(
         "shared_doubt": lambda: store_of(method, block).get("shared_doubt"),
         "grid": lambda: grid(n, context.picture),
         "noise": lambda: context.steps_of_denoiser.noise(n),
+        "contrast": lambda: context.steps_of_denoiser.contrast(n),
         "guidance": lambda: context.steps_of_denoiser.guidance(n),
         "layer": lambda: block.index,
         "layers": lambda: len(surgery.stream),

@@ -29,7 +29,8 @@ SIGNALS: dict[str, str] = {
     "age": "for a FeatureCache: steps since each token of this sublayer was computed, 1 for the step before, (b n)",
     "grid": "height and width of the picture in tokens, special ones in front left out; (1, n) where there is none, None where unknown",
     "noise": "what the denoiser put out for each token at the step before; None at the first, or where it lies otherwise, (b n f)",
-    "guidance": "how much the condition changed that, by the two halves or calls of classifier-free guidance; None without them, (b n)",
+    "contrast": "what the condition changed in that, by the two halves or calls of guidance; None without them, (b n f)",
+    "guidance": "how much that is, its norm; None likewise, (b n)",
     "kind": "kind of the stream: text, vision, audio, denoiser, ..., str",
     "layer": "index of the block in its stream, int",
     "layers": "number of blocks in the stream, int",
@@ -114,4 +115,4 @@ SCORED = "received"  # the signal that is kept from the scores of each pass
 SPANS = {"visual", "instruction", "pictures", "pictured"}  # these need a model that has tokens of pictures among its text
 GRIDDED = "pictures"  # the one of these that needs their grids
 PICTURED = "pictured"  # the signal that a sequence remembers, in our layers of its cache
-OF_THE_OUTPUT = {"noise", "guidance"}  # signals of what the model put out
+OF_THE_OUTPUT = {"noise", "contrast", "guidance"}  # signals of what the model put out

@@ -1,6 +1,8 @@
-"""Importance-based token merging against a slow loop over one sample, written from the description of arXiv:2411.16720."""
+"""Importance-based token merging against a slow loop over one sample, from arXiv:2411.16720 and what its code makes of it."""
 
+import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,41 +15,97 @@ from hf_tokens import Dims, ImportanceTokenMergeConfig, UnsupportedError, anatom
 from hf_tokens.testing.probe import ProbeDropConfig
 
 
-def naive(features, importance, order, ratio, pool, targets):
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    ratio: float = 0.5
+    targets: float = 0.25
+    spread: float = 1.4
+    by: str = "content"
+    prune: int = 0
+    pool: float = 0.75
+    rule: str = "release"
+
+
+def cells(height, width):
+    """The 2 x 2 cells of a grid that are whole, as lists of tokens; of a line each four."""
+    high, wide = (2, 2) if min(height, width) > 1 else (1, 4) if height == 1 else (4, 1)
+    corner = lambda i, j: [(i * high + k) * width + j * wide + m for k in range(high) for m in range(wide)]
+    every = [corner(i, j) for i in range(height // high) for j in range(width // wide)]
+    return every or [list(range(height * width))]
+
+
+def naive(features, importance, order, grid, knobs, step=99):
     """The groups of one sample's tokens, [tokens that run as one: the first is the target], features (n d).
 
-    P: the pool * n most important ones. D: the first of P in the random order. Of the others, those outside P are merged first, then
-    those of P that are most alike to a target; ratio * n in all, each into the target that it is most alike to.
+    P: the spread * (1 - ratio) * n most important ones. D: the first of P in the random order, or the first in each cell where nothing
+    tells them apart. Of the others, those outside P are merged first, then those of P that are most alike to a target; ratio * n in all,
+    each into the target that it is most alike to.
     """
     n = len(features)
-    merged = math.floor(ratio * n + 1e-9)
-    count = max(1, min(math.floor(targets * n), n - merged))
-    size = max(math.floor(pool * n + 1e-9), n - merged)
-    important = set(range(n)) if importance is None else set(sorted(range(n), key=lambda i: (-importance[i], i))[:size])
-    chosen = [i for i in order if i in important][:count]
-    cosine = lambda i, j: float(features[i] @ features[j]) / math.sqrt(float(features[i] @ features[i]) * float(features[j] @ features[j]))
-    best = {i: max((cosine(i, j), -chosen.index(j)) for j in chosen) for i in range(n) if i not in chosen}
-    leaving = sorted(best, key=lambda i: (i in important, -best[i][0], i))[:merged]
+    merged = math.floor(knobs.ratio * n + 1e-9)
+    if merged == 0 or n < 2:
+        return [[i] for i in range(n)]
+    by_cell = knobs.rule == "release" and (importance is None or knobs.by == "content" and step < knobs.prune)
+    important = set(range(n))
+    if by_cell:
+        chosen = [min(cell, key=order.index) for cell in cells(*grid)]
+        merged = min(merged, n - len(chosen))
+    else:
+        count = max(1, min(math.floor(knobs.targets * n), n - merged))
+        size = min(n, max(math.floor(knobs.spread * (n - merged) + 1e-9), count))
+        if knobs.rule == "abstract":
+            size = max(math.floor(knobs.pool * n + 1e-9), n - merged)
+        if importance is not None:
+            important = set(sorted(range(n), key=lambda i: (-importance[i], i))[:size])
+        chosen = [i for i in order if i in important][:count]
+    if knobs.by == "place" and knobs.rule == "release":
+        like = lambda i, j: -((i // grid[1] - j // grid[1]) ** 2) - (i % grid[1] - j % grid[1]) ** 2
+        among = order.index
+    else:
+        like = lambda i, j: (
+            float(features[i] @ features[j]) / math.sqrt(float(features[i] @ features[i]) * float(features[j] @ features[j]))
+        )
+        among = lambda i: i
+    chosen = sorted(chosen) if by_cell else chosen
+    best = {i: max((like(i, j), -chosen.index(j)) for j in chosen) for i in range(n) if i not in chosen}
+    leaving = sorted(best, key=lambda i: (i in important, -best[i][0], among(i)))[:merged]
     groups = {i: [i] for i in range(n) if i not in leaving}
     for i in leaving:
         groups[chosen[-best[i][1]]].append(i)
     return [groups[i] for i in sorted(groups)]
 
 
-# tokens, merged share, pool, targets, whether there is an importance
+def mean(x, group, pruned):
+    """What a group runs as: the mean of its tokens, or its target."""
+    return x[group[0]] if pruned else sum(x[j] for j in group) / len(group)
+
+
+ABSTRACT = {"rule": "abstract"}
+# grid, whether there is an importance, step, knobs
 CASES = {
-    "usual": (16, 0.5, 0.75, 0.25, True),
-    "odd": (17, 0.4, 0.6, 0.3, True),
-    "no guidance": (15, 0.5, 0.75, 0.25, False),
-    "nothing merged": (12, 0.0, 0.75, 0.25, True),
-    "too few to merge": (3, 0.3, 0.75, 0.25, True),
-    "one token": (1, 0.5, 0.75, 0.25, True),
-    "two tokens": (2, 0.5, 0.75, 0.25, True),
-    "all into one": (9, 0.95, 0.75, 0.25, True),
-    "only the important stay": (16, 0.5, 0.1, 0.25, True),
-    "the important are targets": (16, 0.75, 0.25, 0.25, True),
-    "all are important": (16, 0.5, 1.0, 0.5, True),
-    "more targets than are left": (16, 0.8, 0.5, 0.9, True),
+    "usual": ((4, 4), True, 2, Knobs()),
+    "odd": ((1, 17), True, 2, Knobs(ratio=0.4, targets=0.3)),
+    "no guidance": ((3, 5), False, 2, Knobs()),
+    "no guidance, a line": ((1, 15), False, 2, Knobs()),
+    "no guidance, a column": ((15, 1), False, 2, Knobs()),
+    "first steps": ((4, 4), True, 1, Knobs(prune=2)),
+    "more than the sources": ((5, 4), False, 2, Knobs(ratio=0.9)),
+    "nothing merged": ((3, 4), True, 2, Knobs(ratio=0.0)),
+    "too few to merge": ((1, 3), True, 2, Knobs(ratio=0.3)),
+    "one token": ((1, 1), True, 2, Knobs()),
+    "two tokens": ((1, 2), True, 2, Knobs()),
+    "two tokens, no guidance": ((1, 2), False, 2, Knobs()),
+    "all into one": ((3, 3), True, 2, Knobs(ratio=0.95)),
+    "as many as stay": ((4, 4), True, 2, Knobs(spread=1.0)),
+    "fewer than targets": ((4, 4), True, 2, Knobs(spread=0.1)),
+    "all are important": ((4, 4), True, 2, Knobs(spread=2.0, targets=0.5)),
+    "by place": ((4, 5), True, 2, Knobs(by="place", spread=1.0)),
+    "by place, no guidance": ((6, 4), False, 2, Knobs(by="place")),
+    "by place, first steps": ((4, 4), True, 0, Knobs(by="place", prune=4)),
+    "abstract": ((4, 4), True, 2, Knobs(**ABSTRACT)),
+    "abstract, no guidance": ((3, 5), False, 2, Knobs(**ABSTRACT)),
+    "abstract, only the important stay": ((4, 4), True, 2, Knobs(pool=0.1, **ABSTRACT)),
+    "abstract, more targets than are left": ((4, 4), True, 2, Knobs(ratio=0.8, pool=0.5, targets=0.9, **ABSTRACT)),
 }
 
 
@@ -58,20 +116,25 @@ def method(**knobs):
 
 @pytest.mark.parametrize("case", CASES)
 def test_groups_are_the_loop(case):
-    n, ratio, pool, targets, guided = CASES[case]
+    grid, guided, step, knobs = CASES[case]
+    n, abstract = grid[0] * grid[1], knobs.rule == "abstract"
     torch.manual_seed(0)
-    one = method(ratio=ratio, pool=pool, targets=targets)
-    hidden, importance = torch.randn(3, n, 8, dtype=torch.float64), torch.rand(3, n, dtype=torch.float64) if guided else None
+    one = method(**dataclasses.asdict(knobs))
+    x, apart = torch.randn(3, n, 8, dtype=torch.float64), torch.randn(3, n, 4, dtype=torch.float64)
     every = torch.ones(3, n, dtype=torch.bool)
-    tokens = one.assign(hidden, importance, every, ~every, step=2)
+    given = (x, None, apart.norm(dim=-1) if guided else None, None) if abstract else (None, x, None, apart if guided else None)
+    tokens = one.assign(*given, every, ~every, grid, step)
+    importance = apart.norm(dim=-1) if abstract else apart.abs().mean(dim=-1)
     for i in range(3):
-        groups = naive(hidden[i], importance[i].tolist() if guided else None, one.draw(n, 2).tolist(), ratio, pool, targets)
+        groups = naive(x[i], importance[i].tolist() if guided else None, one.draw(n, step).tolist(), grid, knobs, step)
         if tokens is None:
             assert all(len(group) == 1 for group in groups)
             continue
         found = [(tokens.slot[i] == k).nonzero()[:, 0].tolist() for k in range(tokens.m)]
         assert found == [sorted(group) for group in groups]
         assert tokens.source[i].tolist() == [group[0] for group in groups]
+        want = torch.stack([mean(x[i], group, step < knobs.prune) for group in groups])
+        torch.testing.assert_close(tokens.apply(x)[i], want)
 
 
 def test_tokens_that_are_not_of_the_picture_stay_alone():
@@ -79,18 +142,23 @@ def test_tokens_that_are_not_of_the_picture_stay_alone():
     hidden, mask = torch.randn(1, 9, 8, dtype=torch.float64), torch.ones(1, 9, dtype=torch.bool)
     fresh = torch.tensor([[True, False, False, False, False, True, False, False, False]])
     mask[0, 8] = False
-    tokens = method(ratio=0.5).assign(hidden, torch.rand(1, 9), mask, fresh, step=0)
+    tokens = method(ratio=0.5).assign(None, hidden, None, torch.rand(1, 9, 4), mask, fresh, (2, 3), step=2)
     sizes = torch.bincount(tokens.slot[0])
     assert tokens.m == 9 - 3 and all(sizes[tokens.slot[0, i]] == 1 for i in (0, 5, 8))
 
 
 def token_magnitude(apart, n, kind):
-    """The norm of what belongs to each of n tokens in a difference of outputs (c h w), or (n c)."""
+    """The mean size of what belongs to each of n tokens in a difference of outputs (c h w), or (n c)."""
     if kind == "flux":
-        return [float(row.norm()) for row in apart]
+        return [float(row.abs().mean()) for row in apart]
     width = math.isqrt(n)
     p = apart.shape[-1] // width
-    return [float(apart[:, i : i + p, j : j + p].norm()) for i in range(0, width * p, p) for j in range(0, width * p, p)]
+    return [float(apart[:, i : i + p, j : j + p].abs().mean()) for i in range(0, width * p, p) for j in range(0, width * p, p)]
+
+
+def hear(module, args, kwargs, held):
+    """Keep what a block is given."""
+    held["entered"] = args[0] if args else kwargs["hidden_states"]
 
 
 def loop(kind, run, config):
@@ -103,6 +171,7 @@ def loop(kind, run, config):
             order = method(**{f: getattr(config, f) for f in ("seed",)})
             order.dims = Dims(width=8, heads=2, kv_heads=2, head_dim=4, layer=i, layers=1, kind="denoiser", causal=False, place=place)
             held = {}
+            block.register_forward_pre_hook(partial(hear, held=held), with_kwargs=True)
             sites = [("attention", stream.attention(i))]
             sites += [("cross", block.attn2)] if config.cross_attention and getattr(block, "attn2", None) is not None else []
             sites += [("mlp", block.ff)] if config.mlp and hasattr(block, "ff") else []
@@ -121,9 +190,13 @@ def loop(kind, run, config):
             if part == "attention":
                 importance = None if now["apart"] is None else token_magnitude(now["apart"], n, kind)
                 draw = order.draw(n, now["step"]).tolist()
-                held[row] = naive(mine, importance, draw, config.ratio, config.pool, config.targets)
+                knobs = Knobs(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Knobs)})
+                width = math.isqrt(n)
+                grid = (1, n) if kind == "flux" else (n // width, width)
+                entered = held["entered"][row]
+                held[row] = naive(entered[len(entered) - n :], importance, draw, grid, knobs, now["step"])
             groups = held[row]
-            means = torch.stack([sum(mine[j] for j in group) / len(group) for group in groups])
+            means = torch.stack([mean(mine, group, now["step"] < config.prune) for group in groups])
             short = {k: v[row : row + 1] if torch.is_tensor(v) and len(v) == len(hidden) else v for k, v in rest.items()}
             if short.get("image_rotary_emb") is not None:
                 lead = short["image_rotary_emb"][0].shape[0] - n
@@ -149,7 +222,7 @@ def loop(kind, run, config):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("more", [False, True], ids=["attention", "all"])
 def test_denoiser_is_the_loop(kind, more):
-    config = ImportanceTokenMergeConfig(ratio=0.5, cross_attention=more, mlp=more, seed=3)
+    config = ImportanceTokenMergeConfig(ratio=0.5, cross_attention=more, mlp=more, seed=3, prune=1 + more)
     run = calls(kind, 3, batch=1, guided=True)
     model = get_token_model(denoiser(kind), config)
     got, want = sampled(model, run), loop(kind, run, config)
@@ -177,11 +250,11 @@ def test_guidance_by_one_call_and_by_two(kind):
 
 def test_without_guidance_all_are_alike_important():
     run = calls("dit", 3)
-    got = sampled(get_token_model(denoiser("dit"), ImportanceTokenMergeConfig(pool=0.5)), run)
-    assert torch.equal(got, sampled(get_token_model(denoiser("dit"), ImportanceTokenMergeConfig(pool=1.0)), run))
+    got = sampled(get_token_model(denoiser("dit"), ImportanceTokenMergeConfig(spread=1.0)), run)
+    assert torch.equal(got, sampled(get_token_model(denoiser("dit"), ImportanceTokenMergeConfig(spread=2.0)), run))
     guided = calls("dit", 3, guided=True)
-    one, other = (sampled(get_token_model(denoiser("dit"), ImportanceTokenMergeConfig(pool=p)), guided) for p in (0.5, 1.0))
-    assert torch.equal(one[0], other[0]) and not torch.allclose(one[1:], other[1:])
+    one, other = (sampled(get_token_model(denoiser("dit"), ImportanceTokenMergeConfig(spread=p)), guided) for p in (1.0, 2.0))
+    assert torch.equal(one[:2], other[:2]) and not torch.allclose(one[2:], other[2:])
 
 
 @pytest.mark.parametrize("kind", ["unet", "flux"])
@@ -254,7 +327,7 @@ def test_pipeline():
 
     pipe = pipeline()
     base = draw(pipe, 3.0)
-    fast = get_token_model(pipe, ImportanceTokenMergeConfig(pool=0.5))
+    fast = get_token_model(pipe, ImportanceTokenMergeConfig(spread=1.0))
     heard = []
     surgery = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].hf_tokens.surgery
     handle = pipe.unet.register_forward_pre_hook(lambda *_: heard.append(surgery.call.context.steps_of_denoiser.guidance(64)))
