@@ -254,6 +254,7 @@ from .roles import (
     VocabularyEdit,
     WeightEdit,
     heavy_hitters,
+    share_out,
     straight_through,
 )
 from .roles.config import (
@@ -467,6 +468,7 @@ __all__ = [
     "search_shares",
     "set_method",
     "set_progress",
+    "share_out",
     "straight_through",
     "transplant",
     "unload",
