@@ -258,6 +258,7 @@ from .roles import (
     VocabularyEdit,
     WeightEdit,
     heavy_hitters,
+    share_out,
     straight_through,
 )
 from .roles.config import (
@@ -479,6 +480,7 @@ __all__ = [
     "search_shares",
     "set_method",
     "set_progress",
+    "share_out",
     "straight_through",
     "transplant",
     "unload",

@@ -96,3 +96,15 @@ def heavy_hitters(received: Tensor, newer: Tensor, budget: Tensor, recent: float
     """
     newer = newer if newer.dim() == 3 else newer[:, None]
     return torch.where(newer < (recent * budget[..., None] + 1e-9).floor(), torch.inf, received)
+
+
+def share_out(weights: Tensor, mean: float) -> Tensor:
+    """Shares of the blocks (b l) in proportion to their weights, none above 1, of which the mean is given."""
+    layers = weights.shape[1]
+    order = weights.sort(dim=1, descending=True).values
+    rest = order.flip(1).cumsum(dim=1).flip(1)  # b l: this one and all below
+    factor = (mean * layers - torch.arange(layers, dtype=weights.dtype, device=weights.device)).clamp(
+        min=0
+    ) / rest  # b l: where those above it have 1
+    first = (factor * order <= 1 + 1e-9).long().argmax(dim=1, keepdim=True)
+    return (factor.gather(1, first) * weights).clamp(max=1)

@@ -38,13 +38,18 @@ def k_means(values, groups):
     return {i for i in order if values[i] >= values[order[best]]}
 
 
-def naive(values, budget, p, groups=3):
-    """The share of its tokens that each layer keeps, of the layers' cosine similarities."""
+def naive(values, budget, p, groups=3, surplus="shared"):
+    """The share of its tokens that each layer keeps, of the layers' cosine similarities: none above 1, and the others get what is above."""
     g3 = k_means(values, groups)
     if len(g3) == len(values):
         return [budget] * len(values)
     others = (len(values) * budget - len(g3) * budget * p) / (len(values) - len(g3))
-    return [min(1.0, budget * p if i in g3 else others) for i in range(len(values))]
+    shares = [budget * p if i in g3 else others for i in range(len(values))]
+    while surplus == "shared" and max(shares) > 1 + 1e-12:
+        rest = sum(s for s in shares if s < 1)
+        left = budget * len(values) - sum(s >= 1 for s in shares)
+        shares = [1.0 if s >= 1 else s * left / rest for s in shares]
+    return [min(1.0, s) for s in shares]
 
 
 def policy(entries, keep, name, sinks=4, recent=0.5):
@@ -79,8 +84,18 @@ def test_budgets_are_those_of_the_paper(values, groups):
     model = get_token_model(gpt2(layers=1), SqueezeAttentionConfig(budget=0.4, p=0.3, groups=groups))
     method = model.base_model.model.transformer.h[0].hf_tokens.hf_tokens_methods["default"]["0"]
     shares = method.allot({}, {layer: tensor[:, layer] for layer in range(len(values))})
+    assert float(torch.stack([*shares.values()]).mean()) == pytest.approx(0.4)
     for row, listed in enumerate((values, values[::-1])):
         assert [float(shares[layer][row]) for layer in range(len(values))] == pytest.approx(naive(listed, 0.4, 0.3, groups))
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.4, 0.7])
+@pytest.mark.parametrize("p", [0.1, 0.35, 0.9])
+def test_the_bytes_are_those_of_the_budget(budget, p):
+    model = get_token_model(gpt2(6), SqueezeAttentionConfig(budget=budget, p=p)).eval()
+    ids, _ = batch((40,))
+    lengths = [layer.length for layer in model(ids, use_cache=True).past_key_values.layers]
+    assert budget - 1 / 40 <= sum(lengths) / (6 * 40) <= budget
 
 
 def test_naive_keeps_the_total():
@@ -94,7 +109,7 @@ def by_paper(base, ids, steps, c):
 
     def compress(held, seen, tokens):
         if seen is not None:
-            shares.extend(naive([cosine(s.entered, s.attended) for s in seen], c.budget, c.p, c.groups))
+            shares.extend(naive([cosine(s.entered, s.attended) for s in seen], c.budget, c.p, c.groups, c.surplus))
         for layer, heads in enumerate(held):
             keep = max(1, math.floor(shares[layer] * tokens + 1e-9))
             for h, entries in enumerate(heads):
@@ -104,11 +119,15 @@ def by_paper(base, ids, steps, c):
     return decode(base, ids, steps, compress)
 
 
+FIRST_VERSION = {"policy": "heavy_hitters", "surplus": "lost"}
 MODELS = [
-    pytest.param((12,), {}, id="the paper's groups"),
+    pytest.param((19,), {}, id="the release's policy"),
+    pytest.param((12,), FIRST_VERSION, id="version 1"),
+    pytest.param((17, 9, 4), FIRST_VERSION | {"budget": 0.7, "p": 0.1}, id="version 1, a share above 1"),
+    pytest.param((17, 9, 4), {"budget": 0.7, "p": 0.1}, id="a share above 1"),
     pytest.param((17, 9, 4), {"policy": "window", "budget": 0.3}, id="window, padded"),
     pytest.param((11, 6, 1), {"policy": "sinks", "sinks": 2}, id="sinks, padded to one token"),
-    pytest.param((13, 7), {"budget": 0.6, "p": 0.2, "recent": 0.25}, id="heavy hitters, padded"),
+    pytest.param((13, 7), {"budget": 0.6, "p": 0.2, "recent": 0.25, "policy": "heavy_hitters"}, id="heavy hitters, padded"),
     pytest.param((1,), {}, id="one key"),
     pytest.param((9, 5), {"budget": 1.0, "p": 1.0}, id="nothing to evict"),
     pytest.param((9, 5), {"budget": 0.01}, id="one key a layer"),
