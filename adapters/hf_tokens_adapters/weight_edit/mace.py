@@ -9,7 +9,7 @@ Differs: only this first part of the paper: it trains a LoRA a concept on segmen
          its function has it; its configs have 0 with a prior (celebrities, styles, nudity), 10 to 1000 without (objects). The prior is a
          sum over 30,000 captions there, at l_1 = 1e-4 (nudity 7e-7): with few of your own, give them more weight.
 Checked: Shilin-LU/MACE@057e7a6e, `closed_form_refinement` of keys and values in float64, with and without a prior, l of 0, 0.5 and 1000:
-         largest difference MACEDIFF; where l = 0 and the words are fewer than their features it inverts what has no inverse,
+         largest difference 1.9e-15; where l = 0 and the words are fewer than their features it inverts what has no inverse,
          and here the nearest of the maps that fit is taken.
 
 >>> from hf_tokens import MACEConfig, edit, get_token_model
