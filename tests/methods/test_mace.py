@@ -12,7 +12,7 @@ from hf_tokens import MACE, Dims, MACEConfig, UnsupportedError, edit, get_token_
 D = torch.float64
 
 
-def naive(weight, beside, replaced, prior, erase=1.0, preserve=1.0, stay=1000.0):
+def naive(weight, beside, replaced, prior, erase=1.0, preserve=1e-4, stay=0.5):
     """One projection, number by number: the sums of the closed form, and the inverse."""
     outputs, width = weight.shape
     weight = weight.tolist()
@@ -38,6 +38,9 @@ CASES = {
     "a strong prior": (4, 3, 2, 9, {"stay": 0.1, "preserve": 100.0}),
     "only the prior": (4, 3, 2, 6, {"erase": 0.0}),
     "hardly any ridge": (3, 5, 8, 4, {"stay": 1e-6}),
+    "no ridge": (3, 5, 8, 4, {"stay": 0.0}),
+    "no ridge, held by the prior": (5, 4, 2, 9, {"stay": 0.0, "preserve": 0.1}),
+    "the first version": (5, 4, 6, 7, {"stay": 1000.0, "preserve": 1.0}),
 }
 
 
@@ -71,6 +74,14 @@ def test_few_words_map_to_what_replaces_them():
     weight, beside, replaced = torch.randn(6, 8, dtype=D), torch.randn(3, 8, dtype=D), torch.randn(3, 8, dtype=D)
     new = method(stay=1e-9).edit({"w": weight}, {"erase": {"w": beside}, "anchor": {"w": replaced}})["w"]
     torch.testing.assert_close(beside @ new.T, replaced @ weight.T, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_ridge_what_no_word_says_stays():
+    weight, beside, replaced = torch.randn(6, 8, dtype=D), torch.randn(3, 8, dtype=D), torch.randn(3, 8, dtype=D)
+    new = method(stay=0.0).edit({"w": weight}, {"erase": {"w": beside}, "anchor": {"w": replaced}})["w"]
+    torch.testing.assert_close(beside @ new.T, replaced @ weight.T)
+    across = torch.linalg.svd(beside).Vh[3:]  # directions that no word has a part in
+    torch.testing.assert_close(across @ new.T, across @ weight.T)
 
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "PixArtTransformer2DModel"])

@@ -16,27 +16,51 @@ def outer(a, b):
     return torch.tensor([[x * y for y in b.tolist()] for x in a.tolist()], dtype=D)
 
 
-def erased(now, start, concept, anchor, kept, erase, preserve, stay):
+def erased(now, start, concept, anchor, kept, erase, preserve, stay, technique):
     """The closed form of one projection: each token adds to the two sums."""
     left, right = stay * now, stay * torch.eye(now.shape[1], dtype=D)
-    for c, target in zip(concept, anchor, strict=True):
-        left, right = left + erase * outer(start @ target, c), right + erase * outer(c, c)
+    goals = [start @ a for a in anchor]
+    if technique == "tensor":
+        lands = [now @ c for c in concept]
+        length = sum(x * x for land in lands for x in land.tolist())
+        share = sum(x * y for land, goal in zip(lands, goals, strict=True) for x, y in zip(land.tolist(), goal.tolist(), strict=True))
+        goals = [goal - share / length * land for land, goal in zip(lands, goals, strict=True)]
+    for c, goal in zip(concept, goals, strict=True):
+        left, right = left + erase * outer(goal, c), right + erase * outer(c, c)
     for p in kept:
         left, right = left + preserve * outer(start @ p, p), right + preserve * outer(p, p)
     return left @ torch.linalg.inv(right)
 
 
-def naive(weights, concept, anchor, kept, epochs, erase=1.0, preserve=0.1, stay=0.1, derive=0.1):
+def naive(
+    weights,
+    concept,
+    anchor,
+    kept,
+    epochs,
+    erase=1.0,
+    preserve=0.1,
+    stay=0.1,
+    derive=0.1,
+    towards="zero",
+    technique="replace",
+    keep="anchor",
+):
     """The paper's alternation, projection by projection and token by token."""
-    new = {name: erased(w, w, concept, anchor, kept, erase, preserve, stay) for name, w in weights.items()}
+    knobs = (list(anchor) if keep == "anchor" and not len(kept) else kept, erase, preserve, stay, technique)
+    new = {name: erased(w, w, concept, anchor, *knobs) for name, w in weights.items()}
     for _ in range(epochs):
         back = []
-        for c in concept:
-            gram, reached = derive * torch.eye(len(c), dtype=D), torch.zeros(len(c), dtype=D)
+        for c, a in zip(concept, anchor, strict=True):
+            near = {"anchor": a, "concept": c}.get(towards, torch.zeros_like(c))
+            gram, reached = derive * torch.eye(len(c), dtype=D) * (towards != "mapped"), derive * near
             for name, w in weights.items():
-                gram, reached = gram + new[name].T @ new[name], reached + new[name].T @ (w @ c)
+                own = new[name].T @ new[name]
+                gram, reached = gram + own, reached + new[name].T @ (w @ c)
+                if towards == "mapped":
+                    gram, reached = gram + derive * own, reached + derive * own @ c
             back.append(torch.linalg.inv(gram) @ reached)
-        new = {name: erased(new[name], w, back, anchor, kept, erase, preserve, stay) for name, w in weights.items()}
+        new = {name: erased(new[name], w, back, anchor, *knobs) for name, w in weights.items()}
     return new
 
 
@@ -50,6 +74,11 @@ CASES = {
     "strong": (5, (4, 6), 2, 3, 2, {"erase": 10.0, "stay": 1e-3, "derive": 1e-3}),
     "weak": (5, (4, 6), 2, 3, 1, {"stay": 100.0, "derive": 10.0}),
     "zero strength": (5, (4, 6), 2, 3, 2, {"erase": 0.0}),
+    "near the anchor": (5, (4, 6), 3, 4, 2, {"towards": "anchor", "derive": 1.0}),
+    "near the concept": (5, (4, 6), 3, 4, 2, {"towards": "concept", "derive": 1.0}),
+    "where it maps to now": (5, (4, 6), 3, 4, 2, {"towards": "mapped", "derive": 1.0}),
+    "across the concept": (5, (4, 6), 3, 4, 2, {"technique": "tensor"}),
+    "the first version": (5, (4, 6), 3, 0, 2, {"keep": "nothing"}),
 }
 
 
@@ -76,7 +105,7 @@ def test_what_is_derived_brings_the_concept_back_no_more():
     rece, found = method(epochs=0, derive=1e-3), []
     now = rece.erase(weights, weights, concept, anchor, concept[:0])
     for _ in range(4):
-        back = rece.derive(now, weights, concept)
+        back = rece.derive(now, weights, concept, anchor)
         found.append(float(sum(((now[n] @ back.T - weights[n] @ concept.T) ** 2).sum() for n in weights)))
         now = rece.erase(now, weights, back, anchor, concept[:0])
     assert all(later > 1000 * found[0] for later in found[1:])  # how far even the best prompt stays from the concept
