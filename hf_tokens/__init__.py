@@ -23,7 +23,7 @@ PUBLIC = {
     "roles": (
         *("AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method", "ModelRouter"),
         *("Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "VocabularyEdit", "WeightEdit"),
-        *("heavy_hitters", "straight_through"),
+        *("allowance", "check_capacity", "heavy_hitters", "observed", "protect", "straight_through"),
     ),
     "roles.config": ("MethodConfig", "option"),
     "roles.registry": ("list_methods", "method_info", "register"),

@@ -8,9 +8,17 @@ from hf_tokens_adapters.attention_edit.crosslmm import (
     CrossLMM,
     CrossLMMConfig,
 )
+from hf_tokens_adapters.cache_compressor.ada_kv import (
+    AdaKV,
+    AdaKVConfig,
+)
 from hf_tokens_adapters.cache_compressor.d2o import (
     D2O,
     D2OConfig,
+)
+from hf_tokens_adapters.cache_compressor.h2o import (
+    H2O,
+    H2OConfig,
 )
 from hf_tokens_adapters.cache_compressor.mikv import (
     MiKV,
@@ -24,13 +32,33 @@ from hf_tokens_adapters.cache_compressor.prefixkv import (
     PrefixKV,
     PrefixKVConfig,
 )
+from hf_tokens_adapters.cache_compressor.pyramidkv import (
+    PyramidKV,
+    PyramidKVConfig,
+)
+from hf_tokens_adapters.cache_compressor.random import (
+    Random,
+    RandomConfig,
+)
 from hf_tokens_adapters.cache_compressor.razorattention import (
     RazorAttention,
     RazorAttentionConfig,
 )
+from hf_tokens_adapters.cache_compressor.snapkv import (
+    SnapKV,
+    SnapKVConfig,
+)
 from hf_tokens_adapters.cache_compressor.squeezeattention import (
     SqueezeAttention,
     SqueezeAttentionConfig,
+)
+from hf_tokens_adapters.cache_compressor.streaming_llm import (
+    StreamingLLM,
+    StreamingLLMConfig,
+)
+from hf_tokens_adapters.cache_compressor.tova import (
+    TOVA,
+    TOVAConfig,
 )
 from hf_tokens_adapters.feature_cache.cat_pruning import (
     CATPruning,
@@ -253,7 +281,11 @@ from .roles import (
     TokenRouter,
     VocabularyEdit,
     WeightEdit,
+    allowance,
+    check_capacity,
     heavy_hitters,
+    observed,
+    protect,
     straight_through,
 )
 from .roles.config import (
@@ -317,6 +349,8 @@ __all__ = [
     "ATCConfig",
     "ATPrompt",
     "ATPromptConfig",
+    "AdaKV",
+    "AdaKVConfig",
     "AdapterError",
     "Anatomy",
     "Attending",
@@ -358,6 +392,8 @@ __all__ = [
     "GGeMConfig",
     "GoldfishLoss",
     "GoldfishLossConfig",
+    "H2O",
+    "H2OConfig",
     "HFTokensConfig",
     "HFTokensError",
     "HFTokensModel",
@@ -397,11 +433,15 @@ __all__ = [
     "ProSpectConfig",
     "ProfilingDiT",
     "ProfilingDiTConfig",
+    "PyramidKV",
+    "PyramidKVConfig",
     "Quantized",
     "R2R",
     "R2RConfig",
     "RECE",
     "RECEConfig",
+    "Random",
+    "RandomConfig",
     "RazorAttention",
     "RazorAttentionConfig",
     "RecoverableCompression",
@@ -416,11 +456,17 @@ __all__ = [
     "SimPOConfig",
     "SimPool",
     "SimPoolConfig",
+    "SnapKV",
+    "SnapKVConfig",
     "SoftPool",
     "SoftPoolConfig",
     "SqueezeAttention",
     "SqueezeAttentionConfig",
     "Stream",
+    "StreamingLLM",
+    "StreamingLLMConfig",
+    "TOVA",
+    "TOVAConfig",
     "ToCa",
     "ToCaConfig",
     "TokenBank",
@@ -438,10 +484,12 @@ __all__ = [
     "VideoLLMMoDConfig",
     "VocabularyEdit",
     "WeightEdit",
+    "allowance",
     "anatomy",
     "angle_between",
     "aux_loss",
     "calibrate",
+    "check_capacity",
     "closest_map",
     "compress_prompt",
     "conclusions",
@@ -458,7 +506,9 @@ __all__ = [
     "measure",
     "method_info",
     "objective_loss",
+    "observed",
     "option",
+    "protect",
     "rank",
     "register",
     "route_to",

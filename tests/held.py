@@ -10,6 +10,7 @@ from hf_tokens import (
     MiniCacheConfig,
     PrefixKVConfig,
     RazorAttentionConfig,
+    SnapKVConfig,
     SqueezeAttentionConfig,
 )
 from hf_tokens.testing import CACHE
@@ -24,6 +25,7 @@ COMPRESSORS = {
     "d2o": D2OConfig(budget=0.5),
     "minicache": MiniCacheConfig(gamma=0.3),
     "mikv": MiKVConfig(importance=0.3, bits=4),
+    "snapkv": SnapKVConfig(budget=0.5, window=3, kernel=3),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 

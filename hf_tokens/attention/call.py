@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..tokens.altered import altered
-from ..tokens.token_map import in_float32
+from ..tokens.token_map import in_float32, indices
 
 
 class Attending(NamedTuple):
@@ -157,6 +157,18 @@ class Scores:
                 self.call.known[key] = out
         out = self.group(out) if heads == "key" and self.group is not None else out
         return out if self.back is None else self.back(out, out.dim() - 1)
+
+    def of_last(self, window: int) -> Tensor:
+        """What each key receives from each of the last `window` real queries, on average, mean of the heads on its key head, (b k n)."""
+        q, k = self.call.q, self.call.k
+        real = torch.ones(len(k), q.shape[2], dtype=torch.bool, device=q.device) if self.real is None else self.real
+        last = real & (real.flip(1).cumsum(dim=1).flip(1) <= window)
+        index = indices(last, min(window, q.shape[2]))
+        weights = last.gather(1, index).to(q.dtype)
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        out = in_float32(attention_columns(q, k, weights=weights, queries=index, heads="key", **self.call.shape()))
+        out = out if self.group is None else self.group(out)
+        return out if self.back is None else self.back(out, 2)
 
     def rows(self, index: Tensor) -> Tensor:
         """The probabilities of chosen queries: index (b r) to (b h r n)."""
