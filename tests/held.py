@@ -12,6 +12,7 @@ from hf_tokens import (
     RazorAttentionConfig,
     SnapKVConfig,
     SqueezeAttentionConfig,
+    TOVAConfig,
 )
 from hf_tokens.testing import CACHE
 from hf_tokens.tokens.entries import cells_of
@@ -26,6 +27,7 @@ COMPRESSORS = {
     "minicache": MiniCacheConfig(gamma=0.3),
     "mikv": MiKVConfig(importance=0.3, bits=4),
     "snapkv": SnapKVConfig(budget=0.5, window=3, kernel=3),
+    "tova": TOVAConfig(budget=0.5),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 
