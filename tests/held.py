@@ -12,6 +12,7 @@ from hf_tokens import (
     RazorAttentionConfig,
     SnapKVConfig,
     SqueezeAttentionConfig,
+    StreamingLLMConfig,
     TOVAConfig,
 )
 from hf_tokens.testing import CACHE
@@ -28,6 +29,7 @@ COMPRESSORS = {
     "mikv": MiKVConfig(importance=0.3, bits=4),
     "snapkv": SnapKVConfig(budget=0.5, window=3, kernel=3),
     "tova": TOVAConfig(budget=0.5),
+    "streaming-llm": StreamingLLMConfig(budget=0.5, sinks=2),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 
