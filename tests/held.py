@@ -6,6 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_tokens import (
     D2OConfig,
+    H2OConfig,
     MiKVConfig,
     MiniCacheConfig,
     PrefixKVConfig,
@@ -30,6 +31,7 @@ COMPRESSORS = {
     "snapkv": SnapKVConfig(budget=0.5, window=3, kernel=3),
     "tova": TOVAConfig(budget=0.5),
     "streaming-llm": StreamingLLMConfig(budget=0.5, sinks=2),
+    "h2o": H2OConfig(budget=0.5),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 
