@@ -10,6 +10,7 @@ from hf_tokens import (
     MiKVConfig,
     MiniCacheConfig,
     PrefixKVConfig,
+    PyramidKVConfig,
     RazorAttentionConfig,
     SnapKVConfig,
     SqueezeAttentionConfig,
@@ -32,6 +33,7 @@ COMPRESSORS = {
     "tova": TOVAConfig(budget=0.5),
     "streaming-llm": StreamingLLMConfig(budget=0.5, sinks=2),
     "h2o": H2OConfig(budget=0.5),
+    "pyramidkv": PyramidKVConfig(budget=0.4, window=2, kernel=3, beta=4),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 
