@@ -11,6 +11,7 @@ from hf_tokens import (
     MiniCacheConfig,
     PrefixKVConfig,
     PyramidKVConfig,
+    RandomConfig,
     RazorAttentionConfig,
     SnapKVConfig,
     SqueezeAttentionConfig,
@@ -34,6 +35,7 @@ COMPRESSORS = {
     "streaming-llm": StreamingLLMConfig(budget=0.5, sinks=2),
     "h2o": H2OConfig(budget=0.5),
     "pyramidkv": PyramidKVConfig(budget=0.4, window=2, kernel=3, beta=4),
+    "random": RandomConfig(budget=0.5, sinks=1, window=2),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 
