@@ -5,6 +5,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_tokens import (
+    AdaKVConfig,
     D2OConfig,
     H2OConfig,
     MiKVConfig,
@@ -36,6 +37,7 @@ COMPRESSORS = {
     "h2o": H2OConfig(budget=0.5),
     "pyramidkv": PyramidKVConfig(budget=0.4, window=2, kernel=3, beta=4),
     "random": RandomConfig(budget=0.5, sinks=1, window=2),
+    "ada-kv": AdaKVConfig(budget=0.5, window=3, kernel=3),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 
