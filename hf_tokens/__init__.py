@@ -23,7 +23,7 @@ PUBLIC = {
     "roles": (
         *("AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method", "ModelRouter"),
         *("Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "VocabularyEdit", "WeightEdit"),
-        *("heavy_hitters", "share_out", "straight_through"),
+        *("allowance", "check_capacity", "heavy_hitters", "observed", "protect", "share_out", "straight_through"),
     ),
     "roles.config": ("MethodConfig", "option"),
     "roles.registry": ("list_methods", "method_info", "register"),

@@ -8,9 +8,17 @@ from hf_tokens_adapters.attention_edit.crosslmm import (
     CrossLMM,
     CrossLMMConfig,
 )
+from hf_tokens_adapters.cache_compressor.ada_kv import (
+    AdaKV,
+    AdaKVConfig,
+)
 from hf_tokens_adapters.cache_compressor.d2o import (
     D2O,
     D2OConfig,
+)
+from hf_tokens_adapters.cache_compressor.h2o import (
+    H2O,
+    H2OConfig,
 )
 from hf_tokens_adapters.cache_compressor.kvzip import (
     KVzip,
@@ -28,13 +36,33 @@ from hf_tokens_adapters.cache_compressor.prefixkv import (
     PrefixKV,
     PrefixKVConfig,
 )
+from hf_tokens_adapters.cache_compressor.pyramidkv import (
+    PyramidKV,
+    PyramidKVConfig,
+)
+from hf_tokens_adapters.cache_compressor.random import (
+    Random,
+    RandomConfig,
+)
 from hf_tokens_adapters.cache_compressor.razorattention import (
     RazorAttention,
     RazorAttentionConfig,
 )
+from hf_tokens_adapters.cache_compressor.snapkv import (
+    SnapKV,
+    SnapKVConfig,
+)
 from hf_tokens_adapters.cache_compressor.squeezeattention import (
     SqueezeAttention,
     SqueezeAttentionConfig,
+)
+from hf_tokens_adapters.cache_compressor.streaming_llm import (
+    StreamingLLM,
+    StreamingLLMConfig,
+)
+from hf_tokens_adapters.cache_compressor.tova import (
+    TOVA,
+    TOVAConfig,
 )
 from hf_tokens_adapters.feature_cache.cat_pruning import (
     CATPruning,
@@ -257,7 +285,11 @@ from .roles import (
     TokenRouter,
     VocabularyEdit,
     WeightEdit,
+    allowance,
+    check_capacity,
     heavy_hitters,
+    observed,
+    protect,
     share_out,
     straight_through,
 )
@@ -326,6 +358,8 @@ __all__ = [
     "ATCConfig",
     "ATPrompt",
     "ATPromptConfig",
+    "AdaKV",
+    "AdaKVConfig",
     "AdapterError",
     "Anatomy",
     "Attending",
@@ -368,6 +402,8 @@ __all__ = [
     "GGeMConfig",
     "GoldfishLoss",
     "GoldfishLossConfig",
+    "H2O",
+    "H2OConfig",
     "HFTokensConfig",
     "HFTokensError",
     "HFTokensModel",
@@ -409,11 +445,15 @@ __all__ = [
     "ProSpectConfig",
     "ProfilingDiT",
     "ProfilingDiTConfig",
+    "PyramidKV",
+    "PyramidKVConfig",
     "Quantized",
     "R2R",
     "R2RConfig",
     "RECE",
     "RECEConfig",
+    "Random",
+    "RandomConfig",
     "RazorAttention",
     "RazorAttentionConfig",
     "RecoverableCompression",
@@ -428,11 +468,17 @@ __all__ = [
     "SimPOConfig",
     "SimPool",
     "SimPoolConfig",
+    "SnapKV",
+    "SnapKVConfig",
     "SoftPool",
     "SoftPoolConfig",
     "SqueezeAttention",
     "SqueezeAttentionConfig",
     "Stream",
+    "StreamingLLM",
+    "StreamingLLMConfig",
+    "TOVA",
+    "TOVAConfig",
     "ToCa",
     "ToCaConfig",
     "TokenBank",
@@ -450,10 +496,12 @@ __all__ = [
     "VideoLLMMoDConfig",
     "VocabularyEdit",
     "WeightEdit",
+    "allowance",
     "anatomy",
     "angle_between",
     "aux_loss",
     "calibrate",
+    "check_capacity",
     "closest_map",
     "compress_context",
     "compress_prompt",
@@ -471,7 +519,9 @@ __all__ = [
     "measure",
     "method_info",
     "objective_loss",
+    "observed",
     "option",
+    "protect",
     "rank",
     "register",
     "route_to",

@@ -5,13 +5,20 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_tokens import (
+    AdaKVConfig,
     D2OConfig,
+    H2OConfig,
     KVzipConfig,
     MiKVConfig,
     MiniCacheConfig,
     PrefixKVConfig,
+    PyramidKVConfig,
+    RandomConfig,
     RazorAttentionConfig,
+    SnapKVConfig,
     SqueezeAttentionConfig,
+    StreamingLLMConfig,
+    TOVAConfig,
 )
 from hf_tokens.testing import CACHE
 from hf_tokens.tokens.entries import cells_of
@@ -26,6 +33,13 @@ COMPRESSORS = {
     "kvzip": KVzipConfig(ratio=0.5, chunk=7, sinks=1),
     "minicache": MiniCacheConfig(gamma=0.3),
     "mikv": MiKVConfig(importance=0.3, bits=4),
+    "snapkv": SnapKVConfig(budget=0.5, window=3, kernel=3),
+    "tova": TOVAConfig(budget=0.5),
+    "streaming-llm": StreamingLLMConfig(budget=0.5, sinks=2),
+    "h2o": H2OConfig(budget=0.5),
+    "pyramidkv": PyramidKVConfig(budget=0.4, window=2, kernel=3, beta=4),
+    "random": RandomConfig(budget=0.5, sinks=1, window=2),
+    "ada-kv": AdaKVConfig(budget=0.5, window=3, kernel=3),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3
 

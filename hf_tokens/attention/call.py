@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..tokens.altered import altered
-from ..tokens.token_map import in_float32
+from ..tokens.token_map import in_float32, indices
 
 
 class Attending(NamedTuple):
@@ -183,6 +183,16 @@ class Scores:
         places = places if self.back is None else self.back(places, 2)
         wide = among[:, None] if among.dim() == 2 else among.repeat_interleave(g // among.shape[1], dim=1)
         return torch.zeros(b, g, n, dtype=torch.bool, device=among.device).scatter(2, places, wide.expand_as(places))
+
+    def of_last(self, window: int) -> Tensor:
+        """What each key receives from each of the last `window` real queries, on average, mean of the heads on its key head, (b k n)."""
+        q = self.call.q
+        real = torch.ones(len(self.call.k), q.shape[2], dtype=torch.bool, device=q.device) if self.real is None else self.real
+        last = real & (real.flip(1).cumsum(dim=1).flip(1) <= window)
+        index = indices(last, min(window, q.shape[2]))
+        weights = last.gather(1, index).to(q.dtype)
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        return in_float32(self.columns(weights, heads="key", queries=index))
 
     def rows(self, index: Tensor) -> Tensor:
         """The probabilities of chosen queries: index (b r) to (b h r n)."""

@@ -35,6 +35,9 @@ class CacheCompressorHandler(Handler):
     def phases(self, method: CacheCompressor) -> tuple[str, ...]:
         return ("listen", "after") if SCORED in method.asks else ("after",)
 
+    def hooks(self, method: CacheCompressor) -> set[str]:
+        return {"tap"} if method.by_head else set()
+
     def quiet(self, method: CacheCompressor, layer: TokenCacheLayer) -> bool:
         """Whether it scores a generated token by what is in the cache alone."""
         return method.asks - {*method.of_prompts} <= OF_THE_CACHE
@@ -188,14 +191,30 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
             budgets = spread_budgets(torch.tensor(returned, device=lengths.device), lengths)
     if overfull(method, layer, lengths, budgets):
         site = altered(site, budget=budgets if budgets.dim() == 2 else budgets[:, None])
-        evict(method, site, ask(method, site) if score is None else score, real, budgets)
+        score = ask(method, site) if score is None else score
+        if divides(method):
+            budgets = divide(method, site, score, budgets, lengths)
+            site = altered(site, budget=budgets)
+        evict(method, site, score, real, budgets)
+
+
+def divides(method: CacheCompressor) -> bool:
+    """Whether a method gives each key head a number of entries of its own, by the scores of all."""
+    return type(method).divide is not CacheCompressor.divide
+
+
+def divide(method: CacheCompressor, site: Site, score: Tensor, budgets: Tensor, lengths: Tensor) -> Tensor:
+    """What each key head of a block keeps, (b k), none above what it has."""
+    wide = (*lengths.shape[:1], site.layer.heads)
+    budgets, lengths = ((x if x.dim() == 2 else x[:, None]).expand(wide) for x in (budgets, lengths))
+    return method.divide(cells(site.layer, among_real(score, site)), budgets).minimum(lengths)
 
 
 def surplus(method: CacheCompressor, site: Site) -> int | None:
     """Entries that each row has beyond its budget, where all rows are alike and each entry is a token as it came; None where not."""
     layer, run = site.layer, site.run
     reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, run.real, site.alike
-    if holds(method) or any(reason is not None for reason in reasons):
+    if holds(method) or divides(method) or any(reason is not None for reason in reasons):
         return None
     seen, n = run.ledger.start + run.ledger.n, layer.length
     if method.allots:

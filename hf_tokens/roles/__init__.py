@@ -2,7 +2,17 @@
 
 from .attention_edit import AttentionEdit
 from .base import Dims, Method, straight_through
-from .cache_compressor import CacheCompressor, Folded, Holding, heavy_hitters, share_out
+from .cache_compressor import (
+    CacheCompressor,
+    Folded,
+    Holding,
+    allowance,
+    check_capacity,
+    heavy_hitters,
+    observed,
+    protect,
+    share_out,
+)
 from .feature_cache import FeatureCache
 from .objective import Objective
 from .pooler import Pooler
@@ -15,4 +25,4 @@ from .weight_edit import WeightEdit
 
 __all__ = ["SIGNALS", "AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method"]
 __all__ += ["ModelRouter", "Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "VocabularyEdit", "WeightEdit"]
-__all__ += ["heavy_hitters", "share_out", "straight_through"]
+__all__ += ["allowance", "check_capacity", "heavy_hitters", "observed", "protect", "share_out", "straight_through"]

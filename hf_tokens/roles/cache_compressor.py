@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
-from ..errors import UnsupportedError, explain
+from ..errors import ConfigError, UnsupportedError, explain
 from ..kv.storage import KVFormat
+from ..tokens.entries import alike
+from ..tokens.token_map import indices
 from .base import Method
+from .config import MethodConfig
 
 
 class Folded(NamedTuple):
@@ -46,7 +51,8 @@ class Holding(NamedTuple):
 class CacheCompressor(Method):
     """Which entries of the KV cache stay behind a prompt, and what becomes of the others.
 
-    The others are dropped; before that, `fold` may let the ones that stay take them in. A method that defines `hold` drops none.
+    The others are dropped; before that, `fold` may let the ones that stay take them in. A method that defines `hold` drops none, and one
+    that defines `divide` gives each key head a number of its own, by the scores of all in its block.
     """
 
     role, verb, causal, further, decodes = "CacheCompressor", "score", True, ("fold", "hold", "examine"), False
@@ -77,6 +83,15 @@ class CacheCompressor(Method):
         """If it `recites`: ids in front of a part of the prompt that is said again, (b p), given those of the prompt before it, (b n)."""
         return before[:, :0]
 
+    def divide(self, scores: Tensor, budgets: Tensor) -> Tensor:
+        """How many entries each key head of a block keeps, (b k), where it is not as many as `budget` says: called if a method defines it.
+
+        Args:
+            scores: What `score` returned, (b k n): -inf where there is no entry.
+            budgets: As many as `budget` said, none above what there is, (b k).
+        """
+        raise UnsupportedError(explain("A cache compressor that divides its entries says how", type(self).__name__, "Define `divide`."))
+
     def fold(self) -> Folded | tuple[Tensor, Tensor, Tensor | None] | None:
         """The entries that change as those that go join those that stay.
 
@@ -103,8 +118,63 @@ def share_out(weights: Tensor, mean: float) -> Tensor:
     layers = weights.shape[1]
     order = weights.sort(dim=1, descending=True).values
     rest = order.flip(1).cumsum(dim=1).flip(1)  # b l: this one and all below
-    factor = (mean * layers - torch.arange(layers, dtype=weights.dtype, device=weights.device)).clamp(
-        min=0
-    ) / rest  # b l: where those above it have 1
+    left = mean * layers - torch.arange(layers, dtype=weights.dtype, device=weights.device)
+    factor = left.clamp(min=0) / rest  # b l: where those above it have 1
     first = (factor * order <= 1 + 1e-9).long().argmax(dim=1, keepdim=True)
     return (factor.gather(1, first) * weights).clamp(max=1)
+
+
+def allowance(length: int, seen: int, capacity: int, budget: float | None) -> int:
+    """How many of `length` entries stay: `capacity`, or where `budget` is given that share of the tokens seen, and one at least."""
+    return min(length, capacity if budget is None else max(1, math.floor(budget * seen + 1e-9)))
+
+
+def check_capacity(config: MethodConfig, capacity: int, budget: float | None, protected: int) -> None:
+    """Refuse a capacity below the number of entries that are always kept; a share gives way to none, as it grows with the tokens.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if budget is None and capacity < protected:
+        rule = f"{type(config).__name__}.capacity must be at least what is always kept, {protected} entries"
+        raise ConfigError(explain(rule, capacity, "Raise it, or keep fewer of the newest and the first ones."))
+
+
+def protect(score: Tensor, positions: Tensor, newer: Tensor, budget: Tensor, *, first: int = 0, newest: int | Tensor = 0) -> Tensor:
+    """Scores (b n) or (b k n) that are inf for entries which always stay: the first tokens, and the newest in what the budget leaves.
+
+    Args:
+        score, positions, newer, budget: The scores, and the signals of these names.
+        first: Tokens at the beginning of each row.
+        newest: Entries at its end, or how many in each row (b 1) or head (b k).
+    """
+    heads = budget.shape[1]
+    last = torch.as_tensor(newest, device=budget.device).minimum((budget - first).clamp(min=0))  # b 1|k
+    wide = max(x.dim() for x in (score, positions, newer, last[..., None] if heads > 1 else last)) > 2
+    score, positions, newer = (x[:, None] if wide and x.dim() == 2 else x for x in (score, positions, newer))
+    return torch.where((positions < first) | (newer < (last[..., None] if wide else last)), torch.inf, score)
+
+
+def observed(scores: Any, mask: Tensor, newer: Tensor, window: int, kernel: int = 1, pooling: str = "max") -> Tensor:
+    """What each entry gets from each of the last `window` queries, pooled over its neighbours in front of that window, (b k n).
+
+    Args:
+        scores, mask, newer: The signals of these names.
+        window: Queries that look, the last real ones of the pass.
+        kernel: Neighbours among which each entry's score is pooled, itself in the middle.
+        pooling: `max`, or `average`: beyond the first and the last neighbour stand zeros, which count.
+    """
+    got = scores.of_last(window)
+    older = torch.logical_and(*alike(mask, newer >= window))
+    return pool_neighbours(got, older if older.dim() == 3 else older[:, None].expand_as(got), kernel, pooling)
+
+
+def pool_neighbours(score: Tensor, there: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Scores (b k n) pooled among those that are there, in their order; the others stay as they are."""
+    if kernel == 1:
+        return score
+    order = indices(there, there.shape[-1])
+    inside, blank = there.gather(-1, order), -torch.inf if pooling == "max" else 0.0
+    beside = pad(score.gather(-1, order).masked_fill(~inside, blank), (kernel // 2, (kernel - 1) // 2), value=blank)
+    pooled = (max_pool1d if pooling == "max" else avg_pool1d)(beside, kernel, stride=1)
+    return torch.where(there, torch.empty_like(score).scatter_(-1, order, pooled), score)

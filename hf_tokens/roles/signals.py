@@ -7,7 +7,7 @@ SIGNALS: dict[str, str] = {
     "queries": "queries of this block's self-attention, rotated, (b h m e)",
     "keys": "keys of this block's self-attention, rotated, (b k m e); for a CacheCompressor all cached keys",
     "values": "values of this block's self-attention, (b k m e); for a CacheCompressor all cached values",
-    "scores": "attention probabilities of this block without the matrix: an object with .columns() and .rows(index)",
+    "scores": "attention probabilities of this block without the matrix: an object with .columns(), .rows(index) and .of_last(window)",
     "mask": "tokens (for a CacheCompressor: entries) that are real, neither padding nor filler, (b m) bool",
     "sizes": "how many original tokens stand in each token (for a CacheCompressor: entry, also (b k n)), (b m)",
     "positions": "place of each token (for a CacheCompressor: entry) in the given sequence, from 0 at the first real one, (b m)",
