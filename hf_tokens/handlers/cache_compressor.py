@@ -14,7 +14,8 @@ from ..engine.run import Site
 from ..engine.supply import ask, cells, counterparts, note_received, real_entries
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
-from ..kv.storage import FEW, Part, Polar
+from ..kv.ranking import highest, kept_places, lowest
+from ..kv.storage import Part, Polar
 from ..roles.cache_compressor import CacheCompressor, Folded
 from ..roles.signals import OF_THE_CACHE, SCORED
 from ..tokens.altered import altered
@@ -314,41 +315,6 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
     if folds and bool(site.goes.any()):
         fold_entries(method, site)
     layer.keep(*kept_places(stays))
-
-
-def lowest(score: Tensor) -> Tensor:
-    """The place of the lowest of each row, of two equal ones the last, (... 1)."""
-    turned = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).flip(-1)
-    return score.shape[-1] - 1 - turned.argmin(dim=-1, keepdim=True)
-
-
-def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:
-    """As many of the highest of the real entries of each row as its budget says, bool; of two equal ones the earlier."""
-    place = torch.arange(score.shape[-1], device=score.device)
-    goes = real.sum(dim=-1) - budgets
-    most = int(goes.max())
-    if most > FEW:
-        index = score.argsort(dim=-1, descending=True, stable=True)
-        return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, place < budgets[..., None]) & real
-    stays, score = real, score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    for gone in range(most):  # without a sort of all
-        left = score.masked_fill(~stays, torch.inf)
-        least = (left == left.amin(dim=-1, keepdim=True)) & stays
-        last = torch.where(least, place, -1).argmax(dim=-1, keepdim=True)
-        stays = stays & ((place != last) | (goes <= gone)[..., None])
-    return stays
-
-
-def kept_places(stays: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where the entries are that stay, in their order, as an index of each row, and which of it count; others fill it up."""
-    many = stays.sum(dim=-1, keepdim=True)
-    most = max(1, int(many.max()))
-    if bool((many == most).all()):
-        return stays.nonzero()[:, -1].view(*stays.shape[:-1], most), None
-    place = torch.arange(stays.shape[-1], device=stays.device)
-    behind = torch.where(stays, stays.cumsum(dim=-1) - 1, many + (~stays).cumsum(dim=-1) - 1)
-    index = torch.empty_like(behind).scatter_(-1, behind, place.expand_as(behind))[..., :most]
-    return index, place[:most] < many
 
 
 def fold_entries(method: CacheCompressor, site: Site) -> None:

@@ -84,7 +84,7 @@ def mean_by_place(received: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
 class PrefixKV(CacheCompressor):
     chunks = False
     decodes = True
-    of_prompts = ("scores", "positions")
+    of_prompts = ("scores",)
     allots = property(lambda self: self.config.online)
 
     @classmethod

@@ -1,0 +1,43 @@
+"""Which entries of a cache are the highest by their scores, and where those lie that stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .storage import FEW
+
+
+def lowest(score: Tensor) -> Tensor:
+    """The place of the lowest of each row, of two equal ones the last, (... 1)."""
+    turned = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).flip(-1)
+    return score.shape[-1] - 1 - turned.argmin(dim=-1, keepdim=True)
+
+
+def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:
+    """As many of the highest of the real entries of each row as its budget says, bool; of two equal ones the earlier."""
+    place = torch.arange(score.shape[-1], device=score.device)
+    goes = real.sum(dim=-1) - budgets
+    most = int(goes.max())
+    if most > FEW:
+        index = score.argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, place < budgets[..., None]) & real
+    stays, score = real, score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    for gone in range(most):  # without a sort of all
+        left = score.masked_fill(~stays, torch.inf)
+        least = (left == left.amin(dim=-1, keepdim=True)) & stays
+        last = torch.where(least, place, -1).argmax(dim=-1, keepdim=True)
+        stays = stays & ((place != last) | (goes <= gone)[..., None])
+    return stays
+
+
+def kept_places(stays: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the entries are that stay, in their order, as an index of each row, and which of it count; others fill it up."""
+    many = stays.sum(dim=-1, keepdim=True)
+    most = max(1, int(many.max()))
+    if bool((many == most).all()):
+        return stays.nonzero()[:, -1].view(*stays.shape[:-1], most), None
+    place = torch.arange(stays.shape[-1], device=stays.device)
+    behind = torch.where(stays, stays.cumsum(dim=-1) - 1, many + (~stays).cumsum(dim=-1) - 1)
+    index = torch.empty_like(behind).scatter_(-1, behind, place.expand_as(behind))[..., :most]
+    return index, place[:most] < many
