@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPTextConfig, CL
 from transformers.utils import logging
 
 from hf_tokens import MACEConfig, OMPTransplantConfig, RECEConfig, SSDUnlearnConfig, edit, get_token_model, transplant
-from hf_tokens.commands.quickstart import documentation, packaged_smollm2
+from hf_tokens.commands.material import documentation, packaged_smollm2
 from hf_tokens.tools.vocabulary import shared, surfaces
 
 FORGOTTEN = (1, 4, 8)  # classes, one after the other; the numbers are their mean
