@@ -4,7 +4,9 @@ Paper:   PPT: Token Pruning and Pooling for Efficient Vision Transformers (Wu et
 Maths:   S_j = a_j |v_j| / sum_i a_i |v_i|,  a the class token's attention summed over heads, i and j image tokens
          Var(S) >= tau: the r lowest of S go;  else every second token may join its most alike other one (cosine of the heads' mean key):
          the r most alike pairs do, x = sum s_i x_i / sum s_i;  then softmax(q K^T / sqrt(d) + log s) V
-Differs: without a class token a is the mean over all tokens; pairs stand apart from all special tokens, the paper's from the first.
+Differs: without a class token a is the mean over all tokens; pairs are counted from the first token of the picture, theirs from the class
+         token, so that those which may join are theirs to be joined.
+Checked: xjwu1024/PPT@706bcdd4, what is pruned and pooled over 60 random pictures, its pairs counted as ours: largest difference 4e-16.
 
 >>> from hf_tokens import PPTConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo
