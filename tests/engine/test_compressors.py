@@ -6,10 +6,12 @@ import pytest
 import torch
 from held import COMPRESSORS, ask, decoded, longer, over_what_is_held, texts
 from tolerances import close
+from transformers import Cache
+from transformers.cache_utils import QuantizedLayer
 
 from hf_tokens import D2OConfig, MiKVConfig, PrefixKVConfig, RazorAttentionConfig, UnsupportedError, anatomy, get_token_model, list_methods
 from hf_tokens.roles.cache_compressor import CacheCompressor
-from hf_tokens.testing import zoo
+from hf_tokens.testing import CACHE, zoo
 
 NEARLY = MiKVConfig(importance=0.3, bits=8)  # entries in another format that are all but what they were
 PAIRS = list(itertools.product([name for name in COMPRESSORS if name != "squeezeattention sinks"], repeat=2))
@@ -23,6 +25,24 @@ def refusal(names):
     if all(hold):
         return TWO_FORMATS
     return SHARED if first.pairs and fold[1] or second.pairs and fold[0] else None
+
+
+class Quantized(QuantizedLayer):
+    """A layer of transformers' quantized cache whose quantizer, another package's, leaves the states as they are."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_quantized_cache_is_refused_in_one_sentence(name):
+    cache = Cache(layers=[Quantized() for _ in range(4)])
+    model = get_token_model(zoo.build("llama").model, COMPRESSORS[name]).eval()
+    with pytest.raises(UnsupportedError, match=r"needs a dynamic cache, got a cache of Quantized\. Leave out `cache_implementation`, or"):
+        model.generate(texts()[0], max_new_tokens=2, **{CACHE: cache})
 
 
 def counts(cache):
