@@ -18,7 +18,7 @@ Checked: michaelchen-lab/caft-llm@d10c79e7, the auxiliary losses of its linear h
 >>> set_progress(model, 0.0)
 >>> out = model(**specimen.inputs, labels=specimen.inputs["input_ids"])
 >>> sorted(name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad), aux_loss(model).item() > 0
-(['weight'], True)
+(['bias', 'weight'], True)
 """
 
 import math
