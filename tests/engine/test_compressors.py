@@ -88,7 +88,9 @@ def test_what_is_held_in_another_format_is_counted_and_carried(name, first):
 
 
 def test_what_takes_in_others_stays_in_its_format():
-    _, cache = decoded(get_token_model(zoo.build("llama").model, [MiKVConfig(importance=0.2, bits=8), D2OConfig(budget=0.5)]).eval())
+    _, cache = decoded(
+        get_token_model(zoo.build("llama").model, [MiKVConfig(importance=0.2, bits=8), D2OConfig(budget=0.5, spare=False)]).eval()
+    )
     for layer in cache.layers:
         low = [part for part in layer.kv.parts if part.packed[0][0].dtype == torch.uint8]
         assert torch.equal(torch.stack([part.where for part in low]).any(dim=0), layer.record.entries["beyond"].bool() & layer.there)

@@ -49,7 +49,7 @@ def test_a_padded_row_is_that_row_alone_or_the_heads_are_refused(family, name):
 def test_what_a_cached_head_received_is_the_mean_of_those_that_read_it(family):
     specimen = zoo.build(family)
     specimen.model.set_attn_implementation("eager")
-    model = get_token_model(specimen.model, SqueezeAttentionConfig(budget=1.0, p=1.0)).eval()
+    model = get_token_model(specimen.model, SqueezeAttentionConfig(budget=1.0, p=1.0, policy="heavy_hitters")).eval()
     ids = texts()[0]
     with torch.no_grad():
         out = model(input_ids=ids, use_cache=True, output_attentions=True)

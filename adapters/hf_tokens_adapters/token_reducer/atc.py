@@ -68,9 +68,9 @@ class ATC(TokenReducer):
         whole = count.double() if plain is None else float(plain)
         if c.of == "all":
             held[self.key] = whole = held.get(self.key, whole) * c.keep_rate
-            target = (whole + 1e-9) // 1 - self.merged()
+            share = (whole + 1e-9) // 1
         else:
-            target = -((1e-9 - whole * c.keep_rate) // 1) - self.merged()
-        target = target.long().minimum(count) if plain is None else max(1, min(plain, int(target)))
+            share = -((1e-9 - whole * c.keep_rate) // 1)
+        target = share.long().minimum(count) - self.merged() if plain is None else max(1, min(plain, int(share)) - self.merged())
         group = cluster(keys.mean(dim=1), target, c.linkage, valid=mask, protected=protected)
         return TokenMap.pool(group, gone=None if plain is None else max(0, plain - target))

@@ -10,6 +10,8 @@ Differs: a segment has the position of its last token, the paper counts segments
          The paper's blocks end in a norm; here the predictor norms h_t, and the pooling leaves it to the blocks. Labels (of subwords, of
          spikes of entropy) come as `hf_tokens_targets`, 1 where a segment ends, -100 where it is left open. What a token bank inserted
          ends its segment. `upsample="update"` is ours, h_t + s'_k - s_k: milder on a model that was trained without pooling.
+Checked: PiotrNawrot/dynamic-pooling@1e6f360d, `downsample` and `upsample` of 13 tokens in float64 at the same
+         boundaries: largest difference 4.2e-9, of the 1e-9 that it adds to its counts; the predictor by reading.
 
 >>> from hf_tokens import DynamicTokenPoolingConfig, get_token_model
 >>> from hf_tokens.testing import zoo
