@@ -54,7 +54,7 @@ class Measured:
     answers: list[str]
 
 
-def cells(name: str, row: Measured) -> list[str]:
+def row_of(name: str, row: Measured) -> list[str]:
     """A row of the table."""
     return [name, f"{row.loss:.3f}", f"{row.kv_bytes / 1e6:.1f}", f"{row.tokens_per_second:.1f}", f"{row.speed:.2f} x"]
 
@@ -64,7 +64,7 @@ def show_table(console: Console, rows: dict[str, Measured]) -> None:
     for heading in ("", "held-out loss", "KV cache, MB", "tokens/s", "speed"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, row in rows.items():
-        table.add_row(*cells(name, row))
+        table.add_row(*row_of(name, row))
     console.print(table)
 
 
@@ -101,7 +101,7 @@ def draw(rows: dict[str, Measured], path: Path) -> None:
 
 
 def write_card(folder: Path, rows: dict[str, Measured], base: str, options: Options, device: str) -> None:
-    lines = [f"| {' | '.join(cells(name, row))} |" for name, row in rows.items()]
+    lines = [f"| {' | '.join(row_of(name, row))} |" for name, row in rows.items()]
     setting = {"steps": options.steps, "seq_len": options.seq_len, "document": options.document, "device": device, "rounds": ROUNDS}
     setting |= {"threads": torch.get_num_threads(), "questions": len(next(iter(rows.values())).answers)}
     name = Path(base).name if Path(base).is_dir() else base
