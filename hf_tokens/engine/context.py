@@ -29,6 +29,9 @@ class DenoiserSteps(Protocol):
     def guidance(self, n: int) -> Tensor | None:
         """How much that is."""
 
+    def downsampling(self, n: int) -> int:
+        """How many times as wide and high each of n tokens is as those of the first stream that asked in this call."""
+
     def halves(self) -> bool:
         """Whether the batch is two halves of the same samples."""
 

@@ -288,6 +288,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "noise": lambda m: step_output(m, "noise"),
     "contrast": lambda m: step_output(m, "contrast"),
     "guidance": lambda m: step_output(m, "guidance"),
+    "downsampling": lambda m: m.run.context.steps_of_denoiser.downsampling(m.run.ledger.n),
     "progress": lambda m: m.surgery.model.progress,
     "prefill": lambda m: m.run.prefill,
     "memory": lambda m: m.run.memory,
