@@ -68,6 +68,10 @@ from hf_tokens_adapters.feature_cache.cat_pruning import (
     CATPruning,
     CATPruningConfig,
 )
+from hf_tokens_adapters.feature_cache.first_block_cache import (
+    FirstBlockCache,
+    FirstBlockCacheConfig,
+)
 from hf_tokens_adapters.feature_cache.profilingdit import (
     ProfilingDiT,
     ProfilingDiTConfig,
@@ -399,6 +403,8 @@ __all__ = [
     "FTP",
     "FTPConfig",
     "FeatureCache",
+    "FirstBlockCache",
+    "FirstBlockCacheConfig",
     "Folded",
     "FourierVLM",
     "FourierVLMConfig",

@@ -171,6 +171,8 @@ def choose_streams(config: MethodConfig, info: MethodInfo, base: Anatomy) -> lis
     if not fitting:
         raise UnsupportedError(explain(rule, f"{type(base.model).__name__} with {streams}", "Choose another method or model."))
     fitting = [s for s in fitting if s.layout != PACKED or info.cls.packed] or fitting  # what is packed only where nothing else is
+    if info.cls.site == "stack":  # what is decided once begins where all tokens are together
+        fitting = [s for s in fitting if not families.REFINERS.search(s.paths[0])] or fitting
     return readable(fitting, info, base)
 
 
