@@ -76,6 +76,10 @@ from hf_tokens_adapters.feature_cache.profilingdit import (
     ProfilingDiT,
     ProfilingDiTConfig,
 )
+from hf_tokens_adapters.feature_cache.teacache import (
+    TeaCache,
+    TeaCacheConfig,
+)
 from hf_tokens_adapters.feature_cache.toca import (
     ToCa,
     ToCaConfig,
@@ -489,6 +493,8 @@ __all__ = [
     "StreamingLLMConfig",
     "TOVA",
     "TOVAConfig",
+    "TeaCache",
+    "TeaCacheConfig",
     "ToCa",
     "ToCaConfig",
     "ToMeSD",

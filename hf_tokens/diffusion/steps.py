@@ -151,6 +151,7 @@ class DenoisingWorld(World):
             "begins": self.begins,
             "step": self.index,
             "steps": steps,
+            "remaining": steps - 1 - self.index if steps else None if now is None else len(now.table) - 1 - now.index,
             "timestep": timestep,
             "time": self.time(timestep, sample, now),
             "elapsed": elapsed,

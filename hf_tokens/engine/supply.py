@@ -265,7 +265,7 @@ def own_states(site: Site) -> Tensor:
     return take(site.hidden, index).masked_fill(~take(marks, index)[..., None], 0)
 
 
-OF_A_STEP = ("step", "steps", "timestep", "elapsed", "time", "targets")  # as the call's context has them
+OF_A_STEP = ("step", "steps", "remaining", "timestep", "elapsed", "time", "targets")  # as the call's context has them
 SUPPLY: dict[str, Callable[[Site], Any]] = {
     **{name: (lambda m, name=name: m.block.tap.signal(name, m)) for name in TAPPED},
     **{name: (lambda m, name=name: getattr(m, name)) for name in ("hidden", "entered", "budget", "stays", "goes")},

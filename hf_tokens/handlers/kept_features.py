@@ -141,7 +141,8 @@ def supply_features(
         "memory": lambda: kept_under(block, (method.key, *hidden.shape[:2])),
     }
     sources |= {name: (lambda value=value: value) for name, value in (seen or {}).items()}
-    return {name: sources[name]() if name in sources else getattr(context, name) for name in names}
+    unused = dict.fromkeys({*method.ignores} & {*names})
+    return {name: sources[name]() if name in sources else getattr(context, name) for name in names if name not in unused} | unused
 
 
 def store_of(method: FeatureCache, block: BlockSurgery) -> dict:

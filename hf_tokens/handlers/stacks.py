@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..engine.block import BlockSurgery
 from ..errors import UnsupportedError, explain
+from ..model import families
+from ..model.signatures import bound_arguments
 from ..roles.feature_cache import FeatureCache
 from .kept_features import Feature, check_alone, kept_under, pack_block, parts_of_output, reuse, store_of
 from .sublayers import Sublayer
@@ -65,7 +67,7 @@ def run_stack(method: FeatureCache, block: BlockSurgery, args: tuple, kwargs: di
         return block.inner(*args, **kwargs)
     check_alone(method, block)
     check_order(method, block, state, hidden)
-    run, seen = partial(block.inner, *args, **kwargs), {"entered": hidden}
+    run, seen = partial(block.inner, *args, **kwargs), seen_in_front(method, block, args, kwargs) if decides else {}
     if decides and method.leads:
         return run_leader(method, block, state, run, (hidden, context), seen)
     if decides and ATTENTION_INPUT in method.asks:
@@ -86,6 +88,18 @@ def run_stack(method: FeatureCache, block: BlockSurgery, args: tuple, kwargs: di
         raise UnsupportedError(explain(rule, f"{block.path} without one", "Choose other layers or another model."))
     note(method, block, state, output, hidden)
     return output
+
+
+def seen_in_front(method: FeatureCache, block: BlockSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What the first block is given, as far as the method names it."""
+    seen = {"entered": block.surgery.stream.bind(block.index, args, kwargs)}
+    if "time_embedding" not in method.asks:
+        return seen
+    embedding = bound_arguments(block.module, args, kwargs).get(families.TIME_EMBEDDING)
+    if not isinstance(embedding, Tensor):
+        rule, got = f"What a block is given of the timestep is its `{families.TIME_EMBEDDING}`", type(block.module).__name__
+        raise UnsupportedError(explain(rule, f"{got} without it", "Choose another model or method."))
+    return seen | {"time_embedding": embedding}
 
 
 def run_leader(

@@ -7,9 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import UnsupportedError, explain
 from .base import Method
-from .config import MethodConfig
 
 
 class FeatureCache(Method):
@@ -26,12 +24,6 @@ class FeatureCache(Method):
     role, verb, kinds, moves_tokens = "FeatureCache", "reuse", ("denoiser",), False
     site, sites = "sublayer", ("sublayer", "block", "stack")
     leads: ClassVar[bool] = False
-
-    @classmethod
-    def check(cls, config: MethodConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
-        """The blocks of a stack follow each other."""
-        if cls.site == "stack" and chosen != tuple(range(chosen[0], chosen[0] + len(chosen))):
-            raise UnsupportedError(explain("Blocks that are reused together follow each other", list(chosen), "Name all between them."))
 
     @abc.abstractmethod
     def reuse(self, *signals: Any) -> Tensor | None:

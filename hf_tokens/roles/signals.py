@@ -38,6 +38,8 @@ SIGNALS: dict[str, str] = {
     "part": "what is at hand of a FeatureCache: attention, cross_attention or mlp; block where it reuses whole ones, str",
     "step": "index of the denoising step, int",
     "steps": "number of denoising steps, int, or None where the pipeline does not give it",
+    "remaining": "number of denoising steps behind this one, int, or None where that is not known",
+    "time_embedding": "for a FeatureCache of a stack: what its first block is given of the timestep, (b ...)",
     "timestep": "timestep of the denoising step as the model was given it, Tensor or None",
     "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b); "
     "None where they are not known, which refuses a method that adds to the prompt",

@@ -284,7 +284,7 @@ def test_training_computes_a_stack():
 
 
 def test_stacks_that_are_refused():
-    with pytest.raises(UnsupportedError, match=r"Blocks that are reused together follow each other, got \[0, 2\]"):
+    with pytest.raises(UnsupportedError, match=r"acts from one block to another, in all blocks between them, got layers=\(0, 2\)"):
         get_token_model(denoiser("dit"), EveryOtherConfig(layers=(0, 2)))
     run = calls("dit", 2)
     with pytest.raises(UnsupportedError, match="computes all of it, or nothing, got 1 of 16"):
