@@ -68,9 +68,17 @@ from hf_tokens_adapters.feature_cache.cat_pruning import (
     CATPruning,
     CATPruningConfig,
 )
+from hf_tokens_adapters.feature_cache.first_block_cache import (
+    FirstBlockCache,
+    FirstBlockCacheConfig,
+)
 from hf_tokens_adapters.feature_cache.profilingdit import (
     ProfilingDiT,
     ProfilingDiTConfig,
+)
+from hf_tokens_adapters.feature_cache.teacache import (
+    TeaCache,
+    TeaCacheConfig,
 )
 from hf_tokens_adapters.feature_cache.toca import (
     ToCa,
@@ -199,6 +207,10 @@ from hf_tokens_adapters.token_reducer.recoverable_compression import (
 from hf_tokens_adapters.token_reducer.selection_p import (
     SelectionP,
     SelectionPConfig,
+)
+from hf_tokens_adapters.token_reducer.tomesd import (
+    ToMeSD,
+    ToMeSDConfig,
 )
 from hf_tokens_adapters.token_reducer.transprune import (
     TransPrune,
@@ -395,6 +407,8 @@ __all__ = [
     "FTP",
     "FTPConfig",
     "FeatureCache",
+    "FirstBlockCache",
+    "FirstBlockCacheConfig",
     "Folded",
     "FourierVLM",
     "FourierVLMConfig",
@@ -479,8 +493,12 @@ __all__ = [
     "StreamingLLMConfig",
     "TOVA",
     "TOVAConfig",
+    "TeaCache",
+    "TeaCacheConfig",
     "ToCa",
     "ToCaConfig",
+    "ToMeSD",
+    "ToMeSDConfig",
     "TokenBank",
     "TokenMap",
     "TokenPrepending",

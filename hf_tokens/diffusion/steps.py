@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -76,6 +77,7 @@ class DenoisingWorld(World):
         self.origin = 0.0  # the timestep at which the run began
         self.keeps_output = False  # whether a method names a signal of what the model put out
         self.sample: Tensor | None = None
+        self.finest: int | None = None  # tokens of the first stream of this call where that is asked
         self.halved: bool | None = None  # whether this call's sample has two equal halves, once that is asked
         self.context: Context = ("default", 1)
         self.last: dict[Context, StepOutput] = {}  # of the step before
@@ -125,6 +127,7 @@ class DenoisingWorld(World):
     def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Context, step, steps, timestep, share of the run and picture of this call."""
         self.keeps_output = any(OF_THE_OUTPUT & method.asks for method in model.methods())
+        self.finest = None
         if self.hook is None:
             return {"steps_of_denoiser": self}
         arguments = bound_arguments(self.model, args, kwargs)
@@ -148,6 +151,7 @@ class DenoisingWorld(World):
             "begins": self.begins,
             "step": self.index,
             "steps": steps,
+            "remaining": steps - 1 - self.index if steps else None if now is None else len(now.table) - 1 - now.index,
             "timestep": timestep,
             "time": self.time(timestep, sample, now),
             "elapsed": elapsed,
@@ -243,6 +247,11 @@ class DenoisingWorld(World):
         if self.halved is None:
             self.halved = self.sample is not None and halves_alike(self.sample)
         return self.halved
+
+    def downsampling(self, n: int) -> int:
+        """How many times as wide and high each of n tokens is as those of the first stream that asked in this call."""
+        self.finest = n if self.finest is None else self.finest
+        return math.ceil(math.sqrt(self.finest // n))
 
     def before(self) -> StepOutput | None:
         """What this context put out at the step before; None where it then ran on other samples, as where guidance ends within a run."""

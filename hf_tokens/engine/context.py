@@ -29,6 +29,9 @@ class DenoiserSteps(Protocol):
     def guidance(self, n: int) -> Tensor | None:
         """How much that is."""
 
+    def downsampling(self, n: int) -> int:
+        """How many times as wide and high each of n tokens is as those of the first stream that asked in this call."""
+
     def halves(self) -> bool:
         """Whether the batch is two halves of the same samples."""
 
@@ -63,6 +66,7 @@ class ForwardContext:
         denoising: Name and number of the denoising context, such as one half of guidance.
         begins: Whether this is the first call of a denoising run.
         step, steps: Index of the denoising step, and their number.
+        remaining: Number of steps behind it.
         timestep: As the model was given it.
         time: The timestep of each sample on a schedule of 1000, (b).
         elapsed: Share of the denoising that is done.
@@ -80,6 +84,7 @@ class ForwardContext:
     begins: bool = False
     step: int | None = None
     steps: int | None = None
+    remaining: int | None = None
     timestep: Any = None
     time: Tensor | None = None
     elapsed: float | None = None

@@ -265,7 +265,7 @@ def own_states(site: Site) -> Tensor:
     return take(site.hidden, index).masked_fill(~take(marks, index)[..., None], 0)
 
 
-OF_A_STEP = ("step", "steps", "timestep", "elapsed", "time", "targets")  # as the call's context has them
+OF_A_STEP = ("step", "steps", "remaining", "timestep", "elapsed", "time", "targets")  # as the call's context has them
 SUPPLY: dict[str, Callable[[Site], Any]] = {
     **{name: (lambda m, name=name: m.block.tap.signal(name, m)) for name in TAPPED},
     **{name: (lambda m, name=name: getattr(m, name)) for name in ("hidden", "entered", "budget", "stays", "goes")},
@@ -288,6 +288,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "noise": lambda m: step_output(m, "noise"),
     "contrast": lambda m: step_output(m, "contrast"),
     "guidance": lambda m: step_output(m, "guidance"),
+    "downsampling": lambda m: m.run.context.steps_of_denoiser.downsampling(m.run.ledger.n),
     "progress": lambda m: m.surgery.model.progress,
     "prefill": lambda m: m.run.prefill,
     "memory": lambda m: m.run.memory,

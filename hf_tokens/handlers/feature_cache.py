@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,48 +17,14 @@ from ..engine.handler import Handler, handles
 from ..engine.hooks import hooked
 from ..engine.results import ModelCall
 from ..errors import UnsupportedError, explain
-from ..model.pictures import grid
 from ..model.pipelines import their_caches
 from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
+from .kept_features import Feature, Features, added_by_block, check_alone, needs_gradient, pack_block, reuse, store_of, supply_features
+from .stacks import decide_inside, decides_inside, run_stack
 from .sublayers import Sublayer, Sublayers, refuse_on_picture
 
 FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention", "shared_doubt": "cross_attention"}
-
-
-@dataclass
-class Feature:
-    """What a sublayer returned, or what a block added, and how many steps ago each token of it was computed."""
-
-    output: Tensor  # b n d
-    age: Tensor  # b n
-    context: Tensor | None = None  # what a block added to a second sequence, b c d
-    form: tuple[type, int] | None = None  # of a block's results, where they are several
-
-    def fits(self, hidden: Tensor, context: Tensor | None) -> bool:
-        """Whether it can be added to these tokens."""
-        return self.output.shape == hidden.shape and (self.context is None or context is not None and self.context.shape == context.shape)
-
-    @classmethod
-    def fresh(cls, output: Tensor, context: Tensor | None = None, form: tuple[type, int] | None = None) -> Feature:
-        """A feature that was computed just now."""
-        return cls(output, torch.zeros(output.shape[:2], dtype=torch.long, device=output.device), context, form)
-
-
-class Features(dict):
-    """What a stream keeps from step to step: denoising context -> what it is of -> name -> value."""
-
-    def __init__(self):
-        super().__init__()
-        self._ran: weakref.WeakKeyDictionary[Sublayer, weakref.ref] = weakref.WeakKeyDictionary()
-
-    def __reduce__(self) -> tuple:
-        return Features, ()
-
-    def ran(self, sublayer: Sublayer, run: Any) -> bool:
-        """Note that a sublayer runs in a pass; returns whether it did so before."""
-        before, self._ran[sublayer] = self._ran.get(sublayer), weakref.ref(run)
-        return before is not None and before() is run
 
 
 @handles("FeatureCache")
@@ -69,7 +32,7 @@ class FeatureCacheHandler(Handler):
     keeps_steps = True
 
     def phases(self, method: FeatureCache) -> tuple[str, ...]:
-        return ("call", "sublayer") if method.site == "block" else ("sublayer",)
+        return ("sublayer",) if method.site == "sublayer" else ("call", "sublayer")
 
     def hooks(self, method: FeatureCache) -> set[str]:
         return {"features" if method.site == "sublayer" else "reuse"}
@@ -88,10 +51,12 @@ class FeatureCacheHandler(Handler):
         return args, kwargs
 
     def takes_sublayer(self, method: FeatureCache, sublayer: Sublayer) -> bool:
-        return method.site == "sublayer" or wants(method, sublayer)
+        return decides_inside(method, sublayer) if method.site == "stack" else method.site == "sublayer" or wants(method, sublayer)
 
     def sublayer(self, method: FeatureCache, sublayer: Sublayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
         block, part = sublayer.block, sublayer.part
+        if method.site == "stack":
+            return decide_inside(method, sublayer, hidden, arguments)
         if method.site == "block":
             return run_whole(method, sublayer, store_of(method, block), hidden, arguments)
         if needs_gradient(block, hidden):
@@ -123,6 +88,8 @@ class FeatureCacheHandler(Handler):
     @torch.compiler.disable  # which blocks run is decided at each step
     def call(self, method: FeatureCache, block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         """The block's forward; at a step that reuses it, what it added at an earlier one."""
+        if method.site == "stack":
+            return run_stack(method, block, args, kwargs)
         stream, index, surgery = block.surgery.stream, block.index, block.surgery
         hidden, context = stream.bind(index, args, kwargs), stream.bind_context(index, args, kwargs)
         if needs_gradient(block, hidden):
@@ -138,7 +105,7 @@ class FeatureCacheHandler(Handler):
             if chosen is not None:
                 block.tap.site.within["reused"] = True
                 store["block"] = Feature(kept.output, kept.age + 1, kept.context, kept.form)
-                return pack_block(block, kept, hidden + kept.output, context)
+                return pack_block(block, kept.form, hidden + kept.output, None if kept.context is None else context + kept.context)
         output = block.inner(*args, **kwargs)
         store["block"] = added_by_block(block, output, hidden, context)
         if surgery.examines:
@@ -146,36 +113,6 @@ class FeatureCacheHandler(Handler):
             if value is not None:
                 surgery.report(block, method, value)
         return output
-
-
-def added_by_block(block: BlockSurgery, output: Any, hidden: Tensor, context: Tensor | None) -> Feature:
-    """What a block added to its tokens, and to the second sequence that it carries along."""
-    stream, index = block.surgery.stream, block.index
-    returned = stream.read(index, output)
-    if returned.shape != hidden.shape or hidden.dim() != 3:
-        rule = "A block can be reused if it returns as many tokens as it got, as (batch, tokens, features)"
-        raise UnsupportedError(explain(rule, f"{tuple(hidden.shape)} in and {tuple(returned.shape)} out", "Choose other layers."))
-    if isinstance(output, Tensor):
-        return Feature.fresh(returned - hidden)
-    second = stream.context_index(index)
-    beside = None if second is None else output[second.returned]
-    if any(item is not None and item is not returned and item is not beside for item in output):
-        rule = "A block can be reused if it returns its tokens, and those of a second sequence, alone"
-        raise UnsupportedError(explain(rule, f"{len(output)} results of {type(block.module).__name__}", "Choose other layers."))
-    return Feature.fresh(returned - hidden, None if beside is None else beside - context, (type(output), len(output)))
-
-
-def pack_block(block: BlockSurgery, kept: Feature, output: Tensor, context: Tensor | None) -> Any:
-    """A block's results in the form that they had."""
-    if kept.form is None:
-        return output
-    stream, index = block.surgery.stream, block.index
-    kind, length = kept.form
-    items: list[Any] = [None] * length
-    items[stream.hidden_index(index).returned] = output
-    if kept.context is not None:
-        items[stream.context_index(index).returned] = context + kept.context
-    return kind(items)
 
 
 def joins(sublayer: Sublayer, arguments: dict[str, Any]) -> bool:
@@ -276,61 +213,7 @@ def spread_mask(arguments: dict[str, Any], hidden: Tensor) -> Tensor | None:
     return mask if mask.shape[0] == len(hidden) else mask.view(len(hidden), -1, *mask.shape[2:])
 
 
-def needs_gradient(block: BlockSurgery, hidden: Tensor) -> bool:
-    """Whether a gradient is wanted: what an earlier step computed has none."""
-    return torch.is_grad_enabled() and block.needs_gradient((hidden,))
-
-
 def wants(method: FeatureCache, sublayer: Sublayer) -> bool:
     """Whether a method names a signal that is read off this attention."""
     examined = method.words["examine"] if sublayer.block.surgery.examines else ()
     return any(FROM_FEATURES.get(name) == sublayer.part for name in (method.signals if method.site == "sublayer" else examined))
-
-
-def check_alone(method: FeatureCache, block: BlockSurgery) -> None:
-    """Refuse company that would let a feature stand for other tokens."""
-    active, untouched = block.plan.acting, block.surgery.call.run.ledger.untouched
-    others = any(other.moves_tokens for other in active) or sum(isinstance(other, FeatureCache) for other in active) > 1
-    if others or not untouched:
-        rule = "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens"
-        raise UnsupportedError(explain(rule, [type(m).__name__ for m in active], "Give them different layers or models."))
-
-
-def reuse(method: FeatureCache, block: BlockSurgery, hidden: Tensor, kept: Feature, part: str) -> Tensor | None:
-    """The method's verb."""
-    signals = supply_features(method, block, method.signals, hidden, kept, part)
-    return method.at_hand(partial(getattr(method, method.verb), **signals))
-
-
-def supply_features(
-    method: FeatureCache, block: BlockSurgery, names: tuple[str, ...], hidden: Tensor, kept: Feature, part: str
-) -> dict[str, Any]:
-    """The signals of these names."""
-    surgery, n = block.surgery, hidden.shape[1]
-    context = surgery.call.context
-    sources: dict[str, Callable[[], Any]] = {
-        "hidden": lambda: hidden,
-        "part": lambda: part,
-        "age": lambda: kept.age + 1,
-        "influence": lambda: store_of(method, block).get("influence"),
-        "doubt": lambda: store_of(method, block).get("doubt"),
-        "shared_doubt": lambda: store_of(method, block).get("shared_doubt"),
-        "grid": lambda: grid(n, context.picture),
-        "noise": lambda: context.steps_of_denoiser.noise(n),
-        "contrast": lambda: context.steps_of_denoiser.contrast(n),
-        "guidance": lambda: context.steps_of_denoiser.guidance(n),
-        "layer": lambda: block.index,
-        "layers": lambda: len(surgery.stream),
-        "memory": lambda: kept_under(block, (method.key, *hidden.shape[:2])),
-    }
-    return {name: sources[name]() if name in sources else getattr(context, name) for name in names}
-
-
-def store_of(method: FeatureCache, block: BlockSurgery) -> dict:
-    """What was kept for a block and this denoising context."""
-    return kept_under(block, (method.key, block.index))
-
-
-def kept_under(block: BlockSurgery, key: tuple) -> dict:
-    """What was kept under a key for this denoising context."""
-    return block.surgery.state(Features).setdefault(block.surgery.call.context.denoising, {}).setdefault(key, {})

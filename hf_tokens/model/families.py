@@ -114,6 +114,10 @@ BLOCK_LAYOUTS = (
     (re.compile(r"SqueezeBertModule"), "b d n"),
     (re.compile(r"TemporalBasicTransformerBlock"), "(b t) n d"),
 )
+# Where the blocks of a denoiser are that prepare one of its sequences for those that read all.
+REFINERS = re.compile(r"refiner")
+# How blocks of a denoiser call what they are given of the timestep.
+TIME_EMBEDDING = "temb"
 # Blocks that put a second sequence behind their own tokens where they join the two, and not in front of them.
 CONTEXT_BEHIND = re.compile(r"^(Hunyuan|Motif|HiDream|NucleusMoE|JoyImage|JointTransformer)")
 # Blocks whose rotary tables, which all samples share, are of tokens and heads.

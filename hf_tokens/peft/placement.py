@@ -171,6 +171,8 @@ def choose_streams(config: MethodConfig, info: MethodInfo, base: Anatomy) -> lis
     if not fitting:
         raise UnsupportedError(explain(rule, f"{type(base.model).__name__} with {streams}", "Choose another method or model."))
     fitting = [s for s in fitting if s.layout != PACKED or info.cls.packed] or fitting  # what is packed only where nothing else is
+    if info.cls.site == "stack":  # what is decided once begins where all tokens are together
+        fitting = [s for s in fitting if not families.REFINERS.search(s.paths[0])] or fitting
     return readable(fitting, info, base)
 
 
@@ -362,8 +364,9 @@ def check_first(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> No
 
 
 def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> None:
-    """What shortens a stream for a while does so in blocks that follow each other."""
-    if issubclass(info.cls, TokenReducer) and info.cls.spans and layers != tuple(range(layers[0], layers[-1] + 1)):
+    """What shortens a stream for a while, or reuses a stack of its blocks, does so in blocks that follow each other."""
+    spans = issubclass(info.cls, TokenReducer) and info.cls.spans or info.cls.site == "stack"
+    if spans and layers != tuple(range(layers[0], layers[-1] + 1)):
         rule = f"Method {info.name!r} acts from one block to another, in all blocks between them"
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
 

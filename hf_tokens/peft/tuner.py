@@ -22,6 +22,7 @@ from ..engine.surgery import StreamSurgery
 from ..errors import ConfigError, UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, edited_shapes, reaches_outside
 from ..model.anatomy import anatomy, prompt_width, special_tokens
+from ..model.changes import change_of
 from ..model.parts import OWN
 from ..model.pictures import vision_tower
 from ..model.streams import Stream
@@ -132,6 +133,7 @@ class HFTokensModel(BaseTuner):
             weights=edited_shapes(p.info.cls, p.config, stream.blocks[index], outside),
             table=None if stream.table is None else self._anatomy.model.get_submodule(stream.table),
             prompt=prompt_width(self._anatomy.model),
+            change=change_of(self._anatomy.model),
         )
         return p.info.cls(p.config, dims)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ConfigError, UnsupportedError, explain
+from ..model.changes import FittedChange
 from ..model.shards import gathered
 from .config import MethodConfig
 from .signals import JUDGES, OF_A_WORD, SIGNALS
@@ -38,6 +39,7 @@ class Dims:
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the block's weights that a WeightEdit may change
     table: nn.Module | None = None  # what looks up the embeddings of the stream's tokens
     prompt: int | None = None  # features of the prompt that a denoiser is given
+    change: FittedChange | None = None  # how its output changes by what it computes first, where that was fitted
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,12 +14,17 @@ class FeatureCache(Method):
     """What is computed again at a denoising step, and what is taken from an earlier one.
 
     The site is what is kept: what each `sublayer` returned for each token, or what a whole `block` added to its tokens (and to those
-    of a second sequence).
+    of a second sequence), or what the `stack` of all its blocks in a stream added to them together. Of a stack it is asked once in a call
+    of the model, for all streams: in front of its first block, inside of that where it names `attention_input`, behind it if that `leads`.
+
+    Class attributes:
+        leads: Its first block is no part of the stack, and always runs.
     """
 
     role, verb, kinds, moves_tokens = "FeatureCache", "reuse", ("denoiser",), False
-    site, sites = "sublayer", ("sublayer", "block")
+    site, sites = "sublayer", ("sublayer", "block", "stack")
+    leads: ClassVar[bool] = False
 
     @abc.abstractmethod
     def reuse(self, *signals: Any) -> Tensor | None:
-        """Tokens of this sublayer to compute at this step, indices (b r); None computes all of them. Of a block: all or none."""
+        """Tokens of this sublayer to compute at this step, indices (b r); None computes all of them. Of a block or a stack: all or none."""

@@ -28,6 +28,7 @@ SIGNALS: dict[str, str] = {
     "shared_doubt": "for a FeatureCache: the same of the mean of both halves of a batch under guidance, else as `doubt`",
     "age": "for a FeatureCache: steps since each token of this sublayer was computed, 1 for the step before, (b n)",
     "grid": "height and width of the picture in tokens, special ones in front left out; (1, n) where there is none, None where unknown",
+    "downsampling": "of a denoiser: how many times as wide and high tokens are as in the first stream that asks in this call, int",
     "noise": "what the denoiser put out for each token at the step before; None at the first, or where it lies otherwise, (b n f)",
     "contrast": "what the condition changed in that, by the two halves or calls of guidance; None without them, (b n f)",
     "guidance": "how much that is, its norm; None likewise, (b n)",
@@ -37,6 +38,8 @@ SIGNALS: dict[str, str] = {
     "part": "what is at hand of a FeatureCache: attention, cross_attention or mlp; block where it reuses whole ones, str",
     "step": "index of the denoising step, int",
     "steps": "number of denoising steps, int, or None where the pipeline does not give it",
+    "remaining": "number of denoising steps behind this one, int, or None where that is not known",
+    "time_embedding": "for a FeatureCache of a stack: what its first block is given of the timestep, (b ...)",
     "timestep": "timestep of the denoising step as the model was given it, Tensor or None",
     "time": "the timestep of each sample on a schedule of 1000, 1000 at pure noise, in whatever units the model takes it, (b); "
     "None where they are not known, which refuses a method that adds to the prompt",

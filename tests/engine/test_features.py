@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from denoisers import blocks, calls, denoiser, sampled, with_pictures
+from denoisers import KINDS, blocks, calls, denoiser, sampled, with_pictures
 from peft import LoraConfig, get_peft_model
 from tolerances import all_close, close, differs
 
@@ -194,3 +194,116 @@ def test_a_cross_attention_beside_an_ip_adapter_computes_each_token_alone():
     masks = {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 8, 8, dtype=torch.float64)]}}
     with pytest.raises(UnsupportedError, match="has no mask over the picture, got `ip_adapter_masks`"):
         sampled(model, [{**call, **masks} for call in run])
+
+
+@dataclass(frozen=True)
+class EveryOtherConfig(MethodConfig):
+    asks: int = option(0, ge=0, le=1, zero=0, help="How many tokens it asks for.")
+
+
+class EveryOther(FeatureCache):
+    """Reuses the stack at every other step, and notes what it is given."""
+
+    site = "stack"
+    heard = []
+
+    def due(self, hidden, step):
+        return torch.zeros(len(hidden), self.config.asks, dtype=torch.long) if step % 2 else None
+
+
+@register("every-other", EveryOtherConfig)
+class InFront(EveryOther):
+    def reuse(self, hidden, step):
+        self.heard.append(hidden)
+        return self.due(hidden, step)
+
+
+@dataclass(frozen=True)
+class InsideConfig(EveryOtherConfig):
+    pass
+
+
+@register("every-other-inside", InsideConfig)
+class Inside(EveryOther):
+    def reuse(self, hidden, attention_input, step):
+        self.heard.append((hidden, attention_input))
+        return self.due(hidden, step)
+
+
+@dataclass(frozen=True)
+class BehindConfig(EveryOtherConfig):
+    pass
+
+
+@register("every-other-behind", BehindConfig)
+class Behind(EveryOther):
+    leads = True
+
+    def reuse(self, hidden, entered, step):
+        self.heard.append((entered, hidden))
+        return self.due(hidden, step)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["every-other", "every-other-inside", "every-other-behind"])
+def test_a_stack_adds_what_its_blocks_added_together(kind, name):
+    """Equal to blocks that are reused one by one, each with what it added, and what the method is told is what the model computed."""
+    EveryOther.heard.clear()
+    run, base = calls(kind, 4), denoiser(kind)
+    model = get_token_model(denoiser(kind), name)
+    got, told = sampled(model, run), [*EveryOther.heard]
+    lead = name == "every-other-behind"
+    background = tuple(range(int(lead), len(blocks(base))))
+    blocked = ProfilingDiTConfig(background=background, start=0.0, max_interval=2, min_interval=2)
+    torch.testing.assert_close(got, sampled(get_token_model(denoiser(kind), blocked), run), rtol=1e-9, atol=1e-9)
+    noted, first = [], blocks(base)[0]
+    module = first.attn1 if hasattr(first, "attn1") else first.attn
+    note = lambda module, args, kwargs: noted.append(args[0] if args else kwargs["hidden_states"])
+    first.register_forward_pre_hook(note, with_kwargs=True)
+    module.register_forward_pre_hook(note, with_kwargs=True)
+    sampled(base, run)
+    assert len(told) == 4
+    for step, given in enumerate(told):
+        given = given if isinstance(given, tuple) else (given,)
+        assert torch.equal(given[0], noted[2 * step])
+        assert name != "every-other-inside" or torch.equal(given[1], noted[2 * step + 1])
+
+
+def test_a_stack_costs_what_runs_of_it():
+    run = calls("flux", 2)
+    model = get_token_model(denoiser("flux"), "every-other-inside")
+    first, second = (measure(model, **call) for call in run)
+    assert second.tokens == 0 < first.tokens and second.flops < first.flops / 4
+
+
+def test_training_computes_a_stack():
+    run, model = calls("sd3", 2), denoiser("sd3").requires_grad_()
+    want = torch.autograd.grad(sum(model(**call).sample.square().sum() for call in run), list(model.parameters()), allow_unused=True)
+    surgery = get_token_model(denoiser("sd3"), "every-other")
+    inner = surgery.base_model.model.requires_grad_()
+    inner.enable_gradient_checkpointing()
+    surgery.train()
+    got = torch.autograd.grad(sum(surgery(**call).sample.square().sum() for call in run), list(inner.parameters()), allow_unused=True)
+    torch.testing.assert_close([g for g in got if g is not None], [g for g in want if g is not None])
+
+
+def test_stacks_that_are_refused():
+    with pytest.raises(UnsupportedError, match=r"acts from one block to another, in all blocks between them, got layers=\(0, 2\)"):
+        get_token_model(denoiser("dit"), EveryOtherConfig(layers=(0, 2)))
+    run = calls("dit", 2)
+    with pytest.raises(UnsupportedError, match="computes all of it, or nothing, got 1 of 16"):
+        sampled(get_token_model(denoiser("dit"), EveryOtherConfig(asks=1)), run)
+    model = denoiser("sd3")
+    states = [torch.ones(2, 16, 8, dtype=torch.float64)] * 3
+    surgery = get_token_model(model, "every-other")
+    with pytest.raises(UnsupportedError, match="Between blocks that are reused together nothing changes the tokens"):
+        sampled(surgery, [{**call, "block_controlnet_hidden_states": states} for call in calls("sd3", 1)])
+    with pytest.raises(UnsupportedError, match="stands alone"):
+        get_token_model(denoiser("dit"), ["every-other", "toca"])
+
+
+@pytest.mark.parametrize("family", ["HunyuanVideoTransformer3DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel"])
+def test_a_stack_begins_where_all_tokens_are_together(family):
+    model = get_token_model(zoo.build(f"diffusers/{family}").model, "every-other")
+    placed = [name for name, _ in model.named_modules() if name.endswith(".hf_tokens")]
+    assert placed and not any("refiner" in name for name in placed)
