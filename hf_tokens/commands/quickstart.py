@@ -32,7 +32,7 @@ NEW_TOKENS = 24  # of an answer
 LEARNING_RATE = 1e-3
 RATIO = 0.25  # of the cache that stays
 SPARSITY = 0.25  # share of tokens that skip a routed block
-READ, CONTINUATION = 768, 128  # tokens that a loss is measured behind, and on
+BEHIND, CONTINUATION = 768, 128  # tokens that a loss is measured behind, and on
 KEEP = "trained"  # the row that one would keep
 
 USE_IT = '''"""Written by `hf-tokens quickstart`: the saved adapter in a process that knows nothing of the training."""
@@ -114,7 +114,7 @@ def held_out_loss(model: Any, chunks: list[torch.Tensor]) -> float:
     losses = []
     for chunk in chunks:
         ids = chunk[None].to(model.device)
-        n = ids.shape[1] - CONTINUATION * ids.shape[1] // (READ + CONTINUATION)
+        n = ids.shape[1] - CONTINUATION * ids.shape[1] // (BEHIND + CONTINUATION)
         told = Answers(model, hf_tokens.compress_context(model, ids[:, :n]), ids[:, n:]).logits
         losses.append(torch.nn.functional.cross_entropy(told[0, :-1], ids[0, n + 1 :]).item())
     return statistics.fmean(losses)
@@ -246,7 +246,7 @@ def run(options: Options) -> dict[str, Measured]:
     with step(console, "1. A real model, a document and five questions about it"):
         name = options.model or str(packaged_smollm2())
         tokenizer, base = AutoTokenizer.from_pretrained(name), load_base(name, device)
-        training, held_out = documentation(tokenizer, options.seq_len)[0], documentation(tokenizer, READ + CONTINUATION)[1][::2]
+        training, held_out = documentation(tokenizer, options.seq_len)[0], documentation(tokenizer, BEHIND + CONTINUATION)[1][::2]
         asked = ask_about(tokenizer, options.document, device)
         probe = held_out[0][None].to(device)
         before = logits(base, probe)
