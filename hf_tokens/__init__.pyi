@@ -20,6 +20,10 @@ from hf_tokens_adapters.cache_compressor.h2o import (
     H2O,
     H2OConfig,
 )
+from hf_tokens_adapters.cache_compressor.kivi import (
+    KIVI,
+    KIVIConfig,
+)
 from hf_tokens_adapters.cache_compressor.kvzip import (
     KVzip,
     KVzipConfig,
@@ -250,9 +254,11 @@ from .errors import (
     HFTokensError,
     UnsupportedError,
 )
-from .kv.storage import (
+from .kv.formats import (
+    Plain,
     Polar,
     Quantized,
+    QuantizedTokens,
     angle_between,
 )
 from .model.anatomy import (
@@ -412,6 +418,8 @@ __all__ = [
     "Holding",
     "ImportanceTokenMerge",
     "ImportanceTokenMergeConfig",
+    "KIVI",
+    "KIVIConfig",
     "KVzip",
     "KVzipConfig",
     "LandmarkAttention",
@@ -437,6 +445,7 @@ __all__ = [
     "PPTConfig",
     "PRE",
     "PREConfig",
+    "Plain",
     "Polar",
     "Pooler",
     "PrefixKV",
@@ -448,6 +457,7 @@ __all__ = [
     "PyramidKV",
     "PyramidKVConfig",
     "Quantized",
+    "QuantizedTokens",
     "R2R",
     "R2RConfig",
     "RECE",
