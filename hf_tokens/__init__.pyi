@@ -16,6 +16,10 @@ from hf_tokens_adapters.cache_compressor.d2o import (
     D2O,
     D2OConfig,
 )
+from hf_tokens_adapters.cache_compressor.duo_attention import (
+    DuoAttention,
+    DuoAttentionConfig,
+)
 from hf_tokens_adapters.cache_compressor.h2o import (
     H2O,
     H2OConfig,
@@ -394,6 +398,8 @@ __all__ = [
     "Dims",
     "DrLLM",
     "DrLLMConfig",
+    "DuoAttention",
+    "DuoAttentionConfig",
     "DynamicTokenPooling",
     "DynamicTokenPoolingConfig",
     "FDT",

@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_tokens import (
     AdaKVConfig,
     D2OConfig,
+    DuoAttentionConfig,
     H2OConfig,
     KIVIConfig,
     KVzipConfig,
@@ -31,6 +32,7 @@ COMPRESSORS = {
     "squeezeattention sinks": SqueezeAttentionConfig(budget=0.5, policy="sinks", sinks=1),
     "razorattention": RazorAttentionConfig(heads=(0, 3), sinks=1, compression=3),
     "d2o": D2OConfig(budget=0.5),
+    "duo-attention": DuoAttentionConfig(sinks=1, recent=5),
     "kvzip": KVzipConfig(ratio=0.5, chunk=7, sinks=1),
     "minicache": MiniCacheConfig(gamma=0.3),
     "kivi": KIVIConfig(group=2, residual=4, key_bits=4, value_bits=4),

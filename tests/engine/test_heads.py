@@ -23,8 +23,8 @@ FAMILIES = [*LATENT, "jetmoe", "mimo_v2_flash", "diffllama", "opt"]
 BY_HEAD = "keys and values that are read as they are stored, head by head"
 REFUSED = {  # what of a cache's heads cannot be told, by family and method
     **{(family, "mikv"): BY_HEAD for family in LATENT},
-    **{("jetmoe", name): BY_HEAD for name in ("mikv", "d2o", "squeezeattention", "razorattention")},
-    **{("diffllama", name): BY_HEAD for name in ("d2o", "squeezeattention", "razorattention")},
+    **{("jetmoe", name): BY_HEAD for name in ("mikv", "d2o", "squeezeattention", "razorattention", "duo-attention")},
+    **{("diffllama", name): BY_HEAD for name in ("d2o", "squeezeattention", "razorattention", "duo-attention")},
     ("mimo_v2_flash", "razorattention"): "numbers among the key heads that the caches of its blocks hold",
 }
 
