@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import hf_tokens
-from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
+from hf_tokens.commands.material import documentation, load_base, packaged_smollm2
 from hf_tokens.testing import CACHE
 from hf_tokens.tools.measure import kv_bytes
 

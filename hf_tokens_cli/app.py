@@ -79,18 +79,19 @@ def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list
 def quickstart(
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model. Default: SmolLM2-135M from PyPI.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = Options.steps,
-    seq_len: Annotated[int, typer.Option(min=32, help="Tokens per piece of text.")] = Options.seq_len,
+    seq_len: Annotated[int, typer.Option(min=32, help="Tokens per piece of text that is trained on.")] = Options.seq_len,
+    document: Annotated[int, typer.Option(min=32, help="Tokens of the text that questions are asked about.")] = Options.document,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = Options.output,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = Options.seed,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch takes.")] = None,
 ) -> None:
-    """The main job on two CPU cores: operate on a model, train it, measure it, save it, load it elsewhere, take it out again."""
+    """The main job on two CPU cores: compress a document and ask about it, train, measure, save, load elsewhere, take out again."""
     from hf_tokens.commands.blueprint import check_source
     from hf_tokens.commands.quickstart import run
 
     if model is not None:
         check_source(model)
-    run(Options(model=model, steps=steps, seq_len=seq_len, output=output, seed=seed, threads=threads))
+    run(Options(model=model, steps=steps, seq_len=seq_len, document=document, output=output, seed=seed, threads=threads))
 
 
 def built_in_cards() -> list[dict[str, Any]]:

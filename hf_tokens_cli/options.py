@@ -9,6 +9,7 @@ class Options:
     model: str | None = None
     steps: int = 120
     seq_len: int = 192
+    document: int = 4096
     output: Path = Path("quickstart-output")
     seed: int = 0
     threads: int | None = None

@@ -28,10 +28,10 @@ from hf_tokens.tokens.entries import cells_of
 COMPRESSORS = {
     "prefixkv": PrefixKVConfig(budget=0.5, distance=3),
     "prefixkv online": PrefixKVConfig(budget=0.5, distance=3, online=True),
-    "squeezeattention": SqueezeAttentionConfig(budget=0.5),
+    "squeezeattention": SqueezeAttentionConfig(budget=0.5, policy="heavy_hitters"),
     "squeezeattention sinks": SqueezeAttentionConfig(budget=0.5, policy="sinks", sinks=1),
     "razorattention": RazorAttentionConfig(heads=(0, 3), sinks=1, compression=3),
-    "d2o": D2OConfig(budget=0.5),
+    "d2o": D2OConfig(budget=0.5, spare=False),
     "duo-attention": DuoAttentionConfig(sinks=1, recent=5),
     "kvzip": KVzipConfig(ratio=0.5, chunk=7, sinks=1),
     "minicache": MiniCacheConfig(gamma=0.3),

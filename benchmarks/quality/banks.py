@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from hf_tokens import APTConfig, ATPrompt, ATPromptConfig, CPTConfig, CSPConfig, DeepPromptConfig, PREConfig, VQTConfig, get_token_model
-from hf_tokens.commands.quickstart import load_base, packaged_smollm2
+from hf_tokens.commands.material import load_base, packaged_smollm2
 
 LIBRARIES = ("numpy", "torch", "sklearn", "matplotlib")
 NAMES = re.compile(r"numpy|ndarray|\bnp\b|torch|sklearn|scikit|matplotlib|pyplot|\bplt\b", re.IGNORECASE)

@@ -62,6 +62,13 @@ def write(name: str, points: Iterable[Point], *, command: str, setting: str, not
     return path
 
 
+def rows_of(name: str, part: str) -> list[Point]:
+    """The rows of a result file whose setting begins so."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    rest = lambda row: {column: value for column, value in row.items() if column not in ("series", "setting")}
+    return [Point(row["series"], row["setting"], rest(row)) for row in rows if row["setting"].startswith(part)]
+
+
 def index() -> None:
     """Write results/quality/README.md: picture, setting, notes and table of every experiment, from their result files."""
     pages = ["# What the methods are worth", "Made from the result files beside it; each was made by the command that stands there."]

@@ -130,10 +130,10 @@ SETTINGS: list[tuple[str, str, MethodConfig]] = [
     *(("toca", f"cycle {c}, ratio {r}", ToCaConfig(cycle=c, ratio=r)) for c, r in ((2, 0.7), (3, 0.7), (4, 0.93))),
     *(("cat-pruning", f"alpha {a}", CATPruningConfig(alpha=a)) for a in (0.6, 0.3, 0.1)),
     *(
-        ("profilingdit", f"T {high} to {low}, calibrated", ProfilingDiTConfig(max_interval=high, min_interval=low))
+        ("profilingdit", f"T {high} to {low}, calibrated", ProfilingDiTConfig(max_interval=high, min_interval=low, intervals="steps"))
         for high, low in ((2, 2), (4, 2), (12, 2))
     ),
-    ("profilingdit", "T 4 to 2, outer blocks kept", ProfilingDiTConfig(max_interval=4, min_interval=2)),
+    ("profilingdit", "T 4 to 2, outer blocks kept", ProfilingDiTConfig(max_interval=4, min_interval=2, intervals="steps")),
     *(
         ("importance-token-merge", f"ratio {r}{', MLP too' if mlp else ''}", ImportanceTokenMergeConfig(ratio=r, mlp=mlp))
         for r, mlp in ((0.25, False), (0.5, False), (0.75, False), (0.5, True))

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import hf_tokens
 from hf_tokens import CacheCompressor, MethodConfig, option, register
-from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
+from hf_tokens.commands.material import documentation, load_base, packaged_smollm2
 from hf_tokens.testing import CACHE
 from hf_tokens.tools.measure import kv_bytes
 
@@ -61,9 +61,9 @@ def settings() -> list[tuple[str, float, MethodConfig]]:
             ("random eviction", b, RandomConfig(budget=b)),
             ("recent window", b, hf_tokens.SqueezeAttentionConfig(policy="window", **window)),
             ("prefixkv", b, hf_tokens.PrefixKVConfig(budget=b)),
-            ("squeezeattention, heavy hitters", b, hf_tokens.SqueezeAttentionConfig(budget=b)),
+            ("squeezeattention, heavy hitters", b, hf_tokens.SqueezeAttentionConfig(budget=b, policy="heavy_hitters")),
             ("squeezeattention, sinks", b, hf_tokens.SqueezeAttentionConfig(budget=b, policy="sinks")),
-            ("d2o", b, hf_tokens.D2OConfig(budget=b)),
+            ("d2o", b, hf_tokens.D2OConfig(budget=(30 * b - 3) / 27)),  # three of its thirty blocks keep all
             ("razorattention", b, hf_tokens.RazorAttentionConfig(**razor)),
             ("mikv", b, hf_tokens.MiKVConfig(importance=important)),
         ]

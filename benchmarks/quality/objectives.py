@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_tokens import CAFTConfig, GoldfishLossConfig, MethodConfig, get_token_model, set_progress
-from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
+from hf_tokens.commands.material import documentation, load_base, packaged_smollm2
 from hf_tokens.testing.probe import ProbeInsertConfig
 
 PASSAGES, LENGTH, PROMPT = 3, 64, 16

@@ -33,7 +33,7 @@ from hf_tokens import (
     register,
     set_method,
 )
-from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
+from hf_tokens.commands.material import documentation, load_base, packaged_smollm2
 from hf_tokens.tools.measure import UNCOUNTED, kv_bytes
 
 COMMAND = "python benchmarks/quality/prompts.py"

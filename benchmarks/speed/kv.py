@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_tokens
-from hf_tokens.commands.quickstart import load_base, packaged_smollm2
+from hf_tokens.commands.material import load_base, packaged_smollm2
 from hf_tokens.testing import CACHE
 from hf_tokens.tools.measure import kv_bytes
 

@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import hf_tokens
-from hf_tokens.commands.quickstart import load_base, packaged_smollm2
+from hf_tokens.commands.material import load_base, packaged_smollm2
 
 from .paired import Row, ratios
 

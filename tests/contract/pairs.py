@@ -29,6 +29,7 @@ from hf_tokens import (
     set_progress,
 )
 from hf_tokens.engine.block import BlockSurgery
+from hf_tokens.errors import ConfigError
 from hf_tokens.model.streams import Stream
 from hf_tokens.peft.placement import plan
 from hf_tokens.roles.config import MethodConfig
@@ -336,11 +337,21 @@ def one_of_each_role() -> list[Pair]:
     return [*{pair.info.role: pair for pair in reversed(small)}.values()]
 
 
+def attempt(pair: Pair, config: MethodConfig, size: float) -> bool:
+    """Whether it saves something; no where the model lacks blocks that the config names."""
+    try:
+        return saves(pair, config, size)
+    except ConfigError:
+        if config.layers is None:
+            raise
+        return False
+
+
 @cache
 def mildest(pair: Pair) -> tuple[MethodConfig, float]:
     """The first config, and stir of the parameters, with which the method does something."""
     tries = itertools.product(STIRS, (two_blocks if pair.info.role == "LayerRouter" else strong)(pair.info.config))
-    return next(((config, size) for size, config in tries if saves(pair, config, size)), (tiny(pair.info.config), STIRS[0]))
+    return next(((config, size) for size, config in tries if attempt(pair, config, size)), (tiny(pair.info.config), STIRS[0]))
 
 
 # role, or site where that says more -> the costs that must fall; a role that is not here adds tokens and must change the outputs, but an

@@ -1,13 +1,15 @@
 """What `make cards` writes: it is up to date, and it names every method where it is."""
 
 import ast
+import dataclasses
 import importlib
 import tomllib
 
 import pytest
 
 import hf_tokens
-from hf_tokens.commands.cards import ROOT, index_entry, pages
+from hf_tokens import ConfigError
+from hf_tokens.commands.cards import ROOT, index_entry, method_card, pages
 from hf_tokens.roles.registry import ENTRY_POINTS
 from hf_tokens_cli import app
 
@@ -32,6 +34,27 @@ def test_the_stub_names_every_public_name_and_every_method_where_it_is():
     assert set(listed) == imported.keys() == hf_tokens.MODULES.keys() | methods
     for name, module in imported.items():
         assert getattr(module, name) is getattr(hf_tokens, name)
+
+
+CHECKED = [
+    ("a/b@0123abcd, all of it on random inputs: largest difference 3e-16", True),
+    ("a-b/c.d@0123abcd, its head:\n  largest difference 0; the rest by reading.", True),
+    ("no public code found (2026-01-31); the width is left open.", True),
+    ("", False),
+    ("a/b@0123, all of it: largest difference 0", False),
+    ("a/b@0123abcd, all of it, by reading", False),
+    ("no public code found", False),
+]
+
+
+@pytest.mark.parametrize(("text", "holds"), CHECKED)
+def test_a_card_says_beside_what_it_was_checked_or_is_not_written(text, holds):
+    info = dataclasses.replace(BUILT_IN[0], checked=text)
+    if holds:
+        assert text.split(":")[0] in method_card(info, "{checked}")
+        return
+    with pytest.raises(ConfigError, match=f"on that of {info.name}. Run the authors' code beside the method"):
+        method_card(info, "{checked}")
 
 
 def test_the_index_holds_every_method():

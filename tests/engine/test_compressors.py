@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from held import COMPRESSORS, PADS, ask, decoded, longer, over_what_is_held, texts
+from held import COMPRESSORS, ask, decoded, longer, over_what_is_held, texts
 from tolerances import close
+from transformers import Cache
+from transformers.cache_utils import QuantizedLayer
 
 from hf_tokens import D2OConfig, MiKVConfig, PrefixKVConfig, RazorAttentionConfig, UnsupportedError, anatomy, get_token_model, list_methods
 from hf_tokens.roles.cache_compressor import CacheCompressor
-from hf_tokens.testing import zoo
-from hf_tokens.tokens.entries import cells_of
+from hf_tokens.testing import CACHE, zoo
 
 NEARLY = MiKVConfig(importance=0.3, bits=8)  # entries in another format that are all but what they were
 PAIRS = list(itertools.product([name for name in COMPRESSORS if name != "squeezeattention sinks"], repeat=2))
@@ -26,9 +27,27 @@ def refusal(names):
     return SHARED if first.pairs and fold[1] or second.pairs and fold[0] else None
 
 
-def counts(cache, first=0):
-    """Entries that each layer, row and head holds of the places from `first` on: a padded row holds padding too where none lets it go."""
-    return [(layer.there & (cells_of(layer.origins, layer.heads) >= first)).sum(dim=-1) for layer in cache.layers]
+class Quantized(QuantizedLayer):
+    """A layer of transformers' quantized cache whose quantizer, another package's, leaves the states as they are."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_quantized_cache_is_refused_in_one_sentence(name):
+    cache = Cache(layers=[Quantized() for _ in range(4)])
+    model = get_token_model(zoo.build("llama").model, COMPRESSORS[name]).eval()
+    with pytest.raises(UnsupportedError, match=r"needs a dynamic cache, got a cache of Quantized\. Leave out `cache_implementation`, or"):
+        model.generate(texts()[0], max_new_tokens=2, **{CACHE: cache})
+
+
+def counts(cache):
+    """Entries that each layer, row and head holds."""
+    return [layer.there.sum(dim=-1) for layer in cache.layers]
 
 
 def test_every_compressor_stands_in_the_pairs():
@@ -47,7 +66,7 @@ def test_a_pair_works_or_is_refused_where_it_is_attached(pair):
     together, cache = decoded(model)
     alone, its_cache = decoded(model, slice(1, 2))
     close(together[1:], alone, "the padded row")
-    assert [n[1].tolist() for n in counts(cache, PADS)] == [n[0].tolist() for n in counts(its_cache)]
+    assert [n[1].tolist() for n in counts(cache)] == [n[0].tolist() for n in counts(its_cache)]
     base, context = zoo.build("llama").model, texts()
     stream, (_, mask, (question, _)) = anatomy(base).streams[-1], context
     held = ask(model, context[0], mask).past_key_values
@@ -69,7 +88,9 @@ def test_what_is_held_in_another_format_is_counted_and_carried(name, first):
 
 
 def test_what_takes_in_others_stays_in_its_format():
-    _, cache = decoded(get_token_model(zoo.build("llama").model, [MiKVConfig(importance=0.2, bits=8), D2OConfig(budget=0.5)]).eval())
+    _, cache = decoded(
+        get_token_model(zoo.build("llama").model, [MiKVConfig(importance=0.2, bits=8), D2OConfig(budget=0.5, spare=False)]).eval()
+    )
     for layer in cache.layers:
         low = [part for part in layer.kv.parts if part.packed[0][0].dtype == torch.uint8]
         assert torch.equal(torch.stack([part.where for part in low]).any(dim=0), layer.record.entries["beyond"].bool() & layer.there)

@@ -131,7 +131,7 @@ def test_blocks_of_videos_are_profiled_and_reused(family):
     specimen = zoo.build(f"diffusers/{family}")
     time = specimen.inputs["timestep"]
     run = [{**specimen.inputs, "timestep": torch.full_like(time, t)} for t in (900, 600, 500, 400)]
-    model = get_token_model(specimen.model, ProfilingDiTConfig(start=0.0))
+    model = get_token_model(specimen.model, ProfilingDiTConfig(start=0.0, intervals="steps"))
     found = calibrate(model, run)["default.0"]
     assert found["background"]
     base = zoo.build(f"diffusers/{family}").model
@@ -142,7 +142,9 @@ def test_blocks_of_videos_are_profiled_and_reused(family):
     assert not torch.allclose(got[-1], want[-1]) and got[-1].isfinite().all()
 
 
-@pytest.mark.parametrize("config", [ProfilingDiTConfig(start=0.0, background=(0, 1)), ToCaConfig()], ids=["blocks", "tokens"])
+@pytest.mark.parametrize(
+    "config", [ProfilingDiTConfig(start=0.0, background=(0, 1), intervals="steps"), ToCaConfig()], ids=["blocks", "tokens"]
+)
 def test_a_model_in_train_mode_reuses_where_no_gradient_is_wanted(config):
     run = calls("pixart", 3)
     model = get_token_model(denoiser("pixart"), config)
@@ -151,7 +153,9 @@ def test_a_model_in_train_mode_reuses_where_no_gradient_is_wanted(config):
     assert differs([want], [sampled(denoiser("pixart"), run)])
 
 
-@pytest.mark.parametrize("config", [ProfilingDiTConfig(start=0.0, background=(0, 1)), ToCaConfig()], ids=["blocks", "tokens"])
+@pytest.mark.parametrize(
+    "config", [ProfilingDiTConfig(start=0.0, background=(0, 1), intervals="steps"), ToCaConfig()], ids=["blocks", "tokens"]
+)
 def test_where_a_gradient_is_wanted_nothing_is_reused(config):
     run, lora = calls("dit", 3), LoraConfig(r=2, target_modules=["to_q"])
     model = get_token_model(denoiser("dit"), [config, lora]).eval()

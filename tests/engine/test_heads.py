@@ -21,10 +21,11 @@ from hf_tokens.testing import zoo
 LATENT = "deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 youtu".split()
 FAMILIES = [*LATENT, "jetmoe", "mimo_v2_flash", "diffllama", "opt"]
 BY_HEAD = "keys and values that are read as they are stored, head by head"
+EVICT_BY_HEAD = "d2o squeezeattention razorattention snapkv h2o pyramidkv random ada-kv duo-attention".split()
 REFUSED = {  # what of a cache's heads cannot be told, by family and method
     **{(family, "mikv"): BY_HEAD for family in LATENT},
-    **{("jetmoe", name): BY_HEAD for name in ("mikv", "d2o", "squeezeattention", "razorattention", "duo-attention")},
-    **{("diffllama", name): BY_HEAD for name in ("d2o", "squeezeattention", "razorattention", "duo-attention")},
+    **{("jetmoe", name): BY_HEAD for name in ("mikv", "tova", *EVICT_BY_HEAD)},
+    **{("diffllama", name): BY_HEAD for name in EVICT_BY_HEAD},
     ("mimo_v2_flash", "razorattention"): "numbers among the key heads that the caches of its blocks hold",
 }
 
@@ -48,7 +49,7 @@ def test_a_padded_row_is_that_row_alone_or_the_heads_are_refused(family, name):
 def test_what_a_cached_head_received_is_the_mean_of_those_that_read_it(family):
     specimen = zoo.build(family)
     specimen.model.set_attn_implementation("eager")
-    model = get_token_model(specimen.model, SqueezeAttentionConfig(budget=1.0, p=1.0)).eval()
+    model = get_token_model(specimen.model, SqueezeAttentionConfig(budget=1.0, p=1.0, policy="heavy_hitters")).eval()
     ids = texts()[0]
     with torch.no_grad():
         out = model(input_ids=ids, use_cache=True, output_attentions=True)

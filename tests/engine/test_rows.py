@@ -27,10 +27,10 @@ from hf_tokens.testing import zoo
 
 STRONG = {
     "prefixkv": PrefixKVConfig(budget=0.5, distance=2),
-    "squeezeattention": SqueezeAttentionConfig(budget=0.5),
+    "squeezeattention": SqueezeAttentionConfig(budget=0.5, policy="heavy_hitters"),
     "squeezeattention window": SqueezeAttentionConfig(budget=0.5, policy="window"),
     "razorattention": RazorAttentionConfig(heads=(1,), sinks=1, compression=3),
-    "d2o": D2OConfig(budget=0.5),
+    "d2o": D2OConfig(budget=0.5, spare=False),
     "minicache": MiniCacheConfig(gamma=0.3),
     "mikv": MiKVConfig(importance=0.3, bits=8),
     "kivi": KIVIConfig(group=2, residual=2),

@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_tokens.commands.quickstart import Options, paragraphs, run, split
+from hf_tokens.commands.material import paragraphs, split
+from hf_tokens.commands.quickstart import Options, run
 
 pytest.importorskip("matplotlib", reason="un-skip when the extra `quickstart` is installed")
 
@@ -30,11 +31,13 @@ def folder(tmp_path):
 
 def test_the_main_job(folder):
     output = folder / "output"
-    base, surgery, trained = run(Options(model=str(folder / "model"), steps=3, seq_len=48, output=output))
-    assert base.tokens == 4 * 48
-    assert surgery.tokens < base.tokens and surgery.kv_bytes < base.kv_bytes
+    rows = run(Options(model=str(folder / "model"), steps=3, seq_len=48, document=200, output=output))
+    assert list(rows) == ["base", "compressed", "router", "trained"]
+    assert rows["compressed"].kv_bytes <= 0.3 * rows["base"].kv_bytes
     assert {p.name for p in output.iterdir()} >= {"results.png", "results.json", "use_it.py", "adapter"}
-    assert {row["name"] for row in json.loads((output / "results.json").read_text())["rows"]} == {"base", "surgery", "trained"}
+    results = json.loads((output / "results.json").read_text())
+    assert results["keep"] in results["rows"] and list(results["rows"]) == list(rows)
+    assert all({"loss", "kv_bytes", "tokens_per_second"} <= row.keys() and len(row["answers"]) == 5 for row in results["rows"].values())
     card = (output / "adapter" / "README.md").read_text()
     assert "| trained |" in card and "{" not in card
     assert (output / "adapter" / "adapter_model.safetensors").stat().st_size < (folder / "model" / "model.safetensors").stat().st_size

@@ -6,7 +6,7 @@ import pytest
 from by_hand import batch, gpt2, places_held, positions
 from evicted import agree, allowed, by_paper
 
-from hf_tokens import AdaKVConfig, ConfigError, get_token_model, measure
+from hf_tokens import AdaKVConfig, ConfigError, H2OConfig, SnapKVConfig, StreamingLLMConfig, get_token_model, measure
 
 
 def pooled(attention, window, kernel):
@@ -80,3 +80,46 @@ def test_rows_are_divided_each_for_itself():
 def test_a_capacity_below_the_window_is_refused():
     with pytest.raises(ConfigError, match=r"AdaKVConfig.capacity must be at least what is always kept, 32 entries, got 31\. Raise it"):
         get_token_model(gpt2(), AdaKVConfig(capacity=31))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in front", "behind"])
+def test_over_the_scores_of_another_it_is_what_it_is_over_the_same_of_its_own(first):
+    ids, mask = batch((21, 14))
+    given = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": True}
+    own = AdaKVConfig(capacity=8, window=2, kernel=3)
+    stack = [AdaKVConfig(scorer="stack"), SnapKVConfig(capacity=8, window=2, kernel=3)]
+    models = [get_token_model(gpt2(), config).eval() for config in (own, stack if first else stack[::-1])]
+    caches = [model(ids, **given).past_key_values for model in models]
+    assert all(places_held(caches[0], row, 0) == places_held(caches[1], row, 0) for row in (0, 1))
+
+
+def received(looks, heads, tokens, size, alpha):
+    """Heavy hitters, half of them the newest, divided among the heads of a block."""
+    n = [len(entries) for entries in heads]
+    keep = [min(size, m) for m in n]
+    newest = [int(0.5 * k + 1e-9) for k in keep]
+    total = sum(k - r for k, r in zip(keep, newest, strict=True))
+    older = [[(-e.received, h, j) for j, e in enumerate(entries[: n[h] - newest[h]])] for h, entries in enumerate(heads)]
+    best = sorted(entry for head in older for entry in head)[:total]
+    shares = [alpha * (keep[h] - newest[h]) + (1 - alpha) * sum(entry[1] == h for entry in best) for h in range(len(heads))]
+    counts = [math.floor(x + 1e-9) for x in shares]
+    for h in sorted(range(len(heads)), key=lambda h: counts[h] - shares[h])[: total - sum(counts)]:
+        counts[h] += 1
+    return [[*(j for _, _, j in sorted(older[h])[: counts[h]]), *range(n[h] - newest[h], n[h])] for h in range(len(heads))]
+
+
+@pytest.mark.parametrize("lengths", [(17,), (18, 11, 4)])
+def test_over_a_method_that_decodes_it_divides_behind_each_token(lengths):
+    def kept(layer, heads, looks, tokens):
+        if sum(map(len, heads)) <= 3 * 6:
+            return [range(len(entries)) for entries in heads]
+        return received(looks, heads, tokens, 6, 0.2)
+
+    agree([H2OConfig(capacity=6), AdaKVConfig(scorer="stack")], lengths, kept, steps=5)
+
+
+def test_heads_that_are_scored_alike_stay_even():
+    ids, _ = batch((20,))
+    stack = [StreamingLLMConfig(capacity=7, sinks=2), AdaKVConfig(scorer="stack")]
+    cache = get_token_model(gpt2(), stack).eval()(ids, use_cache=True).past_key_values
+    assert places_held(cache, 0, 0) == [[[0, 1, 15, 16, 17, 18, 19]] * 3] * 4

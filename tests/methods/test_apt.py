@@ -14,36 +14,57 @@ CASES = {"usual": (7, 5, 3, 1.0), "one token": (1, 4, 2, 1.0), "one prompt": (4,
 D = 6
 
 
-def naive(x, update, down, prompts, up, scale):
-    """X + the weighted prompts that each token attends to, by itself, in r dimensions."""
+def naive(x, update, method, scale):
+    """(X + w relu(X (P + P D U)^T) P) e^s for one token after the other, w the highest of its products."""
+    prompts = [p.double() for p in method.prompts]
+    keys = [p + method.up.weight @ (method.down.weight @ p) for p in prompts]
     out = []
     for token, said in zip(x, update, strict=True):
+        products = [max(0.0, float(token @ key)) for key in keys]
+        read = sum(product * prompt for product, prompt in zip(products, prompts, strict=True))
+        out.append((said + scale * max(products) * read) * math.exp(float(method.log_scale)))
+    return torch.stack(out)
+
+
+def naive_low_rank(x, update, method, scale):
+    """X + the weighted prompts that each token attends to, by itself, in r dimensions."""
+    out, down, up = [], method.down.weight, method.up.weight
+    for token, said in zip(x, update, strict=True):
         small = [sum(float(down[i, j]) * float(token[j]) for j in range(len(token))) for i in range(len(down))]
-        products = [sum(a * float(b) for a, b in zip(small, prompt, strict=True)) / math.sqrt(len(small)) for prompt in prompts]
+        products = [sum(a * float(b) for a, b in zip(small, prompt, strict=True)) / math.sqrt(len(small)) for prompt in method.prompts]
         powers = [math.exp(product - max(products)) for product in products]
-        read = sum(power / sum(powers) * prompt for power, prompt in zip(powers, prompts, strict=True))
+        read = sum(power / sum(powers) * prompt for power, prompt in zip(powers, method.prompts, strict=True))
         out.append(said + scale * (up @ read))
     return torch.stack(out)
 
 
+@pytest.mark.parametrize(("form", "loop"), [("release", naive), ("low-rank", naive_low_rank)])
 @pytest.mark.parametrize("case", CASES)
-def test_matches_the_paper(case):
+def test_matches_the_paper(case, form, loop):
     n, tokens, rank, scale = CASES[case]
     torch.manual_seed(0)
-    method = APT(APTConfig(tokens=tokens, rank=rank, scale=scale), Dims(D, 2, 2, 3, 0, 4, "vision", False)).double().requires_grad_(False)
+    config = APTConfig(tokens=tokens, rank=rank, scale=scale, form=form)
+    method = APT(config, Dims(D, 2, 2, 3, 0, 4, "vision", False)).double().requires_grad_(False)
     for parameter in method.parameters():
         parameter.normal_()
     x, update = torch.randn(2, n, D, dtype=torch.float64), torch.randn(2, n, D, dtype=torch.float64)
     got = method.edit(attention_input=x, attention_output=update)
     for row in range(2):
-        want = naive(x[row], update[row], method.down.weight, method.prompts, method.up.weight, scale)
-        torch.testing.assert_close(got[row], want)
+        torch.testing.assert_close(got[row], loop(x[row], update[row], method, scale))
 
 
-def test_it_starts_from_the_base():
-    method = APT(APTConfig(), Dims(D, 2, 2, 3, 0, 4, "vision", False))
+def test_the_low_rank_form_starts_from_the_base():
+    method = APT(APTConfig(form="low-rank"), Dims(D, 2, 2, 3, 0, 4, "vision", False))
     x, update = torch.randn(2, 5, D), torch.randn(2, 5, D)
     assert torch.equal(method.edit(attention_input=x, attention_output=update), update)
+
+
+def test_no_gradient_reaches_the_weight_of_a_token():
+    method = APT(APTConfig(tokens=1), Dims(D, 2, 2, 3, 0, 4, "vision", False)).double()
+    torch.nn.init.ones_(method.prompts)
+    x = torch.ones(1, 1, D, dtype=torch.float64, requires_grad=True)
+    method.edit(attention_input=x, attention_output=torch.zeros(1, 1, D, dtype=torch.float64)).sum().backward()
+    assert x.grad.flatten().tolist() == [D * D] * D  # of w (x 1) 1, summed: w d, and w = d stays
 
 
 @pytest.mark.parametrize("family", ["vit", "llama", "gpt2"])
@@ -57,8 +78,9 @@ def test_it_is_added_to_what_the_attention_returns(family):
 
     def add(module, args, kwargs, output):
         given = args[0] if args else kwargs["hidden_states"]
-        delta = method.edit(attention_input=given, attention_output=torch.zeros_like(given))
-        return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+        said = output[0] if isinstance(output, tuple) else output
+        edited = method.edit(attention_input=given, attention_output=said)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     anatomy(other.model).streams[0].attention(1).register_forward_hook(add, with_kwargs=True)
     with torch.no_grad():

@@ -55,8 +55,8 @@ def linkage_distance(first, second, distance, linkage):
 
 
 def kept(n, rate):
-    """How many of n tokens stay: ceil(r n), one at least; the small step undoes the rounding of r n."""
-    return min(n, max(1, math.ceil(rate * n - 1e-9)))
+    """How many of n tokens stay: floor(r n), one at least; the small step undoes the rounding of r n."""
+    return min(n, max(1, math.floor(rate * n + 1e-9)))
 
 
 def agglomerate(features, target, linkage):
@@ -150,8 +150,13 @@ def naive_block(block, hidden, sizes, heads, rate=None, linkage="average", prefi
 def naive_stream(blocks, hidden, heads, rates, **knobs):
     """What every token of one sample has behind each block, that of the cluster that it is in (layers n d), and the sizes at the end."""
     sizes, members, outputs = torch.ones(len(hidden)).double(), [[token] for token in range(len(hidden))], []
+    prefix = knobs.get("prefix", 1)
+    left = len(hidden) - prefix  # of all patches, a share that falls block by block
     for layer, block in enumerate(blocks):
-        hidden, sizes, clusters = naive_block(block, hidden, sizes, heads, rates.get(layer), **knobs)
+        rate, now = rates.get(layer), len(hidden) - prefix
+        left *= 1 if rate is None else rate
+        rate = None if rate is None or not now else max(1, math.floor(left + 1e-9)) / now
+        hidden, sizes, clusters = naive_block(block, hidden, sizes, heads, rate, **knobs)
         members = [[token for inner in cluster for token in members[inner]] for cluster in clusters]
         place = {token: slot for slot, cluster in enumerate(members) for token in cluster}
         outputs.append(torch.stack([hidden[place[token]] for token in sorted(place)]))
@@ -232,7 +237,7 @@ def test_naive_linkages_differ_where_a_chain_competes_with_a_ball():
     assert agglomerate(features, 3, "complete") == [[0, 1], [2, 3], [4, 5]]
 
 
-@pytest.mark.parametrize(("n", "rate", "target"), [(196, 0.5, 98), (196, 0.25, 49), (10, 0.7, 7), (3, 0.5, 2), (5, 1.0, 5), (5, 0.0, 1)])
+@pytest.mark.parametrize(("n", "rate", "target"), [(196, 0.5, 98), (196, 0.25, 49), (10, 0.7, 7), (3, 0.5, 1), (5, 1.0, 5), (5, 0.0, 1)])
 def test_naive_counts_what_stays(n, rate, target):
     assert kept(n, rate) == target
 
@@ -343,7 +348,7 @@ def test_special_tokens_stay_alone(kind):
     assert entering.shape[1] == 9 + prefix
     close(got, expected(model, entering, config, prefix))
     alone = [len({tuple(token) for token in got[-1, 0].tolist()[:end]}) for end in (prefix, None)]
-    assert alone == [prefix, prefix + 2]  # 9 patches to 4 to 2
+    assert alone == [prefix, prefix + 1]  # 9 patches to 3 to 1
 
 
 def test_dense_head_gets_every_place():
@@ -387,11 +392,11 @@ def test_padding_is_not_clustered():
 
 # per case: knobs, tokens of a picture (one class token), tokens that are left behind each of 4 blocks
 COUNTS = {
-    "keep rate": ({"keep_rate": 0.5, "layers": (1, 2)}, 10, [10, 6, 4, 4]),
+    "keep rate": ({"keep_rate": 0.5, "layers": (1, 2)}, 10, [10, 5, 3, 3]),
     "a number": ({"keep_rate": 1.0, "merged": 2}, 10, [8, 6, 4, 2]),
     "a falling number": ({"keep_rate": 1.0, "merged": 2, "schedule": "decrease"}, 10, [6, 4, 3, 3]),
     "more than there are": ({"keep_rate": 1.0, "merged": 50}, 10, [2, 2, 2, 2]),
-    "both": ({"keep_rate": 0.5, "merged": 1, "layers": (0,)}, 10, [5, 5, 5, 5]),
+    "both": ({"keep_rate": 0.5, "merged": 1, "layers": (0,)}, 10, [4, 4, 4, 4]),
 }
 
 
@@ -403,6 +408,19 @@ def test_number_of_tokens_that_stay(case):
     assert [len({tuple(token) for token in layer[0].tolist()}) for layer in got] == left
     cost = measure(model, pixel_values=pictures(12, 12, batch=1), interpolate_pos_encoding=True)
     assert cost.tokens == sum([n, *left[:-1]])
+
+
+def test_the_counts_of_the_authors_code_are_shares_of_all_patches():
+    count = lambda **knobs: distinct(get_token_model(tiny(12), ATCConfig(**knobs)))[2::3]
+    assert count() == [1 + n for n in (196, 98, 49, 24)]
+    assert count(of="left") == [1 + n for n in (196, 98, 49, 25)]
+
+
+def distinct(model):
+    """How many tokens are left behind each block."""
+    with torch.no_grad():
+        got = model(pictures(56, 56, batch=1), interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[1:]
+    return [len({tuple(token) for token in layer[0].tolist()}) for layer in got]
 
 
 def test_default_layers_of_the_paper():

@@ -19,7 +19,7 @@ def gamma(schedule, progress):
     return math.sin(math.pi / 2 * quarter[schedule]) if schedule in quarter else progress if schedule == "linear" else 1.0
 
 
-def naive(samples, weight, unembed, config, progress):
+def naive(samples, weight, bias, unembed, config, progress):
     """The auxiliary losses of some samples: each has what the head reads, x_1 .. x_n (n d), and labels y_1 .. y_n of the same tokens."""
     total = 0.0
     for head in range(config.heads):
@@ -30,7 +30,7 @@ def naive(samples, weight, unembed, config, progress):
                 if there < len(labels) and labels[there] != -100:
                     x = hidden[t]
                     for layer in range(config.depth):
-                        y = weight[layer, head] @ x
+                        y = weight[layer, head] @ x + (bias[layer, head] if config.bias else 0)
                         x = x + y * torch.sigmoid(y)
                     losses.append(-(unembed @ x).log_softmax(0)[labels[there]].item())
         mean = sum(losses) / max(1, len(losses))
@@ -45,6 +45,7 @@ CASES = [
     ([2], dict(heads=3, schedule="constant"), 0.5),  # no token is that far ahead
     ([4, 7], dict(heads=2, schedule="linear", alpha=1.0), 0.25),
     ([1], dict(heads=2), 0.0),
+    ([9, 5], dict(heads=2, depth=2, bias=False), 0.5),
 ]
 
 
@@ -60,9 +61,11 @@ def test_matches_the_paper(lengths, given, progress):
     targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     positions = torch.arange(n).expand(len(lengths), -1)
     head = lambda states: states @ unembed.T
-    value = method.loss(hidden=hidden, head=head, labels=targets, positions=positions, progress=progress)
+    value, bias = method.loss(hidden=hidden, head=head, labels=targets, positions=positions, progress=progress), None
+    if config.bias:
+        bias = method.bias.detach()
     samples = [(x[:m], y[:m]) for x, y, m in zip(hidden, labels, lengths, strict=True)]
-    close(value, torch.tensor(naive(samples, method.weight.detach(), unembed, config, progress), dtype=torch.float64))
+    close(value, torch.tensor(naive(samples, method.weight.detach(), bias, unembed, config, progress), dtype=torch.float64))
 
 
 def test_in_a_whole_model():
@@ -78,11 +81,11 @@ def test_in_a_whole_model():
             hidden = block(hidden)[0]
         samples.append((base.transformer.ln_f(hidden), wanted[real]))
     model = get_token_model(base, config).train()
-    weight = next(p for p in model.parameters() if p.requires_grad)
+    weight, bias = (p for p in model.parameters() if p.requires_grad)
     torch.nn.init.normal_(weight)
     set_progress(model, 0.25)
     out = model(ids, labels=labels, **given)
-    expected = naive(samples, weight.detach(), base.lm_head.weight, config, 0.25)
+    expected = naive(samples, weight.detach(), bias.detach(), base.lm_head.weight, config, 0.25)
     close(aux_loss(model), torch.tensor(expected, dtype=torch.float64), "auxiliary losses")
     close(out.loss, plain.loss + expected, "loss")
     assert torch.equal(out.logits, plain.logits)

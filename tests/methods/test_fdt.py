@@ -1,20 +1,25 @@
 """FDT against a slow loop over one sample, written from the equations of arXiv:2303.14865."""
 
+import functools
+import math
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
 from hf_tokens import FDT, Dims, FDTConfig, get_token_model, load
 
-# per case: tokens n, special tokens in front, tokens that are real (None: all), codes, temperature
+# per case: tokens n, special tokens in front, tokens that are real (None: all), codes, temperature, share of the training done
 CASES = {
-    "usual": (7, 1, None, 11, 1.0),
-    "sharp": (7, 1, None, 11, 0.1),
-    "flat": (6, 0, None, 9, 50.0),
-    "one patch": (2, 1, None, 5, 1.0),
-    "one code": (4, 0, None, 1, 1.0),
-    "padded but one": (6, 0, (3,), 8, 0.5),
+    "usual": (7, 1, None, 11, 0.2, 1.0),
+    "sharp": (7, 1, None, 11, 0.01, 1.0),
+    "at first": (6, 0, None, 9, 0.01, 0.0),
+    "later": (6, 0, None, 9, 0.01, 0.7),
+    "one patch": (2, 1, None, 5, 0.5, 1.0),
+    "one code": (4, 0, None, 1, 1.0, 0.5),
+    "padded but one": (6, 0, (3,), 8, 0.1, 1.0),
 }
+START = 1000.0
 
 
 def sparsemax(z):
@@ -25,9 +30,24 @@ def sparsemax(z):
     return [max(value - threshold, 0.0) for value in z]
 
 
-def naive(tokens, inner, codes, outer, temperature):
+def norm(x, weight, bias):
+    """A layer's norm of one vector."""
+    mean = sum(x.tolist()) / len(x)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in x.tolist()) / len(x) + 1e-5)
+    return torch.stack([(v - mean) / spread * w + b for v, w, b in zip(x, weight, bias, strict=True)])
+
+
+def mapped(token, parameters):
+    """Norm, linear, GELU by the error function, norm, linear."""
+    inner = parameters["1.weight"] @ norm(token, parameters["0.weight"], parameters["0.bias"]) + parameters["1.bias"]
+    bent = torch.tensor([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in inner.tolist()], dtype=torch.float64)
+    return parameters["4.weight"] @ norm(bent, parameters["3.weight"], parameters["3.bias"]) + parameters["4.bias"]
+
+
+def naive(tokens, mapping, codes, outer, temperature, progress):
     """Each code by the token that fits it best, the sparse weights of the codes, their sum, back in the width of the stream."""
-    fits = [max(float((inner @ token) @ code) for token in tokens) for code in codes]
+    fits = [max(float(mapping(token) @ code) for token in tokens) / math.sqrt(codes.shape[1]) for code in codes]
+    temperature = math.exp(math.log(START) + progress * (math.log(temperature) - math.log(START)))
     weights = sparsemax([fit / temperature for fit in fits])
     return outer @ sum(weight * code for weight, code in zip(weights, codes, strict=True)), weights
 
@@ -43,15 +63,25 @@ def lively(config):
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_paper(case):
-    n, prefix, real, codes, temperature = CASES[case]
+    n, prefix, real, codes, temperature, progress = CASES[case]
     pooler = lively(FDTConfig(codes=codes, dim=5, temperature=temperature))
     hidden, positions = torch.randn(1, n, 8, dtype=torch.float64), torch.arange(n)[None]
     mask = torch.ones(1, n, dtype=torch.bool) if real is None else torch.tensor([[i in real for i in range(n)]])
-    got = pooler.pool(hidden=hidden, mask=mask, positions=positions, prefix=prefix)
+    got = pooler.pool(hidden=hidden, mask=mask, positions=positions, prefix=prefix, progress=progress)
     tokens = [hidden[0, i] for i in range(prefix, n) if mask[0, i]]
-    want, weights = naive(tokens, pooler.inner.weight, pooler.codebook, pooler.outer.weight, temperature)
+    mapping = functools.partial(mapped, parameters=dict(pooler.inner.named_parameters()))
+    want, weights = naive(tokens, mapping, pooler.codebook, pooler.outer.weight, temperature, progress)
     torch.testing.assert_close(got[0], want)
-    assert abs(sum(weights) - 1) < 1e-9 and (temperature > 1 or codes == 1 or min(weights) == 0)
+    assert abs(sum(weights) - 1) < 1e-9 and (progress < 1 or codes == 1 or min(weights) == 0)
+
+
+def test_the_first_version_has_one_layer_and_one_temperature():
+    pooler = lively(FDTConfig(codes=9, dim=5, mapping="linear", start=None, temperature=0.5))
+    hidden = torch.randn(1, 4, 8, dtype=torch.float64)
+    given = {"mask": torch.ones(1, 4, dtype=torch.bool), "positions": torch.arange(4)[None], "prefix": 0, "progress": 0.3}
+    fits = [max(float((pooler.inner.weight @ token) @ code) for token in hidden[0]) for code in pooler.codebook]
+    want = pooler.outer.weight @ (torch.tensor(sparsemax([fit / 0.5 for fit in fits]), dtype=torch.float64) @ pooler.codebook)
+    torch.testing.assert_close(pooler.pool(hidden=hidden, **given)[0], want)
 
 
 def test_both_towers_share_one_codebook(tmp_path):

@@ -19,11 +19,12 @@ def f(window):
     return ((mixed >> (64 - BITS)) % 2**BITS) / 2**BITS
 
 
-def naive(tokens, logps, targets, k, h, mask):
+def naive(tokens, logps, targets, k, h, mask, window="ending"):
     """The loss of one sample: tokens x_1 .. x_n, logps[i] = log p(x_{i+1} | x_<=i), targets[i] = -100 where that does not count."""
     total, count = 0.0, 0
     for i in range(len(tokens) - 1):  # tells x_{i+2} in the paper's counting from 1
-        drop = (i + 2) % k == 0 if mask == "static" else i + 1 >= h and f(tokens[i + 1 - h : i + 1]) < 1 / k
+        last = i + 1 + (window == "ending")
+        drop = (i + 2) % k == 0 if mask == "static" else i + 1 >= h and f(tokens[last - h : last]) < 1 / k
         if targets[i] != -100 and not drop:
             total, count = total - logps[i], count + 1
     return total, count
@@ -41,19 +42,31 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("window", ["ending", "before"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("lengths", "k", "h", "mask"), CASES)
-def test_matches_the_paper(lengths, k, h, mask, side):
+def test_matches_the_paper(lengths, k, h, mask, side, window):
     ids, real = by_hand.batch(lengths, side)
     logps = -torch.rand(ids.shape, dtype=torch.float64)
     labels = torch.where(real & (torch.rand(ids.shape) > 0.2), ids, -100)
     targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].where(real, -100)
     positions = by_hand.positions(real)
-    sums = [naive(*(t[b, real[b]].tolist() for t in (ids, logps, targets)), k, h, mask) for b in range(len(ids))]
+    sums = [naive(*(t[b, real[b]].tolist() for t in (ids, logps, targets)), k, h, mask, window) for b in range(len(ids))]
     expected = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
-    method = GoldfishLoss(GoldfishLossConfig(k=k, context=h, mask=mask), None)
+    method = GoldfishLoss(GoldfishLossConfig(k=k, context=h, mask=mask, window=window), None)
     value = method.loss(logps=logps * (targets != -100), labels=targets, ids=ids, positions=positions)
     close(value, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_hash_is_what_it_was():
+    """Numbers, not the formula: another constant would drop other tokens of a text that has been trained on."""
+    ids = (torch.arange(40) * 7919 % 50000)[None]
+    places = lambda **knobs: (
+        GoldfishLoss(GoldfishLossConfig(**knobs), None).dropped(ids, torch.arange(40)[None])[0].nonzero()[:, 0].tolist()
+    )
+    assert places() == [12, 14, 20, 27, 28, 37, 38]
+    assert places(window="before") == [13, 15, 21, 28, 29, 38, 39]
+    assert places(k=3, context=2) == [1, 7, 10, 16, 19, 24, 26, 30, 32, 33, 34, 35, 38]
 
 
 def test_one_token_in_k_is_dropped():
@@ -71,7 +84,7 @@ def test_a_passage_loses_the_same_tokens_wherever_it_stands():
     other = torch.cat([torch.randint(0, 1000, (5,)), passage, torch.randint(0, 1000, (9,))])[None]
     method = GoldfishLoss(GoldfishLossConfig(k=3), None)
     found = [method.dropped(ids, torch.arange(ids.shape[1])[None])[0] for ids in (one, other)]
-    assert torch.equal(found[0][37 + 12 :], found[1][5 + 12 : 205])
+    assert torch.equal(found[0][37 + 12 : -1], found[1][5 + 12 : 204])
     assert found[0].any()
 
 

@@ -21,6 +21,8 @@ CASES = {
     "the guide asks": (1, 4, 4, 3, {"spatial": 2, "tokens": 3, "heads": 2, "injection": "direct"}),
     "no instruction": (1, 4, 4, 0, {"spatial": 2, "tokens": 3, "heads": 2}),
     "one token": (1, 1, 1, 2, {"spatial": 2, "tokens": 3, "heads": 2}),
+    "as the abstract has it": (3, 5, 3, 2, {"spatial": 2, "temporal": 2, "tokens": 2, "heads": 2, "rule": "abstract"}),
+    "four frames to one": (5, 4, 3, 2, {"spatial": 3, "temporal": 4, "tokens": 4, "heads": 2}),
 }
 
 
@@ -61,6 +63,33 @@ def cells(size, kernel):
     return [place * count // size for place in range(size)]
 
 
+def between(size, count):
+    """For each of `count` places on a line of `size`: two places that it lies between, and its share of the second."""
+    out = []
+    for i in range(count):
+        at = max(0.0, (i + 0.5) * size / count - 0.5)
+        out.append((int(at), min(int(at) + 1, size - 1), at - int(at)))
+    return out
+
+
+def trilinear(video, counts):
+    """A smaller video, each token the mean of the eight that it lies between, {(i, j, k): token}."""
+    lines = [between(size, count) for size, count in zip(video.shape, counts, strict=False)]
+    small = {}
+    for i, (i0, i1, a) in enumerate(lines[0]):
+        for j, (j0, j1, b) in enumerate(lines[1]):
+            for k, (k0, k1, c) in enumerate(lines[2]):
+                corners = [(x, y, z) for x in ((i0, 1 - a), (i1, a)) for y in ((j0, 1 - b), (j1, b)) for z in ((k0, 1 - c), (k1, c))]
+                small[i, j, k] = sum(x[1] * y[1] * z[1] * video[x[0], y[0], z[0]] for x, y, z in corners)
+    return small
+
+
+def place_of(i, j, k):
+    """The sum over frame, row and column of sin(place / 10000^(2m / d)) at 2m and its cosine at 2m + 1."""
+    wave = lambda place, m: (math.sin if m % 2 == 0 else math.cos)(place / 10000 ** (m // 2 * 2 / D))
+    return torch.tensor([sum(wave(place, m) for place in (i, j, k)) for m in range(D)], dtype=torch.float64)
+
+
 def local(p, video, guide, c):
     """One token for each cell: its query attends to the tokens of the cell."""
     t, h, w, _ = video.shape
@@ -70,10 +99,11 @@ def local(p, video, guide, c):
         for j in range(h):
             for k in range(w):
                 members.setdefault((ct[i], ch[j], cw[k]), []).append(video[i, j, k])
-    out = []
+    out, small = [], trilinear(video, (ct[-1] + 1, ch[-1] + 1, cw[-1] + 1))
     for key in sorted(members):
         tokens = members[key]
-        query = inject(p, "local", sum(tokens) / len(tokens), guide, c.injection)
+        asks = sum(tokens) / len(tokens) if c.rule == "abstract" else small[key]
+        query = inject(p, "local", asks, guide, c.injection)
         weights = softmax([float(query @ x) / math.sqrt(D) for x in tokens])
         got = sum(weight * x for weight, x in zip(weights, tokens, strict=True))
         out.append(got + mlp(p, "local_readout", got))
@@ -111,7 +141,8 @@ def naive(p, video, words, c):
     taken = {place: small[n] for n, place in enumerate(first[key] for key in sorted(first))}
     free = [place for place in range(t * h * w) if place not in taken]
     count = min(c.tokens, len(free))
-    wide = everywhere(p, list(video.flatten(0, 2)), guide, c, count)
+    placed = [video[i, j, k] + (0 if c.rule == "abstract" else place_of(i, j, k)) for i in range(t) for j in range(h) for k in range(w)]
+    wide = everywhere(p, placed, guide, c, count)
     taken |= dict(zip(free[len(free) - count :], wide, strict=True))
     return torch.stack([taken[place] for place in sorted(taken)])
 

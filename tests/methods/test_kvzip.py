@@ -13,7 +13,7 @@ from hf_tokens.testing import zoo
 SINK = math.inf
 
 
-def naive(queries, keys, context, part, sinks):
+def naive(queries, keys, context, part, sinks, newest):
     """What one head's entries of a part are worth: of a pass behind `context` tokens, queries (p e), keys of all (n+p e)."""
     scores = {}
     for i, query in enumerate(queries):
@@ -23,7 +23,7 @@ def naive(queries, keys, context, part, sinks):
         total = sum(math.exp(p - top) for p in products.values())
         for j in part:
             scores[j] = max(scores.get(j, 0.0), math.exp(products[j] - top) / total)
-    return {j: SINK if j < sinks else score for j, score in scores.items()}
+    return {j: SINK if j < sinks or j >= context - newest else score for j, score in scores.items()}
 
 
 def kept(scores, ratio, uniform=False):
@@ -47,7 +47,7 @@ def by_release(base, ids, steps, c):
         for layer, (block, heads) in enumerate(zip(seen, held, strict=True)):
             for h, entries in enumerate(heads):
                 part = range(first, min(n, first + c.chunk))
-                found = naive(block.queries[h, n:], [entry.k for entry in entries], n, part, c.sinks)
+                found = naive(block.queries[h, n:], [entry.k for entry in entries], n, part, c.sinks, c.newest)
                 scores |= {(layer, h, j): score for j, score in found.items()}
     stays = kept(scores, c.ratio, c.level == "pair-uniform")
     _, held, last = prompt(base, ids)
@@ -67,7 +67,7 @@ MODELS = [
     pytest.param((17, 9, 4), {"ratio": 0.4, "chunk": 5, "sinks": 1, **WORDS}, id="parts and words, padded"),
     pytest.param((11, 6), {"ratio": 0.3, "chunk": 4, "sinks": 2, "suffix": 9}, id="a suffix longer than a part"),
     pytest.param((13, 7), {"ratio": 0.6, "chunk": 3, "suffix": 0, "sinks": 3}, id="no suffix"),
-    pytest.param((13, 7), {"ratio": 0.4, "sinks": 2, "level": "pair-uniform", **WORDS}, id="each head alike"),
+    pytest.param((13, 7), {"ratio": 0.5, "sinks": 1, "newest": 2, "level": "pair-uniform", **WORDS}, id="each head alike, the newest too"),
     pytest.param((9, 5), {"ratio": 1.0, **WORDS}, id="nothing to evict"),
     pytest.param((6, 1), {"ratio": 0.7, "sinks": 1}, id="one token"),
 ]

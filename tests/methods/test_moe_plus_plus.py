@@ -26,26 +26,39 @@ def dot(line, x):
     return sum(float(w) * float(v) for w, v in zip(line, x, strict=True))
 
 
+def gates(g, taken, zeros, release):
+    """What each expert counts: g where it is taken; in the release not for a zero expert, and the rest divided by its sum."""
+    if not release:
+        return [v if i in taken else 0.0 for i, v in enumerate(g)]
+    counts = [v if i in taken and not 1 <= i <= zeros else 0.0 for i, v in enumerate(g)]
+    total = sum(counts)
+    return [v / total if total else 0.0 for v in counts]
+
+
 def token(x, ffn, p, knobs, before):
     """One token x (d): its output, its scores G, its g, and the experts it took; ffn(x) counts its calls."""
     zeros, copies, constants, top_k = knobs["zeros"], knobs["copies"], knobs["constants"], knobs["top_k"]
     n = 1 + zeros + copies + constants
-    scores = [dot(p["weight"][i], x) + (TILT if i == 0 else 0.0) for i in range(n)]
+    inner = [math.tanh(dot(line, x)) for line in p["enter"]] if "enter" in p else x
+    scores = [dot(p["weight"][i], inner) + (TILT if i == 0 else 0.0) for i in range(n)]
     if before is not None and "residual" in p:
         scores = [s + dot(p["residual"][i], before) for i, s in enumerate(scores)]
     g = softmax(scores)
     taken = sorted(range(n), key=lambda i: (-scores[i], i))[:top_k]
+    counts = gates(g, taken, zeros, "enter" in p)
+    tilted = [TILT] + [0.0] * (n - 1)
+    start = gates(softmax(tilted), sorted(range(n), key=lambda i: (-tilted[i], i))[:top_k], zeros, "enter" in p)
     out = torch.zeros_like(x)
     for i in taken:
         kind = i - 1 - zeros
         if i == 0:
-            out = out + g[0] / softmax([TILT] + [0.0] * (n - 1))[0] * ffn(x)
+            out = out + counts[0] / start[0] * ffn(x)
         elif kind >= copies:
             c = kind - copies
             a1, a2 = softmax([dot(p["mix"][2 * c], x), dot(p["mix"][2 * c + 1], x)])
-            out = out + g[i] * p["scale"][kind] * (a1 * x + a2 * p["vectors"][c])
+            out = out + counts[i] * p["scale"][kind] * (a1 * x + a2 * p["vectors"][c])
         elif kind >= 0:
-            out = out + g[i] * p["scale"][kind] * x
+            out = out + counts[i] * p["scale"][kind] * x
     return out, scores, g, taken
 
 
@@ -127,6 +140,9 @@ MODELS = [
     pytest.param((9, 6), {"copies": 0, "constants": 0}, "left", id="a zero alone"),
     pytest.param((9, 6), {"top_k": 9}, "left", id="every expert"),
     pytest.param((9, 6), {"residual": False}, "left", id="without residuals"),
+    pytest.param((9, 6), {"zeros": 3, "top_k": 2}, "left", id="many zeros, nothing but them"),
+    pytest.param((12,), {"gate": "paper"}, "left", id="version 1"),
+    pytest.param((17, 12, 5), {"gate": "paper", "constants": 3, "copies": 2}, "left", id="version 1, padded"),
 ]
 
 

@@ -21,6 +21,7 @@ CASES = {
     "more units than there are": ({"truncation": 99}, (700.0,), 1, (3,)),
     "two vectors, one anchor": ({"tokens": 2, "time_anchors": 1}, (20.0, 1000.0), 2, (2, 4)),
     "a fixed length": ({"norm": 3.0}, (20.0, 1000.0), 1, (2, 4)),
+    "the concept alone has the length": ({"lengths": "apart"}, (20.0, 1000.0), 1, (2, 4)),
     "no bypass": ({"alpha": 0.0}, (20.0,), 1, (4,)),
     "one unit in each layer": ({"hidden": 1, "frequencies": 1}, (20.0,), 1, (4,)),
 }
@@ -46,7 +47,8 @@ def naive(p, config, time, layer, prompt):
     vectors = []
     for k in range(config.tokens):
         u, v = out[k * D : (k + 1) * D], out[(config.tokens + k) * D : (config.tokens + k + 1) * D]
-        concept = length * u / u.norm()
+        whole = torch.cat([u, v]) if config.lengths == "joint" else u
+        concept = length * u / whole.norm()
         vectors.append(concept + config.alpha * concept.norm() * v / v.norm())
     return torch.stack(vectors)
 

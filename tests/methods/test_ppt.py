@@ -61,8 +61,8 @@ def bipartite(keys, prefix, real, r):
     """Pairs (source, destination): every second token is a source, each goes to its most alike destination, the r most alike of them."""
     mean = [sum(keys[head][token] for head in range(len(keys))) / len(keys) for token in range(real)]
     cosine = lambda i, j: float(mean[i] @ mean[j]) / math.sqrt(float(mean[i] @ mean[i]) * float(mean[j] @ mean[j]))
-    sources = [token for token in range(prefix, real) if (token - prefix) % 2 == 0]
-    destinations = [token for token in range(prefix, real) if (token - prefix) % 2 == 1]
+    sources = [token for token in range(prefix, real) if token % 2 == 0]
+    destinations = [token for token in range(prefix, real) if token % 2 == 1]
     edges = [max((cosine(i, j), -j, i) for j in destinations) for i in sources] if destinations else []
     return [(i, -j) for _, j, i in sorted(edges, key=lambda edge: (-edge[0], edge[2]))[:r]]
 

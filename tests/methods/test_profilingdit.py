@@ -13,14 +13,15 @@ from hf_tokens.testing import zoo
 from hf_tokens.tools.measure import TokenCounts
 
 
-def naive_schedule(steps, start, longest, shortest):
+def naive_schedule(steps, start, longest, shortest, reference=None):
     """The steps that are computed: all up to s0, then every T_s, T_s = T_max - (T_max - T_min) (s - s0) / (S - s0).
 
-    T_s is that of the last step that was computed; s0 = start * S.
+    T_s is that of the last step that was computed; s0 = start * S. Where T is meant for `reference` steps, it grows with their number.
     """
     s0, computed = start * steps, [0]
     for s in range(1, steps):
         interval = longest - (longest - shortest) * min(1, max(0, (computed[-1] - s0) / (steps - s0))) if s0 < steps else 1
+        interval *= 1 if reference is None else steps / reference
         if s <= s0 or s - computed[-1] >= math.floor(interval + 1e-9):
             computed.append(s)
     return computed
@@ -73,23 +74,27 @@ def naive_foreground(noise, grid):
     return set(sides[0])
 
 
-# share computed whole, T_max, T_min, steps -> steps that are computed
+# share computed whole, T_max, T_min, steps, the number that T is meant for -> steps that are computed
 SCHEDULES = {
-    "the authors' list, nearly": (0.12, 12, 2, 50, [*range(7), 18, 27, 34, 39, 43, 46, 48]),
-    "every step": (0.2, 1, 1, 6, [0, 1, 2, 3, 4, 5]),
-    "never again": (0.0, 99, 99, 6, [0]),
-    "all whole": (1.0, 12, 2, 6, [0, 1, 2, 3, 4, 5]),
-    "the same interval": (0.25, 3, 3, 12, [0, 1, 2, 3, 6, 9]),
-    "one step": (0.12, 12, 2, 1, [0]),
+    "20 steps": (0.12, 12, 2, 20, 50, [0, 1, 2, 6, 9, 12, 14, 16, 17, 18, 19]),
+    "20 steps as if they were 50": (0.12, 12, 2, 20, None, [0, 1, 2, 14, 19]),
+    "100 steps": (0.12, 12, 2, 100, 50, [*range(13), 36, 54, 68, 79, 87, 93, 98]),
+    "the authors' list, nearly": (0.12, 12, 2, 50, 50, [*range(7), 18, 27, 34, 39, 43, 46, 48]),
+    "every step": (0.2, 1, 1, 6, None, [0, 1, 2, 3, 4, 5]),
+    "never again": (0.0, 99, 99, 6, None, [0]),
+    "all whole": (1.0, 12, 2, 6, None, [0, 1, 2, 3, 4, 5]),
+    "the same interval": (0.25, 3, 3, 12, None, [0, 1, 2, 3, 6, 9]),
+    "one step": (0.12, 12, 2, 1, None, [0]),
 }
 
 
 @pytest.mark.parametrize("case", SCHEDULES)
 @pytest.mark.parametrize("told", [True, False], ids=["told", "by the timestep"])
 def test_steps_that_are_computed(case, told):
-    start, longest, shortest, steps, want = SCHEDULES[case]
-    assert naive_schedule(steps, start, longest, shortest) == want
-    model = get_token_model(denoiser("dit"), ProfilingDiTConfig(background=(1,), start=start, max_interval=longest, min_interval=shortest))
+    start, longest, shortest, steps, reference, want = SCHEDULES[case]
+    assert naive_schedule(steps, start, longest, shortest, reference) == want
+    knobs = dict(start=start, max_interval=longest, min_interval=shortest, intervals="of 50" if reference else "steps")
+    model = get_token_model(denoiser("dit"), ProfilingDiTConfig(background=(1,), **knobs))
     call, inner, computed = calls("dit", 1)[0], model.base_model.model, []
     counts = TokenCounts()
     for step in range(steps):
@@ -108,7 +113,7 @@ def test_steps_that_are_computed(case, told):
 def test_denoiser_is_the_loop(kind):
     run, count = calls(kind, 7), len(blocks(denoiser(kind)))
     background = (1, 2) if kind == "unet" else (0, 1, count - 1)
-    knobs = ProfilingDiTConfig(background=background, start=0.2, max_interval=3, min_interval=2)
+    knobs = ProfilingDiTConfig(background=background, start=0.2, max_interval=3, min_interval=2, intervals="steps")
     computed = [0, 1, 4, 6]
     assert [s for s in naive_schedule(8, 0.2, 3, 2) if s < 7] == computed
     model = get_token_model(denoiser(kind), knobs)
@@ -251,7 +256,7 @@ def test_off_zero_and_out():
     run, model = calls("flux", 3), denoiser("flux")
     base, attributes = sampled(model, run), set(vars(model))
     assert torch.equal(sampled(get_token_model(denoiser("flux"), ProfilingDiTConfig().at_zero()), run), base)
-    surgery = get_token_model(model, "profilingdit")
+    surgery = get_token_model(model, ProfilingDiTConfig(intervals="steps"))
     changed = sampled(surgery, run)
     assert not torch.allclose(changed, base)
     with surgery.disable_adapter():

@@ -52,8 +52,8 @@ def head_scores(attention, period):
 def retrieval_heads(scores, echo, induction):
     """The heads of the highest scores, of the scores of all heads in the order of their numbers."""
     heads = range(len(scores))
-    by_echo = sorted(heads, key=lambda i: -scores[i][0])[: math.ceil(echo * len(scores))]
-    by_induction = sorted(heads, key=lambda i: -scores[i][1])[: math.ceil(induction * len(scores))]
+    by_echo = sorted(heads, key=lambda i: -scores[i][0])[: round(echo * len(scores))]
+    by_induction = sorted(heads, key=lambda i: -scores[i][1])[: round(induction * len(scores))]
     return sorted({*by_echo, *by_induction})
 
 

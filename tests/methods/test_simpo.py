@@ -10,14 +10,17 @@ import torch
 from hf_tokens_adapters.objective.simpo import SimPO
 from tolerances import close
 
-from hf_tokens import SimPOConfig, UnsupportedError, get_token_model
+from hf_tokens import ConfigError, SimPOConfig, UnsupportedError, get_token_model
 
 
-def naive(chosen, rejected, beta, gamma):
+def naive(chosen, rejected, beta, gamma, loss_type="sigmoid", label_smoothing=0.0):
     """The loss of one pair, given the log-probabilities of each answer's tokens."""
     reward = lambda logps: beta / len(logps) * sum(logps)
     margin = reward(chosen) - reward(rejected) - gamma
-    return math.log1p(math.exp(-margin)) if margin > 0 else math.log1p(math.exp(margin)) - margin
+    if loss_type == "hinge":
+        return max(0.0, 1 - margin)
+    wins = lambda x: math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x)) - x
+    return (1 - label_smoothing) * wins(margin) + label_smoothing * wins(-margin)
 
 
 CASES = [
@@ -28,10 +31,12 @@ CASES = [
     ([3], [0], 2.0, 1.0),
     ([4, 0, 3, 2], [2, 5, 0, 3], 2.0, 1.0),
 ]
+KNOBS = [{}, {"label_smoothing": 0.2}, {"loss_type": "hinge"}, {"sft_weight": 0.3}]
 
 
+@pytest.mark.parametrize("knobs", KNOBS)
 @pytest.mark.parametrize(("chosen", "rejected", "beta", "gamma"), CASES)
-def test_matches_the_paper(chosen, rejected, beta, gamma):
+def test_matches_the_paper(chosen, rejected, beta, gamma, knobs):
     lengths, n = [*chosen, *rejected], max(*chosen, *rejected) + 2
     targets = torch.full((len(lengths), n), -100)
     for row, length in zip(targets, lengths, strict=True):
@@ -40,10 +45,13 @@ def test_matches_the_paper(chosen, rejected, beta, gamma):
     told = [row[wanted != -100].tolist() for row, wanted in zip(logps, targets, strict=True)]
     pairs = zip(told[: len(chosen)], told[len(chosen) :], strict=True)
     whole = [(c, r) for c, r in pairs if c and r]
-    expected = sum(naive(c, r, beta, gamma) for c, r in whole) / max(1, len(whole))
+    of_pair = {name: value for name, value in knobs.items() if name != "sft_weight"}
+    expected = sum(naive(c, r, beta, gamma, **of_pair) for c, r in whole) / max(1, len(whole))
+    own = [logp for row in told[: len(chosen)] for logp in row]
+    expected -= knobs.get("sft_weight", 0) * sum(own) / len(own)
     empty = [i for i, pair in enumerate(zip(chosen, rejected, strict=True)) if 0 in pair]
     with pytest.warns(UserWarning, match=re.escape(f"such as {empty} of a batch")) if empty else contextlib.nullcontext():
-        value = SimPO(SimPOConfig(beta=beta, gamma=gamma), None).loss(logps=logps, labels=targets)
+        value = SimPO(SimPOConfig(beta=beta, gamma=gamma, **knobs), None).loss(logps=logps, labels=targets)
     close(value, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -61,9 +69,14 @@ def test_in_a_whole_model(training):
             hidden = block(hidden)[0]
         logps = by_hand.lm_head(base, hidden).log_softmax(-1)
         told.append([logps[i, tokens[i + 1]].item() for i in range(prompt - 1, len(tokens) - 1)])
-    expected = sum(naive(told[i], told[2 + i], 2.0, 1.0) for i in range(2)) / 2
+    expected = sum(naive(told[i], told[2 + i], 2.0, 0.5) for i in range(2)) / 2
     model = get_token_model(base, SimPOConfig()).train(training)
     close(model(ids, attention_mask=mask, labels=labels).loss, torch.tensor(expected))
+
+
+def test_a_hinge_is_not_smoothed():
+    with pytest.raises(ConfigError, match="label_smoothing is for the loss_type 'sigmoid', got 0.1 for 'hinge'. Leave one"):
+        get_token_model(by_hand.gpt2(), SimPOConfig(loss_type="hinge", label_smoothing=0.1))
 
 
 def test_half_a_pair_is_refused():

@@ -170,6 +170,13 @@ def tuned(layers, config, **kwargs):
     return model, base, banks
 
 
+def unit(layer):
+    """A block's summaries laid end to end, with the length 1."""
+    joined = torch.cat([p.double() for p in layer])
+    size = math.sqrt(sum(float(v) ** 2 for v in joined))
+    return [joined / size]
+
+
 def naive_logits(base, banks, hidden, valid, combine, class_index=0):
     """W_1 on the class token behind the final norm, and W_2 on all summaries."""
     last, summaries = naive(base.vit.layers, hidden, [bank.prompt.detach() for bank in banks], 2, valid)
@@ -179,14 +186,15 @@ def naive_logits(base, banks, hidden, valid, combine, class_index=0):
         summaries = [[sum(w * p for w, p in zip(bank.mix, layer, strict=True))] for bank, layer in zip(banks, summaries, strict=True)]
     weight = torch.cat([bank.weight.detach() for bank in banks], dim=1)
     class_token = layer_norm(base.vit.layernorm, last[class_index])
-    return linear(base.classifier, class_token) + weight @ naive_features(torch.empty(0), summaries)
+    read = [unit(layer) for layer in summaries] if banks[0].config.normalise else summaries
+    return linear(base.classifier, class_token) + weight @ naive_features(torch.empty(0), read)
 
 
 @pytest.mark.parametrize("combine", ["concat", "mean", "weighted"])
 @pytest.mark.parametrize("case", [name for name, row in CASES.items() if row[1]])
 def test_model_equals_naive(case, combine):
     n, queries, layers, valid, _ = CASES[case]
-    model, base, banks = tuned(layers, VQTConfig(tokens=queries, combine=combine))
+    model, base, banks = tuned(layers, VQTConfig(tokens=queries, combine=combine, normalise=queries != 3))
     for bank in banks if combine == "weighted" else ():
         torch.nn.init.normal_(bank.mix)
     torch.manual_seed(1)
@@ -256,7 +264,7 @@ def test_gradients_stay_out_of_the_frozen_stream(reentrant):
     for block, bank, p, hidden in zip(base.vit.layers, banks, queries, inputs, strict=True):
         block.eval().requires_grad_(False)
         summary = torch.stack([block_with_hidden_keys(type(block).forward.__get__(block), row, p, None)[1] for row in hidden])
-        total = total + summary.flatten(1) @ bank.weight.detach().T
+        total = total + summary.flatten(1) / summary.flatten(1).norm(dim=1, keepdim=True) @ bank.weight.detach().T
     total.square().sum().backward()
     for bank, p in zip(banks, queries, strict=True):
         torch.testing.assert_close(bank.prompt.grad, p.grad, rtol=1e-9, atol=1e-9)

@@ -7,6 +7,7 @@ Maths:   scores s_ij of head i as in SnapKV;  m_i = how many of the k B highest 
 Differs: the heads of a block hold k C entries exactly: what rounding down leaves goes to the largest fractions, where the release cuts
          alpha B and rounds each b_i (762 entries for 768, measured on 8 heads). Entries are stored once for each key head, by
          the mean of its query heads, before the pooling: the release with its `gqa_support`. A later prompt is compressed again.
+         With `scorer="stack"` it divides what the compressors beside it keep, by their scores, while they decode too.
 Checked: FFY0/AdaKV@efe4e2ee, head sizes of AdaptiveSnapKVCluster, with and without `gqa_support`, and scores of what it keeps: largest
          difference 0 in scores, 1 entry in a head's size (rounding).
 
@@ -30,26 +31,33 @@ from hf_tokens import CacheCompressor, MethodConfig, allowance, check_capacity, 
 class AdaKVConfig(MethodConfig):
     capacity: int = option(1024, ge=1, size=True, help="Entries that a head keeps, on average over its block, the window among them.")
     budget: float | None = option(None, gt=0, le=1, zero=1.0, help="Share of the tokens seen, in the place of `capacity`.")
-    alpha: float = option(0.2, ge=0, le=1, help="Part of its budget that each head has whatever its scores (paper: alpha).")
+    alpha: float = option(0.2, ge=0, le=1, zero=1.0, help="Part of its budget that each head has whatever its scores (paper: alpha).")
     window: int = option(32, ge=1, size=True, help="Newest tokens, whose queries look and which stay.")
     kernel: int = option(7, ge=1, help="Neighbours over which scores are pooled.")
     pooling: str = option("max", choices=("max", "average"), help="How they are pooled.")
+    scorer: str = option("window", choices=("window", "stack"), help="Whose scores: its own, or those of the compressors beside it.")
 
 
 @register("ada-kv", AdaKVConfig)
 class AdaKV(CacheCompressor):
     chunks = False
+    by_head = True
+    divides_others = property(lambda self: self.config.scorer == "stack")
+    ignores = property(lambda self: ("scores",) if self.divides_others else ())
 
     @classmethod
     def check(cls, config: AdaKVConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
-        check_capacity(config, config.capacity, config.budget, config.window)
+        if config.scorer == "window":
+            check_capacity(config, config.capacity, config.budget, config.window)
 
-    def score(self, scores: object, mask: Tensor, positions: Tensor, newer: Tensor, budget: Tensor) -> Tensor:
+    def score(self, scores: object | None, mask: Tensor, positions: Tensor, newer: Tensor, budget: Tensor) -> Tensor:
         c = self.config
+        if scores is None:  # what others keep is divided, and nothing goes by its own
+            return -newer.double()
         return protect(observed(scores, mask, newer, c.window, c.kernel, c.pooling), positions, newer, budget, newest=c.window)
 
     def budget(self, length: int, seen: int) -> int:
-        return allowance(length, seen, self.config.capacity, self.config.budget)
+        return length if self.divides_others else allowance(length, seen, self.config.capacity, self.config.budget)
 
     def divide(self, scores: Tensor, budgets: Tensor) -> Tensor:
         always, there = scores.isposinf().sum(dim=-1), scores.isfinite()

@@ -10,8 +10,8 @@ Differs: `rule="paper"` is the paper's text: Var over all heads, by its mean ove
          has above all its tokens goes to the others. Each key head has a threshold of its own and scores, keeps and merges for itself;
          the release compares the mean over heads of what they drop in the same order. It compresses behind the first token, ours
          behind the prompt. In models of fewer than four blocks all are compressed.
-Checked: AIoT-MLSys-Lab/D2O@12c99d8a, `D2O_LayerKVCache` behind a prompt of 36 tokens and twelve more, two equal heads: largest
-         difference 2.2e-16; the layer shares by reading.
+Checked: AIoT-MLSys-Lab/D2O@12c99d8a, `D2O_LayerKVCache` behind a prompt of 36 tokens and twelve more, two equal
+         heads: largest difference 2.2e-16; the layer shares by reading.
 
 >>> from hf_tokens import D2OConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

@@ -9,8 +9,9 @@ Differs: each entry of a key head also holds the number of its group, 32 bits: a
          float16. A constant group is exact, where the release divides by 0. Groups count from a row's first real token, or from the
          first entry that a compressor in front left; the scales of a group stay until its last entry goes. Another turn of several
          tokens rounds as many times R as wait. 1 to 8 bits.
-Checked: jy-yuan/KIVI@876b4d2d, quant_and_pack_kcache and _vcache with their unpacking, 2 and 4 bits, three shapes: codes, scales and least
-         values equal; what is read differs by 9e-16 in float64, 4e-3 in float16 (one rounding fewer). The residual's rule by reading.
+Checked: jy-yuan/KIVI@876b4d2d, quant_and_pack_kcache and _vcache with their unpacking, 2 and 4 bits, three shapes: largest difference
+         0 in codes, scales and least values, in what is read 9e-16 in float64 and 4e-3 in float16 (one rounding fewer). The
+         residual's rule by reading.
 
 >>> from hf_tokens import KIVIConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

@@ -34,6 +34,7 @@ class KVzipConfig(MethodConfig):
     sinks: int = option(
         4, ge=0, help="First tokens of the context, which stay and are looked at in each pass (release: the system prompt)."
     )
+    newest: int = option(0, ge=0, help="Newest tokens of the context that stay as well; the release has none.")
     repeat: tuple[int, ...] = option((), ge=0, help="Ids in front of the first part, that ask for the context again.")
     resume: tuple[int, ...] = option((), ge=0, help="Ids in front of the others, that ask for a part by its beginning.")
     suffix: int = option(8, ge=0, help="Tokens of the part before that stand behind those.")
@@ -54,9 +55,11 @@ class KVzip(CacheCompressor):
 
     def score(self, scores: object, positions: Tensor, recited: Tensor, reciting: Tensor) -> Tensor:
         first = (positions >= 0) & (positions < self.config.sinks)
+        last = positions.masked_fill(reciting, -1).amax(dim=-1, keepdim=True)
+        stays = first | (positions > last - self.config.newest) & ~reciting
         seen = scores.columns(reduce="max", among=first | recited | reciting)  # b h n
         best = seen.unflatten(1, (self.dims.kv_heads, -1)).amax(dim=2)
-        return best.masked_fill(first if first.dim() == 3 else first[:, None], torch.inf)
+        return best.masked_fill(stays if stays.dim() == 3 else stays[:, None], torch.inf)
 
     def budget(self, length: int, seen: int) -> int:
         return length

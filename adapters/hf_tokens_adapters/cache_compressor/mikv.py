@@ -7,6 +7,8 @@ Maths:   what a heavy-hitter policy would evict is rounded, token by token in gr
          divided by it, b_c = sqrt(max_t |q_t,c| / max_t |k_t,c|) over the prompt, so that q k stays what it is
 Differs: the balancer divides the keys when they are read, instead of the queries; under grouped attention it takes the largest query of
          the group. What went to few bits stays there. Groups are half a head, the policy is H2O, importance 20 % where the paper varies it.
+Checked: no public code found (2026-11-29); the paper leaves open the share of the newest tokens in its policy, the importance ratio of a
+         model and the width of a group.
 
 >>> from hf_tokens import MiKVConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

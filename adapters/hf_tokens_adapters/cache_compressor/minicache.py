@@ -7,6 +7,8 @@ Maths:   for the states x of a token in the layers l-1 and l, at the angle W:
 Differs: d is the larger one of the key's and the value's, d_min and d_max are those of the prompt, both for each key head and row.
          Layers make a pair with the next one whose attention reaches as far: a sliding one with a sliding one. The paper quantises what it
          merged in its best results; here it is not.
+Checked: no public code found (2026-11-29); the paper leaves open whether d is of keys or values, and over what its least and most are
+         taken.
 
 >>> from hf_tokens import MiniCacheConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

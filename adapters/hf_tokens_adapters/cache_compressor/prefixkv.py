@@ -112,7 +112,7 @@ class PrefixKV(CacheCompressor):
     def observe(self, scores: object, mask: Tensor, positions: Tensor, record: dict, prefill: bool) -> Tensor | None:
         if not prefill:
             return None
-        record["prompt"] = torch.where(mask, positions, -1).amax(dim=-1, keepdim=True)
+        record["prompt"] = torch.where(mask, positions, -1).flatten(1).amax(dim=1)  # b
         record.pop("place", None)
         return self.examine(scores, positions, mask) if self.config.online else None
 
@@ -124,9 +124,10 @@ class PrefixKV(CacheCompressor):
             return torch.where(newer >= c.distance, newer, 2 * mask.shape[-1] - newer).double()
         place = mask.cumsum(dim=-1) - 1
         if "place" not in record:
-            size = (mask & (positions <= record["prompt"])).sum(dim=-1, keepdim=True)
+            size = (mask & (positions <= record["prompt"].view(-1, *[1] * (mask.dim() - 1)))).sum(dim=-1, keepdim=True)
             record["place"] = torch.where(size > c.distance, size - c.distance, size // 2)
-        return torch.where(place >= record["place"], place, 3 * mask.shape[-1] - place).double()
+        fixed = record["place"] if record["place"].dim() == mask.dim() else record["place"][:, None]  # heads may come to differ
+        return torch.where(place >= fixed, place, 3 * mask.shape[-1] - place).double()
 
     def budget(self, length: int, seen: int) -> int:
         c, dims = self.config, self.dims

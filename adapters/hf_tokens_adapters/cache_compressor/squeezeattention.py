@@ -8,8 +8,9 @@ Differs: k-means is solved exactly (it is one-dimensional), for each row of the 
          counts those of the prompt, so a layer grows while it decodes. What a layer has above all its tokens goes to the others, so
          that the bytes are those of b (0.25 held 0.18); `surplus="lost"` keeps none of it, the release fills it later. The paper
          takes the best of three policies for each model, and p from 0.3 to 0.4; the release has a window and sinks.
-Checked: hetailang/SqueezeAttention@a1933d18, scikit-learn's k-means and the release's budgets, 60 draws of 32 numbers: largest
-         difference 5.6e-17 in the 30 where its single start ends at the best clustering; sinks and window by reading.
+Checked: hetailang/SqueezeAttention@a1933d18, scikit-learn's k-means and the release's budgets, 60 draws of 32
+         numbers: largest difference 5.6e-17 where k-means finds the best clustering, as it did 30 times with the release's one start;
+         sinks and window by reading.
 
 >>> from hf_tokens import SqueezeAttentionConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

@@ -7,6 +7,10 @@ Maths:   m_i = |n_t,i - n_t0,i| of the noise n;  clusters: k-means of (row / h, 
 Differs: n_t is that of the step before. beta = 3/4, 20 clusters and w_n follow the authors' code, where the paper as we could read it is
          open; the turns among clusters are ours. Each sample and each half of guidance chooses for itself. Keys and values are those of
          this step, and so is the noise of the other tokens, from what was kept; the paper keeps all three.
+Checked: ada-cheng/CAT-Pruning@3b88889e, by reading: largest difference in which changed tokens are chosen: theirs, k-means of another
+         library for one picture of 64 x 64, goes by the conditional half alone and takes 0.15, 0.1 and 0.05 n alpha of the three clusters
+         that changed most, then 0.05 n alpha of each, from the second on with half as many stale ones, until a quarter is full; the stale
+         three quarters may hold the same tokens again, so that fewer than n alpha are computed.
 
 >>> import torch
 >>> from hf_tokens import CATPruningConfig, get_token_model, measure

@@ -2,16 +2,20 @@
 
 Paper:   Model Reveals What to Cache: Profiling-Based Feature Reuse for Video Diffusion Models (Ma et al., ICCV 2025), arXiv:2504.03140
 Maths:   a_i = 1/N sum_j A_ij;  R = |{i in fg: a_i > h}| / |fg|;  B = {blocks with R < tau};  D_i = h_out - h_in of block i in B
-         s > s0:  every T_s steps all is computed,  else h := h + D_i in B;  T_s = T_max - (T_max - T_min) (s - s0) / (S - s0)
+         s > s0:  every T_s S / 50 steps all is computed,  else h := h + D_i in B;  T_s = T_max - (T_max - T_min) (s - s0) / (S - s0)
 Differs: fg is the side of the noise's first principal component that touches the border less, split where the variance between the two
          is largest; the paper asks SAM 2. h and tau, which it does not give, are the mean of a and the median of R. Until calibrated, B
-         is all blocks but the first and the last. T_s is that of the step last computed; the defaults fit the authors' list of steps.
+         is all blocks but the first and the last. T_s is that of the step last computed; the defaults fit the authors' list, 6, 18, 26,
+         32, 38, 42, 46 and 48 of 50 steps, nearly: 18, 27, 34, 39, 43, 46 and 48. They have no other number of steps; here the intervals
+         grow and shrink with it, as at 20 of them there would be 11 stale ones in a row. Theirs adds D over a run of blocks at once.
+Checked: GeekGuru123/ProfilingDiT@a9b21bcc, by reading, the steps computed of its 50: largest difference 4 steps (34 for its 38); its
+         function of steps is a list in the code, and the profiling that finds blocks and s0 is not in it.
 
 >>> import torch
 >>> from hf_tokens import ProfilingDiTConfig, calibrate, get_token_model, measure
 >>> from hf_tokens.testing import zoo
 >>> specimen = zoo.build("diffusers/SD3Transformer2DModel")
->>> model = get_token_model(specimen.model, ProfilingDiTConfig())
+>>> model = get_token_model(specimen.model, ProfilingDiTConfig(intervals="steps"))
 >>> steps = [{**specimen.inputs, "timestep": torch.tensor([t, t])} for t in (900, 700, 500, 300, 100)]
 >>> len(calibrate(model, steps)["default.0"]["background"])
 2
@@ -30,6 +34,8 @@ from torch import Tensor
 
 from hf_tokens import ConfigError, Dims, FeatureCache, MethodConfig, UnsupportedError, option, register
 
+STEPS = 50  # of the authors' runs
+
 
 @dataclass(frozen=True)
 class ProfilingDiTConfig(MethodConfig):
@@ -39,6 +45,9 @@ class ProfilingDiTConfig(MethodConfig):
     start: float = option(0.12, ge=0, le=1, help="Share of the denoising that is computed whole (s0 / S), as calibration finds it.")
     max_interval: int = option(12, ge=1, help="Steps from one computation to the next at the start (T_max).")
     min_interval: int = option(2, ge=1, help="Steps from one computation to the next at the end (T_min).")
+    intervals: str = option(
+        "of 50", choices=("of 50", "steps"), was={1: "steps"}, help="of 50: the intervals are shares of a run, as of one of 50 steps."
+    )
     high: float = option(1.0, ge=0, help="Attention that a token must exceed to count as high (h), in means of all tokens.")
     threshold: float | None = option(None, ge=0, le=1, help="Blocks with less of the foreground are background (tau). None: the median.")
     stable: float = option(0.5, ge=0, le=1, help="The noise has settled once it changes this little, in units of its largest change.")
@@ -69,7 +78,7 @@ def foreground(noise: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.where(torch.where(touching == 0, smaller, touching < 0), side, ~side)
 
 
-@register("profilingdit", ProfilingDiTConfig)
+@register("profilingdit", ProfilingDiTConfig, version=2)
 class ProfilingDiT(FeatureCache):
     site = "block"
 
@@ -86,25 +95,27 @@ class ProfilingDiT(FeatureCache):
         known, dims = self.config.background, self.dims
         return 0 < dims.place < dims.places - 1 if known is None else dims.place in known
 
-    def reuse(self, hidden: Tensor, step: int, elapsed: float | None, memory: dict) -> Tensor | None:
+    def reuse(self, hidden: Tensor, step: int, steps: int | None, elapsed: float | None, memory: dict) -> Tensor | None:
         if not self.reused:
             return None
         if elapsed is None:
             rule = "ProfilingDiT needs to know how far the denoising is"
             raise UnsupportedError(f"{rule}, got a model without a timestep. Tell the steps by `cache_context`.")
         if memory.get("step") != step:
-            memory.update(step=step, computes=self.due(step, elapsed, *memory.get("last", (0, 0.0))))
+            memory.update(step=step, computes=self.due(step, elapsed, *memory.get("last", (0, 0.0)), steps))
             if memory["computes"]:
                 memory["last"] = step, elapsed
         return None if memory["computes"] else torch.zeros(len(hidden), 0, dtype=torch.long, device=hidden.device)
 
-    def due(self, step: int, elapsed: float, last: int, at: float) -> bool:
+    def due(self, step: int, elapsed: float, last: int, at: float, steps: int | None) -> bool:
         """Whether all is computed at this step, given the step that was last and how far the denoising was then."""
         config = self.config
         if elapsed <= config.start:
             return True
         passed = min(1.0, max(0.0, (at - config.start) / (1 - config.start)))
         interval = config.max_interval - (config.max_interval - config.min_interval) * passed
+        if config.intervals == "of 50":
+            interval *= (steps or step / elapsed) / STEPS if elapsed else 1
         return step - last >= math.floor(interval + 1e-9)
 
     def examine(

@@ -8,6 +8,8 @@ Differs: y* comes as a column `hf_tokens_targets` of the batch, the runs of each
          the model's own; without that column the routers learn from the latter, straight through. A second run has a KV cache of its
          own. The first prompt decides for all that follows in its cache; without a cache each pass is routed anew. `threshold` is ours.
          `search_path` finds y*. As in the paper, routers that are not trained route at random.
+Checked: parameterlab/dr-llm@14e88373, `RouterBlock` on the windows' means in float64: largest difference 1.1e-3 of 11, as its gelu is the
+         tanh's; windows by reading.
 
 >>> import torch
 >>> from hf_tokens import DrLLMConfig, get_token_model, measure

@@ -6,6 +6,8 @@ Differs: beta stands for beta T w(t), which the paper takes for constant; square
          how the paper's 2000 (Stable Diffusion 1.5) and 5000 (SDXL) are meant. The target may be noise, velocity or flow. The frozen
          copy is the same denoiser without the adapter. Winners come first in the batch, their losers behind, with the same noise and
          timesteps. It has nothing to train by itself: put it beside a LoRA, `[LoraConfig(...), DiffusionDPOConfig()]`.
+Checked: SalesforceAIResearch/DiffusionDPO@5233e759, the loss of its training step in float64, beta of 3 to 5000:
+         largest difference 0.0; the frozen copy is a second network there.
 
 >>> import math, torch
 >>> from peft import LoraConfig

@@ -8,6 +8,8 @@ Differs: the encoder is the model that the adapter sits in, which an adapter nam
          authors' code numbers the groups 0, 1, 2. The block of the pooled queries runs the tokens too, whose output no one reads. The
          vectors come in the place of `last_hidden_state`, zeros behind those of a shorter text; `embed_prompt` puts them into a decoder's
          prompt. Labels `hf_tokens_targets` (b) ask for <Rec> where they are 1. Several decoders take an adapter each.
+Checked: kyutai-labs/ARC-Encoder@3e04c971, groups and pooled queries of 1 to 40 tokens by 2, 4 and 8:
+         largest difference 5.1e-08, for it averages by a matrix in float32; the layer behind them and the projector by reading alone.
 
 >>> import torch
 >>> from transformers import LlamaConfig, LlamaModel

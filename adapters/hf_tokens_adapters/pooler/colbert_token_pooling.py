@@ -8,6 +8,8 @@ Differs: Ward's linkage takes the squared Euclidean distances 2 - 2 cos of the u
          of the matrix 1 - cos; groups are means of the vectors as the model returns them, which is the paper's mean where they have length
          one. They stand in `last_hidden_state` in the order of their first member, zeros behind those of a shorter text: a vector is there
          where `vectors.any(-1)`. What the model itself makes of its tokens, such as `pooler_output`, is made of all of them.
+Checked: stanford-futuredata/ColBERT@501c29d9, pooled vectors of 30 documents of 17 to 46 tokens in float64, its linkage given the vectors:
+         largest difference 2.6e-16; by its own distances, rows of 1 - cos, as many groups, of which 159 of 362 are the same.
 
 >>> import torch
 >>> from transformers import BertConfig, BertModel

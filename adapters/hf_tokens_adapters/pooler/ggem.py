@@ -4,6 +4,7 @@ Paper:   Group Generalized Mean Pooling for Vision Transformer (Ko et al., 2022)
 Maths:   y_c = (1/N sum_i x_ic^p_g)^(1 / p_g) for each channel c of group g, over the N patch tokens
 Differs: values below `eps` count as `eps`, as in every GeM, since a power of a negative number is none; the exponents start at 3, as is
          usual for GeM. Special tokens in front are left out, as in the paper; a token that stands for several counts as many times.
+Checked: no public code found (2026-11-29); what the paper leaves open: where the exponents start, and the least value of an activation.
 
 >>> from hf_tokens import GGeMConfig, get_token_model
 >>> from hf_tokens.testing import zoo

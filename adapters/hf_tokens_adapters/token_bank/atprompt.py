@@ -7,6 +7,8 @@ Differs: the prompt holds all of it, with `placeholder` where a learnable token 
          the text and in front of the class). The search over attributes is the caller's: an adapter with one ATPrompt for each candidate,
          shortest first, reads the prompts of all of them at once, and the caller weighs their texts by softmax(alpha). Fresh tokens
          of inner blocks are free, where MaPLe shares them with the picture.
+Checked: zhengli97/ATPrompt@86980a10, `PromptLearner` of coop_atp by reading: largest difference 0 of the order of the tokens and of their
+         starts, N(0, 0.01^2) in front of attributes and N(0, 0.02^2) in front of the class.
 
 >>> from hf_tokens import ATPromptConfig, ATPrompt, get_token_model
 >>> from hf_tokens.testing import zoo

@@ -7,6 +7,8 @@ Maths:   X = [e(c_1) + delta_1] .. [e(c_k) + delta_k] [query];  after each step 
 Differs: the context stands in the prompt itself, where it is in-context learning, and is found there by `ids`; its labels are the
          caller's, -100 but at label tokens. The projection is written back at the next forward of training, as in PEFT, whose numbers
          these are: with the same context, outputs, loss and updates agree with `peft.CPTConfig`.
+Checked: no public code found (2026-11-29); tsachiblau/CPT holds a description alone. The authors' CPTConfig in PEFT gives the same
+         outputs, loss and updates: tests/methods/test_cpt.py runs it.
 
 >>> from hf_tokens import CPTConfig, get_token_model
 >>> from hf_tokens.testing import zoo

@@ -5,6 +5,8 @@ Maths:   t_ao = [e(a), e(photo), e(of), theta_a, theta_o],  theta in R^{(|A|+|O|
          of the word w;  p(a, o | x) = softmax over pairs of cos(f(x), g(t_ao)) / tau;  only theta is trained, under attribute dropout
 Differs: a vector takes the place of one token id wherever it stands: a word of several tokens is written by one id of your choice in
          `ids`, with its tokens in `words`. The loss over pairs is yours, by the model's own similarity. Any model of text takes it.
+Checked: BatsResearch/csp@029a4afb, `csp_init` and `construct_token_tensors` by reading: largest difference 0 of the rule and of the start,
+         the mean of a word's embeddings; dropout on all vectors at once, in both.
 
 >>> from hf_tokens import CSPConfig, get_token_model
 >>> from hf_tokens.testing import zoo

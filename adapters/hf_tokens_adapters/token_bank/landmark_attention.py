@@ -5,12 +5,16 @@ Maths:   p_j is the landmark of token j's block;  for query i, S_ij is a softmax
          are one, those of the query's own block and the landmarks p_j of the other blocks are one;  a_ij = S_ij in its own block,
          S_ij * S_i,p_j in another one, 0 for landmarks.  At inference, of the blocks behind the local ones the k with the highest
          S_i,p_j count, the others are not read.
-Differs: a landmark has the place of the token that it follows, as no other token may move, and cached keys keep their places: there is
-         no stingy position mapping, so that a longer context is the base model's own affair. Local are the blocks that begin in the
+Differs: two parts are missing for the unlimited context of the title. The release reads a block at the places just in front of the local
+         ones, whatever its own were (stingy positions); here a landmark has the place of the token that it follows, cached keys keep
+         theirs, and a longer context is the base model's own affair. It moves the keys of old blocks out of the cache, to the CPU, and
+         brings back those that are read; here all keys stay cached. Local are the blocks that begin in the
          last `local` tokens, not those of a chunk of the prompt. Of blocks whose log S_i,p_j agree to three decimals the later is read;
          heads that share their keys choose by the largest of theirs.
          Landmark and weights are trained together in the paper: stack a LoRA. In a prompt each query chooses for itself, so blocks
-         are hidden, not spared; a token that is decoded reads the landmarks and the keys of its blocks only. All keys stay cached.
+         are hidden, not spared; a token that is decoded reads the landmarks and the keys of its blocks only.
+Checked: epfml/landmark-attention@d963e504, `landmark_grouped_softmax` at the queries that are no landmark, 25 tokens in
+         float64: largest difference 3.3e-16; retrieval, positions and cache by reading.
 
 >>> from hf_tokens import LandmarkAttentionConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

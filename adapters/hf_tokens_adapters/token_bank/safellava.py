@@ -6,6 +6,8 @@ Maths:   [visual tokens, s, text] -> language model;  p = softmax(head(h_s)), h_
 Differs: the place (behind the last picture of a prompt), the width of the head, its norm and the weight of its loss are ours: the
          abstract leaves them open. s takes the position of the token before it. `conclusions(model)` has the logits (b c); labels come
          in the column hf_tokens_targets (b), -100 where there is none. The paper trains the model too: stack a LoRA.
+Checked: no public code found (2026-11-29), youngwanLEE/holisafe has the benchmark and answers alone; the place of the token, the head and
+         the weight of its loss are open.
 
 >>> from hf_tokens import SafeLLaVAConfig, conclusions, get_token_model
 >>> from hf_tokens.testing import zoo

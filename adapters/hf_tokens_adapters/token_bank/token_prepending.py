@@ -4,9 +4,12 @@ Paper:   Token Prepending: A Training-Free Approach for Eliciting Better Sentenc
          arXiv:2412.11556
 Maths:   h^0 = [h_1 .. h_{i-1}, pst, h_i .. h_n];  h^l = LLM^l(f(h^{l-1})) with f: h_i := h_n for start <= l <= end;
          the sentence's embedding is h_n^exit
-Differs: pst stands at the place of the token behind it and shifts no position; the paper lets all later tokens move on by one. It is
-         never an existing token's embedding. Blocks behind `exit` do not run, so the model's last hidden state is its final norm of
-         h^exit; h^exit itself is `hidden_states[exit]`, and the embedding is its last real token.
+Differs: pst stands at the place of the token behind it and shifts no position; the paper lets all later tokens move on by one, and the
+         release gives it a row of the vocabulary. Blocks behind `exit` do not run, so the model's last hidden state is its final norm
+         of h^exit; h^exit itself is `hidden_states[exit]`, and the embedding is its last real token. The release counts layers from 0,
+         and its end is the first that gets nothing: its 1 and 7 are 2 and 7 here.
+Checked: fuyuchenIfyw/token_prepending@cc41b586, `LlamaModel` and config.yaml by reading: largest difference 0 of which layers get the
+         state; the positions behind <PST> are one less here.
 
 >>> from hf_tokens import TokenPrependingConfig, get_token_model
 >>> from hf_tokens.testing import zoo
@@ -36,12 +39,12 @@ class TokenPrependingConfig(MethodConfig):
     tokens: int = option(1, ge=0, le=1, zero=0, help="Whether <PST> is inserted.")
     position: int = option(1, ge=0, help="Tokens of each prompt in front of <PST>: those of the template before the text (paper: i* - 1).")
     start: int = option(2, ge=2, help="First layer, counted from 1, whose input gets the last token's state at <PST>.")
-    end: int = option(8, ge=1, help="Last layer that gets it (paper: k); below `start`, none does.")
+    end: int = option(7, ge=1, was={1: 8}, help="Last layer that gets it (paper: k); below `start`, none does.")
     exit: int = option(27, ge=1, le=1000, zero=1000, help="Last layer that runs (paper: M).")
     init: str = option("gaussian", choices=tuple(INITS), help="What the frozen vector of <PST> is drawn from.")
 
 
-@register("token-prepending", TokenPrependingConfig)
+@register("token-prepending", TokenPrependingConfig, version=2)
 class TokenPrepending(TokenBank):
     site = "input"
     kinds = ("text",)

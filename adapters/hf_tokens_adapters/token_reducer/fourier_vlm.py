@@ -5,8 +5,10 @@ Paper:   Fourier-VLM: Compressing Vision Tokens in the Frequency Domain for Larg
 Maths:   F = D_H X D_W^T for the H x W grid X of a picture, D the orthonormal DCT-II;  its first h x w coefficients stay;
          X' = D_h^T F[:h, :w] D_w sqrt(h w / H W)
 Differs: the paper filters the encoder's features in front of the projector and trains the model again; here the projected tokens are
-         filtered, so that any model will do without training. The last factor keeps the mean. A token stands where the first of
-         those it replaces stood: positions of the text do not move. The transform is a product with a small matrix, not an FFT.
+         filtered, so that any model will do without training. The last factor keeps the mean; theirs has none, and its tokens are twice
+         as long where half of each side stays. A token stands where the first of those it replaces stood: positions of the text do not
+         move. The transform is a product with a small matrix, not an FFT.
+Checked: whyisverysmart/Fourier-Compressor@45ab4048, 20 pictures of four shapes, its tokens times the factor: largest difference 2e-14.
 
 >>> from hf_tokens import FourierVLMConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

@@ -9,6 +9,8 @@ Differs: the scores come from the language model's inputs, for it has neither th
          the mean of the picture and the question the mean of the text behind it. One token of a picture stays at least. N(i) are
          neighbours by cosine of the tokens, not of keys. What no centre takes in counts to the nearest one. The mean prefers what is
          common in a picture: a small thing on a plain ground is dropped first, and lost unless the question's mean is near to it.
+Checked: no public code found (2026-11-29), banjiuyufen/RecoverableCompression is named but was not to be had; the paper leaves open the
+         threshold of its outlier factor and how many neighbours a centre takes in.
 
 >>> from hf_tokens import RecoverableCompressionConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

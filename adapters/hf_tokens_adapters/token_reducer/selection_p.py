@@ -10,6 +10,8 @@ Differs: h is the paper's, of the last block, for `layers=(-1,)`: then `compress
          straight through, so that w hears what the token is worth. Their weights are 1 / (100 mean p) for L_LM and 100 for mean p. The
          LoRA that they train beside w is one in the same stack. The first token stays, for attention sinks into it, and the last, which
          tells the next one; a compressed prompt for another model needs neither.
+Checked: no public code found (2026-11-29); the paper leaves open how a gradient of the loss of the text reaches w through the mask, and
+         what is kept at the ends.
 
 >>> from hf_tokens import SelectionPConfig, compress_prompt, get_token_model
 >>> from hf_tokens.testing import zoo

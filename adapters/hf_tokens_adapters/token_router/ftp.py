@@ -8,6 +8,8 @@ Differs: the paper leaves the scale of the factors, the weights and the decay of
          falls with the progress of the training, L_d is relative, so that one weight suits every model. The losses join the model's own.
          b2 starts at 1, so that every token runs at first. A later turn of a chat is routed as a prompt of its own; decoding without a
          cache routes the whole sequence anew at each token. `search_shares` finds `sparsities`: examples/ftp_search.py.
+Checked: no public code found (2026-11-29); the paper leaves open the scale of the router's four factors, the weights of the losses and the
+         decay of the guide.
 
 >>> from hf_tokens import FTPConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

@@ -6,6 +6,8 @@ Maths:   mu_i = w_l x_i + b_l for each vision token i;  x_i + mu_i f_l(x_i) if m
 Differs: the paper's mu has no bias; here b starts at 1 and w near 0, so that what runs at first changes as in the base model. k is
          rounded up; keep = 1 is the base model. A frame is a run of vision tokens that stand side by side, or `frame_tokens` of it, and
          must come in one pass.
+Checked: no public code found (2026-11-29), showlab/videollm-online has no routed blocks; the paper leaves open how the scorer starts and
+         how the number of tokens is rounded.
 
 >>> from hf_tokens import VideoLLMMoDConfig, get_token_model, measure
 >>> from hf_tokens.testing import zoo

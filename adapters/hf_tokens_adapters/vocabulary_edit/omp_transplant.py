@@ -6,6 +6,8 @@ Maths:   r = e;  k times: S := S + argmax_j |<r, a_j>|,  x = argmin_x |e - sum_{
 Differs: an atom is picked by its inner product, not its cosine, as in the authors' program. The coefficients that the donor's embeddings
          give serve the embeddings and the head, unless the donor's head is passed. A token stops when nothing of it is left.
          Tokens are shared by their text, a space in front where a word begins, and special ones by their role too.
+Checked: arcee-ai/mergekit@a6e40288, `batch_omp` and the rows of its code in float64, k from 4 to 64:
+         largest difference 2.4e-15; where nothing of a token is left it goes on, and here the code ends.
 
 >>> import torch
 >>> from hf_tokens import OMPTransplant, OMPTransplantConfig

@@ -67,8 +67,9 @@ def probabilities(q: Tensor, k: Tensor, look: Look, part: slice, end: int, lse: 
         sinks = look.sinks.to(s).view(1, h, 1, 1).expand(*s.shape[:3], 1)
         s = torch.cat([s, sinks], dim=-1)
     p = torch.softmax(s, dim=-1)[..., :end]
-    hides = look.mask is not None or look.query_positions is not None
-    return p.nan_to_num(0.0) if hides else p  # a query that sees nothing gives nothing
+    if look.mask is None and look.query_positions is None:
+        return p
+    return p.masked_fill(s.amax(dim=-1, keepdim=True) == -torch.inf, 0)  # a query that sees nothing gives nothing
 
 
 def lse(q: Tensor, k: Tensor, look: Look) -> Tensor:
