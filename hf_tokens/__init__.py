@@ -15,7 +15,7 @@ PUBLIC = {
     "api": ("aux_loss", "conclusions", "get_token_model", "objective_loss", "set_progress", "unload"),
     "errors": ("AdapterError", "ConfigError", "HFTokensError", "UnsupportedError"),
     "attention.call": ("Attending",),
-    "kv.storage": ("Polar", "Quantized", "angle_between"),
+    "kv.formats": ("Plain", "Polar", "Quantized", "QuantizedTokens", "angle_between"),
     "model.anatomy": ("anatomy",),
     "model.streams": ("Anatomy", "Stream"),
     "peft.config": ("HFTokensConfig",),

@@ -16,9 +16,17 @@ from hf_tokens_adapters.cache_compressor.d2o import (
     D2O,
     D2OConfig,
 )
+from hf_tokens_adapters.cache_compressor.duo_attention import (
+    DuoAttention,
+    DuoAttentionConfig,
+)
 from hf_tokens_adapters.cache_compressor.h2o import (
     H2O,
     H2OConfig,
+)
+from hf_tokens_adapters.cache_compressor.kivi import (
+    KIVI,
+    KIVIConfig,
 )
 from hf_tokens_adapters.cache_compressor.kvzip import (
     KVzip,
@@ -262,9 +270,11 @@ from .errors import (
     HFTokensError,
     UnsupportedError,
 )
-from .kv.storage import (
+from .kv.formats import (
+    Plain,
     Polar,
     Quantized,
+    QuantizedTokens,
     angle_between,
 )
 from .model.anatomy import (
@@ -400,6 +410,8 @@ __all__ = [
     "Dims",
     "DrLLM",
     "DrLLMConfig",
+    "DuoAttention",
+    "DuoAttentionConfig",
     "DynamicTokenPooling",
     "DynamicTokenPoolingConfig",
     "FDT",
@@ -426,6 +438,8 @@ __all__ = [
     "Holding",
     "ImportanceTokenMerge",
     "ImportanceTokenMergeConfig",
+    "KIVI",
+    "KIVIConfig",
     "KVzip",
     "KVzipConfig",
     "LandmarkAttention",
@@ -451,6 +465,7 @@ __all__ = [
     "PPTConfig",
     "PRE",
     "PREConfig",
+    "Plain",
     "Polar",
     "Pooler",
     "PrefixKV",
@@ -462,6 +477,7 @@ __all__ = [
     "PyramidKV",
     "PyramidKVConfig",
     "Quantized",
+    "QuantizedTokens",
     "R2R",
     "R2RConfig",
     "RECE",

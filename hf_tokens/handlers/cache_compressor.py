@@ -13,10 +13,11 @@ from ..engine.results import ModelCall
 from ..engine.run import Site
 from ..engine.supply import ask, cells, counterparts, note_received, real_entries
 from ..errors import UnsupportedError, explain
+from ..kv.formats import Polar
 from ..kv.layer import TokenCacheLayer
 from ..kv.ranking import highest, kept_places, lowest
-from ..kv.storage import Part, Polar
-from ..roles.cache_compressor import CacheCompressor, Folded
+from ..kv.storage import Part
+from ..roles.cache_compressor import CacheCompressor, Folded, Holding
 from ..roles.signals import OF_THE_CACHE, SCORED
 from ..tokens.altered import altered
 from ..tokens.entries import alike
@@ -339,7 +340,9 @@ def put_away(method: CacheCompressor, site: Site) -> None:
     layer, holding = site.layer, ask(method, site, "hold")
     if holding is None:
         return
-    if holding.kept is not None:
+    if holding.early is not None:
+        put_early(site, holding)
+    elif holding.kept is not None:
         layer.hold(site.stays, *holding.kept)
     if not bool(site.goes.any()):
         return
@@ -348,6 +351,15 @@ def put_away(method: CacheCompressor, site: Site) -> None:
         return
     layer.hold(site.goes, holding.keys, holding.values, None if holding.scale is None else holding.scale[:, :, None])
     note_beyond(layer, site.goes)
+
+
+def put_early(site: Site, holding: Holding) -> None:
+    """Store entries in the formats of those that are kept, wherever they are going."""
+    layer = site.layer
+    if bool(holding.early.any()):
+        origins, early = alike(layer.origins, holding.early)
+        note_change(site, origins.masked_fill(~early, layer.seen))
+        layer.hold(holding.early, *holding.kept)
 
 
 def note_beyond(layer: TokenCacheLayer, where: Tensor) -> None:

@@ -12,8 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
 from ..tokens.entries import Arrival, Record, Stored, alike, append, bring, cells_of, pick_entries
+from .formats import KVFormat
 from .states import KVStates
-from .storage import Change, KVFormat
+from .storage import Change
 
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from ..tokens.entries import cells_of, pick_entries
 from ..tokens.token_map import indices
-from .storage import BOTH, FEW, Change, KVFormats, Part, Plain, attend, dense, filled_parts, put, read
+from .formats import Plain
+from .storage import BOTH, FEW, Change, KVFormats, Part, Tables, attend, common_tables, dense, filled_parts, put, read, sweep
 
 FIRST_CAPACITY = 64
 Pair = tuple[Tensor, Tensor]
@@ -156,6 +157,7 @@ class KVStates:
         self._unpacked = None
         if self.parts is not None:
             self.parts = filled_parts([part.settle(part.cells[..., place]) for part in self.parts])
+            sweep(self.parts)
         else:
             self._pair, self._buffers, self.slots = tuple(t[:, :, place].clone() for t in self.ordered()), None, None
 
@@ -181,6 +183,7 @@ class KVStates:
             picked = [pick_entries(part.cells, index) for part in self.parts]
             picked = picked if filler is None else [cells.masked_fill(filler, -1) for cells in picked]
             self.parts = filled_parts([part.settle(cells) for part, cells in zip(self.parts, picked, strict=True)])
+            sweep(self.parts)
         elif in_place and self._buffers is not None and self.length - index.shape[-1] <= FEW:
             self._fill_up(index, others(index, self.length) if gone is None else gone)
         else:
@@ -243,9 +246,22 @@ class KVStates:
         known = next((part for part in self.parts or () if part.forms == formats), None)
         if known is not None:
             where, scale = where & ~known.where, known.scale
+        tables = common_tables(self.parts or [], formats, self._pair)
+        if scale is None:
+            where = self._move_parts(where, formats, tables)
         index = indices(where)
         chosen = where.gather(-1, index)
-        self.add_part(Part.of(tuple(t[chosen] for t in self.pick(index)), where, formats, scale), filled)
+        self.add_part(Part.of(tuple(t[chosen] for t in self.pick(index)), where, formats, scale, tables), filled)
+
+    def _move_parts(self, where: Tensor, formats: KVFormats, tables: Tables) -> Tensor:
+        """Move entries of `where` whose keys or values are packed in these formats already; returns the others."""
+        for part in self.parts or ():
+            packed = any(a == b and not isinstance(a, Plain) for a, b in zip(part.forms, formats, strict=True))
+            moved = where & part.where
+            if packed and part.scale is None and part.forms != formats and bool(moved.any()):
+                self.add_part(part.moved(moved, formats, tables), None)
+                where = where & ~moved
+        return where
 
     def map_rows(self, change: Change) -> None:
         """Change the batch by a function of any tensor (b ...)."""
@@ -253,6 +269,7 @@ class KVStates:
         self._pair, self._buffers = tuple(change(t) for t in self._pair), None
         self.slots = None if self.slots is None else change(self.slots)
         self.parts = None if self.parts is None else [part.change_rows(change) for part in self.parts]
+        sweep(self.parts or [])
 
     def move(self, device: torch.device) -> None:
         """Lie on a device."""

@@ -1,4 +1,4 @@
-"""How entries of a cache are stored: formats that pack rows of keys or values, and the parts of a layer that are in such a format."""
+"""Where entries of a cache lie: the parts of a layer, each with keys in one format and values in one."""
 
 from __future__ import annotations
 
@@ -7,121 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hf_tokens_kernels import Rounded, merge_attention, pack, packed_attention, ragged_attention, unpack
+from hf_tokens_kernels import merge_attention, packed_attention, ragged_attention
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
+
+from .formats import GroupTable, KVFormat, Packed, Plain, Polar, QuantizedTokens, Shared, pick_rows, raw
 
 Change = Callable[[Tensor], Tensor]
 FEW = 4  # entries of a row whose places are filled up as they leave; where more do, the others close up
 ROOM = 16  # cells of a row and key head that are kept free, at least
 
-
-class Shared:
-    """A tensor that the parts of several layers hold: what they all do to it is done once, and they go on sharing it."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-        self._last: tuple[Tensor | torch.device, Shared | None, Shared] | None = None  # the last index or device, `more`, and the result
-
-    def pick_rows(self, index: Tensor, more: Shared | None = None) -> Shared:
-        """The rows of an index, in this one with `more` behind it."""
-        if self._last is not None and self._last[1] is more and isinstance(self._last[0], Tensor) and torch.equal(self._last[0], index):
-            return self._last[2]
-        rows = self.tensor if more is None else torch.cat([self.tensor, more.tensor])
-        self._last = index, more, Shared(rows[index])
-        return self._last[2]
-
-    def to(self, device: torch.device) -> Shared:
-        """The same on a device."""
-        if self._last is None or not isinstance(self._last[0], torch.device) or self._last[0] != device:
-            self._last = device, None, Shared(self.tensor.to(device))
-        return self._last[2]
-
-
-Packed = tuple[Tensor | Shared, ...]
-
-
-def pick_rows(x: Tensor | Shared, index: Tensor, more: Tensor | Shared | None = None) -> Tensor | Shared:
-    """Rows of something packed, with `more` rows behind it."""
-    if isinstance(x, Shared):
-        return x.pick_rows(index, more)
-    return x[index] if more is None else torch.cat([x, more])[index]
-
-
-def raw(x: Tensor | Shared) -> Tensor:
-    """The tensor behind something packed."""
-    return x.tensor if isinstance(x, Shared) else x
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Rows as they are."""
-
-    def pack(self, rows: Tensor) -> Packed:
-        """Rows (r e) to what is stored of them, each tensor with a row for each."""
-        return (rows,)
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """What is stored, as rows (r e)."""
-        return rows
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Rows rounded to integers of a few bits, with a scale and a least value for each group of channels.
-
-    Attributes:
-        bits: Bits of an integer, at most 8; several share a byte.
-        width: Channels of a row.
-        group: Channels of a group; the last one may be smaller.
-    """
-
-    bits: int
-    width: int
-    group: int
-
-    def pack(self, rows: Tensor) -> Packed:
-        """Rows (r e) to bytes (r m), scales and least values (r g)."""
-        return pack(rows, self.bits, self.group)
-
-    def unpack(self, packed: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-        """The rows, each within half a scale of what it was."""
-        return unpack(packed, scale, low, self.bits, self.group, self.width)
-
-
-@dataclass(frozen=True)
-class Polar:
-    """Rows of two layers as one direction for both, on the great circle between theirs, and a norm for each.
-
-    Attributes:
-        toward: Where on the way from the lower layer's direction to the upper one's, in [0, 1].
-    """
-
-    toward: float
-
-    def pack_pair(self, lower: Tensor, upper: Tensor) -> tuple[Packed, Packed]:
-        """Rows (r e) of both layers to what is stored in each."""
-        a, b = normalize(lower, dim=-1), normalize(upper, dim=-1)
-        angle = angle_between(a, b)[..., None]
-        sine, t = angle.sin(), self.toward
-        straight = sine < 1e-6  # alike, or opposite: there is no one great circle
-        safe = torch.where(straight, 1, sine)
-        mixed = torch.where(straight, (1 - t) * a + t * b, (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / safe)
-        shared = Shared(mixed)
-        return (shared, lower.norm(dim=-1, keepdim=True)), (shared, upper.norm(dim=-1, keepdim=True))
-
-    def unpack(self, direction: Tensor, norm: Tensor) -> Tensor:
-        """The rows of one layer."""
-        return direction * norm
-
-
-def angle_between(a: Tensor, b: Tensor) -> Tensor:
-    """The angle of unit vectors (... e), exact also where it is small."""
-    return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
-
-
-KVFormat = Plain | Quantized | Polar
 KVFormats = tuple[KVFormat, KVFormat]
+Tables = tuple[GroupTable | None, GroupTable | None]
 BOTH = 0, 1  # keys and values
 
 
@@ -139,6 +36,7 @@ class Part:
         starts, lengths, ends: Where the cells of a row and key head begin, how many there are, and where its room ends, (b k).
         count: How many cells there are in all.
         scale: Factor on each channel of the keys that were packed, (b k 1 e), or None.
+        tables: Scales of groups of keys and of values, where a format packs several rows together; all parts of a layer share them.
     """
 
     cells: Tensor
@@ -149,21 +47,33 @@ class Part:
     ends: Tensor
     count: int
     scale: Tensor | None = None
+    tables: Tables = (None, None)
 
     @classmethod
-    def of(cls, rows: tuple[Tensor, Tensor], where: Tensor, forms: KVFormats, scale: Tensor | None = None) -> Part:
+    def of(
+        cls, rows: tuple[Tensor, Tensor], where: Tensor, forms: KVFormats, scale: Tensor | None = None, tables: Tables = (None, None)
+    ) -> Part:
         """Pack keys and values (r e) of the entries of `where` (b k n)."""
-        return cls.tight(where, forms, pack_rows(rows, where, forms, scale), scale)
+        states = scaled(rows[0], where, scale), rows[1]
+        packed = tuple(pack_rows(form, x, where, table) for form, x, table in zip(forms, states, tables, strict=True))
+        return cls.tight(where, forms, packed, scale, tables)
 
     @classmethod
-    def tight(cls, where: Tensor, forms: KVFormats, packed: tuple[Packed, Packed], scale: Tensor | None = None) -> Part:
+    def tight(
+        cls,
+        where: Tensor,
+        forms: KVFormats,
+        packed: tuple[Packed, Packed],
+        scale: Tensor | None = None,
+        tables: Tables = (None, None),
+    ) -> Part:
         """A part without room, its cells in the order of the entries of `where` (b k n)."""
         lengths = where.sum(dim=-1)
         ends = lengths.flatten().cumsum(0).view_as(lengths)
         cells = torch.full(where.shape, -1, dtype=torch.long, device=where.device)
         count = len(raw(packed[0][0]))
         cells[where] = torch.arange(count, device=where.device)
-        return cls(cells, forms, packed, ends - lengths, lengths, ends, count, scale)
+        return cls(cells, forms, packed, ends - lengths, lengths, ends, count, scale, tables)
 
     @property
     def where(self) -> Tensor:
@@ -173,13 +83,15 @@ class Part:
     @property
     def fixed(self) -> bool:
         """Whether it must not be changed in place."""
-        return any(isinstance(x, Shared) or x.requires_grad for states in self.packed for x in states)
+        shared = any(isinstance(x, Shared) or x.requires_grad for states in self.packed for x in states)
+        return shared or any(table is not None and table.fixed for table in self.tables)
 
     def rows(self, which: int, cells: Tensor) -> Tensor:
         """Keys (0) or values (1) of cells (b k r) that are not -1, as they are read, (r e)."""
         where = cells >= 0
         index = cells[where]
-        rows = self.forms[which].unpack(*(raw(x)[index] for x in self.packed[which]))
+        table = self.tables[which]
+        rows = self.forms[which].unpack(*(raw(x)[index] for x in self.packed[which]), *(() if table is None else (table,)))
         if which or self.scale is None:
             return rows
         b, k, _ = where.nonzero(as_tuple=True)
@@ -190,10 +102,33 @@ class Part:
         where = cells >= 0
         if not bool(where.any()):
             return
-        packed = pack_rows((keys[where], values[where]), where, self.forms, self.scale)
+        states = scaled(keys[where], where, self.scale), values[where]
+        packed = tuple(self._packed_again(which, rows, cells[where]) for which, rows in enumerate(states))
         copy = torch.Tensor.index_copy if self.fixed or any(t.requires_grad for t in (keys, values)) else torch.Tensor.index_copy_
         both = zip(self.packed, packed, strict=True)
         self.packed = tuple(tuple(copy(x, 0, cells[where], new) for x, new in zip(*pair, strict=True)) for pair in both)
+
+    def _packed_again(self, which: int, rows: Tensor, cells: Tensor) -> Packed:
+        """Other keys (0) or values (1) (r e) of cells (r), packed; those of a group keep its scale."""
+        form, table = self.forms[which], self.tables[which]
+        return form.pack(rows) if table is None else form.repack(rows, self.packed[which][1][cells], table)
+
+    def moved(self, where: Tensor, forms: KVFormats, tables: Tables) -> Part:
+        """Some of its entries (b k n) as a part in other formats; what is in them already is not packed again."""
+        cells = self.cells.masked_fill(~where, -1)
+        index = cells[where]
+        packed = tuple(
+            tuple(pick_rows(x, index) for x in self.packed[which])
+            if forms[which] == self.forms[which]
+            else pack_rows(forms[which], self.rows(which, cells), where, tables[which])
+            for which in BOTH
+        )
+        return Part.tight(where, forms, packed, self.scale, tables)
+
+    def unpacked(self) -> Part:
+        """The same entries as they are read."""
+        forms = Plain(), Plain()
+        return self if self.forms == forms else Part.of(tuple(self.rows(which, self.cells) for which in BOTH), self.where, forms)
 
     def grow(self, m: int) -> None:
         """Count m entries more, which are in other parts."""
@@ -217,7 +152,9 @@ class Part:
         """A part without room of those of its cells that are not -1, (b k n)."""
         where = cells >= 0
         index = cells[where]
-        return Part.tight(where, self.forms, tuple(tuple(pick_rows(x, index) for x in states) for states in self.packed), scale)
+        return Part.tight(
+            where, self.forms, tuple(tuple(pick_rows(x, index) for x in states) for states in self.packed), scale, self.tables
+        )
 
     def _fill_up(self, cells: Tensor, gone: Tensor, most: int) -> None:
         """Let the last cells of each row and key head move to where those lie that leave; the others stay where they are."""
@@ -238,7 +175,12 @@ class Part:
     @property
     def readable(self) -> bool:
         """Whether an attention can read it as it is packed."""
-        return not self.fixed and all(isinstance(form, type(self.forms[0])) and not isinstance(form, Polar) for form in self.forms)
+        return not self.fixed and not any(isinstance(form, Polar) for form in self.forms)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether keys or values alone are packed."""
+        return any(isinstance(form, Plain) for form in self.forms) and self.forms[0] != self.forms[1]
 
     def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, ...]:
         """What queries (b h 1 e) read in this part, the log of their sums of exponentials, and by `scores` those of the cells (h/k c).
@@ -254,7 +196,8 @@ class Part:
             q = q / self.scale.repeat_interleave(q.shape[1] // self.scale.shape[1], dim=1)
         if isinstance(self.forms[0], Plain):
             return ragged_attention(q, self.packed[0][0], self.packed[1][0], sizes=cells, **where)
-        packed = (Rounded(*x, form.bits, form.group, form.width) for x, form in zip(self.packed, self.forms, strict=True))
+        both = zip(self.packed, self.forms, self.tables, strict=True)
+        packed = (form.rounded(*x) if table is None else form.rounded(*x, table) for x, form, table in both)
         return packed_attention(q, *packed, sizes=cells, **where)
 
     def _by_cell(self, x: Tensor) -> Tensor:
@@ -281,7 +224,7 @@ class Part:
             index = cells[where]
             both = zip(self.packed, other.packed, strict=True)
             packed = tuple(tuple(pick_rows(x, index, more) for x, more in zip(*pair, strict=True)) for pair in both)
-            return Part.tight(where, self.forms, packed, self.scale)
+            return Part.tight(where, self.forms, packed, self.scale, self.tables)
         if bool((self.lengths + other.lengths > self.ends - self.starts).any()):
             self._make_room(self.lengths + other.lengths)
         spots = (self.starts + self.lengths)[..., None] + new.cumsum(dim=-1) - 1
@@ -310,27 +253,72 @@ class Part:
         """The part on a device."""
         packed = tuple(tuple(x.to(device) for x in states) for states in self.packed)
         where = (x.to(device) for x in (self.starts, self.lengths, self.ends))
-        return Part(self.cells.to(device), self.forms, packed, *where, self.count, None if self.scale is None else self.scale.to(device))
+        scale = None if self.scale is None else self.scale.to(device)
+        for table in self._tables():
+            table.move(device)
+        return Part(self.cells.to(device), self.forms, packed, *where, self.count, scale, self.tables)
+
+    def _tables(self) -> list[GroupTable]:
+        return [table for table in self.tables if table is not None]
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is stored, without the room."""
         yield from (x.tensor if isinstance(x, Shared) else x[: self.count] for states in self.packed for x in states)
         yield from () if self.scale is None else (self.scale,)
+        yield from (t for table in self._tables() for t in (table.scale, table.low))
 
 
-def pack_rows(rows: tuple[Tensor, Tensor], where: Tensor, forms: KVFormats, scale: Tensor | None) -> tuple[Packed, Packed]:
-    """Keys, times a scale (b k 1 e) if there is one, and values (r e) of the entries of `where` (b k n), packed."""
-    keys, values = rows
-    if scale is not None:
-        b, k, _ = where.nonzero(as_tuple=True)
-        keys = keys * scale[b, k, 0]
-    return forms[0].pack(keys), forms[1].pack(values)
+def scaled(keys: Tensor, where: Tensor, scale: Tensor | None) -> Tensor:
+    """Keys (r e) of the entries of `where` (b k n), times a scale (b k 1 e) if there is one."""
+    if scale is None:
+        return keys
+    b, k, _ = where.nonzero(as_tuple=True)
+    return keys * scale[b, k, 0]
+
+
+def pack_rows(form: KVFormat, rows: Tensor, where: Tensor, table: GroupTable | None) -> Packed:
+    """Keys or values (r e) of the entries of `where` (b k n), packed."""
+    return form.pack(rows) if table is None else form.pack(rows, where, table)
+
+
+def common_tables(parts: list[Part], forms: KVFormats, like: tuple[Tensor, Tensor]) -> Tables:
+    """The tables of formats that pack several rows together: those that the parts have, or new ones."""
+
+    def table(which: int) -> GroupTable | None:
+        form = forms[which]
+        if not isinstance(form, QuantizedTokens):
+            return None
+        known = (part.tables[which] for part in parts if part.forms[which] == form)
+        return next(known, None) or GroupTable(like[which], form.width)
+
+    return table(0), table(1)
+
+
+def sweep(parts: list[Part]) -> None:
+    """Let the scales of groups go that no entry is in any more."""
+    for which in BOTH:
+        grouped = [part for part in parts if part.tables[which] is not None]
+        tables = {id(part.tables[which]): part.tables[which] for part in grouped}
+        for table in tables.values():
+            sharing = [part for part in grouped if part.tables[which] is table]
+            stays = torch.zeros(len(table.scale), dtype=torch.bool, device=table.scale.device)
+            for part in sharing:
+                stays[part.packed[which][1][part.cells[part.where], 0].long()] = True
+            if bool(stays.all()):
+                continue
+            place = stays.cumsum(0).int() - 1
+            for part in sharing:
+                cells, (codes, number) = part.cells[part.where], part.packed[which]
+                renamed = codes, number.index_copy(0, cells, place[number[cells].long()])
+                part.packed = (renamed, part.packed[1]) if which == 0 else (part.packed[0], renamed)
+            table.keep(stays)
 
 
 def attend(
     parts: list[Part], q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any
 ) -> tuple[Tensor, Tensor | None]:
     """What queries (b h 1 e) read of parts (b h 1 f), and if it `weighs` the probability of each entry, (b k n), where it lies."""
+    parts = [part.unpacked() if part.mixed else part for part in parts]
     read = [part.attend(q, sizes, scores=weighs, **shape) for part in parts]
     out = merge_attention([some[:2] for some in read], sinks)
     if not weighs:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from ..errors import ConfigError, UnsupportedError, explain
-from ..kv.storage import KVFormat
+from ..kv.formats import KVFormat
 from ..tokens.entries import alike
 from ..tokens.token_map import indices
 from .base import Method
@@ -40,12 +40,14 @@ class Holding(NamedTuple):
         keys, values: Formats of the entries beyond the budget.
         scale: Factor on each channel of the keys, (b k e), before they are packed; they are divided by it when they are read. Or None.
         kept: Formats of the keys and values that stay; None leaves them as they are.
+        early: Entries that are put into the formats `kept` before any others are stored, (b k n) bool; None: those that stay.
     """
 
     keys: KVFormat
     values: KVFormat
     scale: Tensor | None = None
     kept: tuple[KVFormat, KVFormat] | None = None
+    early: Tensor | None = None
 
 
 class CacheCompressor(Method):

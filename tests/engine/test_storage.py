@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from hf_tokens import (
     CacheCompressor,
     ConfigError,
+    KIVIConfig,
     MethodConfig,
     MiKVConfig,
     Polar,
@@ -25,8 +26,8 @@ from hf_tokens import (
     register,
 )
 from hf_tokens.engine.tap import AttentionTap
+from hf_tokens.kv.formats import GroupTable, Plain, QuantizedTokens
 from hf_tokens.kv.layer import TokenCacheLayer
-from hf_tokens.kv.storage import Plain
 from hf_tokens.model.arguments import realign
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import CACHE, zoo
@@ -35,6 +36,7 @@ from hf_tokens.tokens.ledger import TokenLedger
 
 B, K, E = 2, 3, 6
 FORM = Quantized(bits=3, width=E, group=4)
+ALONG = QuantizedTokens(bits=3, width=E, group=2)
 
 
 def states(n, seed):
@@ -54,26 +56,39 @@ def through(form, x):
     return form.unpack(*form.pack(x.reshape(-1, E))).view_as(x)
 
 
+def rounded(form, x, where):
+    """Keys or values (b k n e), those of `where` as they come back."""
+    if form == FORM:
+        return torch.where(where[..., None], through(form, x), x)
+    out, table = x.clone(), GroupTable(x, E)
+    out[where] = form.unpack(*form.pack(x[where], where, table), table)
+    return out
+
+
 class Twin:
     """A layer with packed parts beside one that holds the same in full: what was packed is rounded there."""
 
-    def __init__(self):
+    def __init__(self, keys=FORM):
         self.packed, self.full = TokenCacheLayer(), TokenCacheLayer()
-        self.done = None  # cells that are rounded already
+        self.keys = keys
 
     def both(self, change):
         for layer in (self.packed, self.full):
             change(layer)
 
-    def hold(self, seed):
+    def hold(self, seed, early=False):
+        """Round keys, and unless `early` the values too, of half of the entries."""
         where = torch.rand(self.full.keys.shape[:3], generator=torch.Generator().manual_seed(seed)) < 0.5
-        self.packed.hold(where, FORM, FORM)
-        keys, values = self.full.keys, self.full.values
-        done = self.full.record.entries.get("done", torch.zeros_like(where))
-        new = (where & ~done.bool())[..., None]
-        self.full.rewrite(torch.where(new, through(FORM, keys), keys), torch.where(new, through(FORM, values), values), None)
+        books = self.full.record.entries
+        done, all_done = (books.get(name, torch.zeros_like(where)).bool() for name in ("keys done", "done"))
+        filled = torch.ones_like(where) if self.full.filled is None else self.full.filled
+        where = where & (filled if filled.dim() == 3 else filled[:, None]) & ~(all_done & early)
+        self.packed.hold(where, self.keys, Plain() if early else FORM)
+        values = self.full.values if early else rounded(FORM, self.full.values, where & ~all_done)
+        self.full.rewrite(rounded(self.keys, self.full.keys, where & ~done), values, None)
         for layer in (self.packed, self.full):
-            layer.record.entries["done"] = done.bool() | where
+            layer.record.entries["keys done"] = done | where
+            layer.record.entries["done"] = all_done | (where & (not early))
 
     def check(self):
         a, b = self.packed, self.full
@@ -86,6 +101,15 @@ class Twin:
         close(a.values[there], b.values[there], "values")
         for name, value in a.record.entries.items():
             assert torch.equal(value, b.record.entries[name])
+        self.check_tables()
+
+    def check_tables(self):
+        """No scales are held of groups of which no entry is left."""
+        grouped = [part for part in self.packed.kv.parts or () if part.tables[0] is not None and part.count]
+        numbers = [part.packed[0][1][part.cells[part.where]] for part in grouped]
+        if grouped:
+            assert len({id(part.tables[0]) for part in grouped}) == 1
+            assert torch.cat(numbers).unique().tolist() == list(range(len(grouped[0].tables[0].scale)))
 
 
 def keep(layer, seed, per_head):
@@ -99,6 +123,7 @@ def keep(layer, seed, per_head):
 STEPS = {
     "arrive": lambda twin, seed: twin.both(lambda layer: arrive(layer, 1 + seed % 3, seed)),
     "hold": lambda twin, seed: twin.hold(seed),
+    "hold keys": lambda twin, seed: twin.hold(seed, early=True),
     "keep": lambda twin, seed: twin.both(lambda layer: keep(layer, seed, False)),
     "keep per head": lambda twin, seed: twin.both(lambda layer: keep(layer, seed, True)),
     "crop": lambda twin, seed: twin.both(lambda layer: layer.crop(-(seed % 2))),
@@ -110,10 +135,11 @@ STEPS = {
 }
 
 
-@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9)), max_size=8))
+@pytest.mark.parametrize("keys", [FORM, ALONG], ids=["by token", "by channel"])
+@given(steps=st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9)), max_size=8))
 @settings(max_examples=60, deadline=None)
-def test_a_packed_layer_is_the_layer_of_what_it_packed(steps):
-    twin = Twin()
+def test_a_packed_layer_is_the_layer_of_what_it_packed(keys, steps):
+    twin = Twin(keys)
     STEPS["arrive"](twin, 5)
     STEPS["hold"](twin, 1)
     for name, seed in steps:
@@ -186,9 +212,10 @@ def read_by(model, ids, mask, monkeypatch, itself):
     [
         (MiKVConfig(importance=0.3, bits=4), {"packed_attention", "ragged_attention"}),
         (MiKVConfig(importance=0.3, high_bits=8), {"packed_attention", "ragged_attention"}),
+        (KIVIConfig(group=2, residual=4), {"packed_attention", "ragged_attention"}),
         (RazorAttentionConfig(sinks=1, compression=4.0, heads=(0, 3)), {"ragged_attention"}),
     ],
-    ids=["few bits", "few and more bits", "heads of different lengths"],
+    ids=["few bits", "few and more bits", "keys by channel", "heads of different lengths"],
 )
 def test_decoding_reads_a_cache_where_it_lies(family, config, operations, monkeypatch):
     specimen = zoo.build(family)

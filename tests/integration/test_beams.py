@@ -6,6 +6,7 @@ from by_hand import batch, gpt2
 
 from hf_tokens import (
     D2OConfig,
+    KIVIConfig,
     LandmarkAttentionConfig,
     MiKVConfig,
     MiniCacheConfig,
@@ -19,6 +20,7 @@ CASES = [
     D2OConfig(budget=0.5),
     RazorAttentionConfig(sinks=1, heads=(0, 5)),
     MiKVConfig(importance=0.3),
+    KIVIConfig(group=2, residual=2),
     MiniCacheConfig(layers=(0, 1, 2, 3)),
     PrefixKVConfig(budget=0.5, distance=2),
     PrefixKVConfig(budget=0.5, online=True, distance=2),

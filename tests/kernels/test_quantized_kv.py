@@ -5,7 +5,20 @@ import math
 
 import pytest
 import torch
-from hf_tokens_kernels import Coded, Rounded, decode, encode, pack, pack_bits, packed_attention, ragged_attention, unpack, unpack_bits
+from hf_tokens_kernels import (
+    Coded,
+    Rounded,
+    decode,
+    encode,
+    pack,
+    pack_along,
+    pack_bits,
+    packed_attention,
+    ragged_attention,
+    round_rows,
+    unpack,
+    unpack_bits,
+)
 from hf_tokens_kernels.quantized_kv import reference
 from largest import Largest
 from tolerances import close
@@ -24,6 +37,12 @@ def cells(lengths, widths, device="cpu", dtype=torch.float32, seed=0):
 
 def rounded(rows, bits, group):
     return Rounded(*pack(rows, bits, group), bits, group, rows.shape[1])
+
+
+def rounded_along(rows, bits, group):
+    """Groups of rows that lie one behind the other, numbered from the last one on."""
+    index = torch.arange(len(rows), device=rows.device).flip(0) // group
+    return Rounded(*pack_along(rows, index, bits), bits, 1, rows.shape[1], index.int())
 
 
 def coded(rows, channels, many, seed=0):
@@ -53,7 +72,29 @@ def test_a_row_is_rounded_to_the_nearest_of_its_steps(bits, group, width):
         assert read[row, first : first + group].tolist() == pytest.approx(want, abs=1e-12)
 
 
+@pytest.mark.parametrize(("bits", "width"), [(2, 8), (4, 13), (1, 1), (8, 3)])
+def test_a_channel_is_rounded_to_the_nearest_step_of_its_group_of_rows(bits, width):
+    rows, index = (
+        torch.randn(9, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.tensor([0, 2, 2, 0, 1, 2, 0, 2, 0]),
+    )
+    read = Rounded(*pack_along(rows, index, bits), bits, 1, width, index).rows(slice(None))
+    for group, channel in itertools.product(range(3), range(width)):
+        part = rows[index == group, channel].tolist()
+        low, step = min(part), (max(part) - min(part)) / (2**bits - 1)
+        steps = [low + i * step for i in range(2**bits)]
+        want = [min(steps, key=lambda s, x=x: abs(s - x)) for x in part]
+        assert read[index == group, channel].tolist() == pytest.approx(want, abs=1e-12)
+
+
+def test_what_lies_beyond_given_scales_goes_to_their_ends():
+    rows, low, scale = torch.tensor([[-3.0, 0.2, 9.0]]), torch.zeros(1, 3), torch.ones(1, 3)
+    assert unpack(round_rows(rows, scale, low, 2, 1), scale, low, 2, 1, 3).tolist() == [[0.0, 0.0, 3.0]]
+
+
 def test_no_rows_and_rows_of_one_value():
+    empty = torch.zeros(0, dtype=torch.long)
+    assert [len(x) for x in pack_along(torch.empty(0, 6), empty, 3)] == [0, 0, 0]
     assert unpack(*pack(torch.empty(0, 6), 3, 4), 3, 4, 6).shape == (0, 6)
     rows = torch.full((2, 6), 0.7)
     assert torch.equal(unpack(*pack(rows, 3, 4), 3, 4, 6), rows)
@@ -77,6 +118,8 @@ FORMS = {  # of keys and of values, by the width of a row
     "2 bits": (lambda x: rounded(x, 2, 32), lambda x: rounded(x, 2, 32)),
     "4 and 8 bits": (lambda x: rounded(x, 4, 16), lambda x: rounded(x, 8, 64)),
     "7 and 3 bits, small groups": (lambda x: rounded(x, 7, 5), lambda x: rounded(x, 3, 7)),
+    "2 bits along the cells": (lambda x: rounded_along(x, 2, 32), lambda x: rounded(x, 2, 32)),
+    "3 bits along the cells, both": (lambda x: rounded_along(x, 3, 5), lambda x: rounded_along(x, 3, 7)),
     "codebooks": (lambda x: coded(x, 4, 256), lambda x: coded(x, 2, 11)),
     "codes and bits": (lambda x: coded(x, 8, 200), lambda x: rounded(x, 1, 40)),
 }

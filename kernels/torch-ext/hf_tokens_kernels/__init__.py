@@ -6,7 +6,19 @@ from .dispatch import Choice, backend, choose, picks
 from .farthest_points import farthest_points
 from .low_pass import low_pass
 from .pooling import pool_max, pool_power, pool_softmax
-from .quantized_kv import Coded, Rounded, decode, encode, pack, pack_bits, packed_attention, unpack, unpack_bits
+from .quantized_kv import (
+    Coded,
+    Rounded,
+    decode,
+    encode,
+    pack,
+    pack_along,
+    pack_bits,
+    packed_attention,
+    round_rows,
+    unpack,
+    unpack_bits,
+)
 from .ragged_attention import merge_attention, ragged_attention
 from .routed import routed_gather, routed_scatter
 from .similarity_match import match
@@ -33,6 +45,7 @@ __all__ = [
     "merge",
     "merge_attention",
     "pack",
+    "pack_along",
     "pack_bits",
     "packed_attention",
     "picks",
@@ -40,6 +53,7 @@ __all__ = [
     "pool_power",
     "pool_softmax",
     "ragged_attention",
+    "round_rows",
     "routed_gather",
     "routed_scatter",
     "take_rows",

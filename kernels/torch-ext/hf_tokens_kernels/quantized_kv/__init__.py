@@ -8,9 +8,22 @@ from ..dispatch import choose
 from ..ragged_attention import check, refuses, scores_of
 from . import reference
 from .bits import pack_bits, unpack_bits
-from .forms import Coded, Packed, Rounded, decode, encode, pack, unpack
+from .forms import Coded, Packed, Rounded, decode, encode, pack, pack_along, round_rows, unpack
 
-__all__ = ["Coded", "Packed", "Rounded", "decode", "encode", "pack", "pack_bits", "packed_attention", "unpack", "unpack_bits"]
+__all__ = [
+    "Coded",
+    "Packed",
+    "Rounded",
+    "decode",
+    "encode",
+    "pack",
+    "pack_along",
+    "pack_bits",
+    "packed_attention",
+    "round_rows",
+    "unpack",
+    "unpack_bits",
+]
 
 
 def packed_attention(

@@ -20,10 +20,11 @@ class Rounded:
 
     Attributes:
         codes: Their bytes, (c w).
-        scale, low: Of each group of channels, (c g): a row is code * scale + low.
+        scale, low: Of each group of channels, (c g): a row is code * scale + low. Or (t g), which several cells share.
         bits: Bits of an integer.
         group: Channels of a group; the last one may be smaller.
         width: Channels of a row.
+        index: Which row of the scales and least values is that of each cell, (c); None if each has its own.
     """
 
     codes: Tensor
@@ -32,14 +33,16 @@ class Rounded:
     bits: int
     group: int
     width: int
+    index: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What is stored."""
-        return self.codes, self.scale, self.low
+        return (self.codes, self.scale, self.low, *(() if self.index is None else (self.index,)))
 
     def rows(self, cells: slice) -> Tensor:
         """Some of the cells, as they are read."""
-        return unpack(self.codes[cells], self.scale[cells], self.low[cells], self.bits, self.group, self.width)
+        at = cells if self.index is None else self.index[cells].long()
+        return unpack(self.codes[cells], self.scale[at], self.low[at], self.bits, self.group, self.width)
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,40 @@ def pack(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: There is no such number of bits or channels.
     """
     check(rows, bits, group)
-    width = rows.shape[1]
-    lack = -width % group
-    groups = torch.cat([rows, rows[:, -1:].expand(-1, lack)], dim=1).unflatten(1, (-1, group))
-    low, high = groups.aminmax(dim=-1)
+    low, high = in_groups(rows, group).aminmax(dim=-1)
     scale = (high - low) / (2**bits - 1)
-    codes = ((groups - low[..., None]) / torch.where(scale > 0, scale, 1)[..., None]).round().clamp(0, 2**bits - 1)
-    return pack_bits(codes.flatten(1)[:, :width], bits), scale, low
+    return round_rows(rows, scale, low, bits, group), scale, low
+
+
+def pack_along(rows: Tensor, index: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round rows (r e) to integers, each channel by the rows of a group: their bytes (r w), scales and least values (t e) of the groups.
+
+    Args:
+        rows: The rows.
+        index: The group of each, (r), from 0; none is left out.
+        bits: Bits of an integer.
+
+    Raises:
+        ValueError: There is no such number of bits.
+    """
+    check(rows, bits, 1)
+    many, where = int(index.max()) + 1 if len(index) else 0, index[:, None].expand_as(rows)
+    blank = rows.new_zeros(many, rows.shape[1])
+    low, high = (blank.scatter_reduce(0, where, rows, best, include_self=False) for best in ("amin", "amax"))
+    scale = (high - low) / (2**bits - 1)
+    return round_rows(rows, scale[index], low[index], bits, 1), scale, low
+
+
+def in_groups(rows: Tensor, group: int) -> Tensor:
+    """Rows (r e) as groups of channels (r g c), the last one filled up with its last channel."""
+    lack = -rows.shape[1] % group
+    return torch.cat([rows, rows[:, -1:].expand(-1, lack)], dim=1).unflatten(1, (-1, group))
+
+
+def round_rows(rows: Tensor, scale: Tensor, low: Tensor, bits: int, group: int) -> Tensor:
+    """Bytes (r w) of rows (r e), rounded by scales and least values (r g) that are given; what lies beyond them goes to their ends."""
+    steps = (in_groups(rows, group) - low[..., None]) / torch.where(scale > 0, scale, 1)[..., None]
+    return pack_bits(steps.round().clamp(0, 2**bits - 1).flatten(1)[:, : rows.shape[1]], bits)
 
 
 def unpack(codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int, width: int) -> Tensor:

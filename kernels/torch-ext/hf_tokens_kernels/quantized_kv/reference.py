@@ -46,7 +46,7 @@ def packed_attention(
 
 def reader(states: Packed) -> Whole | Grouped:
     """How products with packed states are computed."""
-    grouped = isinstance(states, Rounded) and states.scale.shape[1] <= FEW_GROUPS
+    grouped = isinstance(states, Rounded) and states.index is None and states.scale.shape[1] <= FEW_GROUPS
     return Grouped(states) if grouped else Whole(states)
 
 

@@ -30,8 +30,8 @@ def codes_of(codes, cell, number, inside, stride, WIDTH: tl.constexpr, BITS: tl.
 
 
 @triton.jit
-def rows_of(codes, first, second, cell, channel, inside, stride, N: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
-            GROUP: tl.constexpr, CODED: tl.constexpr):  # fmt: skip
+def rows_of(codes, first, second, index, cell, channel, inside, stride, N: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
+            GROUP: tl.constexpr, CODED: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
     """Cells (n 1) at channels (1 e): integers by their scale and least value, or codes by what the codebook says of them."""
     if CODED:
         code = codes_of(codes, cell, channel // GROUP, inside, stride, N, BITS)
@@ -39,7 +39,10 @@ def rows_of(codes, first, second, cell, channel, inside, stride, N: tl.constexpr
         out = tl.load(first + spot, mask=inside, other=0.0).to(tl.float32)
     else:
         code = codes_of(codes, cell, channel, inside, stride, N, BITS).to(tl.float32)
-        spot = cell * WIDTH + channel // GROUP
+        row = cell
+        if SHARED:
+            row = tl.load(index + tl.broadcast_to(cell, inside.shape), mask=inside, other=0).to(tl.int64)
+        spot = row * WIDTH + channel // GROUP
         scale = tl.load(first + spot, mask=inside, other=0.0).to(tl.float32)
         out = code * scale + tl.load(second + spot, mask=inside, other=0.0).to(tl.float32)
     return out
@@ -47,10 +50,10 @@ def rows_of(codes, first, second, cell, channel, inside, stride, N: tl.constexpr
 
 @triton.jit
 def packed_kernel(
-    q, k_codes, k_first, k_second, v_codes, v_first, v_second, starts, lengths, sizes, told, cells, out, tops, totals,
+    q, k_codes, k_first, k_second, k_index, v_codes, v_first, v_second, v_index, starts, lengths, sizes, told, cells, out, tops, totals,
     scaling, softcap, per, splits, stride_k, stride_v,
-    KN: tl.constexpr, KW: tl.constexpr, KB: tl.constexpr, KG: tl.constexpr, KC: tl.constexpr,
-    VN: tl.constexpr, VW: tl.constexpr, VB: tl.constexpr, VG: tl.constexpr, VC: tl.constexpr,
+    KN: tl.constexpr, KW: tl.constexpr, KB: tl.constexpr, KG: tl.constexpr, KC: tl.constexpr, KS: tl.constexpr,
+    VN: tl.constexpr, VW: tl.constexpr, VB: tl.constexpr, VG: tl.constexpr, VC: tl.constexpr, VS: tl.constexpr,
     Q: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
     SIZES: tl.constexpr, CAP: tl.constexpr, TELLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -70,8 +73,8 @@ def packed_kernel(
         there = place < end
         cell = start + place
         k_in, v_in = there[:, None] & (e < E)[None, :], there[:, None] & (f < F)[None, :]
-        k = rows_of(k_codes, k_first, k_second, cell[:, None], e[None, :], k_in, stride_k, KN, KW, KB, KG, KC)
-        v = rows_of(v_codes, v_first, v_second, cell[:, None], f[None, :], v_in, stride_v, VN, VW, VB, VG, VC)
+        k = rows_of(k_codes, k_first, k_second, k_index, cell[:, None], e[None, :], k_in, stride_k, KN, KW, KB, KG, KC, KS)
+        v = rows_of(v_codes, v_first, v_second, v_index, cell[:, None], f[None, :], v_in, stride_v, VN, VW, VB, VG, VC, VS)
         scores = tl.dot(own, tl.trans(k).to(own.dtype), input_precision="ieee") * scaling
         if CAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
@@ -84,13 +87,13 @@ def packed_kernel(
     leave(acc, top, total, out, tops, totals, row, split, splits, Q, F, BQ, BF)
 
 
-def parts_of(states: Packed) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int, int, bool]]:
+def parts_of(states: Packed) -> tuple[tuple[Tensor, ...], tuple[int, int, int, int, bool, bool]]:
     """What the kernel reads of packed states, and codes of a row, entries of a table, bits and channels to know it by."""
     if isinstance(states, Rounded):
-        codes, scale, low = (x.contiguous() for x in states.tensors())
-        return (codes, scale, low), (states.width, scale.shape[1], states.bits, states.group, False)
+        codes, scale, low, *index = (x.contiguous() for x in states.tensors())
+        return (codes, scale, low, *(index or (codes,))), (states.width, scale.shape[1], states.bits, states.group, False, bool(index))
     codes, book = (x.contiguous() for x in states.tensors())
-    return (codes, book, book), (book.shape[0], book.shape[1], code_bits(book), book.shape[2], True)
+    return (codes, book, book, codes), (book.shape[0], book.shape[1], code_bits(book), book.shape[2], True, False)
 
 
 def packed_attention(
