@@ -200,6 +200,10 @@ from hf_tokens_adapters.token_reducer.selection_p import (
     SelectionP,
     SelectionPConfig,
 )
+from hf_tokens_adapters.token_reducer.tome import (
+    ToMe,
+    ToMeConfig,
+)
 from hf_tokens_adapters.token_reducer.transprune import (
     TransPrune,
     TransPruneConfig,
@@ -481,6 +485,8 @@ __all__ = [
     "TOVAConfig",
     "ToCa",
     "ToCaConfig",
+    "ToMe",
+    "ToMeConfig",
     "TokenBank",
     "TokenMap",
     "TokenPrepending",
