@@ -176,6 +176,10 @@ from hf_tokens_adapters.token_reducer.dynamic_token_pooling import (
     DynamicTokenPooling,
     DynamicTokenPoolingConfig,
 )
+from hf_tokens_adapters.token_reducer.fastv import (
+    FastV,
+    FastVConfig,
+)
 from hf_tokens_adapters.token_reducer.fourier_vlm import (
     FourierVLM,
     FourierVLMConfig,
@@ -398,6 +402,8 @@ __all__ = [
     "FDTConfig",
     "FTP",
     "FTPConfig",
+    "FastV",
+    "FastVConfig",
     "FeatureCache",
     "Folded",
     "FourierVLM",
