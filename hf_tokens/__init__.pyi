@@ -172,6 +172,10 @@ from hf_tokens_adapters.token_reducer.atc import (
     ATC,
     ATCConfig,
 )
+from hf_tokens_adapters.token_reducer.divprune import (
+    DivPrune,
+    DivPruneConfig,
+)
 from hf_tokens_adapters.token_reducer.dynamic_token_pooling import (
     DynamicTokenPooling,
     DynamicTokenPoolingConfig,
@@ -394,6 +398,8 @@ __all__ = [
     "DiffusionDPO",
     "DiffusionDPOConfig",
     "Dims",
+    "DivPrune",
+    "DivPruneConfig",
     "DrLLM",
     "DrLLMConfig",
     "DynamicTokenPooling",
