@@ -216,6 +216,10 @@ from hf_tokens_adapters.token_reducer.transprune import (
     TransPrune,
     TransPruneConfig,
 )
+from hf_tokens_adapters.token_reducer.visionzip import (
+    VisionZip,
+    VisionZipConfig,
+)
 from hf_tokens_adapters.token_router.ftp import (
     FTP,
     FTPConfig,
@@ -512,6 +516,8 @@ __all__ = [
     "VQTConfig",
     "VideoLLMMoD",
     "VideoLLMMoDConfig",
+    "VisionZip",
+    "VisionZipConfig",
     "VocabularyEdit",
     "WeightEdit",
     "allowance",

@@ -5,7 +5,8 @@ Paper:   An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acc
 Maths:   a_j = mean over heads of softmax(q_last K^T / sqrt(d))_j in block K;  of n image tokens the round((1 - R) n) with the highest a_j
          stay for the blocks behind it, in their order and with their positions
 Differs: Each row of a batch ranks the image tokens of all its pictures together, from its own last token; the release knows one row and one
-         picture. A pass that brings a picture to a conversation ranks those of that picture.
+         picture. A pass that brings a picture to a conversation ranks those of that picture. Without a cache each token that is written
+         ranks them anew, as there.
 Checked: pkunlp-icler/FastV@d1659729, its `fastv_forward` without a cache over the blocks of 40 random models of 4 to 6 blocks, K from 1
          to 3: the same tokens, largest difference 2e-15 of their logits. By reading: with a cache it decodes as ours does.
 
