@@ -6,7 +6,7 @@ import pytest
 import torch
 from by_hand import IMAGE, PATCHES, llava, llava_block, prompts
 
-from hf_tokens import ConfigError, UnsupportedError, VisionZipConfig, get_token_model, measure
+from hf_tokens import ConfigError, PPTConfig, ToMeConfig, UnsupportedError, VisionZipConfig, get_token_model, measure
 from hf_tokens.testing import zoo
 
 
@@ -104,6 +104,13 @@ def test_tokens_and_memory_are_saved():
     with model.disable_adapter():
         whole = measure(model, **given, use_cache=True)
     assert cost.kv_bytes == whole.kv_bytes * 10 // 16
+
+
+@pytest.mark.parametrize("other", [ToMeConfig(r=2), PPTConfig(r=2, layers=(0,), tau=0.0)], ids=["join", "vanish"])
+def test_patches_that_another_method_changed_are_refused(other):
+    model = get_token_model(llava(), [other, VisionZipConfig(dominant=3, contextual=2)]).eval()
+    with pytest.raises(UnsupportedError, match="as they are, got a tower in which some joined"):
+        model(**prompts((1,)))
 
 
 def test_it_acts_where_the_projector_reads_and_nowhere_else():

@@ -49,7 +49,7 @@ class VisionZip(TokenReducer):
         super().__init__(config, dims)
         self.in_tower = dims.kind == "vision"
         self.site = "after" if self.in_tower else "before"
-        self.ignores = ("pictures",) if self.in_tower else ("hidden", "keys", "scores", "prefix")
+        self.ignores = ("pictures",) if self.in_tower else ("hidden", "keys", "scores", "positions", "fresh", "prefix")
 
     @classmethod
     def check(cls, config: VisionZipConfig, kind: str, layers: int, chosen: tuple[int, ...]) -> None:
@@ -62,8 +62,9 @@ class VisionZip(TokenReducer):
         return (0,)
 
     def assign(
-        self, mask: Tensor, hidden: Tensor | None, keys: Tensor | None, scores: Any, prefix: int | None, pictures: list[Tensor] | None
-    ) -> TokenMap | None:
+        self, mask: Tensor, hidden: Tensor | None, keys: Tensor | None, scores: Any, positions: Tensor | None, fresh: Tensor | None,
+        prefix: int | None, pictures: list[Tensor] | None,
+    ) -> TokenMap | None:  # fmt: skip
         count = self.config.dominant + self.config.contextual
         if self.config.dominant == 0:
             return None
@@ -74,16 +75,20 @@ class VisionZip(TokenReducer):
             return TokenMap.select(kept.view_as(mask))
         if not prefix:
             raise UnsupportedError("VisionZip ranks patches by a class token's attention, got a tower without one. Choose another method.")
-        if mask.shape[1] - prefix <= count:
+        own = indices(mask & ~fresh)  # b n, class token first
+        if not torch.equal(positions.gather(1, own), torch.arange(own.shape[1], device=own.device).expand_as(own)):
+            rule = "VisionZip takes the patches of a picture as they are"
+            raise UnsupportedError(f"{rule}, got a tower in which some joined or vanished. Leave out the method that does so.")
+        if own.shape[1] - prefix <= count:
             return None
-        zipped = self.zipped(hidden, keys[:, :, prefix:].mean(dim=1), scores, prefix)
-        content = torch.cat([hidden[:, :prefix], zipped, hidden[:, prefix + count :]], dim=1)
-        return TokenMap.identity(mask.shape[1], len(mask), mask.device).holding(content)
+        heed = scores.rows(own[:, :1])[:, :, 0].sum(dim=1).gather(1, own)[:, prefix:]
+        zipped = self.zipped(take_rows(hidden, own), take_rows(keys.mean(dim=1), own)[:, prefix:], heed)
+        place = own[:, prefix : prefix + count, None].expand_as(zipped)
+        return TokenMap.identity(mask.shape[1], len(mask), mask.device).holding(hidden.scatter(1, place, zipped))
 
-    def zipped(self, hidden: Tensor, features: Tensor, scores: Any, prefix: int) -> Tensor:
-        """What of each picture the projector is to get, (b N+M d), given the patches' mean keys (b n e)."""
-        first, patches, contextual = torch.zeros_like(hidden[:, :1, 0], dtype=torch.long), hidden[:, prefix:], self.config.contextual
-        heed = scores.rows(first)[:, :, 0, prefix:].sum(dim=1)  # b n
+    def zipped(self, x: Tensor, features: Tensor, heed: Tensor) -> Tensor:
+        """What of each picture the projector is to get, (b N+M d), of its tokens (b 1+n d) with their mean keys and attention."""
+        patches, contextual = x[:, -heed.shape[1] :], self.config.contextual
         dominant = rank(heed) < self.config.dominant - 1
         rest = heed.shape[1] - self.config.dominant + 1
         others = indices(~dominant, rest)  # b m
@@ -91,4 +96,4 @@ class VisionZip(TokenReducer):
         joins = ~dominant.scatter(1, target, True)
         mate = match(features, take_rows(features, target), src_mask=joins)[1]
         mixed = take_rows(patches, target) + merge(patches, torch.where(joins, mate, -1), contextual)
-        return torch.cat([hidden[:, :1], take_rows(patches, indices(dominant, self.config.dominant - 1)), mixed], dim=1)
+        return torch.cat([x[:, :1], take_rows(patches, indices(dominant, self.config.dominant - 1)), mixed], dim=1)
