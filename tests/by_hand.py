@@ -185,3 +185,30 @@ def prompts(images, text=(2, 5), seed=0, side="left"):
     mask = torch.tensor([fill([1] * len(row), 0) for row in rows])
     pixels = torch.randn(sum(images), 3, 12, 12, generator=draw, dtype=torch.float64)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def llava_rows(model, given):
+    """Each row of `prompts` alone and without padding: what enters the text tower (n d), which of it is of an image, and where it stood."""
+    text, taken = model.model.language_model, 0
+    for ids, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True):
+        ids = ids[mask]
+        count = int((ids == IMAGE).sum()) // PATCHES
+        x, pixels = text.embed_tokens(ids), given["pixel_values"][taken : taken + count]
+        taken += count
+        if count:
+            x[ids == IMAGE] = torch.cat(list(model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)).to(x)
+        yield x, (ids == IMAGE).nonzero()[:, 0].tolist(), mask
+
+
+def llava_block(text, block, x, places):
+    """One block of its text tower on tokens (n d) that stand at `places`: their hidden states, and its attention (h n n)."""
+    n, (cos, sin) = len(x), text.rotary_emb(x[None], torch.tensor(places)[None])
+    normed = block.input_layernorm(x)
+    turn = lambda v: v * cos + torch.cat([-v[..., v.shape[-1] // 2 :], v[..., : v.shape[-1] // 2]], -1) * sin
+    parts = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+    q, k, v = (project(normed).view(n, -1, 4).transpose(0, 1) for project in parts)
+    q, k, v = turn(q), turn(k).repeat_interleave(len(q) // len(k), 0), v.repeat_interleave(len(q) // len(v), 0)
+    logits = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~torch.ones(n, n).tril().bool(), -torch.inf)
+    attention = logits.softmax(-1)
+    x = x + block.self_attn.o_proj((attention @ v).transpose(0, 1).reshape(n, -1))
+    return x + block.mlp(block.post_attention_layernorm(x)), attention

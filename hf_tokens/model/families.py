@@ -70,6 +70,10 @@ TOKEN_SIDES: dict[str, Callable[[Any], int]] = {
         lambda config: config.vision_config.spatial_merge_size,
     ),
 }
+# Models whose projector reads every patch of one block of the tower, and its class token never: which of the tower's hidden states.
+READ_STATES: dict[str, Callable[[Any], int | None]] = {
+    "llava": lambda config: config.vision_feature_layer if config.vision_feature_select_strategy == "default" else None
+}
 # Names of a block's MLP and of the norm in front of it, the first that exists wins.
 MLPS = (
     *("mlp", "feed_forward", "ffn", "ff", "moe", "block_sparse_moe", "feedforward"),

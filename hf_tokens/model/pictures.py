@@ -74,6 +74,17 @@ def forms_grids(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) in families.TOKEN_SIDES
 
 
+def block_that_is_read(model_anatomy: Anatomy) -> int | None:
+    """The block of a model's vision tower whose output its projector reads, patch by patch; None if none is known to be."""
+    config = getattr(model_anatomy.model, "config", None)
+    length = next((len(stream) for stream in model_anatomy.streams if stream.kind == "vision"), 0)
+    state = families.READ_STATES.get(getattr(config, "model_type", None), lambda config: None)(config)
+    if not isinstance(state, int) or not state:
+        return None
+    index = state - 1 if state > 0 else length + state
+    return index if 0 <= index < length else None
+
+
 def patch_grids(tower: nn.Module, args: tuple, kwargs: dict) -> list[Grid] | None:
     """Frames, height and width in patches of the pictures that a vision tower is called with; None if its arguments do not show them."""
     arguments = {name: value for name, value in bound_arguments(tower, args, kwargs).items() if value is not None}

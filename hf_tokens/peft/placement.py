@@ -17,7 +17,7 @@ from ..model import families
 from ..model.anatomy import pictured_stream, prompt_width
 from ..model.blocks import layer_index, several_slots
 from ..model.parts import OUTSIDE, WEIGHT_SITES, block_weights, check_plain, check_weights, cross_attentions, outside_weights
-from ..model.pictures import forms_grids
+from ..model.pictures import block_that_is_read, forms_grids
 from ..model.pipelines import their_caches
 from ..model.signatures import parameters
 from ..model.streams import LAYOUTS, PACKED, PROMPT, SIDE_BY_SIDE, Anatomy, Stream
@@ -68,10 +68,16 @@ def reads_prompt(cls: type[Method], stream: Stream, base: Anatomy) -> bool:
     return prompt_width(base.model) is not None and (by_itself or not issubclass(cls, TokenBank) or not cls.deep)
 
 
+def shows(cls: type[Method], stream: Stream, base: Anatomy) -> bool:
+    """Whether a stream holds the visual tokens that a method looks at, or is the tower that it shortens for them."""
+    known = not cls.tower or block_that_is_read(base) is not None
+    return known and (stream is pictured_stream(base) or cls.tower and stream.kind == "vision")
+
+
 def fits(info: MethodInfo, stream: Stream, base: Anatomy) -> bool:
     """Whether a method supports a stream."""
     cls = info.cls
-    if sees(cls) and stream is not pictured_stream(base) or cls.site == "embedding" and stream.table is None:
+    if sees(cls) and not shows(cls, stream, base) or cls.site == "embedding" and stream.table is None:
         return False
     if GRIDDED in names_of(cls) and not forms_grids(base.model):
         return False
@@ -96,6 +102,7 @@ def demand(info: MethodInfo) -> str:
     table = " and come from a table of embeddings" if info.cls.site == "embedding" else ""
     pictures = ", with tokens of pictures among them" if sees(info.cls) else ""
     pictures += ", known to lie row by row" if GRIDDED in names_of(info.cls) else ""
+    pictures += ", behind a tower of which one block is known to be read" if info.cls.tower else ""
     return f"a {causal}stream{kinds} whose tokens stand in a row{table}{pictures}"
 
 
@@ -208,9 +215,11 @@ def check_edited(base: Anatomy, info: MethodInfo, config: MethodConfig, stream: 
             check_plain(module._parameters[attribute], name.removeprefix(OUTSIDE))
 
 
-def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream) -> tuple[int, ...]:
+def choose_layers(config: MethodConfig, info: MethodInfo, stream: Stream, base: Anatomy) -> tuple[int, ...]:
     """The blocks of a stream that a method acts on."""
     n = len(stream)
+    if info.cls.tower and stream.kind == "vision":
+        return (block_that_is_read(base),)
     if config.layers == ():
         remedy = "Leave it out for the method's own choice, or leave out the method."
         raise ConfigError(explain(f"{type(config).__name__}.layers must name a block", "()", remedy))
@@ -239,7 +248,7 @@ def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
             rule = f"A method of the role {info.role} is no adapter"
             raise UnsupportedError(explain(rule, repr(info.name), "Its card says which function applies it."))
         for stream in choose_streams(method, info, base):
-            layers = choose_layers(method, info, stream)
+            layers = choose_layers(method, info, stream, base)
             for check in (check_cache, check_place, check_first, check_span, check_streams):
                 check(info, stream, layers)
             if issubclass(info.cls, WeightEdit):

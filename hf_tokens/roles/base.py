@@ -89,6 +89,7 @@ class Method(nn.Module, abc.ABC):
         exports: It decides nothing by the values of tensors where every token is real, so that `torch.export` can record what it does.
         side_by_side: It takes hidden states of several parallel residual streams as one wide one; False makes the engine refuse them.
         recites: A cache compressor scores a prompt as the model says it again behind itself, so many tokens at a time; None if it does not.
+        tower: It acts in two streams: on the text, and in the block of the vision tower whose output the projector reads.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
     """
 
@@ -127,6 +128,7 @@ class Method(nn.Module, abc.ABC):
     weighs: ClassVar[bool] = False
     side_by_side: ClassVar[bool] = False
     recites: int | None = None
+    tower: ClassVar[bool] = False
     sees_all: bool = False
     in_block = True
     key: str = ""
