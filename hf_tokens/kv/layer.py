@@ -234,7 +234,7 @@ class TokenCacheLayer(CacheLayerMixin):
         if self.filled is not None:
             old = pick_entries(self.filled, index)
             filled = old if filled is None else torch.logical_and(*alike(filled, old))
-        if filled is not None and filled.dim() == 3:
+        if filled is not None and filled.dim() == 3 and bool((filled != filled[:, :1]).any()):
             self.kv.split(self.filled)
         self.kv.keep(index, filled, gone, in_place=self.window is None)
         self._map_entries(lambda t: pick_entries(t, index))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_tokens import DeepPromptConfig, PrefixKVConfig, TransPruneConfig, UnsupportedError, anatomy, get_token_model
+from hf_tokens import DeepPromptConfig, PrefixKVConfig, UnsupportedError, anatomy, get_token_model
 from hf_tokens.engine.run import Memory
 from hf_tokens.kv.adopt import adopt
 from hf_tokens.kv.layer import TokenCacheLayer
@@ -168,7 +168,7 @@ def test_a_cache_of_as_many_other_tokens_takes_announced_tokens_only():
 def test_a_mask_of_the_tokens_seen_is_cut_for_as_many_others():
     """17 tokens come in front of 37, and 17 leave: the padding that the mask hides is among those that left."""
     specimen = zoo.build("llava")
-    model = get_token_model(specimen.model, [DeepPromptConfig(tokens=17, stream="text"), TransPruneConfig()])
+    model = get_token_model(specimen.model, [DeepPromptConfig(tokens=17, stream="text"), {"method": "transprune", "version": 1}])
     bare = {name: value[:1] for name, value in specimen.inputs.items()}
     padded = {**bare, **{name: torch.nn.functional.pad(bare[name], (5, 0)) for name in ("input_ids", "attention_mask")}}
     (cache, one), (_, other) = (two_passes(model, inputs, 0) for inputs in (padded, bare))
