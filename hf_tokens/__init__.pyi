@@ -188,9 +188,17 @@ from hf_tokens_adapters.token_reducer.atc import (
     ATC,
     ATCConfig,
 )
+from hf_tokens_adapters.token_reducer.divprune import (
+    DivPrune,
+    DivPruneConfig,
+)
 from hf_tokens_adapters.token_reducer.dynamic_token_pooling import (
     DynamicTokenPooling,
     DynamicTokenPoolingConfig,
+)
+from hf_tokens_adapters.token_reducer.fastv import (
+    FastV,
+    FastVConfig,
 )
 from hf_tokens_adapters.token_reducer.fourier_vlm import (
     FourierVLM,
@@ -216,6 +224,10 @@ from hf_tokens_adapters.token_reducer.selection_p import (
     SelectionP,
     SelectionPConfig,
 )
+from hf_tokens_adapters.token_reducer.tome import (
+    ToMe,
+    ToMeConfig,
+)
 from hf_tokens_adapters.token_reducer.tomesd import (
     ToMeSD,
     ToMeSDConfig,
@@ -223,6 +235,10 @@ from hf_tokens_adapters.token_reducer.tomesd import (
 from hf_tokens_adapters.token_reducer.transprune import (
     TransPrune,
     TransPruneConfig,
+)
+from hf_tokens_adapters.token_reducer.visionzip import (
+    VisionZip,
+    VisionZipConfig,
 )
 from hf_tokens_adapters.token_router.ftp import (
     FTP,
@@ -408,6 +424,8 @@ __all__ = [
     "DiffusionDPO",
     "DiffusionDPOConfig",
     "Dims",
+    "DivPrune",
+    "DivPruneConfig",
     "DrLLM",
     "DrLLMConfig",
     "DuoAttention",
@@ -418,6 +436,8 @@ __all__ = [
     "FDTConfig",
     "FTP",
     "FTPConfig",
+    "FastV",
+    "FastVConfig",
     "FeatureCache",
     "FirstBlockCache",
     "FirstBlockCacheConfig",
@@ -513,6 +533,8 @@ __all__ = [
     "TeaCacheConfig",
     "ToCa",
     "ToCaConfig",
+    "ToMe",
+    "ToMeConfig",
     "ToMeSD",
     "ToMeSDConfig",
     "TokenBank",
@@ -528,6 +550,8 @@ __all__ = [
     "VQTConfig",
     "VideoLLMMoD",
     "VideoLLMMoDConfig",
+    "VisionZip",
+    "VisionZipConfig",
     "VocabularyEdit",
     "WeightEdit",
     "allowance",

@@ -18,6 +18,8 @@ from .storage import Change
 
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 
+LITTLE = 32  # of so many entries one may be filler where all lie in one tensor
+
 
 def join(old: Tensor | None, new: Tensor | None, old_like: Tensor, new_like: Tensor, default: bool) -> Tensor | None:
     """Append flags of new entries to those of old ones; None stands for all of them at the default."""
@@ -25,6 +27,11 @@ def join(old: Tensor | None, new: Tensor | None, old_like: Tensor, new_like: Ten
         return None
     old = torch.full_like(old_like, default, dtype=torch.bool) if old is None else old
     return append(old, torch.full_like(new_like, default, dtype=torch.bool) if new is None else new)
+
+
+def nearly_whole(filled: Tensor) -> bool:
+    """Whether the heads of each row keep alike, and rows differ by so little (b k n) that parts would cost more than they save."""
+    return bool((filled == filled[:, :1]).all()) and int((~filled).sum()) * LITTLE <= filled.numel()
 
 
 class TokenCacheLayer(CacheLayerMixin):
@@ -234,7 +241,7 @@ class TokenCacheLayer(CacheLayerMixin):
         if self.filled is not None:
             old = pick_entries(self.filled, index)
             filled = old if filled is None else torch.logical_and(*alike(filled, old))
-        if filled is not None and filled.dim() == 3 and bool((filled != filled[:, :1]).any()):
+        if filled is not None and filled.dim() == 3 and not nearly_whole(filled):
             self.kv.split(self.filled)
         self.kv.keep(index, filled, gone, in_place=self.window is None)
         self._map_entries(lambda t: pick_entries(t, index))

@@ -6,7 +6,7 @@ Maths:   D(i, j) = 1 - cos(x_i, x_j);  first argmax_j min_{i != j} D(i, j), then
 Differs: Each row of a batch chooses among the image tokens of all its pictures together, and one stays at least. No position moves, where
          the release counts those that are left anew. Equal tokens are not chosen twice, which the release does once all that is left
          equals one that is chosen.
-Checked: vbdi/divprune@799e2d95, its selection in float64 on 94 random pictures of 2 to 576 tokens: the same tokens in all; on one of 100
+Checked: vbdi/divprune@799e2d95, its selection in float64 on 94 random pictures of 2 to 576 tokens: largest difference 0; on one of 100
          tokens of which 4 are equal the same 10 of 10, and 98 where it chooses 97 and one of them twice.
 
 >>> from hf_tokens import DivPruneConfig, get_token_model, measure
