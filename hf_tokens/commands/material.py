@@ -98,13 +98,11 @@ class Asked:
     Attributes:
         document: The text, with what the model's template puts in front, (1 n).
         questions, mask: The questions with what stands behind them, padded in front, (q m).
-        closing: Ids that stand behind a question.
     """
 
     document: torch.Tensor
     questions: torch.Tensor
     mask: torch.Tensor
-    closing: tuple[int, ...]
 
 
 def ask_about(tokenizer: Any, tokens: int, device: str) -> Asked:
@@ -120,6 +118,5 @@ def ask_about(tokenizer: Any, tokens: int, device: str) -> Asked:
     pads = [[0] * (longest - len(row)) for row in rows]
     tensor = lambda values: torch.tensor(values, device=device)
     document = tensor([tokenizer(before, add_special_tokens=False)["input_ids"]])
-    closing = tuple(tokenizer(after, add_special_tokens=False)["input_ids"])
     mask = [[0] * len(pad) + [1] * len(row) for pad, row in zip(pads, rows, strict=True)]
-    return Asked(document, tensor([pad + row for pad, row in zip(pads, rows, strict=True)]), tensor(mask), closing)
+    return Asked(document, tensor([pad + row for pad, row in zip(pads, rows, strict=True)]), tensor(mask))

@@ -30,7 +30,7 @@ from .report import ROUNDS, Measured, show_answers, show_table, size_of, write_c
 
 NEW_TOKENS = 24  # of an answer
 LEARNING_RATE = 1e-3
-RATIO = 0.25  # of the cache that stays
+COMPRESSOR = hf_tokens.SnapKVConfig(budget=0.25, window=64, kernel=5, pooling="average")  # a quarter of a prompt's cache stays
 SPARSITY = 0.25  # share of tokens that skip a routed block
 BEHIND, CONTINUATION = 768, 128  # tokens that a loss is measured behind, and on
 KEEP = "trained"  # the row that one would keep
@@ -49,13 +49,6 @@ prompt = tokenizer({prompt!r}, return_tensors="pt").to({device!r})
 answer = model.generate(**prompt, max_new_tokens={new_tokens}, do_sample=False)
 print(tokenizer.decode(answer[0]))
 '''
-
-
-def compressor(tokenizer: Any, closing: tuple[int, ...]) -> hf_tokens.MethodConfig:
-    """Entries stay that the model looks up as it says the text again, asked for that in its own template."""
-    ids = lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    words = {"repeat": ids("Repeat the previous context exactly."), "resume": ids("Repeat the context, starting with: "), "answer": closing}
-    return hf_tokens.KVzipConfig(ratio=RATIO, level="pair-uniform", **words)
 
 
 def operate(model: PreTrainedModel, *configs: Any) -> Any:
@@ -255,15 +248,14 @@ def run(options: Options) -> dict[str, Measured]:
     with step(
         console, "2. At once, without training: the document is read and compressed, and five questions are asked of it in one batch"
     ):
-        keep = compressor(tokenizer, asked.closing)
         tried = {"base": try_out(base, tokenizer, asked, held_out)}
-        tried["compressed"] = try_out(hf_tokens.get_token_model(twin(base), keep), tokenizer, asked, held_out)
+        tried["compressed"] = try_out(hf_tokens.get_token_model(twin(base), COMPRESSOR), tokenizer, asked, held_out)
         show_answers(console, QUESTIONS, {name: one.answers for name, one in tried.items()})
         show_table(console, compare(tried, asked))
 
     with step(console, f"3. Learnable tokens and a LoRA beside it, {options.steps} steps with transformers.Trainer"):
         transformers.set_seed(options.seed)
-        model = operate(twin(base), keep)
+        model = operate(twin(base), COMPRESSOR)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         console.print(f"  {trainable:,} numbers to train; the base model is frozen")
         losses = train(model, training, options)
@@ -271,7 +263,7 @@ def run(options: Options) -> dict[str, Measured]:
     with step(
         console, "4. The trained model, and a router that lets a quarter of the tokens skip a third of the blocks, beside the others"
     ):
-        tried["router"] = try_out(route(twin(base), keep), tokenizer, asked, held_out)
+        tried["router"] = try_out(route(twin(base), COMPRESSOR), tokenizer, asked, held_out)
         tried[KEEP] = try_out(model, tokenizer, asked, held_out)
         rows = compare(tried, asked)
         show_answers(console, QUESTIONS, {KEEP: rows[KEEP].answers})
