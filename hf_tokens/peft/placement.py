@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..errors import AdapterError, ConfigError, UnsupportedError, did_you_mean, explain
+from ..errors import ConfigError, UnsupportedError, did_you_mean, explain
 from ..handlers.objective import one_at_a_time
 from ..handlers.weight_edit import reaches_outside
 from ..model import families
@@ -34,6 +33,7 @@ from ..roles.signals import GRIDDED, OF_ATTENTION, SCORED, SPANS, TAPPED
 from ..roles.token_bank import TokenBank
 from ..roles.token_reducer import TokenReducer
 from ..roles.weight_edit import WeightEdit
+from .bases import check_base
 from .config import HFTokensConfig
 
 # What is of the residual stream itself, and the roles whose methods are given that.
@@ -260,7 +260,9 @@ def plan(base: Anatomy, config: HFTokensConfig) -> list[Placement]:
     for stream in base.streams:
         for index in range(len(stream)):
             check_company([p for p in placements if p.stream is stream and index in p.layers], stream.paths[index])
-    check_base(base, config, placements)
+    check_base(
+        base.model, config, {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
+    )
     return placements
 
 
@@ -378,26 +380,3 @@ def check_span(info: MethodInfo, stream: Stream, layers: tuple[int, ...]) -> Non
     if spans and layers != tuple(range(layers[0], layers[-1] + 1)):
         rule = f"Method {info.name!r} acts from one block to another, in all blocks between them"
         raise UnsupportedError(explain(rule, f"layers={layers} of stream {stream.name!r}", "Name blocks that follow each other."))
-
-
-def type_of(model: nn.Module) -> str:
-    """What a model is: the type that its config names, whatever its head; elsewhere its class."""
-    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
-
-
-def check_base(base: Anatomy, config: HFTokensConfig, placements: list[Placement]) -> None:
-    """Compare the base that an adapter was made for with this one."""
-    now = {p.stream.name: [len(p.stream), p.stream.width, p.stream.paths[0].rpartition(".")[0]] for p in placements}
-    if config.base is not None and config.base != now:
-        text = lambda streams: ", ".join(f"{name}: {n} blocks of width {width} at {path}" for name, (n, width, path) in streams.items())
-        try:
-            made_for = text(config.base)
-        except (AttributeError, TypeError, ValueError):
-            made_for = repr(config.base)
-        rule = f"This adapter was made for a base with {made_for}"
-        raise AdapterError(explain(rule, text(now), "Load the base model that its card names."))
-    kind = type_of(base.model)
-    if config.base_type not in (None, kind):
-        remedy = "Load the base model that its card names; or delete `base_type` from its config if you mean it."
-        raise AdapterError(explain(f"This adapter was made for a model of type {config.base_type!r}", repr(kind), remedy))
-    config.note_base(now, kind)

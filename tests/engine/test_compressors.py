@@ -106,7 +106,9 @@ def test_a_row_is_scored_alike_whether_another_row_lets_entries_of_a_head_go_or_
 
 
 def test_what_a_compressor_remembers_is_its_own():
-    _, held = decoded(get_token_model(zoo.build("llama").model, [D2OConfig(budget=0.8), D2OConfig(budget=0.4)]).eval())
+    _, held = decoded(
+        get_token_model(zoo.build("llama").model, [D2OConfig(budget=0.8, spare=False), D2OConfig(budget=0.4, spare=False)]).eval()
+    )
     for layer in held.layers:
         first, second = (value for (_, name), value in layer.record.items() if name == "threshold")
         assert not torch.equal(first, second)

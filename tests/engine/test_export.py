@@ -59,7 +59,7 @@ def test_every_reducer_of_pictures_is_recorded_and_every_other_one_says_that_it_
     try:
         get_token_model(one.model, info.name).eval()
     except UnsupportedError:
-        assert "vision" not in info.cls.kinds and not info.cls.exports
+        assert ("vision" not in info.cls.kinds or info.cls.tower) and not info.cls.exports
     else:
         assert info.cls.exports, info.name
 

@@ -254,7 +254,7 @@ def test_a_stack_adds_what_its_blocks_added_together(kind, name):
     got, told = sampled(model, run), [*EveryOther.heard]
     lead = name == "every-other-behind"
     background = tuple(range(int(lead), len(blocks(base))))
-    blocked = ProfilingDiTConfig(background=background, start=0.0, max_interval=2, min_interval=2)
+    blocked = ProfilingDiTConfig(background=background, start=0.0, max_interval=2, min_interval=2, intervals="steps")
     torch.testing.assert_close(got, sampled(get_token_model(denoiser(kind), blocked), run), rtol=1e-9, atol=1e-9)
     noted, first = [], blocks(base)[0]
     module = first.attn1 if hasattr(first, "attn1") else first.attn

@@ -30,7 +30,7 @@ STACKS = {
     "tokens in front": [DeepPromptConfig(tokens=3)],
     "tokens that skip blocks": [FTPConfig(sparsity=0.5, router="static", layers=(1, 2))],
     "an entry that goes for each that comes": [PrefixKVConfig(budget=0.5)],
-    "entries that go by what they receive": [SqueezeAttentionConfig(budget=0.5)],
+    "entries that go by what they receive": [SqueezeAttentionConfig(budget=0.5, policy="heavy_hitters")],
     "entries that stand for several": [RazorAttentionConfig(sinks=1, compression=2)],
     "all of them": [DeepPromptConfig(tokens=3), FTPConfig(sparsity=0.5, router="static", layers=(1, 2)), PrefixKVConfig(budget=0.5)],
 }

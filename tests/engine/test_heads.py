@@ -21,7 +21,7 @@ from hf_tokens.testing import zoo
 LATENT = "deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 youtu".split()
 FAMILIES = [*LATENT, "jetmoe", "mimo_v2_flash", "diffllama", "opt"]
 BY_HEAD = "keys and values that are read as they are stored, head by head"
-EVICT_BY_HEAD = "d2o squeezeattention razorattention snapkv h2o pyramidkv random ada-kv duo-attention".split()
+EVICT_BY_HEAD = "d2o squeezeattention razorattention snapkv h2o pyramidkv random ada-kv duo-attention kvzip".split()
 REFUSED = {  # what of a cache's heads cannot be told, by family and method
     **{(family, "mikv"): BY_HEAD for family in LATENT},
     **{("jetmoe", name): BY_HEAD for name in ("mikv", "tova", *EVICT_BY_HEAD)},

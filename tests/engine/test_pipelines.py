@@ -212,7 +212,7 @@ def test_a_surgery_in_one_expert_alone_is_not_taken_for_the_pipeline_s(door, tmp
 LIVES = {
     "a bank": ProSpectConfig(stages=1, init_std=1.0, negative=True),
     "a reducer": "importance-token-merge",
-    "a feature cache": ProfilingDiTConfig(background=(0, 1), start=0.0),
+    "a feature cache": ProfilingDiTConfig(background=(0, 1), start=0.0, intervals="steps"),
     "a stack": [LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False), ProSpectConfig(stages=2, init_std=1.0)],
 }
 
@@ -636,7 +636,7 @@ def test_what_a_denoiser_put_out_is_not_given_to_blocks_whose_samples_are_frames
     sample, prompt = specimen.inputs["sample"], specimen.inputs[PROMPT]
     half = {"sample": torch.cat([sample[:1]] * 2), PROMPT: prompt}
     model = get_token_model(specimen.model, "importance-token-merge")
-    with pytest.raises(UnsupportedError, match="The signal 'guidance' has a row for each token of each sample, got 2 samples, of which"):
+    with pytest.raises(UnsupportedError, match="The signal 'contrast' has a row for each token of each sample, got 2 samples, of which"):
         for timestep in (900, 500):
             model(**specimen.inputs | half | {"timestep": torch.tensor(timestep)})
 
