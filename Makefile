@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
-quickstart: $(VENV)/quickstart.stamp ## Operate on a real model: about 3 minutes on two CPU cores, results in quickstart-output/
+quickstart: $(VENV)/quickstart.stamp ## Operate on a real model: under 5 minutes on two CPU cores, results in quickstart-output/
 	$(BIN)/hf-tokens quickstart $(ARGS)
 
 test: $(VENV)/dev.stamp ## Run the tests
