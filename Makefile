@@ -53,7 +53,7 @@ freeze: $(VENV)/everything.stamp
 	$(BIN)/python .ci/pins.py locked > constraints.txt
 
 contract: $(VENV)/dev.stamp ## Run the contract of every method on every architecture: most of an hour
-	HF_TOKENS_CONTRACT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/contract $(ARGS)
+	HF_TOKENS_CONTRACT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/contract tests/engine/test_compressors.py $(ARGS)
 
 sweep: $(VENV)/dev.stamp ## Try identity and drop surgeries on every model family: benchmarks/results/sweep.md
 	$(BIN)/python benchmarks/sweep.py $(ARGS)
