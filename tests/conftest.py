@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from costs import Costs
+from lots import ALL, MARK, left_out
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -43,6 +45,13 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_configure(config):
     config.pluginmanager.register(Costs())
+    config.addinivalue_line("markers", MARK)
+
+
+def pytest_collection_modifyitems(config, items):
+    out = set() if ALL else left_out(items)
+    config.hook.pytest_deselected(items=[item for item in items if item in out])
+    items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +59,21 @@ def seeded():
     torch.manual_seed(0)
 
 
-def pytest_collection_finish():
-    """What is there by now stays: without it every full collection walks through all of torch and transformers again."""
+def settle():
+    """What is there by now stays: else every full collection walks through all of torch, and what the tests have cached, again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    settle()
+
+
+OFTEN, ENDED = 20, itertools.count(1)  # tests
+
+
+@pytest.fixture(autouse=True)
+def settled():
+    yield
+    if next(ENDED) % OFTEN == 0:
+        settle()

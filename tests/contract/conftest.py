@@ -6,7 +6,8 @@
 
 import pytest
 from contract.pairs import PAIRS, Pair, planned, refused
-from contract.selection import ALL, BY_LIBRARY, BY_STREAM, thin
+from contract.selection import library, streams, thin
+from lots import ALL
 from peft import PeftModel
 
 FIXTURES = {
@@ -26,15 +27,15 @@ def pytest_generate_tests(metafunc):
         if name in metafunc.fixturenames:
             sides = "side" in metafunc.fixturenames
             pairs = [pair for pair in PAIRS if takes(pair)]
-            pairs = pairs if ALL else thin(metafunc.function.__name__, pairs, spread_of(name))
+            pairs = pairs if ALL else thin(metafunc.function.__name__, pairs, kinds_of(name))
             cases = [(pair, side) for pair in pairs for side in (pair.row.pads if sides else ("",))]
             ids = [f"{pair.method}-{pair.architecture}{side and '-' + side}" for pair, side in cases]
             names = [name, "side"] if sides else [name]
             metafunc.parametrize(names, [case if sides else case[:1] for case in cases], ids=ids, indirect=[name])
 
 
-def spread_of(fixture):
-    return BY_LIBRARY if fixture == "host" else BY_STREAM
+def kinds_of(fixture):
+    return library if fixture == "host" else streams
 
 
 def pytest_collection_modifyitems(items):

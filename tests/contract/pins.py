@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from contract.pairs import METHODS, PAIRS, Pair, cast, mildest, planned, refused, tiny
-from contract.selection import lot
+from lots import lot
 from torch import Tensor, nn
 
 from hf_tokens.roles.config import MethodConfig

@@ -1,35 +1,23 @@
-"""Which architectures a method meets in a check: some of a kind, others from check to check.
+"""Which architectures a method meets in a check: one that takes it and one that refuses it, drawn by lot, others from check to check.
 
-A kind is a kind of stream that the method acts on: it meets two of each. For an adapter's life, which hardly depends on it, a kind is the
-library that the model is from: it meets one of each.
+Of the architectures that take a role, a check meets each kind: where the lots of the role's methods leave one out, one more is drawn. A
+kind is a kind of stream that the method acts on; for an adapter's life, which hardly depends on it, the library that the model is from.
 
 The probes meet all of them. An architecture that a check would meet no method on meets one more.
 """
 
 from __future__ import annotations
 
-import os
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cache
 
 from contract.pairs import Pair, planned
+from lots import covering, lot
 
 from hf_tokens.testing import probe
 
-ALL = os.environ.get("HF_TOKENS_CONTRACT") == "all"  # the whole grid
-POOL = 3  # architectures of a kind of stream, in all checks of a method
+POOL = 2  # architectures of a kind of stream, in all checks of a method
 Kinds = Callable[[Pair], frozenset]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How many architectures of a kind a method meets in a check."""
-
-    kinds: Kinds
-    number: int
 
 
 @cache
@@ -45,42 +33,37 @@ def library(pair: Pair) -> frozenset[str]:
     return frozenset({pair.row.library})
 
 
-BY_STREAM, BY_LIBRARY = Spread(streams, 2), Spread(library, 1)
+def by_lot(pairs: Iterable[Pair], *words: str) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: lot(*words, pair.method, pair.architecture))
 
 
-def lot(*words: str) -> int:
-    """A number that is the same in every process, and looks drawn by lot."""
-    return zlib.crc32(" ".join(words).encode())
+def pool(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs of one method that its checks draw from: a few of each kind, since a pair's first check makes what the others reuse."""
+    few, left = [], by_lot(pairs)
+    for _ in range(POOL):
+        more = covering((pair for pair in left if pair not in few), streams)
+        few += more
+    return few
 
 
-def enough(pairs: Iterable[Pair], number: int, kinds: Kinds) -> list[Pair]:
-    """The first pairs among which each kind is there so many times, as far as it is."""
-    met: Counter[tuple] = Counter()
-    chosen = []
-    for pair in pairs:
-        if any(met[kind] < number for kind in kinds(pair)):
-            met.update(kinds(pair))
-            chosen.append(pair)
-    return chosen
-
-
-def own(check: str, pairs: Iterable[Pair], spread: Spread) -> list[Pair]:
-    """The pairs of one method that a check takes: out of a few for all checks, since a pair's first check makes what the others reuse."""
-    few = enough(sorted(pairs, key=lambda pair: lot(pair.method, pair.architecture)), POOL, streams)
-    return enough(sorted(few, key=lambda pair: lot(check, pair.method, pair.architecture)), spread.number, spread.kinds)
+def own(check: str, pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs of one method that a check takes: one that is taken, and one that is refused."""
+    return covering(by_lot(pool(pairs), check), lambda pair: [planned(pair) is None])
 
 
 def is_probe(pair: Pair) -> bool:
     return pair.info.cls.__module__ == probe.__name__
 
 
-def thin(check: str, pairs: list[Pair], spread: Spread) -> list[Pair]:
+def thin(check: str, pairs: list[Pair], kinds: Kinds) -> list[Pair]:
     """The pairs of all methods that a check takes, in their order."""
     methods: dict[str, list[Pair]] = {}
     for pair in pairs:
         methods.setdefault(pair.method, []).append(pair)
-    chosen = {pair for of_method in methods.values() for pair in (of_method if is_probe(of_method[0]) else own(check, of_method, spread))}
-    for pair in sorted(pairs, key=lambda pair: lot(check, pair.architecture, pair.method)):
-        if all(pair.architecture != other.architecture for other in chosen):
-            chosen.add(pair)
+    chosen = [pair for of_method in methods.values() for pair in (of_method if is_probe(of_method[0]) else own(check, of_method))]
+    pools = [pair for of_method in methods.values() if not is_probe(of_method[0]) for pair in by_lot(pool(of_method), check)]
+    of_a_role = lambda pair: [(pair.info.role, kind) for kind in kinds(pair)]
+    for values, among in ((of_a_role, pools), (lambda pair: [pair.architecture], pairs)):
+        met = [value for pair in chosen for value in values(pair)]
+        chosen += covering(by_lot(among, check), values, met)
     return [pair for pair in pairs if pair in chosen]

@@ -99,6 +99,7 @@ def nested(host, surgery_outside):
     return get_peft_model(inner, tuning, adapter_name="tuning")
 
 
+@pytest.mark.drawn
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")  # so it is
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("surgery_outside", [True, False], ids=["outside", "inside"])

@@ -82,6 +82,7 @@ def test_zero_strength_generates_as_the_base(talker):
     all_close(generate(model, talker.inputs, NEW, **cache), generate(talker.base(), talker.inputs, NEW, **cache), "zero strength")
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_padded_row_is_that_row_alone(padded_talker, beams):
     talker = padded_talker

@@ -56,6 +56,7 @@ def test_zero_strength_is_the_base(pair, dtype):
     all_close(pair.run(model, inputs), want, "zero strength")
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_base_in_half_precision_takes_it(host, dtype):
     inputs, base = cast(host.inputs, dtype), host.base().to(dtype)

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from contract.conftest import FIXTURES, spread_of
-from contract.pairs import PAIRS
-from contract.selection import BY_STREAM, is_probe, own, streams
+from contract.conftest import FIXTURES, kinds_of
+from contract.pairs import PAIRS, planned
+from contract.selection import is_probe, own, pool
 from contract.selection import thin as thinned
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
@@ -27,7 +27,7 @@ def whole(check):
 
 
 def thin(check):
-    return thinned(check, whole(check), spread_of(CHECKS[check]))
+    return thinned(check, whole(check), kinds_of(CHECKS[check]))
 
 
 def test_the_checks_are_found():
@@ -43,18 +43,26 @@ def test_a_check_meets_every_role_method_and_architecture(check):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_method_meets_enough_architectures_of_a_kind_and_what_no_other_meets(check):
-    chosen, some, spread = [], thin(check), spread_of(CHECKS[check])
-    for method in {pair.method for pair in some if not is_probe(pair)}:
+def test_a_check_meets_every_kind_of_stream_or_library_with_each_role(check):
+    kinds = kinds_of(CHECKS[check])
+    met, there = ({(pair.info.role, kind) for pair in pairs for kind in kinds(pair)} for pairs in (thin(check), whole(check)))
+    assert met == there
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_method_is_taken_once_and_refused_once_and_more_where_its_role_or_an_architecture_would_be_left_out(check):
+    kinds, some = kinds_of(CHECKS[check]), [pair for pair in thin(check) if not is_probe(pair)]
+    values = lambda pair: {("architecture", pair.architecture), *((pair.info.role, kind) for kind in kinds(pair))}
+    drawn = []
+    for method in {pair.method for pair in some}:
         every = [pair for pair in whole(check) if pair.method == method]
-        mine = own(check, every, spread)
-        there, met = (Counter(kind for pair in pairs for kind in spread.kinds(pair)) for pairs in (every, mine))
-        assert all(met[kind] >= min(spread.number, number) for kind, number in there.items())
-        assert max(Counter(spread.kinds(pair) for pair in mine).values()) <= spread.number
-        chosen += mine
-    more = [pair for pair in some if pair not in chosen and not is_probe(pair)]
-    met = Counter(pair.architecture for pair in some)
-    assert all(met[pair.architecture] == 1 for pair in more)
+        mine = own(check, every)
+        assert Counter(planned(pair) is None for pair in mine) == dict.fromkeys({planned(pair) is None for pair in every}, 1)
+        drawn += mine
+    assert set(drawn) <= set(some)
+    for pair in set(some) - set(drawn):
+        others = {value for other in drawn for value in values(other)}
+        assert values(pair) - others, f"{pair} meets nothing that the others do not"
 
 
 def test_the_probes_meet_everything():
@@ -66,5 +74,6 @@ def test_architectures_change_from_check_to_check():
     checks = [check for check, fixture in CHECKS.items() if fixture == "pair"]
     for method in {pair.method for pair in whole(checks[0]) if not is_probe(pair)}:
         mine = [pair for pair in whole(checks[0]) if pair.method == method]
-        if len({streams(pair) for pair in mine}) == 1 and len(mine) > BY_STREAM.number:
-            assert len({frozenset(own(check, mine, BY_STREAM)) for check in checks}) > 1, method
+        met = {pair for check in checks for pair in own(check, mine)}
+        assert len(met) > 1 or len(mine) == 1, method
+        assert met <= {*pool(mine)}

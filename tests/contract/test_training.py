@@ -7,7 +7,7 @@ import pytest
 import torch
 from contract.architectures import ARCHITECTURES, built
 from contract.pairs import Pair, adapter_parameters, base_parameters, found, lora, one_of_each_role
-from contract.selection import ALL
+from lots import ALL
 from peft import PeftModel
 from tolerances import all_close, close
 
@@ -79,6 +79,7 @@ def test_gradients_reach_a_whole_stack(pair):
     assert any(grad.any() for name, grad in grads.items() if "lora_" in name and grad is not None)
 
 
+@pytest.mark.drawn
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # a teacher's pass is checkpointed too, for nothing
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
 def test_gradient_checkpointing(pair, reentrant):

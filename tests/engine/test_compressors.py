@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from contract.selection import ALL, lot
 from held import COMPRESSORS, ask, decoded, longer, over_what_is_held, texts
+from lots import ALL, lot
 from tolerances import close
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
@@ -85,6 +85,7 @@ def test_a_pair_works_or_is_refused_where_it_is_attached(pair):
     close(ask(model, question, longer(mask, question), held).logits, want, "over what both left")
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("first", [False, True], ids=["behind it", "in front of it"])
 @pytest.mark.parametrize("name", [name for name in COMPRESSORS if refusal((name, "mikv")) is None])
 def test_what_is_held_in_another_format_is_counted_and_carried(name, first):

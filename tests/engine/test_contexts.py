@@ -52,6 +52,7 @@ def prepared(method, family="llama", told=True):
     return model, more, ask(model, context, mask, **more).past_key_values
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_each_question_is_read_over_what_is_held_of_the_context(method, family):
@@ -71,6 +72,7 @@ def test_each_question_is_read_over_what_is_held_of_the_context(method, family):
     unload(model)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("answer", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_turn_behind_a_short_answer_is_a_prompt_of_its_own(method, answer):
@@ -145,6 +147,7 @@ def answered(model, given):
     return torch.stack(out.logits, dim=1)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("family", FAMILIES[:3])
 @pytest.mark.parametrize("method", [None, *METHODS])
 def test_many_questions_in_one_batch_are_each_asked_alone(method, family):

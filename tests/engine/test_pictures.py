@@ -250,6 +250,7 @@ def picture_and_video(order):
     return specimen.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **given}
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("order", [("image", "video"), ("video", "image")], ids=lambda order: order[0])
 @pytest.mark.parametrize("method", OF_ANY_TOWER)
 def test_pictures_and_videos_in_one_call(order, method, monkeypatch):

@@ -111,6 +111,7 @@ CHATS = {name: config for name, config in STRONG.items() if name != "ftp static"
 CHATS["landmark"] = LandmarkAttentionConfig(block=4, local=4, retrieve=1)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", CHATS)
 def test_padding_between_the_turns_of_a_chat_is_not_there(name, family):

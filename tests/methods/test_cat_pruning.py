@@ -165,6 +165,7 @@ def masked(kind, run, knobs):
     return torch.stack(outputs)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alpha", [0.3, 0.6])
 def test_denoiser_is_the_loop(kind, alpha):

@@ -135,6 +135,7 @@ def test_equals_naive(case):
     assert math.isclose(float(out.loss.detach()), sum(terms) / len(terms), rel_tol=1e-5)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_agrees_with_peft_in_outputs_loss_and_updates(case, build):

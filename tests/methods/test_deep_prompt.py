@@ -63,6 +63,7 @@ def naive(blocks, hidden, prompts, extra):
     return states
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES)

@@ -52,6 +52,7 @@ def noise_like(prediction, name):
     return noise.chunk(2, dim=1)[0] if name == "PixArtTransformer2DModel" else noise
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", DENOISERS)
 @pytest.mark.parametrize("bank", [False, True], ids=["lora", "lora-and-tokens"])
 def test_the_reference_is_the_model_without_the_adapter(name, bank):
@@ -83,6 +84,7 @@ def dropping(kind, **lora):
     return get_token_model(specimen.model, methods).train(), specimen.inputs
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", DROPPING)
 def test_the_reference_drops_what_the_model_dropped(kind, checkpointed):

@@ -113,6 +113,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("lengths", "knobs", "side"), MODELS)
 def test_model_is_the_loop(lengths, knobs, side, cached):

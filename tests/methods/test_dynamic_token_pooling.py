@@ -102,6 +102,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("upsample", ["sum", "update"])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("lengths", "layers", "side"), MODELS)
@@ -163,6 +164,7 @@ def test_no_token_hears_of_a_later_one():
             torch.testing.assert_close(model(ids[:, :n]).logits[0], whole[:n], **CLOSE)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("chunks", [(1,) * 13, (5, 1, 7), (2, 2, 9)])
 @pytest.mark.parametrize("layers", [None, (0, 1), (2, 3)])
 def test_a_sequence_in_chunks_is_the_whole(chunks, layers):

@@ -42,6 +42,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("images", "side", "k", "ratio"), MODELS)
 def test_model_is_the_loop(images, side, k, ratio, cached):

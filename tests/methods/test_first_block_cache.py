@@ -87,6 +87,7 @@ CASES = {
 }
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_denoiser_is_the_loop(kind, case):
@@ -99,6 +100,7 @@ def test_denoiser_is_the_loop(kind, case):
     assert case != "most" or reused and not torch.allclose(got, sampled(denoiser(kind), run))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", ["flux", "pixart", "dit"])  # their hook fails where a last block drops the text, as in SD3
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 1.3, 9.0])
 def test_it_is_the_hook_of_diffusers(kind, threshold):

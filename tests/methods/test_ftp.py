@@ -254,6 +254,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("lengths", "sparsity", "strict", "side"), MODELS)
 def test_model_is_the_loop(lengths, sparsity, strict, side, cached):

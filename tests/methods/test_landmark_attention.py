@@ -108,6 +108,7 @@ CASES = [
 ]
 
 
+@pytest.mark.drawn
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("lengths", "knobs"), CASES)

@@ -115,6 +115,7 @@ def vectors(model, call, i, kind):
     return [bank.tokens(time=time, hidden=prompt, mask=torch.ones(prompt.shape[:2], dtype=torch.bool))[0].double() for bank in banks]
 
 
+@pytest.mark.drawn
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("kind", ("unet", "sd3", "flux", "pixart"))

@@ -88,6 +88,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("case", SCHEDULES)
 @pytest.mark.parametrize("told", [True, False], ids=["told", "by the timestep"])
 def test_steps_that_are_computed(case, told):

@@ -75,6 +75,7 @@ def pair(seed=0, **knobs):
     return model, {name: q.detach() for name, q in p.items()}, gpt2(4, seed + 5)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(("threshold", "logits"), [(0.5, 100), (0.3, 7), (0.8, 1), (0.0, 5), (1.0, 5)])
 def test_generation_is_the_loop(threshold, logits, use_cache):

@@ -53,6 +53,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("lengths", "knobs"), MODELS)
 def test_model_is_the_loop(lengths, knobs, side):

@@ -263,6 +263,7 @@ def rows_of(base, family, lengths, place):
     return rows, given, ids, torch.stack(mask)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES)
 def test_model_equals_naive(case, family):
@@ -275,6 +276,7 @@ def test_model_equals_naive(case, family):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("lengths", [[7, 1, 3, 4], [2, 1]], ids=["long and short", "shorter than the template"])

@@ -160,6 +160,7 @@ def loop(kind, run, config, coarse):
     return torch.stack(outputs)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("more", [False, True], ids=["attention", "all"])
 def test_denoiser_is_the_loop(kind, more):

@@ -160,6 +160,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("images", "knobs", "side"), MODELS)
 def test_model_is_the_loop(images, knobs, side, cached):

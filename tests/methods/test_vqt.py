@@ -190,6 +190,7 @@ def naive_logits(base, banks, hidden, valid, combine, class_index=0):
     return linear(base.classifier, class_token) + weight @ naive_features(torch.empty(0), read)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("combine", ["concat", "mean", "weighted"])
 @pytest.mark.parametrize("case", [name for name, row in CASES.items() if row[1]])
 def test_model_equals_naive(case, combine):
