@@ -217,6 +217,7 @@ def test_runs_begin_anew_and_may_change_their_size():
     assert torch.equal(sampled(model, second), fresh(second))
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_zero_and_out(kind, tmp_path):
     run, model = calls(kind, 4), denoiser(kind)

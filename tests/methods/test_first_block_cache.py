@@ -111,6 +111,7 @@ def test_it_is_the_hook_of_diffusers(kind, threshold):
     torch.testing.assert_close(sampled(ours, run), sampled(theirs, run), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", ["unet", "sd3", "flux"])
 def test_two_calls_of_guidance_keep_apart_what_they_reuse(kind):
     run = calls(kind, 5, guided=True)
@@ -135,6 +136,7 @@ def test_a_step_that_is_reused_costs_the_first_block():
     assert costs[0].tokens == 4 * costs[1].tokens and costs[0].flops > 3 * costs[1].flops
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_zero_and_out(kind):
     run, model = calls(kind, 4), denoiser(kind)

@@ -232,6 +232,7 @@ def test_denoiser_is_the_loop(kind, more):
     assert not torch.allclose(got, sampled(denoiser(kind), run), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance_by_one_call_and_by_two(kind):
     run = calls(kind, 3, guided=True)
@@ -280,6 +281,7 @@ def test_runs_begin_anew_and_may_change_their_size(kind):
     assert torch.equal(sampled(model, first), fresh[0])
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_zero_and_out(kind):
     run, model = calls(kind, 2, guided=True), denoiser(kind)
@@ -295,6 +297,7 @@ def test_off_zero_and_out(kind):
     assert all("forward" not in vars(module) for module in plain.modules())
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_saves_what_it_promises(kind):
     run = calls(kind, 1, size=(16, 16))

@@ -190,6 +190,7 @@ def test_what_was_fitted_is_for_models_that_there_are():
         assert len(known - {None}) == len(configs) and CHANGES[name](SimpleNamespace(**unknown)) is None
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", ["unet", "sd3", "flux"])
 def test_two_calls_of_guidance_keep_apart_what_they_reuse(kind):
     run = near(calls(kind, 5, guided=True))
@@ -207,6 +208,7 @@ def test_two_calls_of_guidance_keep_apart_what_they_reuse(kind):
             torch.testing.assert_close(torch.stack(mine), alone, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_zero_and_out(kind):
     run, model = near(calls(kind, 4)), denoiser(kind)

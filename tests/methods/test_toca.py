@@ -612,6 +612,7 @@ def test_step_that_the_pipeline_tells():
         sampled(get_token_model(denoiser("dit"), ToCaConfig(cycle=5, time=0.5, rule="abstract")), calls)
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", ["dit", "pixart", "unet"])
 def test_zero_strength_off_and_out(kind):
     calls, model = inputs(kind, (8, 8), 4), denoiser(kind)

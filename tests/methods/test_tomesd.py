@@ -172,6 +172,7 @@ def test_denoiser_is_the_loop(kind, more):
     assert not torch.allclose(got, sampled(denoiser(kind), run), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance_by_one_call_and_by_two(kind):
     run = calls(kind, 2, batch=1, guided=True)
@@ -189,6 +190,7 @@ def test_guidance_by_one_call_and_by_two(kind):
         torch.testing.assert_close(torch.stack(got), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.drawn(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_zero_and_out(kind):
     run, model = calls(kind, 2), denoiser(kind)
