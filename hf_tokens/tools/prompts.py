@@ -113,14 +113,19 @@ def compress_prompt(
     check_budgets(parts, max_tokens, force_tokens, batch_size)
     if not any(text.strip() for text, _ in parts):
         raise UnsupportedError(explain("A prompt has one word at least", repr("".join(text for text, _ in parts)), "Leave it out."))
-    scorers = scorers_of(surgery)
-    if not scorers:
+    if (method := only_scorer(surgery)) is None:
         return reduced_text(surgery, parts, tokenizer, [*force_tokens, *([] if max_tokens is None else ["max_tokens"])])
-    (method, *others) = scorers
-    if others:
-        raise UnsupportedError(explain("One scorer at a time chooses the words", [type(m).__name__ for m in scorers], "Set one adapter."))
     reading = Reading(surgery, method, tokenizer, batch_size)
     return "".join(scored_texts(reading, parts, force_tokens, max_tokens, counted_by, chunk_end_tokens))
+
+
+def only_scorer(surgery: ModelSurgery) -> TokenScorer | None:
+    """The scorer that acts in a model; None if there is none, and refused where there are several."""
+    scorers = scorers_of(surgery)
+    if len(scorers) > 1:
+        names = [type(method).__name__ for method in scorers]
+        raise UnsupportedError(explain("One scorer at a time says which words stay", names, "Switch to one adapter with one of them."))
+    return next(iter(scorers), None)
 
 
 def as_parts(prompt: str | Sequence[PromptPart]) -> list[tuple[str, float | None]]:
@@ -142,6 +147,9 @@ def check_budgets(parts: list[tuple[str, float | None]], max_tokens: int | None,
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(explain(f"`{name}` is a number of one at least", repr(value), "Leave it out for the default."))
+    if max_tokens is not None and parts and all(share is not None for _, share in parts):
+        rule = "`max_tokens` is a budget of the parts without a share of their own"
+        raise ConfigError(explain(rule, f"{len(parts)} parts that have one", "Leave it out, or leave out the share of a part."))
     if isinstance(force_tokens, str) or not all(isinstance(word, str) and word for word in force_tokens):
         raise ConfigError(explain("`force_tokens` is a list of texts that are not empty", repr(force_tokens), 'Pass `["<|im_start|>"]`.'))
 
@@ -153,9 +161,9 @@ def kept_of_ids(surgery: ModelSurgery, input_ids: Tensor, attention_mask: Tensor
             explain("`compress_prompt` needs prompts of one token at least, (b n)", tuple(input_ids.shape), "Leave them out.")
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if not (scorers := scorers_of(surgery)):
+    if (method := only_scorer(surgery)) is None:
         return reduced_places(surgery, input_ids, mask)
-    real, (method, *_) = mask.bool(), scorers
+    real = mask.bool()
     of = torch.arange(input_ids.shape[1], device=real.device).expand_as(input_ids)
     share, none = torch.full_like(of[:, 0], method.share, dtype=torch.float64), torch.full_like(of, -1)
     words = TextWords(of.masked_fill(~real, -1), torch.zeros_like(real), real, none, real.long(), share, none[:, 0])

@@ -170,6 +170,7 @@ REFUSED = {
     "no text": ([7], {}, ConfigError, "a list of texts and of pairs"),
     "a string": ("a b", {"force_tokens": "abc"}, ConfigError, "a list of texts that are not empty"),
     "no token": ("a b", {"max_tokens": 0}, ConfigError, "`max_tokens` is a number of one at least"),
+    "no part for it": ([("a", 0.5)], {"max_tokens": 3}, ConfigError, "of the parts without a share of their own, got 1 parts"),
     "nothing": ([("a b c", 0.001)], {}, ConfigError, "keeps one word at least, got none of 3"),
     "no tokenizer": ("a", {"tokenizer": None}, UnsupportedError, "tells the characters of its tokens"),
     "ids": (torch.ones(1, 3, dtype=torch.long), {"force_tokens": ["a"]}, UnsupportedError, "Of ids each is a word"),
@@ -192,6 +193,13 @@ def test_a_slow_tokenizer_and_another_model_s_are_refused():
     large.add_tokens(["zebra"])
     with pytest.raises(UnsupportedError, match=r"which knows \d+ ids, got the id"):
         compress(scorer(), "zebra and zebra", tokenizer=large)
+
+
+@pytest.mark.parametrize("prompt", [TEXT, torch.ones(1, 5, dtype=torch.long)], ids=["text", "ids"])
+def test_two_scorers_are_refused(prompt):
+    model = get_token_model(classifier(), [LLMLingua2Config(), LLMLingua2Config(rate=0.2)])
+    with pytest.raises(UnsupportedError, match="One scorer at a time"):
+        compress_prompt(model, prompt, tokenizer=TOKENIZER if isinstance(prompt, str) else None)
 
 
 def test_a_class_that_the_head_has_not_is_refused_and_nothing_changes():
