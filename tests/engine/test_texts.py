@@ -14,7 +14,7 @@ from hf_tokens import ConfigError, LLMLingua2Config, SelectionPConfig, Unsupport
 from hf_tokens.engine.block import BlockSurgery
 from hf_tokens.model import families
 from hf_tokens.testing import zoo
-from hf_tokens.tools.texts import read_text, write_text
+from hf_tokens.tools.texts import forced_spans, read_text, split_words, trim, write_text
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;'!?()<>|_-"
@@ -158,6 +158,32 @@ def test_a_reducer_takes_text_too():
     assert is_cut_from(short, "A short text of words.") and len(short) < 22
     with pytest.raises(UnsupportedError, match="are for a scorer"):
         compress(model, [("A", 1.0), "b"])
+
+
+# text -> its tokens as a tokenizer gives them that tells no words apart, the forced texts, and the words that are to come out
+WORDS = {
+    "white space": ("ab cd", ["a", "b", " c", "d"], [], ["ab", "cd"]),
+    "punctuation begins a word": ("ab,cd e.", ["ab", ",", "cd", " e", "."], [], ["ab", ",cd", "e", "."]),
+    "what only begins with it does not": ("ab's", ["ab", "'s"], [], ["ab's"]),
+    "a forced text": ("a<|x|>b", ["a", "<|", "x", "|>", "b"], ["<|x|>"], ["a", "<|x|>", "b"]),
+    "one without a token": ("a\n\nb", ["a", "b"], ["\n"], ["a", "\n", "\n", "b"]),
+    "white space that a token holds": ("a\nb", ["a", "\nb"], ["\n"], ["a", "\n", "b"]),
+    "a letter alone": ("x axe ax x", ["x", " a", "xe", " a", "x", " x"], ["x"], ["x", "axe", "ax", "x"]),
+    "the longest": ("abc", ["ab", "c"], ["a", "abc"], ["abc"]),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_tokens_make_words(case):
+    text, tokens, forced, want = WORDS[case]
+    spans, at = [], 0
+    for token in tokens:
+        at = text.index(token, at) + len(token)
+        spans.append(trim(text, at - len(token), at))
+    words = split_words(text, spans, [0] * len(tokens), forced_spans(text, forced))
+    assert [text[word.start : word.end] for word in words] == want
+    assert [text[word.start : word.end] for word in words if word.forced >= 0] == [word for word in want if word in forced]
+    assert sum(word.tokens for word in words) == len(tokens)
 
 
 REFUSED = {
