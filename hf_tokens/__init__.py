@@ -22,7 +22,8 @@ PUBLIC = {
     "peft.tuner": ("HFTokensModel",),
     "roles": (
         *("AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method", "ModelRouter"),
-        *("Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "VocabularyEdit", "WeightEdit"),
+        *("Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "TokenScorer"),
+        *("TextWords", "VocabularyEdit", "WeightEdit"),
         *("allowance", "check_capacity", "heavy_hitters", "observed", "protect", "share_out", "straight_through"),
     ),
     "roles.config": ("MethodConfig", "option"),

@@ -252,6 +252,10 @@ from hf_tokens_adapters.token_router.videollm_mod import (
     VideoLLMMoD,
     VideoLLMMoDConfig,
 )
+from hf_tokens_adapters.token_scorer.llmlingua2 import (
+    LLMLingua2,
+    LLMLingua2Config,
+)
 from hf_tokens_adapters.vocabulary_edit.omp_transplant import (
     OMPTransplant,
     OMPTransplantConfig,
@@ -318,9 +322,11 @@ from .roles import (
     ModelRouter,
     Objective,
     Pooler,
+    TextWords,
     TokenBank,
     TokenReducer,
     TokenRouter,
+    TokenScorer,
     VocabularyEdit,
     WeightEdit,
     allowance,
@@ -462,6 +468,8 @@ __all__ = [
     "KIVIConfig",
     "KVzip",
     "KVzipConfig",
+    "LLMLingua2",
+    "LLMLingua2Config",
     "LandmarkAttention",
     "LandmarkAttentionConfig",
     "LayerRouter",
@@ -531,6 +539,7 @@ __all__ = [
     "TOVAConfig",
     "TeaCache",
     "TeaCacheConfig",
+    "TextWords",
     "ToCa",
     "ToCaConfig",
     "ToMe",
@@ -543,6 +552,7 @@ __all__ = [
     "TokenPrependingConfig",
     "TokenReducer",
     "TokenRouter",
+    "TokenScorer",
     "TransPrune",
     "TransPruneConfig",
     "UnsupportedError",

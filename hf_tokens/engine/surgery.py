@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.streams import Stream
 from ..roles.base import Method
@@ -101,6 +101,9 @@ class Listener:
 
     def examined(self, block: BlockSurgery, method: Method, finding: Any) -> None:
         """A method was examined in a block, with this result."""
+
+    def scored(self, method: Method, scores: Tensor) -> None:
+        """A scorer said what each token is worth, (b m)."""
 
     def closed(self, surgery: StreamSurgery, run: StreamRun) -> None:
         """A pass through a stream is over."""

@@ -159,6 +159,8 @@ OPEN_MASKS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_
 OPEN_UNMASKED = re.compile(r"^modeling_fsmt\.DecoderLayer$")
 # Models whose head reads each token, whatever it is: those for another task than to judge a sample as a whole.
 READS_EACH = re.compile(r"For(?!(Sequence|Image|Video|Audio)Classification|MultipleChoice|NextSentencePrediction|XVector)[A-Z]|Backbone$")
+# Models whose head classifies each token.
+CLASSIFIES_EACH = re.compile(r"ForTokenClassification$")
 # Models for late interaction: what they return is the set of their tokens' vectors, under this name.
 LATE_INTERACTION, VECTORS = re.compile(r"^Col(Pali|Qwen2|ModernVBert)ForRetrieval$"), "embeddings"
 # Libraries that read the vectors of a text by the mask that they gave with it.

@@ -32,6 +32,7 @@ from ..roles.routers import LayerRouter, TokenRouter
 from ..roles.signals import GRIDDED, OF_ATTENTION, SCORED, SPANS, TAPPED
 from ..roles.token_bank import TokenBank
 from ..roles.token_reducer import TokenReducer
+from ..roles.token_scorer import TokenScorer
 from ..roles.weight_edit import WeightEdit
 from .bases import check_base
 from .config import HFTokensConfig
@@ -116,10 +117,12 @@ def head_outputs(base: Anatomy) -> int | None:
 def before_head(streams: list[Stream], info: MethodInfo, base: Anatomy) -> list[Stream]:
     """The stream among these that the model's head reads: the last that is called."""
     chosen = [stream for stream in streams if stream is base.streams[-1]]
-    if not chosen or head_outputs(base) is None:
-        rule = f"Method {info.name!r} needs a linear head behind {demand(info)}"
+    each = issubclass(info.cls, TokenScorer)
+    if not chosen or head_outputs(base) is None or each and not families.CLASSIFIES_EACH.search(type(base.model).__name__):
+        rule = f"Method {info.name!r} needs a linear head{' that classifies tokens' * each} behind {demand(info)}"
         got = f"{type(base.model).__name__} with {base.head or 'no head'} behind its stream {base.streams[-1].name}"
-        raise UnsupportedError(explain(rule, got, "Load it with a head, such as AutoModelForCausalLM or AutoModelForImageClassification."))
+        heads = "AutoModelForTokenClassification" if each else "AutoModelForCausalLM or AutoModelForImageClassification"
+        raise UnsupportedError(explain(rule, got, f"Load it with a head, such as {heads}."))
     return chosen
 
 

@@ -20,9 +20,11 @@ from .routers import LayerRouter, ModelRouter, TokenRouter
 from .signals import SIGNALS
 from .token_bank import TokenBank
 from .token_reducer import TokenReducer
+from .token_scorer import TextWords, TokenScorer
 from .vocabulary_edit import VocabularyEdit
 from .weight_edit import WeightEdit
 
 __all__ = ["SIGNALS", "AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method"]
-__all__ += ["ModelRouter", "Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "VocabularyEdit", "WeightEdit"]
+__all__ += ["ModelRouter", "Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "TokenScorer"]
+__all__ += ["TextWords", "VocabularyEdit", "WeightEdit"]
 __all__ += ["allowance", "check_capacity", "heavy_hitters", "observed", "protect", "share_out", "straight_through"]

@@ -66,7 +66,7 @@ SIGNALS: dict[str, str] = {
     "keys_below": "for a method with `pairs`: cached keys of the lower block of the pair, (b k n e)",
     "values_below": "for a method with `pairs`: cached values of the lower block of the pair, (b k n e)",
     "weights": "for a WeightEdit: the weights that it may change, without it, name -> (o i)",
-    "logits": "for a ModelRouter, whose `hidden` is what the model's head read: what that returned behind each token, (b m v)",
+    "logits": "for a ModelRouter or a TokenScorer, whose `hidden` is what the model's head read: what that returned for each, (b m v)",
     "predicted": "for a ModelRouter: the input embedding of the likeliest token by `logits`, (b m d)",
     "context": "for a WeightEdit: what each of its weights read of the real tokens, group of data -> name -> (t i)",
     "fisher": "for a WeightEdit: mean of the squared gradients of the loss over the batches, group of data -> name -> (o i)",

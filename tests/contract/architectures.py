@@ -40,6 +40,7 @@ class Architecture:
         timesteps: The timesteps of three denoising steps.
         make: Builds the model and its inputs where the zoo does not.
         headless: Whether it is a text model without its head, which only methods meet that give a short sequence out.
+        tagger: Whether its head classifies tokens, which only scorers of tokens meet.
     """
 
     family: str
@@ -50,6 +51,7 @@ class Architecture:
     timesteps: tuple[float, ...] = ()
     make: Callable[[], tuple[nn.Module, Inputs]] | None = None
     headless: bool = False
+    tagger: bool = False
 
     @property
     def name(self) -> str:
@@ -102,6 +104,7 @@ class Architecture:
         if "decoder_input_ids" in inputs:
             return {**inputs, "labels": (inputs["decoder_input_ids"] * 7 + 3) % 75 + 5}
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids = ids % 2 if self.tagger else ids
         return {**inputs, "labels": ids.masked_fill((mask * mask.cumsum(dim=1) < 2) | (ids >= IMAGES), -100)}
 
     def loss(self, model: nn.Module, inputs: Inputs, **more: Any) -> Tensor:
@@ -157,7 +160,7 @@ class Architecture:
         return rows if pads is None else [row[:, pads] if row.dim() > 2 and row.shape[1] == n else row for row in rows]
 
 
-POSITIONS = ("gpt2", "gpt2_encoder", "bert", "bert_model")
+POSITIONS = ("gpt2", "gpt2_encoder", "bert", "bert_model", "bert_tagger")
 VARIANCE = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # denoisers that predict a variance beside the noise
 IMAGES = 80  # ids from here on stand for images
 
@@ -196,6 +199,19 @@ def bert_model() -> tuple[nn.Module, Inputs]:
     config = transformers.BertConfig(**sizes, vocab_size=zoo.VOCAB, max_position_embeddings=64, pad_token_id=0)
     model = transformers.BertModel(config, add_pooling_layer=False)  # its pooler reads the first token, padding or not
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def tagger(family: str) -> Callable[[], tuple[nn.Module, Inputs]]:
+    """A classifier of tokens into two classes."""
+
+    def make() -> tuple[nn.Module, Inputs]:
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=zoo.VOCAB)
+        config = transformers.AutoConfig.for_model(family, **sizes, max_position_embeddings=64, pad_token_id=0, num_labels=2)
+        ids = torch.randint(5, 80, (BATCH, 16))
+        model = transformers.AutoModelForTokenClassification.from_config(config)
+        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    return make
 
 
 def idefics3() -> tuple[nn.Module, Inputs]:
@@ -237,6 +253,8 @@ ROWS = (
     Architecture("mixtral", ("text*",), BOTH, generates=True),
     Architecture("bert", ("text",), BOTH),
     Architecture("bert_model", ("text",), BOTH, make=bert_model),
+    Architecture("bert_tagger", ("text",), BOTH, make=tagger("bert"), tagger=True),
+    Architecture("xlm_roberta_tagger", ("text",), BOTH, make=tagger("xlm-roberta"), tagger=True),
     Architecture("t5", ("text", "text*"), BOTH, generates=True),
     Architecture("llama_encoder", ("text*",), BOTH, headless=True),
     Architecture("qwen2_encoder", ("text*",), BOTH, headless=True),

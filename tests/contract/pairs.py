@@ -29,13 +29,16 @@ from hf_tokens import (
     set_progress,
 )
 from hf_tokens.engine.block import BlockSurgery
+from hf_tokens.engine.model import ModelSurgery
 from hf_tokens.errors import ConfigError
+from hf_tokens.handlers.token_scorer import scorers_of
 from hf_tokens.model.streams import Stream
 from hf_tokens.peft.placement import plan
 from hf_tokens.roles.config import MethodConfig
 from hf_tokens.roles.registry import MethodInfo
 from hf_tokens.testing.probe import ProbeInsertConfig
 from hf_tokens.tools.measure import Cost
+from hf_tokens.tools.prompts import kept_of_ids
 from hf_tokens.tools.surgeries import instances
 
 STIRS = (0.1, 1.0, -1.0, 2.0, 3.0)  # adapters start from zeros here and there, and routers open or closed; a test of what they do must not
@@ -225,7 +228,19 @@ class Pair:
         operated = self.info.role == "ModelRouter" and any(isinstance(module, BlockSurgery) for module in model.modules())
         more = {"custom_generate": route_to(other(self.architecture))} if operated else {}
         with torch.no_grad():
-            return generate(model, inputs, 3, **more) if self.speaks else self.row.run(model, inputs)
+            outputs = generate(model, inputs, 3, **more) if self.speaks else self.row.run(model, inputs)
+        surgery = next((module.surgery.model for module in model.modules() if isinstance(module, BlockSurgery)), None)
+        if surgery is not None and scorers_of(surgery):
+            return only_of_kept(surgery, inputs, outputs)
+        return outputs
+
+
+def only_of_kept(surgery: ModelSurgery, inputs: Inputs, outputs: list[Tensor]) -> list[Tensor]:
+    """What the model puts out for the tokens that its scorer lets stay, and zeros."""
+    stays = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for row, kept in zip(stays, kept_of_ids(surgery, inputs["input_ids"], inputs["attention_mask"]), strict=True):
+        row[kept] = True
+    return [torch.where(stays[..., None], output, 0) for output in outputs]
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -262,6 +277,7 @@ PAIRS = [
     for method in PLACED
     for architecture, row in ARCHITECTURES.items()
     if not row.headless or METHODS[method].cls.site == "output"
+    if not row.tagger or METHODS[method].role == "TokenScorer"
 ]
 
 
