@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from by_hand import batch, gpt2, greedy
+from by_hand import batch, gpt2, greedy, llama, turned
 from evicted import agree, allowed
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_tokens import ConfigError, StreamingLLMConfig, UnsupportedError, get_token_model, measure
 
@@ -36,24 +35,6 @@ MODELS = [
 def test_model_is_the_loop(lengths, knobs):
     c = StreamingLLMConfig(**knobs, shift=False)
     agree(c, lengths, keep(c), steps=9)
-
-
-def llama():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **special, num_key_value_heads=2)).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def turned(x, place):
-    """The paper's rotation of a key or a query (e) at a place."""
-    half = len(x) // 2
-    angle = place * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    a, b = x[:half], x[half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
 
 
 def attended(block, x, origin, entries):
