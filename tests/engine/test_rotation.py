@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from contract.pairs import difference, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -120,3 +121,11 @@ def test_nothing_of_the_trial_stays():
     handle.remove()
     assert len(counts) == 1  # a copy was tried, without the hooks of others
     assert not difference(before, snapshot(model.unload()))
+
+
+def test_weights_that_are_kept_elsewhere_are_not_asked_for():
+    kept = zoo.build("llama").model
+    model = get_token_model(cpu_offload(zoo.build("llama").model, execution_device="cpu"), CONFIG).eval()
+    assert all(p.is_meta for p in model.parameters())
+    here, there = keys_at(kept, 3), keys_at(kept, 3 + DELTA)
+    torch.testing.assert_close(rotations(model)[0].turn(here[0], torch.full((1, 1, 1), DELTA)), there[0], rtol=1e-4, atol=1e-5)
