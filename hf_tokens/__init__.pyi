@@ -20,6 +20,10 @@ from hf_tokens_adapters.cache_compressor.duo_attention import (
     DuoAttention,
     DuoAttentionConfig,
 )
+from hf_tokens_adapters.cache_compressor.expected_attention import (
+    ExpectedAttention,
+    ExpectedAttentionConfig,
+)
 from hf_tokens_adapters.cache_compressor.h2o import (
     H2O,
     H2OConfig,
@@ -438,6 +442,8 @@ __all__ = [
     "DuoAttentionConfig",
     "DynamicTokenPooling",
     "DynamicTokenPoolingConfig",
+    "ExpectedAttention",
+    "ExpectedAttentionConfig",
     "FDT",
     "FDTConfig",
     "FTP",

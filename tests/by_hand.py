@@ -4,7 +4,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import CLIPVisionConfig, GPT2Config, GPT2LMHeadModel, LlavaConfig, LlavaForConditionalGeneration, Starcoder2Config
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Starcoder2Config,
+)
 
 from hf_tokens.testing import CACHE
 
@@ -155,6 +164,25 @@ def places_held(cache, row, first):
         found = [(origins[row, h] - first)[filled[row, h]].tolist() for h in range(heads)]
         out.append([[place for place in places if place >= 0] for places in found])
     return out
+
+
+def llama(layers=2, seed=0):
+    """A tiny Llama whose weights are in float64; its norms and its tables of angles stay in single precision."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **special, num_key_value_heads=2)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def turned(x, place):
+    """A Llama's key or query (e) turned to a place."""
+    half = len(x) // 2
+    angle = place * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    a, b = x[:half], x[half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
 
 
 IMAGE, PATCHES = 49, 9

@@ -8,6 +8,7 @@ from hf_tokens import (
     AdaKVConfig,
     D2OConfig,
     DuoAttentionConfig,
+    ExpectedAttentionConfig,
     H2OConfig,
     KIVIConfig,
     KVzipConfig,
@@ -39,10 +40,12 @@ COMPRESSORS = {
     "mikv": MiKVConfig(importance=0.3, bits=4),
     "snapkv": SnapKVConfig(budget=0.5, window=3, kernel=3),
     "tova": TOVAConfig(budget=0.5),
-    "streaming-llm": StreamingLLMConfig(budget=0.5, sinks=2),
+    "streaming-llm": StreamingLLMConfig(budget=0.5, sinks=2, shift=False),
+    "streaming-llm turned": StreamingLLMConfig(budget=0.5, sinks=2),
     "h2o": H2OConfig(budget=0.5),
     "pyramidkv": PyramidKVConfig(budget=0.4, window=2, kernel=3, beta=4),
     "random": RandomConfig(budget=0.5, sinks=1, window=2),
+    "expected-attention": ExpectedAttentionConfig(budget=0.5, n_sink=1, n_future_positions=8),
     "ada-kv": AdaKVConfig(budget=0.5, window=3, kernel=3),
 }
 LENGTH, ASKED, PADS, STEPS = 18, 5, 4, 3

@@ -16,10 +16,12 @@ from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.blocks import BlockFacts, borrows_keys, layer_index
 from ..roles.base import Method
+from ..roles.signals import TURNED
 from .context import State
 from .handler import handler_of
 from .hooks import BoundForward, SignalHooks
 from .plan import BlockPlan, PassPlan
+from .rotation import BlockRotation
 from .run import StreamRun
 from .stream import run_in_stream
 from .tap import AttentionTap, taps
@@ -183,7 +185,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             if hook == "tap":
                 self.tap.open()
             elif hook not in self._handles:
-                handles = self.signals.attach(hook)
+                handles = self.state(BlockRotation).attach() if hook == TURNED else self.signals.attach(hook)
                 self._handles[hook] = needs[hook].attach(hook, self) if handles is None else handles
 
     def know(self, adapters: Iterable[str]) -> None:

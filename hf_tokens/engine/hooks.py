@@ -16,7 +16,7 @@ from ..errors import UnsupportedError, explain
 from ..model.signatures import bound_arguments, parameters, positional
 from ..model.streams import TOKENS_FIRST, first_of
 from ..roles.base import Method
-from ..roles.signals import HOOKED
+from ..roles.signals import HOOKED, TURNED
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
@@ -134,7 +134,7 @@ class SignalHooks:
     def needs(method: Method) -> set[str]:
         """The hooks that the signals of a method need."""
         names = method.asks
-        return {HOOKED[name] for name in names if name in HOOKED} | ({"picture"} if "grid" in names else set())
+        return {HOOKED[name] for name in names if name in HOOKED} | ({"picture"} if "grid" in names else set()) | ({TURNED} & names)
 
     def refresh(self, methods: list[Method]) -> None:
         """Note which of the signals the methods name."""

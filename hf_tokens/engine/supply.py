@@ -20,6 +20,7 @@ from ..tokens.entries import alike, cells_of, pick_entries, stretch
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, in_float32, indices, take
 from .handler import handler_of
+from .rotation import Turning
 from .run import Site
 
 
@@ -300,6 +301,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "received": lambda m: m.layer.record.entries["received"],
     "record": lambda m: m.layer.record.own(m.key),
     "states": lambda m: EntryStates(m.layer),
+    "rotation": Turning,
     "affinity": lambda m: m.call.affinity,
     "key_positions": key_positions,
     "own_keys": own_keys,

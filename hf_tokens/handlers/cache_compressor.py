@@ -171,9 +171,9 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
     layer, spare = site.layer, surplus(method, site)
     if spare == 0:
         return
-    if spare == 1 and type(method).fold is CacheCompressor.fold:
+    if spare == 1:
         site = altered(site, budget=torch.full((len(layer.origins), 1), layer.length - 1, device=layer.origins.device))
-        drop_entry(site, lowest(ask(method, site) if score is None else score))
+        drop_entry(method, site, lowest(ask(method, site) if score is None else score))
         return
     real, lengths, seen = count_entries(method, site)
     if method.allots:
@@ -240,10 +240,13 @@ def note_change(site: Site, gone: Tensor | None = None) -> None:
     site.run.memory.note_change(ledger.start, ledger.start + ledger.n, None if gone is None else gone.min())
 
 
-def drop_entry(site: Site, gone: Tensor) -> None:
+def drop_entry(method: CacheCompressor, site: Site, gone: Tensor) -> None:
     """Let one entry of each row (b 1) or head (b k 1) go."""
     layer = site.layer
     note_change(site)
+    if method.folds(method.config):
+        goes = cells(layer, torch.arange(layer.length, device=gone.device) == gone)
+        fold_entries(method, altered(site, stays=~goes, goes=goes))
     index = torch.arange(layer.length - 1, device=gone.device)
     layer.keep(index + (index >= gone), gone=gone)
 
@@ -309,15 +312,14 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
     stays = highest(score, budgets, real)
     origins, goes = alike(layer.origins, real & ~stays)
     note_change(site, origins.masked_fill(~goes, layer.seen))
-    folds = type(method).fold is not CacheCompressor.fold
-    if folds or holds(method):
+    if method.folds(method.config) or holds(method):
         site = altered(site, stays=cells(layer, stays), goes=cells(layer, real & ~stays))
     if holds(method):
         put_away(method, site)
         return
     if stays.dim() == 3 and layer.heads > 1:
         site.block.tap.check_heads(layer, values=True)
-    if folds and bool(site.goes.any()):
+    if method.folds(method.config) and bool(site.goes.any()):
         fold_entries(method, site)
     layer.keep(*kept_places(stays))
 

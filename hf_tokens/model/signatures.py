@@ -56,6 +56,14 @@ def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
+@read_once
+def required(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of those that have no default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    given = inspect.signature(cls.forward).parameters.values()
+    return tuple(p.name for p in given if p.default is p.empty and p.kind in named)[1:]
+
+
 def bound_arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call by name."""
     return {**dict(zip(positional(type(model)), args, strict=False)), **kwargs}

@@ -274,38 +274,38 @@ def reduces(cls: type[Method], site: str) -> bool:
     return issubclass(cls, TokenReducer) and cls.site == site
 
 
-def changes(cls: type[Method], word: str) -> bool:
-    """Whether a cache compressor defines what becomes of entries that do not stay as they are: a word of its role."""
-    return issubclass(cls, CacheCompressor) and getattr(cls, word) is not getattr(CacheCompressor, word)
+def stores_otherwise(cls: type[Method]) -> bool:
+    """Whether a cache compressor stores entries in another format."""
+    return issubclass(cls, CacheCompressor) and cls.hold is not CacheCompressor.hold
 
 
 # what one block takes: a rule, the methods that it is about, and those that may not stand beside one of them, another of their own kind too
 COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
     (
         "One block takes one reducer between its attention and MLP, and no router beside it",
-        lambda cls: reduces(cls, "middle"),
-        lambda cls: issubclass(cls, (TokenRouter, LayerRouter)),
+        lambda p: reduces(p.info.cls, "middle"),
+        lambda p: issubclass(p.info.cls, (TokenRouter, LayerRouter)),
     ),
-    ("One block takes one reducer in front of its sublayers", lambda cls: reduces(cls, "sublayer"), lambda cls: False),
+    ("One block takes one reducer in front of its sublayers", lambda p: reduces(p.info.cls, "sublayer"), lambda p: False),
     (
         "A feature cache stands alone: no other one beside it, and no method that changes the number of tokens",
-        lambda cls: issubclass(cls, FeatureCache),
-        lambda cls: cls.moves_tokens,
+        lambda p: issubclass(p.info.cls, FeatureCache),
+        lambda p: p.info.cls.moves_tokens,
     ),
     (
         "One block takes one cache compressor that stores entries in another format",
-        lambda cls: changes(cls, "hold"),
-        lambda cls: False,
+        lambda p: stores_otherwise(p.info.cls),
+        lambda p: False,
     ),
     (
         "Entries that two blocks store as one take in no others",
-        lambda cls: changes(cls, "hold") and cls.pairs,
-        lambda cls: changes(cls, "fold"),
+        lambda p: stores_otherwise(p.info.cls) and p.info.cls.pairs,
+        lambda p: issubclass(p.info.cls, CacheCompressor) and p.info.cls.folds(p.config),
     ),
     (
         "A bank that shapes an attention call stands beside no method that looks at it",
-        lambda cls: bool(cls.words.get("attend")),
-        lambda cls: bool(({"queries", "scores", SCORED} if issubclass(cls, CacheCompressor) else TAPPED) & names_of(cls)),
+        lambda p: bool(p.info.cls.words.get("attend")),
+        lambda p: bool(({"queries", "scores", SCORED} if issubclass(p.info.cls, CacheCompressor) else TAPPED) & names_of(p.info.cls)),
     ),
 )
 
@@ -313,8 +313,8 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
 def check_company(placements: list[Placement], path: str) -> None:
     """The methods of one block must get on with each other."""
     for rule, about, against in COMPANY:
-        ruled = [p for p in placements if about(p.info.cls)]
-        others = [p for p in placements if p not in ruled and against(p.info.cls)]
+        ruled = [p for p in placements if about(p)]
+        others = [p for p in placements if p not in ruled and against(p)]
         if len(ruled) > 1 or ruled and others:
             names = [p.info.name for p in placements if p in ruled + others]
             raise UnsupportedError(explain(rule, f"{names} in {path}", "Give them different layers."))

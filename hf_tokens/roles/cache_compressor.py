@@ -59,6 +59,11 @@ class CacheCompressor(Method):
 
     role, verb, causal, further, decodes = "CacheCompressor", "score", True, ("fold", "hold", "examine"), False
 
+    @classmethod
+    def folds(cls, config: MethodConfig) -> bool:
+        """Whether `fold` is called with this config: where a method defines it, it may say when."""
+        return cls.fold is not CacheCompressor.fold
+
     @abc.abstractmethod
     def score(self, *signals: Any) -> Tensor:
         """The importance of each cached entry, (b n), or (b k n) for each key head; the highest stay."""

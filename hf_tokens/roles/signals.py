@@ -61,6 +61,8 @@ SIGNALS: dict[str, str] = {
     "budget": "for a CacheCompressor: entries that may stay, (b 1) for a row or (b k) for each key head",
     "states": "for a CacheCompressor: a function that gives the cached keys and values, of all entries (b k n e), or of an index (b k r) "
     "alone; its `widths` are those of a key and of a value",
+    "rotation": "for a CacheCompressor: how the block turns its queries and keys by their places: its `turn(x, by)` brings them "
+    "(b h r e) so many places further, `ahead(x, count)` is the mean of the next places; `places` are those of this pass, (b m)",
     "stays": "for `fold` and `hold`: entries that stay, (b k n) bool",
     "goes": "for `fold` and `hold`: entries beyond the budget, (b k n) bool",
     "keys_below": "for a method with `pairs`: cached keys of the lower block of the pair, (b k n e)",
@@ -99,7 +101,7 @@ OF_A_WORD = {
 # What a CacheCompressor is given without a look at what the block computed.
 OF_THE_CACHE = {
     *{"mask", "positions", "newer", "sizes", "states", "keys", "values", "keys_below", "values_below"},
-    *{"record", "budget", "stays", "goes", "real", "memory", "prefill", "kind", "layer", "layers", "prefix", "progress"},
+    *{"record", "budget", "stays", "goes", "rotation", "real", "memory", "prefill", "kind", "layer", "layers", "prefix", "progress"},
 }
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
 OF_A_QUERY = {"hidden", "mask", "positions", "fresh", "sizes"}  # what has a row for each query of an attention call
@@ -114,6 +116,7 @@ HOOKED = {
 }
 OF_ATTENTION = {name for name, hook in HOOKED.items() if hook != "mlp"}  # those of them that need a self-attention
 OF_THE_BLOCK = {*TAPPED, *HOOKED}  # signals of what a block computed: there are none where it ran on no token
+TURNED = "rotation"  # the signal that needs to know how a block turns its keys
 SCORED = "received"  # the signal that is kept from the scores of each pass
 SPANS = {"visual", "instruction", "pictures", "pictured"}  # these need a model that has tokens of pictures among its text
 GRIDDED = "pictures"  # the one of these that needs their grids

@@ -23,8 +23,9 @@ TWO_FORMATS, SHARED = "one cache compressor that stores entries in another forma
 
 def refusal(names):
     """The rule by which a pair is refused, by what its methods define; None if it works."""
-    first, second = ({info.name: info.cls for info in list_methods()}[COMPRESSORS[name].method] for name in names)
-    hold, fold = ([getattr(cls, word) is not getattr(CacheCompressor, word) for cls in (first, second)] for word in ("hold", "fold"))
+    known = [({info.name: info.cls for info in list_methods()}[COMPRESSORS[name].method], name) for name in names]
+    first, second = (cls for cls, _ in known)
+    hold, fold = [cls.hold is not CacheCompressor.hold for cls in (first, second)], [cls.folds(COMPRESSORS[n]) for cls, n in known]
     if all(hold):
         return TWO_FORMATS
     return SHARED if first.pairs and fold[1] or second.pairs and fold[0] else None

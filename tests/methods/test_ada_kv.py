@@ -120,6 +120,6 @@ def test_over_a_method_that_decodes_it_divides_behind_each_token(lengths):
 
 def test_heads_that_are_scored_alike_stay_even():
     ids, _ = batch((20,))
-    stack = [StreamingLLMConfig(capacity=7, sinks=2), AdaKVConfig(scorer="stack")]
+    stack = [StreamingLLMConfig(capacity=7, sinks=2, shift=False), AdaKVConfig(scorer="stack")]
     cache = get_token_model(gpt2(), stack).eval()(ids, use_cache=True).past_key_values
     assert places_held(cache, 0, 0) == [[[0, 1, 15, 16, 17, 18, 19]] * 3] * 4
