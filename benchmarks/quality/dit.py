@@ -224,13 +224,13 @@ def main() -> None:
 
 NOTES = (
     "16 pictures, PSNR in decibels to the full model's; the energy distance is too coarse at that number for more than gross faults "
-    "(0.28 of the full model, 0.1 to 0.5 is as good). Fewer steps are the bar, since they cost nothing: 44.3 at 0.67 of the CPU- "
-    "seconds, 40.3 at 0.50, 35.1 at 0.36, 32.3 at 0.24. Nothing here beats them at equal seconds: first-block cache at 0.2 (43.7 at "
+    "(0.28 of the full model, 0.1 to 0.5 is as good). Fewer steps are the bar, since they cost nothing: 44.3 at 0.67 of the "
+    "CPU-seconds, 40.3 at 0.50, 35.1 at 0.36, 32.3 at 0.24. Nothing here beats them at equal seconds: first-block cache at 0.2 (43.7 at "
     "0.71, two thirds of the FLOPs) is a step behind, ours and diffusers' own give the same pictures in the same time; diffusers' "
     "attention broadcast has 42.7 at 0.73, ProfilingDiT 41.3 at 0.78, TeaCache 38.8 at 0.51 and 31.5 at 0.31. By FLOPs first-block "
     "cache at 0.2 (43.7 at 68 of 105 GFLOPs) and TeaCache at 0.15 (38.8 at 47) lie on the line of fewer steps (44.3 at 73, 40.3 at 52), "
-    "and all else below it: ProfilingDiT 41.3 at 70, random tokens 39.2 at 62 and 36.7 at 49, ToCa 37.6 at 65 and 35.1 at 48, first- "
-    "block cache at 0.35 34.6 at 45. Past its knee a threshold ruins what the picture is and not only its detail: the energy distance "
+    "and all else below it: ProfilingDiT 41.3 at 70, random tokens 39.2 at 62 and 36.7 at 49, ToCa 37.6 at 65 and 35.1 at 48, "
+    "first-block cache at 0.35 34.6 at 45. Past its knee a threshold ruins what the picture is and not only its detail: the energy distance "
     "of TeaCache at 0.3 is 5.9 and that of first-block cache at 0.35 is 2.2, at a PSNR where five and seven steps have 0.35 and 0.26. "
     "ToCa's choice is below tokens drawn by chance in both cycles, as among the 64 tokens of a digit. Merging should be used by nobody "
     "at this size: ToMe for Stable Diffusion and importance-based merging lose 12 decibels and more against fewer steps, and 256 tokens "
