@@ -195,7 +195,8 @@ NOTES = (
     "within chance of all that takes longer, and below half of the FLOPs nothing comes near a smaller picture. What a smaller picture "
     "does not keep is the feature itself (90 % of the answers, cosine 0.973; ToMe at r = 15 92 % and 0.992). The probe has seen "
     "unreduced pictures of one size only. Relative seconds scatter by a tenth and more on a machine that did other work, so that ToMe "
-    "at r = 8 and 13 was timed twice, 0.87 and 0.87, 0.88 and 0.72 (r = 15 had 0.69); seven turns of ours and the public one gave 0.78 and 0.77 "
+    "at r = 8 and 13 was timed twice, 0.87 and 0.87, 0.88 and 0.72 (r = 15 had 0.69); seven turns "
+    "of ours and the public one gave 0.78 and 0.77 "
     "at r = 8, 0.62 and 0.62 at r = 13."
 )
 
