@@ -114,9 +114,14 @@ def test_training_spares_what_is_skipped():
     assert measure(model.train(), input_ids=batch((16,))[0]).tokens == 16 + 4 + 16 + 4
 
 
-def test_an_untrained_router_lets_all_run_outside_of_training():
-    model = get_token_model(gpt2(), MixtureOfDepthsConfig()).eval()
-    assert measure(model, input_ids=batch((16,))[0]).tokens == 4 * 16
+@pytest.mark.parametrize("sampling", ["predictor", "router"])
+def test_an_untrained_router_is_the_base_to_the_bit_outside_of_training(sampling):
+    model = get_token_model(gpt2(), MixtureOfDepthsConfig(sampling=sampling)).eval()
+    ids, mask = batch((16, 7))
+    assert torch.equal(model(ids[:1]).logits, gpt2()(ids[:1]).logits)
+    assert measure(model, input_ids=ids[:1]).tokens == 4 * 16
+    padded = {"attention_mask": mask, "position_ids": positions(mask)}
+    torch.testing.assert_close(model(ids, **padded).logits[mask], gpt2()(ids, **padded).logits[mask], **CLOSE)
 
 
 def test_the_capacity_falls_while_it_warms_up():

@@ -4,10 +4,11 @@ Paper:   Mixture-of-Depths: Dynamically allocating compute in transformer-based 
 Maths:   r_i = w x_i;  x_i + r_i f(X)_i if r_i is among the k = capacity n highest of its sequence, else x_i; X are the tokens that run;
          that looks ahead, so outside of training a token runs iff sigmoid(z_i) > 1/2, with z a small MLP of x, behind a stop of the
          gradient, or z = r;  L = BCE(z, whether r_i was among the k)
-Differs: the paper trains from scratch. On a trained model r near 0 would take every update away, so that r and z get a bias of 1 and small
-         weights: with an untrained router every token runs, at about full strength, outside of training. capacity = 1 is the base model,
-         without r. `warmup` is ours. k is rounded down, at least 1; of equal r the earlier token runs. Padding takes no place among the
-         k. L is a mean over the tokens of a sample, the samples and the blocks. A skipped token leaves no entry in a block's cache.
+Differs: the paper trains from scratch. On a trained model r near 0 would take every update away, so that r and z get a bias, and start at
+         exactly 1: an untrained router is the base model outside of training, and in training lets the first k tokens run. capacity = 1
+         is the base model, without r. `warmup` is ours. k is rounded down, at least 1; of equal r the earlier token runs. Padding takes
+         no place among the k. L is a mean over the tokens of a sample, the samples and the blocks; its weight, the predictor's width and
+         all starts are open in the paper. A skipped token leaves no entry in a block's cache.
 Checked: astramind-ai/Mixture-of-depths@aff9e74f, the unofficial `MoD` (the authors' code is not public) around a float64 block, its k - 1
          tokens and its r times the block's whole output put into our loop: largest difference 2.6e-7 of 7.6, its router's float32; by its
          own rule up to 1.9 from the paper's x + r f, since it takes the residual times r too, and in sampling looks ahead. By reading,
@@ -29,12 +30,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear, silu
 
 from hf_tokens import Dims, MethodConfig, TokenRouter, option, rank, register
 
-STD = 1e-3
-
 
 @dataclass(frozen=True)
 class MixtureOfDepthsConfig(MethodConfig):
-    capacity: float = option(0.125, gt=0, le=1, zero=1.0, help="Share of a sequence's tokens that run a block in training (paper: C).")
+    capacity: float = option(
+        0.125, gt=0, le=1, zero=1.0, example=0.75, help="Share of a sequence's tokens that run a block in training (paper: C)."
+    )
     every: int = option(2, ge=1, help="One block in so many is routed, the last of them.")
     sampling: str = option("predictor", choices=("predictor", "router"), help="Whose logit says what runs outside of training.")
     hidden: int | None = option(None, ge=1, help="Width of the predictor's hidden layer; None is half of the model's.")
@@ -56,11 +57,11 @@ class MixtureOfDepths(TokenRouter):
         super().__init__(config, dims)
         if config.capacity == 1:
             return
-        self.w, self.b = nn.Parameter(torch.randn(1, dims.width) * STD), nn.Parameter(torch.ones(1))
+        self.w, self.b = nn.Parameter(torch.zeros(1, dims.width)), nn.Parameter(torch.ones(1))
         if config.sampling == "predictor":
             inner = nn.Linear(dims.width, config.hidden or max(1, dims.width // 2))
             self.w1, self.b1 = inner.weight, inner.bias
-            self.w2, self.b2 = nn.Parameter(torch.randn(1, len(self.b1)) * STD), nn.Parameter(torch.ones(1))
+            self.w2, self.b2 = nn.Parameter(torch.zeros(1, len(self.b1))), nn.Parameter(torch.ones(1))
 
     @classmethod
     def default_layers(cls, config: MixtureOfDepthsConfig, layers: int) -> tuple[int, ...]:
