@@ -248,6 +248,10 @@ from hf_tokens_adapters.token_router.ftp import (
     FTP,
     FTPConfig,
 )
+from hf_tokens_adapters.token_router.mixture_of_depths import (
+    MixtureOfDepths,
+    MixtureOfDepthsConfig,
+)
 from hf_tokens_adapters.token_router.moe_plus_plus import (
     MoEPlusPlus,
     MoEPlusPlusConfig,
@@ -487,6 +491,8 @@ __all__ = [
     "MiKVConfig",
     "MiniCache",
     "MiniCacheConfig",
+    "MixtureOfDepths",
+    "MixtureOfDepthsConfig",
     "MoEPlusPlus",
     "MoEPlusPlusConfig",
     "ModelRouter",
