@@ -15,7 +15,7 @@ SETTING = (
 )
 FULL = "full cache"
 QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)  # of Student's t, 0.975, from one degree on
-LOOKED_UP = "right answers"
+LOOKED_UP, MISSED = "right answers", "wrong answers"
 SHOWN = (
     *(FULL, "random", "snapkv", "ada-kv", "tova", "h2o", "kvzip", "razorattention", "mikv", "snapkv + kivi 4 bits", "kvzip + kivi 4 bits"),
     *("snapkv + kivi 2 bits", "kvzip + kivi 2 bits", "kvpress: snapkv", "kvpress: ada-kv over snapkv", "kvpress: kvzip"),
@@ -46,6 +46,8 @@ def points(cells: list[dict[str, Any]]) -> list[Point]:
             if found:
                 values[name], half = mean(found)
                 values |= {f"{name} ±": half} if half is not None and name in ("loss", LOOKED_UP) else {}
+        if LOOKED_UP in values:
+            values[MISSED] = 1 - values[LOOKED_UP]
         if method.startswith("kvpress"):
             values["share of the KV bytes"] = budget
         elif contest != "seconds":
@@ -92,19 +94,20 @@ def report(cells: list[dict[str, Any]]) -> None:
     rows = points(cells)
     write("kv", rows, command=COMMAND, setting=SETTING, notes=f"{NOTES} {winners(rows)}")
     shown = [row for row in rows if row.setting.startswith("1024 tokens, before") and row.series in SHOWN]
-    panels = [("share of the KV bytes", "loss"), ("share of the KV bytes", LOOKED_UP)]
+    panels = [("share of the KV bytes", "loss"), ("share of the KV bytes", MISSED)]
     draw("kv", [row for row in shown if "loss" in row.values], panels)
 
 
 NOTES = (
-    "Unfinished: rows are of the cells that are done, `documents` says how many each has. Those with one document have no interval, cannot "
-    "be compared with those of two, and with two the interval is wide: no ranking may be read from it. The form of the questions was tried "
-    "beforehand with the full cache, on two pieces of the same held-out text with other needles: cued by the beginning of its line it found "
-    "17 of 20 keys and all four hops between variables that were asked. A needle whose answer was a word was found in one of the two, so it "
-    "is a number here. The values were tried less, and the full cache finds 0.33 of them in the first two documents: that task measures "
-    "nothing yet, though it is a quarter of `right answers`. A traced variable is asked hop by hop, and each value with those before it "
-    "named, which is easier than RULER's. Answers are greedy, and right if their first word is. Methods in few bits are aimed at their "
-    "share of a 16-bit cache (`share in 16 bits`), and hold less of the float32 one that is measured. kvpress hides what AdaKV and KVzip "
-    "evict behind false keys and frees none of it: its share is what it was told to keep. Seconds of a prompt and of a token are not "
-    "measured yet: passes in the cells share what they compute. The picture has a choice of the methods, made by name."
+    "Unfinished: rows are of the cells that are done, `documents` says how many each has. Those with one document have no "
+    "interval, cannot be compared with those of two, and with two the interval is wide: no ranking may be read from it. The form "
+    "of the questions was tried beforehand with the full cache, on two pieces of the same held-out text with other needles: cued "
+    "by the beginning of its line it found 17 of 20 keys and all four hops between variables that were asked. A needle whose "
+    "answer was a word was found in one of the two, so it is a number here. The values were tried less, and the full cache finds "
+    "0.33 of them in the first two documents: that task measures nothing yet, though it is a quarter of `right answers`. A traced "
+    "variable is asked hop by hop, and each value with those before it named, which is easier than RULER's. Answers are greedy, "
+    "and right if their first word is. Methods in few bits are aimed at their share of a 16-bit cache (`share in 16 bits`), and "
+    "hold less of the float32 one that is measured. kvpress hides what AdaKV and KVzip evict behind false keys and frees none of "
+    "it: its share is what it was told to keep. Seconds of a prompt and of a token are not measured yet: passes in the cells share"
+    " what they compute. The picture has a choice of the methods, made by name."
 )
