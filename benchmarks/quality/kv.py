@@ -1,182 +1,246 @@
-"""What KV compression costs on SmolLM2-135M: loss of a continuation, a needle in real text, KV bytes, FLOPs and seconds a token.
+"""What KV compression costs on SmolLM2-135M-Instruct: loss of a continuation and lines looked up in real documents, at equal bytes.
 
-python benchmarks/quality/kv.py
+python benchmarks/quality/kv.py [--peers PYTHON]
+
+PYTHON is the interpreter of an environment with kvpress. Each finished cell is a line of kv.jsonl, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import Point, draw, seconds_in_turns, write
-from torch import Tensor
+from common import RESULTS
+from contests import TASKS, Document, Question, documents, is_right
+from kv_report import report
+from kv_settings import calibrate, settings
+from kv_shared import ANSWER_TOKENS, Memory, batch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 import hf_tokens
-from hf_tokens import CacheCompressor, MethodConfig, option, register
 from hf_tokens.commands.material import documentation, load_base, packaged_smollm2
-from hf_tokens.testing import CACHE
-from hf_tokens.tools.measure import kv_bytes
+from hf_tokens.commands.quickstart import Answers, twin
+from hf_tokens.kv.layer import TokenCacheLayer
 
-COMMAND = "python benchmarks/quality/kv.py"
-PROMPT, ANSWER = 256, 16  # tokens of a prompt, and behind it
-CUE, NEEDLE = 6, 18  # tokens of the needle that are given at the end, and of the whole of it
-TEXTS, ROUNDS = 4, 5
-BUDGETS = (0.2, 0.4, 0.6, 0.8)
+CELLS = RESULTS / "kv.jsonl"
 FULL = "full cache"
+BEFORE, WITH = "before the question", "with the question"
+PEERS = (
+    "snapkv",
+    "ada-kv over snapkv",
+    "expected-attention",
+    "kvzip",
+    "tova",
+    "streaming-llm",
+    "random",
+    "ada-kv over expected-attention",
+    "observed-attention",
+    "knorm",
+)
+# tokens, budget, contest, first and last document: what says most comes first
+PLAN = (
+    (1024, 0.25, BEFORE, 0, 2),
+    (1024, 0.10, BEFORE, 0, 2),
+    (1024, 0.25, WITH, 0, 2),
+    (1024, 0.50, BEFORE, 0, 2),
+    (1024, 0.25, BEFORE, 2, 6),
+    (2048, 0.25, BEFORE, 0, 2),
+    (1024, 0.10, BEFORE, 2, 12),
+    (1024, 0.25, BEFORE, 6, 12),
+    (1024, 0.50, BEFORE, 2, 12),
+    (1024, 0.25, WITH, 2, 12),
+    (2048, 0.25, BEFORE, 2, 6),
+    (2048, 0.10, BEFORE, 0, 6),
+    (2048, 0.50, BEFORE, 0, 6),
+    (4096, 0.25, BEFORE, 0, 3),
+    (4096, 0.10, BEFORE, 0, 3),
+    (1024, 0.10, WITH, 0, 12),
+    (1024, 0.50, WITH, 0, 12),
+    (2048, 0.25, WITH, 0, 6),
+    (4096, 0.50, BEFORE, 0, 3),
+    (2048, 0.10, WITH, 0, 6),
+    (2048, 0.50, WITH, 0, 6),
+    (4096, 0.25, WITH, 0, 3),
+    (4096, 0.10, WITH, 0, 3),
+    (4096, 0.50, WITH, 0, 3),
+)
+ALONE = 2  # questions of a document that are read with it, each in a prompt of its own
 
 
-@dataclass(frozen=True)
-class RandomConfig(MethodConfig):
-    budget: float = option(0.5, gt=0, le=1, zero=1.0, help="Share of the entries that stay.")
+def held(cache: Any) -> tuple[int, int]:
+    """Bytes of a cache, and what they would be if numbers were of 16 bits."""
+    layers = [layer.tensors() if isinstance(layer, TokenCacheLayer) else [layer.keys, layer.values] for layer in cache.layers]
+    parts = {id(t): t for of_layer in layers for t in of_layer if t is not None}.values()
+    return sum(t.nbytes for t in parts), sum(t.numel() * min(2, t.element_size()) if t.is_floating_point() else t.nbytes for t in parts)
 
 
-@register("random_eviction", RandomConfig)
-class Random(CacheCompressor):
-    """Keeps entries drawn by chance, the same ones for as long as they are there."""
-
-    chunks, decodes = False, True
-
-    def score(self, positions: Tensor) -> Tensor:
-        return (positions * 2654435761 + 40503 * self.dims.layer) % 65521 + 0.0
-
-    def budget(self, length: int, seen: int) -> int:
-        return max(1, int(self.config.budget * seen + 1e-9))
+def prompts(document: Document, number: int, contest: str) -> list[tuple[list[int], list[list[int]], list[Question]]]:
+    """What is read and compressed, and the rows that are asked of it."""
+    if contest == BEFORE:
+        return [(document.context, [one.question + one.cue for one in document.questions], document.questions)]
+    some = [document.questions[(4 * number + 7 * i) % len(document.questions)] for i in range(ALONE)]
+    return [(document.context + one.question, [one.cue], [one]) for one in some]
 
 
-def settings() -> list[tuple[str, float, MethodConfig]]:
-    """Series, share of the KV bytes that is aimed at, and config."""
-    out = []
-    for b in BUDGETS:
-        window = {"budget": b, "p": 1.0}
-        retrieval = max(0.0, (b - 0.1 - 5 / PROMPT) / (0.9 - 5 / PROMPT))  # the other heads keep a tenth and five tokens
-        razor = {"compression": 10.0, "echo": retrieval / 15, "induction": retrieval * 14 / 15}
-        important = max(0.01, (b - 0.14) / 0.86)  # two bits, scales and least values are 0.14 of a row in float32
-        out += [
-            ("random eviction", b, RandomConfig(budget=b)),
-            ("recent window", b, hf_tokens.SqueezeAttentionConfig(policy="window", **window)),
-            ("prefixkv", b, hf_tokens.PrefixKVConfig(budget=b)),
-            ("squeezeattention, heavy hitters", b, hf_tokens.SqueezeAttentionConfig(budget=b, policy="heavy_hitters")),
-            ("squeezeattention, sinks", b, hf_tokens.SqueezeAttentionConfig(budget=b, policy="sinks")),
-            ("d2o", b, hf_tokens.D2OConfig(budget=(30 * b - 3) / 27)),  # three of its thirty blocks keep all
-            ("razorattention", b, hf_tokens.RazorAttentionConfig(**razor)),
-            ("mikv", b, hf_tokens.MiKVConfig(importance=important)),
-        ]
-    merged = {0.8: 12, 0.6: 26}  # the last blocks, in pairs: all of them are 0.53
-    return [*out, *(("minicache", b, hf_tokens.MiniCacheConfig(layers=tuple(range(30 - n, 30)))) for b, n in merged.items())]
+def ours(model: Any, document: Document, number: int, contest: str) -> dict[str, Any]:
+    """One cell of a model of this library, or of the plain one."""
+    found: dict[str, Any] = {"answers": [], "bytes": 0, "bytes in 16 bits": 0}
+    steps = []
+    for text, rows, _ in prompts(document, number, contest):
+        start = time.perf_counter()
+        context = hf_tokens.compress_context(model, torch.tensor([text]))
+        found["seconds"] = time.perf_counter() - start
+        for name, count in zip(("bytes", "bytes in 16 bits"), held(context.cache), strict=True):
+            found[name] += count
+        if contest == BEFORE:
+            ids = torch.tensor([document.continuation])
+            logits = Answers(model, context, ids).logits
+            found["loss"] = cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+        answers, told = Answers(model, context, *batch(rows)), []
+        for _ in range(ANSWER_TOKENS):
+            told.append(answers.logits[:, -1].argmax(dim=-1))
+            start = time.perf_counter()
+            if len(told) < ANSWER_TOKENS:
+                answers.write()
+                steps.append(time.perf_counter() - start)
+        found["answers"] += torch.stack(told, dim=1).tolist()
+    return found | {"seconds a token": statistics.median(steps)}
 
 
-def haystacks(pieces: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts (b n) of real text with a needle of other real text at a place of its own, what follows them, and the needles."""
-    prompts, answers, needles = [], [], []
-    for i in range(TEXTS):
-        text, needle = pieces[i], pieces[TEXTS + i][40 : 40 + NEEDLE]
-        at = 16 + i * (PROMPT - NEEDLE - 64) // (TEXTS - 1)
-        prompts.append(torch.cat([text[:at], needle, text[at : PROMPT - NEEDLE]]))
-        answers.append(text[PROMPT - NEEDLE : PROMPT - NEEDLE + ANSWER])
-        needles.append(needle)
-    return torch.stack(prompts), torch.stack(answers), torch.stack(needles)
+class Peers:
+    """kvpress in a process of its own."""
+
+    def __init__(self, python: str, source: str, threads: int):
+        command = [python, str(Path(__file__).parent / "kv_peers.py"), source, str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def cell(self, name: str, budget: float, document: Document, number: int, contest: str, text: str) -> dict[str, Any]:
+        """One cell of a press."""
+        found: dict[str, Any] = {"answers": []}
+        for context, rows, _ in prompts(document, number, contest):
+            continuation = document.continuation if contest == BEFORE else []
+            asked = {"press": name, "budget": budget, "context": context, "rows": rows, "continuation": continuation, "text": text}
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"The process with kvpress ended at {name}: run kv_peers.py by hand to see why")
+            told = json.loads(line)
+            found["answers"] += told.pop("answers")
+            found |= told
+        return found
 
 
-def follow(model: Any, logits: Tensor, cache: Any, tokens: Tensor) -> Tensor:
-    """Logits (b m v) in front of each of the tokens (b m), given one at a time."""
-    out = [logits]
-    for place in range(tokens.shape[1] - 1):
-        out.append(model(input_ids=tokens[:, place : place + 1], **{CACHE: cache}, use_cache=True).logits[:, -1])
-    return torch.stack(out, dim=1)
+def marks(tokenizer: Any, answers: list[list[int]], questions: list[Question]) -> dict[str, float]:
+    """Share of right answers in each task."""
+    right: dict[str, list[bool]] = {}
+    for row, one in zip(answers, questions, strict=True):
+        right.setdefault(one.task, []).append(is_right(tokenizer.decode(row, skip_special_tokens=True), one.accepted))
+    return {task: statistics.fmean(right[task]) for task in TASKS if task in right}
 
 
-@torch.no_grad()
-def quality(model: Any, prompts: Tensor, answers: Tensor, needles: Tensor, whole: int | None) -> tuple[dict[str, float], Any]:
-    """Loss of what follows; loss and hits of the rest of the needle behind a cue; bytes of the cache; and a cache to time tokens with."""
-    out = model(input_ids=prompts, use_cache=True)
-    cache, last = out.past_key_values, out.logits[:, -1]
-    held = kv_bytes(cache)
-    one = copy.deepcopy(cache)
-    one.batch_select_indices(torch.tensor([0]))
-    loss = cross_entropy(follow(model, last, copy.deepcopy(cache), answers).flatten(0, 1), answers.flatten())
-    told = follow(model, last, cache, needles)[:, CUE:]
-    rest = needles[:, CUE:]
-    values = {
-        "loss of the continuation": loss.item(),
-        "loss of the needle": cross_entropy(told.flatten(0, 1), rest.flatten()).item(),
-        "needle tokens right": (told.argmax(dim=-1) == rest).float().mean().item(),
-        "KV bytes": held,
-        "share of the KV bytes": held / (whole or held),
-        "FLOPs a token": flops(model, one, needles[:1, :1]),
-    }
-    return values, one
+class Bench:
+    """The models, the texts, and the cells that are done."""
 
+    def __init__(self, peers: str | None, threads: int):
+        torch.set_num_threads(threads)
+        source = str(packaged_smollm2())
+        self.tokenizer, self.base = AutoTokenizer.from_pretrained(source), load_base(source, "cpu")
+        self.memory, self.gates = Memory(self.base), []
+        self.train = documentation(self.tokenizer, 768)[0][:2]
+        self.draws = torch.randint(100, len(self.tokenizer) - 100, (2, 48), generator=torch.Generator().manual_seed(0)).repeat(1, 4)
+        self.peers = Peers(peers, source, threads) if peers else None
+        lines = CELLS.read_text().splitlines() if CELLS.exists() else []
+        self.cells = [json.loads(line) for line in lines if line.endswith("}")]
+        self.done = {(c["n"], c["document"], c["contest"], c["method"], c["budget"]) for c in self.cells}
 
-@torch.no_grad()
-def flops(model: Any, cache: Any, token: Tensor) -> int:
-    """FLOPs of one token behind a prompt; torch counts none in its attention on a CPU, so that is added."""
-    shape = model.config
-    width = shape.num_attention_heads * shape.head_dim
-    counted = hf_tokens.measure(model, input_ids=token, **{CACHE: copy.deepcopy(cache)}, use_cache=True).flops
-    return counted + sum(4 * width * (layer.keys.shape[2] + 1) for layer in cache.layers)
+    def models(self, budget: float, n: int) -> Iterator[tuple[str, Any]]:
+        """The methods at a budget, calibrated."""
+        for name, configs in settings(self.tokenizer, budget, n).items():
+            model = hf_tokens.get_token_model(twin(self.base), list(configs)).eval()
+            calibrate(model, name, configs[0], self.train, self.draws, self.gates)
+            yield name, model
 
+    def write(self, found: dict[str, Any], key: tuple, document: Document, started: float) -> None:
+        """A finished cell."""
+        n, number, contest, name, budget = key
+        questions = [one for part in prompts(document, number, contest) for one in part[2]]
+        right = marks(self.tokenizer, found.pop("answers"), questions)
+        names = {"n": n, "document": number, "contest": contest, "method": name, "budget": budget}
+        cell = names | {k: v if isinstance(v, int) else round(v, 5) for k, v in {**found, **right}.items()}
+        CELLS.parent.mkdir(parents=True, exist_ok=True)
+        with CELLS.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        self.cells.append(cell)
+        self.done.add(key)
+        print(f"{time.perf_counter() - started:5.1f}s", json.dumps(cell), flush=True)
 
-def twin(base: Any) -> Any:
-    """A model of its own over the same weights."""
-    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+    def phase(self, n: int, budget: float, contest: str, first: int, last: int) -> None:
+        """Documents by turns, all methods on each."""
+        texts = documents(self.tokenizer, n)[first:last]
+        wanted = lambda name, share, number: (n, number, contest, name, share) not in self.done
+        names = [FULL, *settings(self.tokenizer, budget, n)]
+        if (
+            not any(wanted(name, 1.0 if name == FULL else budget, first + i) for i in range(len(texts)) for name in names)
+            and not self.peers
+        ):
+            return
+        models = [(FULL, self.base), *self.models(budget, n)]
+        for number, document in enumerate(texts, first):
+            self.memory.forget()
+            for name, model in sorted(models, key=lambda pair: "kvzip" in pair[0]):  # five passes for one
+                key = (n, number, contest, name, 1.0 if name == FULL else budget)
+                if key not in self.done:
+                    started = time.perf_counter()
+                    self.write(ours(model, document, number, contest), key, document, started)
+            for name in PEERS if self.peers else ():
+                key = (n, number, contest, f"kvpress: {name}", budget)
+                if key not in self.done:
+                    started = time.perf_counter()
+                    self.write(self.peers.cell(name, budget, document, number, contest, f"{n} {number} {contest}"), key, document, started)
 
-
-@torch.no_grad()
-def one_token(model: Any, cache: Any, token: Tensor) -> None:
-    model(input_ids=token, **{CACHE: cache}, use_cache=True)
+    def speed(self, n: int, budget: float) -> None:
+        """Seconds of a prompt and of a token in a batch, each method in turns with the full cache, nothing from memory."""
+        document, self.memory.acts = documents(self.tokenizer, n)[0], False
+        for name, model in self.models(budget, n):
+            key = (n, 0, "seconds", name, budget)
+            if key in self.done:
+                continue
+            started = time.perf_counter()
+            cells = [ours(one, document, 0, WITH) for one in (self.base, model)]
+            whole, own = ({k: cell[k] for k in ("seconds", "seconds a token")} for cell in cells)
+            ratio = {f"{k}, of the full cache's": own[k] / whole[k] for k in own}
+            self.write({**own, **ratio, "answers": []}, key, Document([], [], []), started)
+        self.memory.acts = True
 
 
 def main() -> None:
-    """Measure, write the table, draw the picture."""
-    torch.set_num_threads(1)
-    start, source = time.perf_counter(), str(packaged_smollm2())
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    train, held_out = documentation(tokenizer, PROMPT + ANSWER)
-    prompts, answers, needles = haystacks(held_out)
-    base: Any = load_base(source, "cpu")
-    full, cache = quality(base, prompts, answers, needles, None)
-    found, calls = [(FULL, "100 %", full)], [partial(one_token, base, cache, needles[:1, :1])]
-    draws = torch.randint(100, len(tokenizer) - 100, (2, 48), generator=torch.Generator().manual_seed(0)).repeat(1, 4)
-    for series, aim, config in settings():
-        model = hf_tokens.get_token_model(twin(base), config).eval()
-        if series == "prefixkv":
-            hf_tokens.calibrate(model, [{"input_ids": text[None, :PROMPT]} for text in train[:4]])
-        if series == "razorattention":
-            hf_tokens.calibrate(model, [{"input_ids": row[None]} for row in draws])
-        values, cache = quality(model, prompts, answers, needles, full["KV bytes"])
-        found.append((series, f"aimed at {aim:.0%}: {config}", values))
-        calls.append(partial(one_token, model, cache, needles[:1, :1]))
-        print(f"{time.perf_counter() - start:5.0f}s", series, aim, {k: round(v, 3) for k, v in values.items()}, flush=True)
-    for (_, _, values), seconds in zip(found, seconds_in_turns(calls, ROUNDS), strict=True):
-        values["seconds a token"] = seconds
-    points = [Point(*one) for one in found]
-    setting = (
-        f"SmolLM2-135M-Instruct in float32 on one CPU core; {TEXTS} held-out pieces of the Python documentation: {PROMPT} tokens of a "
-        f"prompt, {ANSWER} of its continuation, a needle of {NEEDLE} tokens from another topic, asked for by its first {CUE}"
-    )
-    write("kv", points, command=COMMAND, setting=setting, notes=NOTES)
-    draw("kv", points, [("share of the KV bytes", "loss of the continuation"), ("share of the KV bytes", "loss of the needle")])
+    """Run what is not done, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", help="interpreter of an environment with kvpress")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="write the table of the cells that are done, and run nothing")
+    options = parser.parse_args()
+    if not options.report:
+        bench = Bench(options.peers, options.threads)
+        with contextlib.ExitStack() as stack:
+            if bench.peers:
+                stack.callback(bench.peers.process.kill)
+            for phase in PLAN:
+                bench.phase(*phase)
+                if phase == PLAN[5]:
+                    bench.speed(1024, 0.25)
+    report([json.loads(line) for line in CELLS.read_text().splitlines()])
 
-
-NOTES = (
-    "64 tokens of continuation and 48 of needles, so differences below about 0.1 in loss and 0.1 in hits are chance. Each method's knob "
-    "was set for a share of the bytes; the share that is plotted is the one measured. RazorAttention and MiKV keep the needle where all "
-    "that evict lose it: at a fifth of the bytes they find 0.5 to 0.6 of its tokens, eviction finds 0.1 to 0.3. SqueezeAttention has "
-    "the best continuation for its bytes, but not the needle; a share above 1 is cut, as the paper's budgets are, so it uses 0.4 to 0.8 "
-    "of what it was given. PrefixKV lies below a recent window at 0.2 to 0.6 on the continuation, D2O below random eviction on the "
-    "needle from 0.6 on: its sums of attention favour the first tokens. MiniCache does not work on this model: keys and values of "
-    "adjacent layers are at right angles here (cosine between -0.25 and 0.05 from layer 15 on), where the paper has models with similar "
-    "ones. No method is faster than the full cache at these lengths: it reads 12 MB of it in a token, beside 540 MB of weights, and the "
-    "work of eviction, and of unpacking for MiKV and MiniCache, costs more than it saves. Entries in 2 bits are 0.14 of a row in "
-    "float32; in 16 bits they would be 0.2. FLOPs of the attention are those of the rectangle that it runs on, so a block with one "
-    "retrieval head saves bytes and no FLOPs."
-)
 
 if __name__ == "__main__":
     main()
