@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Where the public names live. A module is imported when a name of it is first asked for. Type checkers read __init__.pyi (`make cards`).
 PUBLIC = {
     "api": ("aux_loss", "conclusions", "get_token_model", "objective_loss", "set_progress", "unload"),
+    "commands.recipes": ("recipe",),
     "errors": ("AdapterError", "ConfigError", "HFTokensError", "UnsupportedError"),
     "attention.call": ("Attending",),
     "kv.formats": ("Plain", "Polar", "Quantized", "QuantizedTokens", "angle_between"),

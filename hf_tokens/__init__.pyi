@@ -292,6 +292,9 @@ from .api import (
 from .attention.call import (
     Attending,
 )
+from .commands.recipes import (
+    recipe,
+)
 from .errors import (
     AdapterError,
     ConfigError,
@@ -603,6 +606,7 @@ __all__ = [
     "option",
     "protect",
     "rank",
+    "recipe",
     "register",
     "route_to",
     "save_adapter",

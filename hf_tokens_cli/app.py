@@ -76,6 +76,18 @@ def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list
 
 
 @app.command()
+def recipe(
+    job: Annotated[str, typer.Argument(help="long-context, fast-vit, fast-vlm, fast-dit or sentence-embeddings.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model that it is for.")],
+    keep: Annotated[float, typer.Option(help="Share that stays, of what the job is about.")] = 0.5,
+) -> None:
+    """The stack that won at a job, as YAML, and what was measured of it."""
+    from hf_tokens.commands.recipes import recipe_as_text
+
+    typer.echo(recipe_as_text(job, model, keep), nl=False)
+
+
+@app.command()
 def quickstart(
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of a causal language model. Default: SmolLM2-135M from PyPI.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = Options.steps,

@@ -7,7 +7,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Options:
     model: str | None = None
-    steps: int = 80
+    steps: int = 100
     seq_len: int = 192
     document: int = 4096
     output: Path = Path("quickstart-output")

@@ -13,8 +13,10 @@ from .. import PUBLIC
 from ..errors import ConfigError, explain
 from ..roles.config import interval
 from ..roles.registry import MethodInfo, list_methods
+from .recipes import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
 BOUNDS = ("ge", "gt", "le", "lt", "choices")
 TABLE_START, TABLE_END = "<!-- methods -->", "<!-- /methods -->"
 STUB = '''"""Written by `make cards`: the public names, the configs and classes of the methods among them, for type checkers and editors."""
@@ -113,6 +115,9 @@ def pages() -> dict[Path, str]:
     out = {cards / f"{info.name}.md": method_card(info, template) for info in methods}
     out[cards / "INDEX.md"] = f"# Methods\n\n{overview(methods, '')}\n"
     out[ROOT / "adapters" / "hf_tokens_adapters" / "index.json"] = json.dumps([index_entry(info) for info in methods], indent=1) + "\n"
+    out[ROOT / "adapters" / "hf_tokens_adapters" / "recipes.json"] = catalogue(
+        lambda name: json.loads((RESULTS / f"{name}.json").read_text())
+    )
     out[ROOT / "hf_tokens" / "__init__.pyi"] = stub(methods)
     readme = ROOT / "README.md"
     head, _, rest = readme.read_text().partition(TABLE_START)
