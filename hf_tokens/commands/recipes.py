@@ -19,20 +19,16 @@ from ..roles.config import MethodConfig
 from ..roles.registry import method_info
 from .blueprint import blueprints
 
-RECIPES_MEASURED = json.loads(
-    pkgutil.get_data("hf_tokens_adapters", "recipes.json")
-)  # by job; `make cards` writes it from the benchmarks' results
-MANY_BITS, FEW_BITS = 4, 2  # of a number of a key or value
+RECIPES_MEASURED = json.loads(pkgutil.get_data("hf_tokens_adapters", "recipes.json"))  # by job; written by `make cards`
+BITS = 4  # of a number of a key or value; fewer lost more than the entries that they made room for
 FIRST_BLOCK = 0.65, 0.2  # share of the FLOPs that was left at a threshold of the first block; past it pictures came apart
 
 
 def long_context(model: nn.Module, keep: float, tokenizer: Any) -> list[MethodConfig]:
     """Entries in few bits, and of these as many as fit; those go that help least to say the context again."""
-    size, group = torch.finfo(model.dtype).bits, hf_tokens.KIVIConfig().group
-    cost = {bits: bits / size + 2 / group for bits in (MANY_BITS, FEW_BITS)}  # each group has a scale and a least value
-    bits = MANY_BITS if 2 * keep >= cost[MANY_BITS] else FEW_BITS
-    few, share = hf_tokens.KIVIConfig(key_bits=bits, value_bits=bits), keep / cost[bits]
-    return [few] if share >= 1 else [hf_tokens.KVzipConfig(ratio=share, **words(tokenizer)), few]
+    few = hf_tokens.KIVIConfig(key_bits=BITS, value_bits=BITS)
+    cost = BITS / torch.finfo(model.dtype).bits + 2 / few.group  # each group has a scale and a least value
+    return [few] if keep >= cost else [hf_tokens.KVzipConfig(ratio=keep / cost, **words(tokenizer)), few]
 
 
 def words(tokenizer: Any) -> dict[str, tuple[int, ...]]:
@@ -72,6 +68,9 @@ def sentence_embeddings(model: nn.Module, keep: float, tokenizer: Any) -> list[M
     return [hf_tokens.ColBERTTokenPoolingConfig(pool_factor=max(1, round(1 / keep)))]
 
 
+LONG = ("kvzip", "kivi, 4 bits", "random", "kvpress: kvzip", "kvpress: snapkv", "kvpress: expected-attention")
+
+
 @dataclass(frozen=True)
 class Job:
     """What is wanted.
@@ -99,8 +98,8 @@ JOBS = {
         long_context,
         "kv",
         [
-            *(("full cache", "1024 tokens, before"), ("kvzip + kivi 4 bits", "1024 tokens, before the question, 25%")),
-            *((name, "1024 tokens, before the question, 25%") for name in ("kvzip", "snapkv", "random", "kvpress: ")),
+            ("full cache", "1024 tokens, before"),
+            *((name, f"1024 tokens, before the question, {b}") for b in ("10%", "25%", "50%") for name in LONG),
         ],
         ["documents", "share in 16 bits", "loss", "right answers"],
         in_words=True,
