@@ -1,4 +1,4 @@
-"""Real documents with lines to look up in them, after RULER's tasks: one needle, several keys, several values, a traced variable."""
+"""Real documents with lines to look up in them, after RULER's tasks: one needle, several keys, a traced variable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CITIES = "Paris Rome Berlin Madrid Vienna Oslo Dublin Athens Cairo Tokyo Lima Bo
 NAMES = "ALPHA DELTA OMEGA SIGMA GAMMA KAPPA".split()
 DEPTHS = 10
 ASKED_KEYS = 5  # of the ten, in turns from document to document
-TASKS = ("one needle", "several keys", "several values", "traced variable")
+TASKS = ("one needle", "several keys", "traced variable")
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ def needles(number: int) -> tuple[list[tuple[float, str]], list[tuple[str, str, 
     lines.append((number % DEPTHS / DEPTHS + 0.02, f"The phone number of the library is {phone}."))
     asked.append(("one needle", "What is the phone number of the library?", "The phone number of the library is", (phone,)))
     tickets = [str(next(codes)) for _ in range(3)]
+    # three values of one key stand in the way only: asked for the third of them, the full cache was right once in three times
     lines += [(depth, f"One of the winning tickets is {ticket}.") for depth, ticket in zip((0.22, 0.52, 0.82), tickets, strict=True)]
-    for named in range(3):
-        cue = "".join(f"One of the winning tickets is {ticket}.\n" for ticket in tickets[:named]) + "One of the winning tickets is"
-        asked.append(("several values", "Which are the winning tickets?", cue, tuple(tickets[named:])))
     first, second, third = draw.sample(NAMES, 3)
     value = str(next(codes))
     chain = (f"VAR {first} = {value}", f"VAR {second} = VAR {first}", f"VAR {third} = VAR {second}")

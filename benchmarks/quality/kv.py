@@ -48,15 +48,15 @@ PEERS = (
 )
 # tokens, budget, contest, first and last document: what says most comes first
 PLAN = (
-    (1024, 0.25, BEFORE, 0, 2),
-    (1024, 0.10, BEFORE, 0, 2),
+    (1024, 0.25, BEFORE, 0, 4),
+    (1024, 0.50, BEFORE, 0, 4),
+    (1024, 0.10, BEFORE, 0, 4),
+    (1024, 0.25, BEFORE, 4, 6),
     (1024, 0.25, WITH, 0, 2),
-    (1024, 0.50, BEFORE, 0, 2),
-    (1024, 0.25, BEFORE, 2, 6),
     (2048, 0.25, BEFORE, 0, 2),
-    (1024, 0.10, BEFORE, 2, 12),
+    (1024, 0.10, BEFORE, 4, 12),
     (1024, 0.25, BEFORE, 6, 12),
-    (1024, 0.50, BEFORE, 2, 12),
+    (1024, 0.50, BEFORE, 4, 12),
     (1024, 0.25, WITH, 2, 12),
     (2048, 0.25, BEFORE, 2, 6),
     (2048, 0.10, BEFORE, 0, 6),
@@ -151,7 +151,8 @@ def marks(tokenizer: Any, answers: list[list[int]], questions: list[Question]) -
 class Bench:
     """The models, the texts, and the cells that are done."""
 
-    def __init__(self, peers: str | None, threads: int):
+    def __init__(self, peers: str | None, threads: int, only: list[str] | None):
+        self.only = only
         torch.set_num_threads(threads)
         source = str(packaged_smollm2())
         self.tokenizer, self.base = AutoTokenizer.from_pretrained(source), load_base(source, "cpu")
@@ -166,6 +167,8 @@ class Bench:
     def models(self, budget: float, n: int) -> Iterator[tuple[str, Any]]:
         """The methods at a budget, calibrated."""
         for name, configs in settings(self.tokenizer, budget, n).items():
+            if self.only and name not in self.only:
+                continue
             model = hf_tokens.get_token_model(twin(self.base), list(configs)).eval()
             calibrate(model, name, configs[0], self.train, self.draws, self.gates)
             yield name, model
@@ -202,7 +205,7 @@ class Bench:
                 if key not in self.done:
                     started = time.perf_counter()
                     self.write(ours(model, document, number, contest), key, document, started)
-            for name in PEERS if self.peers else ():
+            for name in [name for name in PEERS if not self.only or f"kvpress: {name}" in self.only] if self.peers else ():
                 key = (n, number, contest, f"kvpress: {name}", budget)
                 if key not in self.done:
                     started = time.perf_counter()
@@ -228,10 +231,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", help="interpreter of an environment with kvpress")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="only these of ours and of the peers, besides the full cache")
     parser.add_argument("--report", action="store_true", help="write the table of the cells that are done, and run nothing")
     options = parser.parse_args()
     if not options.report:
-        bench = Bench(options.peers, options.threads)
+        bench = Bench(options.peers, options.threads, options.only)
         with contextlib.ExitStack() as stack:
             if bench.peers:
                 stack.callback(bench.peers.process.kill)

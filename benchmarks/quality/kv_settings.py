@@ -30,7 +30,7 @@ from hf_tokens import (
 
 WIDE = {"window": 64, "kernel": 5, "pooling": "average"}
 SINKS = 8  # of a streaming head
-TWO, FOUR = 0.195, 0.32  # share of a 16-bit cache that KIVI's 2 and 4 bits take, with scales, least values and numbers of groups
+TWO, FOUR = 0.203, 0.335  # share of a 16-bit cache that KIVI's 2 and 4 bits take, with scales, least values and numbers of groups
 MIKV = 0.19  # MiKV's 2 bits, likewise
 
 
@@ -77,16 +77,15 @@ def settings(tokenizer: Any, b: float, n: int) -> dict[str, Sequence[MethodConfi
 def rounded(tokenizer: Any, b: float, n: int) -> dict[str, Sequence[MethodConfig]]:
     """Entries in two or four bits, and stacks that evict first."""
     newest = 32 / n  # KIVI leaves so many as they are
-    bits, cost = (2, TWO) if b < 0.2 else (4, FOUR)
-    keep = min(1.0, (b - newest / 2) / cost)
-    few = KIVIConfig(key_bits=bits, value_bits=bits)
     out: dict[str, Sequence[MethodConfig]] = {}
-    if keep < 1:
-        out[f"snapkv + kivi {bits} bits"] = [SnapKVConfig(budget=keep, **WIDE), few]
-        out[f"ada-kv + kivi {bits} bits"] = [AdaKVConfig(budget=keep, **WIDE), few]
-        out[f"kvzip + kivi {bits} bits"] = [kvzip(tokenizer, ratio=keep), few]
+    for bits, cost in ((4, FOUR), (2, TWO))[: 1 + (b < 0.2)]:
+        few, keep = KIVIConfig(key_bits=bits, value_bits=bits), (b - newest / 2) / cost
+        if keep < 1:
+            out[f"snapkv + kivi {bits} bits"] = [SnapKVConfig(budget=keep, **WIDE), few]
+            out[f"ada-kv + kivi {bits} bits"] = [AdaKVConfig(budget=keep, **WIDE), few]
+            out[f"kvzip + kivi {bits} bits"] = [kvzip(tokenizer, ratio=keep), few]
     if b > 0.2:
-        out["kivi, 2 bits" if b < 0.3 else "kivi, 4 bits"] = [KIVIConfig() if b < 0.3 else few]
+        out["kivi, 2 bits" if b < 0.3 else "kivi, 4 bits"] = [KIVIConfig() if b < 0.3 else KIVIConfig(key_bits=4, value_bits=4)]
         out["mikv"] = [MiKVConfig(importance=(b - MIKV) / (1 - MIKV))]
     return out
 
