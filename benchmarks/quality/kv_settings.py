@@ -27,6 +27,7 @@ from hf_tokens import (
     StreamingLLMConfig,
     TOVAConfig,
 )
+from hf_tokens.commands.recipes import words
 
 WIDE = {"window": 64, "kernel": 5, "pooling": "average"}
 SINKS = 8  # of a streaming head
@@ -36,11 +37,7 @@ MIKV = 0.19  # MiKV's 2 bits, likewise
 
 def kvzip(tokenizer: Any, **knobs: Any) -> KVzipConfig:
     """KVzip with the release's words, in this model's template."""
-    told = [{"role": "user", "content": "\0"}]
-    after = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True).split("\0")[1]
-    ids = lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    resume = ids("\n\nRepeat the part of the previous context exactly, starting with")
-    return KVzipConfig(repeat=ids("\n\nRepeat the previous context exactly."), resume=resume, answer=ids(after), **knobs)
+    return KVzipConfig(**words(tokenizer), **knobs)
 
 
 def settings(tokenizer: Any, b: float, n: int) -> dict[str, Sequence[MethodConfig]]:

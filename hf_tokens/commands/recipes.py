@@ -94,7 +94,7 @@ class Job:
 
 JOBS = {
     "long-context": Job(
-        "the bytes of the KV cache",
+        "the bytes of the KV cache, the newest tokens besides",
         long_context,
         "kv",
         [
