@@ -13,6 +13,7 @@ from hf_tokens import (
     AdaKVConfig,
     D2OConfig,
     DuoAttentionConfig,
+    ExpectedAttentionConfig,
     H2OConfig,
     KIVIConfig,
     KVzipConfig,
@@ -54,6 +55,8 @@ def settings(tokenizer: Any, b: float, n: int) -> dict[str, Sequence[MethodConfi
         "ada-kv": [AdaKVConfig(budget=b, **WIDE)],
         "random": [RandomConfig(budget=b)],
         **rounded(tokenizer, b, n),
+        "expected-attention": [ExpectedAttentionConfig(budget=b)],
+        "ada-kv over expected-attention": [AdaKVConfig(budget=b, scorer="stack"), ExpectedAttentionConfig(budget=b)],
         "tova": [TOVAConfig(budget=b)],
         "streaming-llm": [StreamingLLMConfig(budget=b)],
         "duo-attention": [DuoAttentionConfig(sinks=SINKS, recent=max(1, int(window * n) - SINKS), sparsity=1 - whole)],
@@ -84,6 +87,10 @@ def rounded(tokenizer: Any, b: float, n: int) -> dict[str, Sequence[MethodConfig
     if b > 0.2:
         out["kivi, 2 bits" if b < 0.3 else "kivi, 4 bits"] = [KIVIConfig() if b < 0.3 else KIVIConfig(key_bits=4, value_bits=4)]
         out["mikv"] = [MiKVConfig(importance=(b - MIKV) / (1 - MIKV))]
+    if b > 0.48:
+        out["kivi, 6 bits"] = [KIVIConfig(key_bits=6, value_bits=6)]
+        out["kivi, 8 bits of keys, 4 of values"] = [KIVIConfig(key_bits=8, value_bits=4)]
+        out["kivi, 4 bits of keys, 8 of values"] = [KIVIConfig(key_bits=4, value_bits=8)]
     return out
 
 
