@@ -33,6 +33,8 @@ def recite(method: CacheCompressor, call: ModelCall, sites: list[Site], output: 
     """The scores of the entries of each block (b k n), as the passes behind a prompt give them; the cache stays as it is."""
     if not sites:
         raise not_said_again(method, "a window in each of its blocks", "Choose another compressor.")
+    if call.model.base.config.is_encoder_decoder:
+        raise not_said_again(method, "an encoder's output in front of it", "Choose another compressor.")
     arguments = call.context.arguments
     ids, visual, values = arguments.get("input_ids"), call.context.visual, output.values() if isinstance(output, dict) else output
     cache = find_cache(values) or find_cache(arguments.values())

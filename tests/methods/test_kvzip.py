@@ -151,3 +151,10 @@ def test_what_cannot_be_said_again_is_refused():
     windows = zoo.build("mistral")
     with pytest.raises(UnsupportedError, match="got a window in each of its blocks"):
         get_token_model(windows.model, KVzipConfig())(**windows.inputs, use_cache=True)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "musicgen"])
+def test_a_prompt_that_only_the_encoder_reads_is_refused(family):
+    specimen = zoo.build(family)
+    with pytest.raises(UnsupportedError, match="got an encoder's output in front of it"):
+        get_token_model(specimen.model, KVzipConfig())(**specimen.inputs)
