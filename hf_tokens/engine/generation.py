@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import EncoderDecoderCache, GenerationConfig
+from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
+from ..kv.layer import TokenCacheLayer
 from ..model import families
 from .handler import handler_of
 from .hooks import BoundForward
@@ -30,6 +33,49 @@ class CheckedBeginning(BoundForward):
         """Begin, if nothing is refused."""
         self.check(self.model, *args, **kwargs)
         return self.inner(*args, **kwargs)
+
+
+class RowsOfCache(BoundForward):
+    """A method of a family's that cuts what was generated into plain rows: a cache of which more is known than its keys is left out."""
+
+    def __init__(self, model: ModelSurgery):
+        self.name = families.ROWS_OF_CACHE[1]
+        super().__init__(model.base)
+
+    def run(self, **outputs: Any) -> Any:
+        """Cut all but such a cache; going on without it begins anew."""
+        return self.inner(**{name: without_books(value) if isinstance(value, ModelOutput) else value for name, value in outputs.items()})
+
+
+def without_books(output: ModelOutput) -> ModelOutput:
+    """An output without a cache that its keys and values do not tell all of."""
+    cache = find_cache(output.values())
+    if cache is None or all(layer.plain for layer in cache.layers if isinstance(layer, TokenCacheLayer)):
+        return output
+    return type(output)(**{name: value for name, value in output.items() if find_cache([value]) is None})
+
+
+class RowsOfDocuments(BoundForward):
+    """Orders the rows of beams where each has one for each of its documents: the family's own makes a plain cache of them."""
+
+    name = "_reorder_cache"
+
+    def __init__(self, model: ModelSurgery):
+        super().__init__(model.base)
+
+    def run(self, cache: EncoderDecoderCache, beam_idx: Tensor) -> EncoderDecoderCache:
+        """Order them in place."""
+        batch = next(len(layer.keys) for layer in cache.cross_attention_cache.layers if layer.is_initialized)
+        cache.reorder_cache(torch.arange(batch, device=beam_idx.device).view(len(beam_idx), -1)[beam_idx].flatten())
+        return cache
+
+
+def stand_before(model: ModelSurgery) -> list[BoundForward]:
+    """What stands before the methods of a model that generates."""
+    bound: list[BoundForward] = [CheckedBeginning(model, name, check) for name, check in BEGINNINGS]
+    name = type(model.base).__name__
+    bound += [RowsOfCache(model)] if families.ROWS_OF_CACHE[0].search(name) else []
+    return bound + ([RowsOfDocuments(model)] if families.ROWS_OF_DOCUMENTS.search(name) else [])
 
 
 def refuse_drafts(model: ModelSurgery, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +122,7 @@ def refuse_chunks(
         raise UnsupportedError(explain(rule, f"{', '.join(names)} and a prompt in chunks of {size}", "Leave out `prefill_chunk_size`."))
 
 
-def refuse_own_caches(model: ModelSurgery, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+def refuse_own_caches(model: ModelSurgery, generation_config: GenerationConfig) -> None:
     """A cache that does not hold a key for each token of a block, or that masks do not lie over, tells nothing of tokens that have moved.
 
     Raises:
@@ -88,6 +134,29 @@ def refuse_own_caches(model: ModelSurgery, generation_config: GenerationConfig, 
     if moving and generation_config.use_cache and families.OWN_CACHES.search(type(model.base).__name__):
         rule = f"{', '.join(moving)} must act where a cache holds a key of each token of a block, and the masks lie over them"
         raise UnsupportedError(explain(rule, type(model.base).__name__, "Pass `use_cache=False` to `generate`, or choose another model."))
+
+
+MOVING = {"before", "gate", "insert", "last", "between", "sublayer"}  # phases in which a block gets other tokens, or runs not once
+
+
+def refuse_timestamps(model: ModelSurgery, generation_config: GenerationConfig) -> None:
+    """When a token was said is read off what it attends to in each block, counted by blocks and by tokens.
+
+    Raises:
+        UnsupportedError: A method lets blocks of the decoder out, or other tokens in.
+    """
+    if vars(generation_config).get("return_token_timestamps"):
+        methods = [m for surgery in model.streams if surgery.stream.causal for m in surgery.methods() if m.config != m.config.at_zero()]
+        moving = sorted({type(m).__name__ for m in methods if m.moves_tokens and MOVING & {*handler_of(m).phases(m)}})
+        if moving:
+            rule = "When a token was said is told by blocks that all run once, for the tokens of the prompt and no others"
+            raise UnsupportedError(explain(rule, ", ".join(moving), "Leave out `return_token_timestamps`, or disable the adapter."))
+
+
+def refuse_at_once(model: ModelSurgery, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+    """What the settings of a generation show before anything is computed."""
+    refuse_own_caches(model, generation_config)
+    refuse_timestamps(model, generation_config)
 
 
 def refuse_export(model: ModelSurgery) -> None:
@@ -105,7 +174,7 @@ def refuse_export(model: ModelSurgery) -> None:
 # methods of transformers' `GenerationMixin`, and what is checked before they run
 BEGINNINGS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("init_continuous_batching", refuse_pages),
-    ("_prepare_special_tokens", refuse_own_caches),
+    ("_prepare_special_tokens", refuse_at_once),
     ("_get_candidate_generator", refuse_drafts),
     ("_prefill", refuse_chunks),
 )

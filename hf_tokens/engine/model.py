@@ -24,7 +24,7 @@ from ..roles.signals import SPANS
 from ..tokens.token_map import in_float32
 from .block import BlockSurgery
 from .context import ForwardContext
-from .generation import BEGINNINGS, CheckedBeginning, refuse_export, refuse_pages
+from .generation import refuse_export, refuse_pages, stand_before
 from .handler import HANDLERS, Handler
 from .hooks import SharedHook, SignedForward
 from .loss import LossReplacement, StepLosses, share_of_step
@@ -98,7 +98,7 @@ class ModelSurgery:
             self._handles.append(tower.register_forward_hook(self.see, with_kwargs=True))
         self._bound = [ModelForward(self)]
         if isinstance(base, GenerationMixin):
-            self._bound += [CheckedBeginning(self, name, check) for name, check in BEGINNINGS]
+            self._bound += stand_before(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "call": None, "verdict": None, "waiting": None, "_callers": set(), "conclusions": {}}

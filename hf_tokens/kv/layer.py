@@ -122,6 +122,11 @@ class TokenCacheLayer(CacheLayerMixin):
         """Whether it holds every token seen, and nothing else."""
         return self.length == self.seen and self.filled is None and self.fresh is None and self.sizes is None and not self.reruns
 
+    @property
+    def plain(self) -> bool:
+        """Whether its keys and values are all that is to be known of it."""
+        return self.whole and not self.packed and not self.record and not self.record.entries
+
     def tensors(self) -> list[Tensor]:
         """All that is stored of keys and values; what two layers share is one tensor."""
         return [*self.kv.tensors(), *(t for rerun in self.reruns for t in rerun.tensors())]

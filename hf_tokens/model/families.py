@@ -216,8 +216,12 @@ FIXED_PROMPT = re.compile(r"^(CogVideoX|ConsisID|HunyuanDiT2D|BriaFibo)")
 POOLED_PROMPT = re.compile(r"^Mochi")
 # Arguments of a denoiser that all samples share.
 SHARED_TABLES = re.compile(r"^(txt|img)_ids$|rotary|freqs")
-# Models that generate with a cache of other tokens than those of their blocks, or with masks that do not lie over it.
-OWN_CACHES = re.compile(r"^(CpmAnt|ProphetNet|XLMProphetNet)")
+# Models that generate with a cache of other tokens than those of their blocks, with masks that do not lie over it, or write into it.
+OWN_CACHES = re.compile(r"^(CpmAnt|ProphetNet|XLMProphetNet|VibeVoiceForConditionalGeneration)")
+# Models that cut the cache of what they have generated into plain rows, and the method that does; those whose beams share a cache that has
+# rows for each of a question's documents.
+ROWS_OF_CACHE = (re.compile(r"^WhisperForConditionalGeneration$"), "_postprocess_outputs")
+ROWS_OF_DOCUMENTS = re.compile(r"^RagTokenForGeneration$")
 # What an attention says that takes no mask but one of its full size.
 MASK_OF_SIZE = "ttention mask should be of size"
 # How a denoiser calls its timestep.

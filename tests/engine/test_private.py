@@ -207,6 +207,14 @@ TRANSFORMERS = (
     ),
     Private("transformers.generation.GenerationMixin", "init_continuous_batching", "continuous batching begins with it"),
     Private(
+        "transformers.models.whisper.generation_whisper.WhisperGenerationMixin",
+        "_postprocess_outputs",
+        "it cuts a cache into plain rows, which one of which more is known than its keys must not become",
+        ("seek_outputs", "decoder_input_ids", "return_token_timestamps", "generation_config", "is_shortform", "seek", "batch_idx_map"),
+        through="ROWS_OF_CACHE",
+    ),
+    Private("transformers.RagTokenForGeneration", "_reorder_cache", "makes a plain cache of the rows of ours", takes=("beam_idx",)),
+    Private(
         "transformers.generation.GenerationMixin",
         "_sample",
         "decodes with a large model's logits beside the small one's",

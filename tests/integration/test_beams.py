@@ -3,9 +3,12 @@
 import pytest
 import torch
 from by_hand import batch, gpt2
+from tolerances import close
+from transformers import BartConfig, BartForConditionalGeneration, DPRConfig, DPRQuestionEncoder, RagTokenForGeneration
 
 from hf_tokens import (
     D2OConfig,
+    DeepPromptConfig,
     KIVIConfig,
     LandmarkAttentionConfig,
     MiKVConfig,
@@ -40,3 +43,21 @@ def test_beams_are_those_of_each_row_alone(config):
     for row, n in enumerate((10, 6)):
         alone = model.generate(input_ids=ids[row : row + 1, -n:], attention_mask=mask[row : row + 1, -n:], **given)
         assert together[row, 10:].tolist() == alone[0, n:].tolist()
+
+
+@torch.no_grad()
+def test_beams_over_documents_are_those_without_a_cache():
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.5}
+    config = BartConfig(vocab_size=50, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, **layers)
+    generator = BartForConditionalGeneration(config)
+    asker = DPRConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    question = DPRQuestionEncoder(asker)
+    base = RagTokenForGeneration(question_encoder=question, generator=generator)
+    model = get_token_model(base, DeepPromptConfig(tokens=3, init_std=2.0, stream="decoder")).eval()
+    ids, scores = torch.randint(5, 45, (6, 8)), torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.2, 0.0]])
+    given = {"context_input_ids": ids, "context_attention_mask": torch.ones_like(ids), "doc_scores": scores, "n_docs": 3}
+    given |= {"num_beams": 3, "max_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True}
+    cached, uncached = (model.generate(**given, use_cache=use) for use in (True, False))
+    assert cached.sequences.tolist() == uncached.sequences.tolist()
+    close(torch.stack(cached.scores), torch.stack(uncached.scores))
