@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
+from ..model.layouts import PACKERS
 from ..model.signatures import bound_arguments, parameters, positional
 from ..model.streams import TOKENS_FIRST, first_of
 from ..roles.base import Method
@@ -20,6 +21,7 @@ from ..roles.signals import HOOKED, TURNED
 
 if TYPE_CHECKING:
     from .block import BlockSurgery
+    from .model import ModelSurgery
 
 
 class BoundForward:
@@ -59,7 +61,7 @@ class SignedForward(BoundForward):
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        self.__signature__ = inspect.signature(self._before or type(module).forward.__get__(module))
+        self.__signature__ = inspect.signature(self._before or getattr(type(module), self.name).__get__(module))
 
     @property
     def stand_in(self) -> Callable:
@@ -68,7 +70,22 @@ class SignedForward(BoundForward):
     @property
     def __code__(self) -> CodeType:
         """The code of the forward that stood here: `torch.export` names inputs by where that is written."""
-        return (self._before or type(self.module).forward).__code__
+        return (self._before or getattr(type(self.module), self.name)).__code__
+
+
+class LayoutForward(SignedForward):
+    """A method of the module that holds the vision tower, which lays out what the tower has returned: how is noted."""
+
+    def __init__(self, model: ModelSurgery, holder: nn.Module, name: str):
+        self.model, self.name = model, name
+        super().__init__(holder)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)
+        if not self.model.teaching:
+            given, config = self.__signature__.bind(*args, **kwargs).arguments, self.model.base.config
+            self.model.seen.lay(lambda tile: PACKERS[self.name](self.inner, given, tile, config))
+        return output
 
 
 class SharedHook:

@@ -17,7 +17,8 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
-from ..model.pictures import ENCODED, SeenPictures, patch_grids, visual_tokens
+from ..model.layouts import in_tokens
+from ..model.pictures import ENCODED, SeenPictures, layouts, patch_grids, visual_tokens
 from ..model.signatures import CACHES, bound_arguments
 from ..roles.base import Method
 from ..roles.signals import SPANS
@@ -26,7 +27,7 @@ from .block import BlockSurgery
 from .context import ForwardContext
 from .generation import refuse_export, refuse_pages, stand_before
 from .handler import HANDLERS, Handler
-from .hooks import SharedHook, SignedForward
+from .hooks import LayoutForward, SharedHook, SignedForward
 from .loss import LossReplacement, StepLosses, share_of_step
 from .results import ModelCall, World
 from .surgery import Listener, StreamSurgery
@@ -96,7 +97,7 @@ class ModelSurgery:
             self._handles += [] if below is None else [below.register_forward_hook(self.after_base)]
         if tower is not None:
             self._handles.append(tower.register_forward_hook(self.see, with_kwargs=True))
-        self._bound = [ModelForward(self)]
+        self._bound = [ModelForward(self), *(LayoutForward(self, *of) for of in layouts(base, tower))]
         if isinstance(base, GenerationMixin):
             self._bound += stand_before(self)
 
@@ -225,7 +226,7 @@ class ModelSurgery:
         """Note the pictures that the vision tower has encoded."""
         grids = None if self.teaching else patch_grids(module, args, kwargs)
         if grids is not None:
-            self.seen.note(grids, output)
+            self.seen.note(in_tokens(self.base.config, grids), output)
 
     def _refuse_threads(self) -> None:
         """What is known of a pass belongs to the model, so that one thread at a time may be in it."""

@@ -123,8 +123,8 @@ def picture_indices(site: Site) -> list[Tensor]:
     if not bool(modality_span(site, "visual").any()):
         return []
     ledger, context, model = site.run.ledger, site.run.context, site.surgery.model
-    grids = grids_in_text(model.seen, model.base, context.arguments, context.visual)
-    return picture_places(context.visual.to(ledger.rows.device), grids, ledger)
+    placed, grids = grids_in_text(model.seen, model.base, context.arguments, context.visual)
+    return picture_places(placed.to(ledger.rows.device), grids, ledger)
 
 
 THERE, SINCE = f"{PICTURED}.there", f"{PICTURED}.since"

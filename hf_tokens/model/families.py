@@ -47,9 +47,10 @@ def _pooled(config: Any) -> int:
 
 
 # model type -> patches along a side of a visual token, by its config. The tokens of a picture, or of each tile of one, lie row by row.
-# A model that is not here makes latents of a picture, ends its rows with visual tokens, or is not known.
+# A model that is not here makes latents of a picture, or is not known.
 TOKEN_SIDES: dict[str, Callable[[Any], int]] = {
     **dict.fromkeys(("llava", "vipllava", "video_llava", "paligemma", "janus", "deepseek_vl", "deepseek_vl_hybrid"), lambda config: 1),
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), lambda config: 1),
     **dict.fromkeys(("got_ocr2", "pp_chart2table", "step3p7"), lambda config: 4),
     **dict.fromkeys(("aya_vision", "cohere2_vision", "lfm2_vl"), lambda config: config.downsample_factor),
     **dict.fromkeys(("idefics3", "smolvlm"), lambda config: config.scale_factor),
@@ -66,9 +67,22 @@ TOKEN_SIDES: dict[str, Callable[[Any], int]] = {
             *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "cosmos3_edge", "cosmos3_omni"),
             *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v", "glm4v_moe", "glm46v", "glmga", "glm5_next", "glm_ocr"),
             *("cohere_compass", "ernie4_5_vl_moe", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl", "minimax_m3_vl", "paddleocr_vl"),
+            *("hunyuan_vl", "hy_v4_vl"),
         ),
         lambda config: config.vision_config.spatial_merge_size,
     ),
+}
+# model type -> visual tokens that stand for no part of a picture: in front of its first row, at the end of each, behind the last
+ROW_ENDS = {"hunyuan_vl": (1, 1, 1), "hy_v4_vl": (0, 1, 0)}
+# model type -> methods of the module that holds the vision tower, which lay out what that has returned
+LAYING = {
+    "llava_next": ("pack_image_features",),
+    **dict.fromkeys(("llava_next_video", "llava_onevision"), ("pack_image_features", "get_video_features")),
+}
+# model type -> tokens along a side of a video's frame, by its config and the patches, and tokens that stand behind the frames
+SMALLER_FRAMES: dict[str, tuple[Callable[[Any, int], int], int]] = {
+    "llava_next_video": (lambda config, side: side // config.spatial_pool_stride, 0),
+    "llava_onevision": (lambda config, side: -(-side // 2), 1),
 }
 # Models whose projector reads every patch of one block of the tower, and its class token never: which of the tower's hidden states.
 READ_STATES: dict[str, Callable[[Any], int | None]] = {

@@ -6,6 +6,7 @@ model and passes on only what it returned.
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ..errors import UnsupportedError, explain
 from ..tokens.ledger import TokenLedger
 from . import families
 from .anatomy import image_tokens
+from .layouts import Grid, Picture
 from .signatures import bound_arguments, read_once
 from .streams import Anatomy
 
@@ -30,13 +32,18 @@ SIZES = "image_sizes"  # height and width of each, in pixels: what lies beyond i
 PIXELS = ("pixel_values", "pixel_values_videos")
 ENCODED = "mm_encoder_outputs"  # what the tower returned, where it was called before
 MODALITIES = ("image", "video")  # in it
-Grid = tuple[int, int, int]  # frames, height, width
 
 
 def no_grid(got: str) -> UnsupportedError:
     """The error for visual tokens that form no grids."""
     remedy = "Give it pictures and text as its processor makes them, in one call, or choose a method that needs no grid."
     return UnsupportedError(explain("This method needs pictures whose tokens form a grid, row by row", got, remedy))
+
+
+def layouts(model: nn.Module, tower: nn.Module | None) -> list[tuple[nn.Module, str]]:
+    """The module that holds a model's vision tower, with each of its methods that lay out what that has returned."""
+    names = () if tower is None else families.LAYING.get(model.config.model_type, ())
+    return [(holder, name) for holder in model.modules() for name in names if any(child is tower for child in holder.children())]
 
 
 def vision_tower(model_anatomy: Anatomy) -> nn.Module | None:
@@ -104,9 +111,9 @@ def patch_grids(tower: nn.Module, args: tuple, kwargs: dict) -> list[Grid] | Non
 
 @dataclass(frozen=True)
 class TowerCall:
-    """A call of the vision tower: the pictures in it, in patches, and the first tensor that it returned, while that lives."""
+    """A call of the vision tower: the pictures in it, and the first tensor that it returned, while that lives."""
 
-    grids: list[Grid]
+    pictures: list[Picture]
     returned: Callable[[], Tensor | None]
 
 
@@ -120,11 +127,18 @@ class SeenPictures:
     def __reduce__(self) -> tuple[type[SeenPictures], tuple]:
         return SeenPictures, ()
 
-    def note(self, grids: list[Grid], output: Any) -> None:
+    def note(self, pictures: list[Picture], output: Any) -> None:
         """The tower was called with these pictures."""
         tensor = first_state(output)
-        self.calls.append(TowerCall(grids, (lambda: None) if tensor is None else weakref.ref(tensor)))
+        self.calls.append(TowerCall(pictures, (lambda: None) if tensor is None else weakref.ref(tensor)))
         self._hold(self.calls[-1])
+
+    def lay(self, layout: Callable[[Picture], list[Picture]]) -> None:
+        """What it returned last lies so, by how each of what it was called with does."""
+        call = self.calls[-1] if self.calls else None
+        if call is not None and call.pictures:
+            self.calls[-1] = TowerCall(layout(call.pictures[0]), call.returned)
+            self.held = [self.calls[-1] if known is call else known for known in self.held]
 
     def clear(self) -> None:
         """The model has run on what the tower was called for."""
@@ -133,7 +147,7 @@ class SeenPictures:
     def _hold(self, call: TowerCall) -> None:
         self.held = [*(known for known in self.held if known.returned() is not None), call]
 
-    def of(self, modality: str, arguments: dict[str, Any]) -> list[list[Grid]]:
+    def of(self, modality: str, arguments: dict[str, Any]) -> list[list[Picture]]:
         """The calls whose pictures a call of the model brings for a modality: in the order of these, or by what was passed on of one.
 
         Transformers encodes pictures before videos.
@@ -142,10 +156,10 @@ class SeenPictures:
         given = encoded or {m: arguments.get(pixels) for m, pixels in zip(MODALITIES, PIXELS, strict=True)}
         brought = [m for m in MODALITIES if given.get(m) is not None]
         tensor = first_state(encoded.get(modality))
-        known = [call.grids for call in self.held if tensor is not None and call.returned() is tensor]
+        known = [call.pictures for call in self.held if tensor is not None and call.returned() is tensor]
         if known:
             return known[:1]
-        calls = [call.grids for call in self.calls]
+        calls = [call.pictures for call in self.calls]
         if len(brought) > 1 and len(calls) == len(brought) and modality in brought:
             calls = [calls[brought.index(modality)]]
         if len(calls) == 1 and tensor is not None:
@@ -161,28 +175,32 @@ def first_state(output: Any) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
-def grids_in_text(seen: SeenPictures, model: nn.Module, arguments: dict[str, Any], visual: Tensor) -> list[Grid]:
-    """The grids of all pictures and videos, in the order in which they stand among the visual tokens (b n)."""
+def grids_in_text(seen: SeenPictures, model: nn.Module, arguments: dict[str, Any], visual: Tensor) -> tuple[Tensor, list[Grid]]:
+    """Those of the visual tokens (b n) that have a place in a grid, and the grids of all pictures and videos in their order.
+
+    Raises:
+        UnsupportedError: The calls of the vision tower do not show them.
+    """
     config, ids = model.config, arguments["input_ids"].to(visual.device)
-    placed: list[tuple[int, Grid]] = []
+    placed: list[tuple[int, Picture]] = []
     for modality in MODALITIES:
         own = [value for name, value in vars(config).items() if name in families.IMAGE_TOKENS and name.startswith(modality)]
         tokens = visual & torch.isin(ids, torch.tensor([i for i in own if isinstance(i, int)], device=ids.device))
         if not bool(tokens.any()):
             continue
         places = tokens.flatten().nonzero()[:, 0].tolist()
-        for grid_of_one in find_grids(seen.of(modality, arguments), config, arguments, tokens):
-            placed.append((places[0], grid_of_one))
-            places = places[prod(grid_of_one) :]
-    return [shape for _, shape in sorted(placed, key=lambda one: one[0])]
+        for picture in find_pictures(seen.of(modality, arguments), arguments, tokens):
+            placed.append((places[0], picture))
+            places = places[len(picture) :]
+    pictures = [picture for _, picture in sorted(placed, key=lambda one: one[0])]
+    return on_grids(visual, pictures), [shape for picture in pictures for shape in picture.grids]
 
 
-def find_grids(calls: list[list[Grid]], config: Any, arguments: dict[str, Any], visual: Tensor) -> list[Grid]:
-    """Frames, height and width in tokens of each picture or video, in the order in which they stand among the visual tokens.
+def find_pictures(calls: list[list[Picture]], arguments: dict[str, Any], visual: Tensor) -> list[Picture]:
+    """Each picture or video, in the order in which they stand among the visual tokens.
 
     Args:
-        calls: The calls of the vision tower that these tokens come from: the pictures of each, in patches.
-        config: The model's.
+        calls: The calls of the vision tower that these tokens come from: the pictures of each.
         arguments: The model's.
         visual: Visual tokens, (b n) bool.
 
@@ -191,30 +209,42 @@ def find_grids(calls: list[list[Grid]], config: Any, arguments: dict[str, Any], 
     """
     if len(calls) != 1:
         raise no_grid(f"{len(calls)} calls of a vision tower with pictures in rows and columns")
-    side = families.TOKEN_SIDES[config.model_type](config)
-    grids = [(t, h // side, w // side) for t, h, w in calls[0]]
-    told = sum(map(prod, grids))
+    pictures = [*calls[0]]
+    grids, beside = [shape for one in pictures for shape in one.grids], sum(len(one.beside) for one in pictures)
+    told = sum(map(len, pictures))
     repeats = int(visual.sum()) // told if told and arguments.get(ENCODED) else 1  # beams have pictures of their own
-    wrong = no_grid(f"{int(visual.sum())} visual tokens for pictures of {grids} tokens (frames, height, width)")
+    more = f", and {beside} beside them" if beside else ""
+    wrong = no_grid(f"{int(visual.sum())} visual tokens for pictures of {grids} tokens (frames, height, width){more}")
     if not repeats or len(visual) % repeats:
         raise wrong
     rows = visual.unflatten(0, (-1, repeats))
-    out: list[Grid] = []
+    out: list[Picture] = []
     for count in rows[:, 0].sum(dim=1).tolist():
-        row: list[Grid] = []
-        while grids and sum(map(prod, row)) < count:
-            row.append(grids.pop(0))
-        if sum(map(prod, row)) != count:
+        row: list[Picture] = []
+        while pictures and sum(map(len, row)) < count:
+            row.append(pictures.pop(0))
+        if sum(map(len, row)) != count:
             raise wrong
         out += row * repeats
-    if grids or not torch.equal(rows, rows[:, :1].expand_as(rows)) or not whole_rows(visual, out):
+    if pictures or not torch.equal(rows, rows[:, :1].expand_as(rows)) or not whole_rows(visual, out):
         raise wrong
     return out
 
 
-def whole_rows(visual: Tensor, grids: list[Grid]) -> bool:
-    """Whether other tokens stand between visual ones, (b n), at the ends of the rows of grids alone."""
+def on_grids(visual: Tensor, pictures: list[Picture]) -> Tensor:
+    """Those of the visual tokens (b n) that have a place in a grid of the pictures that they stand for."""
+    starts = itertools.accumulate(map(len, pictures), initial=0)
+    beside = [start + i for start, picture in zip(starts, pictures, strict=False) for i in picture.beside]
+    if not beside:
+        return visual
     place = visual.flatten().nonzero()[:, 0]
+    return visual.flatten().index_fill(0, place[torch.tensor(beside, device=place.device)], False).view_as(visual)
+
+
+def whole_rows(visual: Tensor, pictures: list[Picture]) -> bool:
+    """Whether other tokens stand between visual ones, (b n), at the ends of the rows of grids alone."""
+    grids = [shape for picture in pictures for shape in picture.grids]
+    place = on_grids(visual, pictures).flatten().nonzero()[:, 0]
     seams = (place.diff() > 1).nonzero()[:, 0] + 1
     widths = torch.tensor([w for t, h, w in grids for _ in range(t * h)], device=place.device)
     return bool(torch.isin(seams, widths.cumsum(dim=0)).all())
@@ -224,8 +254,8 @@ def picture_places(visual: Tensor, grids: list[Grid], ledger: TokenLedger) -> li
     """For each size of grid the tokens of its pictures, indices (p t h w) into the tokens (b m) laid end to end.
 
     Args:
-        visual: Visual tokens of the sequence that entered, (b n) bool.
-        grids: The grid of each picture, in the order in which they stand.
+        visual: Those of the visual tokens of the sequence that entered, (b n) bool, that have a place in a grid.
+        grids: The grids of the pictures, in the order in which they stand.
         ledger: The tokens at hand.
 
     Raises:

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 import hf_tokens
 from hf_tokens import MethodConfig, TokenReducer, UnsupportedError, get_token_model, option, register
 from hf_tokens.engine import supply
-from hf_tokens.model import families
+from hf_tokens.model import families, pictures
 from hf_tokens.model.anatomy import anatomy
-from hf_tokens.model.pictures import find_grids, grids_in_text, patch_grids, vision_tower
+from hf_tokens.model.layouts import Picture, in_tokens
+from hf_tokens.model.pictures import find_pictures, grids_in_text, on_grids, patch_grids, vision_tower
 from hf_tokens.peft.placement import sees
 from hf_tokens.roles.registry import method_info
 from hf_tokens.testing import zoo
@@ -47,11 +48,34 @@ GRIDS = {
 }
 
 
+def found(calls, given, visual):
+    """The grids of pictures that a tower was called with, in patches."""
+    pictures = find_pictures([in_tokens(MERGED, call) for call in calls], given, visual)
+    return [grid for picture in pictures for grid in picture.grids]
+
+
 @pytest.mark.parametrize("case", GRIDS)
 def test_the_grids_of_a_batch(case):
     calls, rows, before, want = GRIDS[case]
     given = {"mm_encoder_outputs": {"image": object()}} if before else {}
-    assert find_grids(calls, MERGED, given, flags(*rows)) == want
+    assert found(calls, given, flags(*rows)) == want
+
+
+SMALL_AND_ROWS = Picture(((1, 1, 2), (1, 2, 3)), (5, 9))
+# per case: pictures, visual tokens, those with a place in a grid
+BESIDE = {
+    "ends of rows": ([SMALL_AND_ROWS], ("xxxxxxxxxx.",), ("xxxxx.xxx..",)),
+    "two in a row": ([SMALL_AND_ROWS, Picture(((1, 1, 2),), (2,))], ("xxxxxxxxxx.xxx",), ("xxxxx.xxx..xx.",)),
+    "in two rows": ([Picture(((1, 1, 2),), (2,)), Picture(((1, 1, 2),), (0,))], (".xxx", "xxx."), (".xx.", ".xx.")),
+    "text behind a row": ([SMALL_AND_ROWS], ("xxxxxx.xxxx",), ("xxxxx..xxx.",)),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_tokens_beside_a_grid_have_no_place_in_it(case):
+    pictures, rows, placed = BESIDE[case]
+    assert find_pictures([pictures], {}, flags(*rows)) == pictures
+    assert torch.equal(on_grids(flags(*rows), pictures), flags(*placed))
 
 
 # per case: pictures of the tower's calls, visual tokens, what the error says
@@ -70,12 +94,12 @@ LOST = {
 def test_visual_tokens_that_form_no_grids_are_refused(case):
     calls, rows, came = LOST[case]
     with pytest.raises(UnsupportedError, match=f"tokens form a grid, row by row, got {came}"):
-        find_grids(calls, MERGED, {}, flags(*rows))
+        found(calls, {}, flags(*rows))
 
 
 def test_beams_are_rows_that_are_alike():
     with pytest.raises(UnsupportedError, match="8 visual tokens for pictures of"):
-        find_grids([[(1, 4, 4)]], MERGED, {"mm_encoder_outputs": {"image": object()}}, flags("xxxx.", ".xxxx"))
+        found([[(1, 4, 4)]], {"mm_encoder_outputs": {"image": object()}}, flags("xxxx.", ".xxxx"))
 
 
 def pictures_of(inputs):
@@ -84,11 +108,11 @@ def pictures_of(inputs):
 
 ONE_OF_EACH_ROW = """
 llava got_ocr2 step3p7 aya_vision cohere2_vision lfm2_vl idefics3 smolvlm ultravbert internvl qianfan_ocr mistral3 lighton_ocr gemma3
-t5gemma2 ovis2 kimi_k25 paddleocr_vl
+t5gemma2 ovis2 kimi_k25 paddleocr_vl hunyuan_vl hy_v4_vl
 """.split()
 
 
-@pytest.mark.parametrize("family", ONE_OF_EACH_ROW)
+@pytest.mark.parametrize("family", [family for family in zoo.families("transformers") if family in ONE_OF_EACH_ROW])
 def test_visual_tokens_lie_row_by_row_over_their_patches(family):
     """Without attention in the tower, each token of a picture is made of the patches that its place in the grid names, and of no other."""
     specimen = zoo.build(family)
@@ -106,7 +130,9 @@ def test_visual_tokens_lie_row_by_row_over_their_patches(family):
     (grids,) = calls
     side = families.TOKEN_SIDES[specimen.model.config.model_type](specimen.model.config)
     _, height, width = grids[0]
-    first = tokens[0].flatten(0, -2)
+    (picture,) = in_tokens(specimen.model.config, grids[:1])
+    first = tokens[0].flatten(0, -2)[: len(picture)]
+    first = first[[i for i in range(len(picture)) if i not in picture.beside]]
     assert len(first) == (height // side) * (width // side)
     for i, token in enumerate(first):
         (gradient,) = torch.autograd.grad(token.square().sum(), pixels, retain_graph=True)
@@ -122,14 +148,41 @@ def test_visual_tokens_lie_row_by_row_over_their_patches(family):
         assert (found * (1 - own)).sum() < 0.01 * found.sum()
 
 
-def with_picture_tokens(inputs, marker, count):
-    """The text of a specimen with so many visual tokens in each row."""
+def with_picture_tokens(inputs, marker, counts):
+    """The text of a specimen with so many visual tokens in each row, padded on the left."""
     ids = inputs["input_ids"]
     there = (ids == marker).any(dim=0)
     at, text = int(there.nonzero()[0]), ids[:, ~there]
-    new = torch.cat([text[:, :at], torch.full((len(ids), count), marker), text[:, at:]], dim=1)
+    new = torch.zeros(len(ids), text.shape[1] + max(counts)).long()
+    for row, words, count in zip(new, text, counts, strict=True):
+        row[max(counts) - count :] = torch.cat([words[:at], torch.full((count,), marker), words[at:]])
     kinds = {"mm_token_type_ids": (new == marker).long()} if "mm_token_type_ids" in inputs else {}
-    return {"input_ids": new, "attention_mask": torch.ones_like(new), **kinds}
+    return {"input_ids": new, "attention_mask": (new != 0).long(), **kinds}
+
+
+TILED = [family for family in zoo.families("transformers") if family in families.LAYING]
+SHAPES = [(20, 60), (60, 20), (32, 32)]  # heights and widths in pixels, of tiles of 32
+
+
+def tiled(model, rows, **given):
+    """Texts, padded on the left, of which each has pictures of some of `SHAPES`, or none, between its words."""
+    config = model.config
+    config.image_grid_pinpoints = [[32, 64], [64, 32], [32, 32]]
+    sizes = torch.tensor([SHAPES[i] for row in rows for i in row]).view(-1, 2)
+    tiles = [3 if SHAPES[i] != (32, 32) else 2 for row in rows for i in row]
+    pixels = torch.zeros(len(tiles), max(tiles, default=1), 3, 32, 32)
+    for i, (picture, count) in enumerate(zip(pixels, tiles, strict=True)):
+        picture[:count] = torch.randn(
+            count, 3, 32, 32, generator=torch.Generator().manual_seed(sum(SHAPES[[j for r in rows for j in r][i]]))
+        )
+    marker = vars(config).get("image_token_id", vars(config).get("image_token_index"))
+    shown = {"pixel_values": pixels, "image_sizes": sizes, **given} if tiles else {}
+    with torch.no_grad():
+        counts = [len(one) for one in model.get_image_features(**shown).pooler_output] if tiles else []
+    texts = [[5, 6, *(token for _ in row for token in (*[marker] * counts.pop(0), 7)), 8, 9] for row in rows]
+    length = max(map(len, texts))
+    ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), **shown}
 
 
 OWN_SHAPES = {"image_grid_thw", "spatial_shapes", "image_sizes"}
@@ -148,12 +201,15 @@ def two_pictures(family):
     else:
         specimen = zoo.build(family)
         model, inputs = specimen.model, specimen.inputs
+    if family in TILED:
+        return model, tiled(model, [[0], [1]]), [tiled(model, [[i]]) for i in range(2)]
     if not OWN_SHAPES & set(inputs):
         return model, inputs, [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(2)]
     config = model.config
     side = families.TOKEN_SIDES[config.model_type](config)
     marker = vars(config).get("image_token_id", vars(config).get("image_token_index"))
-    text, shapes = with_picture_tokens(inputs, marker, 2), torch.tensor([[side, 2 * side], [2 * side, side]])
+    shapes = torch.tensor([[side, 2 * side], [2 * side, side]])
+    text = with_picture_tokens(inputs, marker, [len(in_tokens(config, [(1, *shape)])[0]) for shape in shapes.tolist()])
     pixels = inputs["pixel_values"]
     if "image_grid_thw" in inputs:
         patches = torch.randn(2, 2 * side * side, *pixels.shape[1:])
@@ -183,21 +239,38 @@ def two_pictures(family):
 OTHER_UNCACHED = {"paligemma", "qwen2_5_omni_thinker"}  # a prefix seen both ways, and a text that goes on with a picture's token
 BOTH_WAYS = {"t5gemma2", "modernvbert", "ultravbert"}  # their text is not causal, which the method needs
 NOT_RUN = {"llama4"}  # un-skip when the zoo runs it
+NUMBERED = {"hunyuan_vl"}  # where a picture comes in the batch is an axis of its positions
 SWEPT = [family for family in zoo.families("transformers") if family in {*families.TOKEN_SIDES} - BOTH_WAYS - NOT_RUN]
+
+
+def listen_for_grids(grids, monkeypatch):
+    """Note the grids of each call."""
+
+    def heard(*given):
+        placed, found_grids = grids_in_text(*given)
+        grids.append(found_grids)
+        return placed, found_grids
+
+    monkeypatch.setattr(supply, "grids_in_text", heard)
 
 
 @pytest.mark.parametrize("family", ["pixtral", *SWEPT])
 def test_each_picture_is_in_a_batch_what_it_is_alone(family, monkeypatch):
     """Landscape beside portrait, where the model takes pictures of their own shapes."""
     grids = []
-    monkeypatch.setattr(supply, "grids_in_text", lambda *given: grids.append(grids_in_text(*given)) or grids[-1])
+    listen_for_grids(grids, monkeypatch)
     base, both, alone = two_pictures(family)
     model = get_token_model(base, GRIDDED).eval()
     with torch.no_grad():
         together = model(**both).logits
         for row, given in zip(together, alone, strict=True):
-            torch.testing.assert_close(row, model(**given).logits[0], atol=1e-3, rtol=1e-3)
-    if OWN_SHAPES & set(both):
+            real = given["attention_mask"][0] > 0
+            by_itself = model(**given).logits[0][real]
+            if family not in NUMBERED:
+                torch.testing.assert_close(row[-len(real) :][real], by_itself, atol=1e-3, rtol=1e-3)
+    if family in TILED:
+        assert grids[0] == [(1, 4, 4), (1, 2, 8), (1, 4, 4), (1, 8, 2)]
+    elif OWN_SHAPES & set(both):
         assert grids[0] == [(1, 1, 2), (1, 2, 1)]
     assert len(grids) == 3 and grids[1] + grids[2] == grids[0]
 
@@ -255,7 +328,7 @@ def picture_and_video(order):
 @pytest.mark.parametrize("method", OF_ANY_TOWER)
 def test_pictures_and_videos_in_one_call(order, method, monkeypatch):
     grids = []
-    monkeypatch.setattr(supply, "grids_in_text", lambda *given: grids.append(grids_in_text(*given)) or grids[-1])
+    listen_for_grids(grids, monkeypatch)
     base, given = picture_and_video(order)
     model = get_token_model(base, method).eval()
     with torch.no_grad():
@@ -293,8 +366,142 @@ def test_each_tile_of_a_picture_is_a_grid(family):
             assert torch.equal(said[i], model.generate(**alone, **new)[0])
 
 
-@pytest.mark.parametrize("family", ["blip-2", "instructblip", "idefics2", "aria", "llava_next", "deepseek_ocr2", "hunyuan_vl"])
-def test_latents_and_rows_with_newlines_are_no_grid(family):
+def laid_out(base, given, monkeypatch):
+    """How the pictures of a call lie."""
+    noted = []
+
+    def heard(*called):
+        noted.extend(find_pictures(*called))
+        return noted
+
+    monkeypatch.setattr(pictures, "find_pictures", heard)
+    model = get_token_model(base, GRIDDED).eval()
+    model(**given)
+    model.unload()
+    return noted
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("family", TILED)
+def test_a_picture_of_tiles_is_a_small_one_and_rows_with_an_end(family, shape, monkeypatch):
+    """The ends of rows are those tokens that are the parameter; each other one is made of the patch at its place, and of no other."""
+    base = zoo.build(family).model
+    given = tiled(base, [[SHAPES.index(shape)]])
+    (picture,) = laid_out(base, given, monkeypatch)
+    holder = next(module for module in base.modules() if "image_newline" in dict(module.named_parameters(recurse=False)))
+    with torch.no_grad():
+        for name, parameter in holder.vision_tower.named_parameters():
+            if re.search("attn|attention", name):
+                parameter.zero_()
+    pixels = given["pixel_values"].requires_grad_()
+    (tokens,) = holder.get_image_features(pixels, given["image_sizes"]).pooler_output
+    assert tuple((tokens == holder.image_newline).all(dim=1).nonzero()[:, 0].tolist()) == picture.beside
+    small, (_, height, width) = picture.grids
+    wide = 2 if shape[1] > shape[0] else 1
+    places = []
+    for i in (i for i in range(len(tokens)) if i not in picture.beside):
+        (gradient,) = torch.autograd.grad(tokens[i].square().sum(), pixels, retain_graph=True)
+        tile, row, column = gradient[0].abs().sum(dim=1).unflatten(2, (4, 8)).unflatten(1, (4, 8)).sum(dim=(2, 4)).nonzero().T
+        tile, row, column = int(tile), int(row), int(column)
+        places.append((row, column) if not tile else ((tile - 1) // wide * 4 + row, (tile - 1) % wide * 4 + column))
+    assert small == (1, 4, 4) and places[:16] == [divmod(i, 4) for i in range(16)]
+    top, left = places[16]
+    assert places[16:] == [(top + row, left + column) for row in range(height) for column in range(width)]
+
+
+def test_rows_of_tiles_that_are_made_smaller_end_where_the_model_ends_them(monkeypatch):
+    base = zoo.build("llava_onevision").model
+    base.config.vision_aspect_ratio = "anyres_max_1"
+    given = tiled(base, [[0], [1, 2]])
+    noted = laid_out(base, given, monkeypatch)
+    features = base.get_image_features(given["pixel_values"], given["image_sizes"]).pooler_output
+    ends = [tuple((one == base.model.image_newline).all(dim=1).nonzero()[:, 0].tolist()) for one in features]
+    assert [picture.beside for picture in noted] == ends and [len(picture) for picture in noted] == [len(one) for one in features]
+    assert len({picture.grids for picture in noted}) == 3
+
+
+def test_several_pictures_of_a_sample_are_no_tiles(monkeypatch):
+    """Told by `batch_num_images`: each is a small one with one token behind it."""
+    base = zoo.build("llava_onevision").model
+    given = tiled(base, [[0, 1], [2, 2]], batch_num_images=torch.tensor([2, 2]))
+    assert laid_out(base, given, monkeypatch) == [Picture(((1, 4, 4),), (16,))] * 4
+
+
+KEEPS_ONE_OF_EQUALS = {"divprune"}  # the ends of all rows are one token: of which row it stays is rounding
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("method", OF_ANY_TOWER)
+@pytest.mark.parametrize("family", TILED)
+def test_pictures_of_tiles_beside_a_text(family, method):
+    """Two pictures in one row, one in the next, none in the last: padded, alone, written with a cache and without."""
+    base = zoo.build(family).model
+    rows = [[0, 1], [2], []]
+    both = tiled(base, rows)
+    silent = [value for name, value in vars(base.config).items() if name in families.IMAGE_TOKENS]
+    model = get_token_model(base, method).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "hf_tokens" in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        together = model(**both).logits
+        for row, pictures_of_row in zip(together, rows, strict=True):
+            alone = tiled(base, [pictures_of_row])
+            by_itself = model(**alone).logits[0]
+            if method not in KEEPS_ONE_OF_EQUALS:
+                torch.testing.assert_close(row[-2:], by_itself[-2:], atol=1e-3, rtol=1e-3)
+    cached, uncached = (write(model, both, use_cache=use, suppress_tokens=silent) for use in (True, False))
+    torch.testing.assert_close(cached[0], together[:, -1], atol=1e-3, rtol=1e-3)
+    anew = 1 if {"instruction", "scores"} & {*method_info(method).cls.signals} else 3
+    torch.testing.assert_close(uncached[:anew], cached[:anew], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", TILED)
+def test_beams_of_pictures_of_tiles(family):
+    base = zoo.build(family).model
+    both = tiled(base, [[0, 2], [1]])
+    silent = [value for name, value in vars(base.config).items() if name in families.IMAGE_TOKENS]
+    model = get_token_model(base, GRIDDED).eval()
+    new = dict(max_new_tokens=3, num_beams=3, do_sample=False, suppress_tokens=silent)
+    cached, uncached = model.generate(**both, **new), model.generate(**both, **new, use_cache=False)
+    assert torch.equal(cached, uncached)
+    for i, pictures_of_row in enumerate([[0, 2], [1]]):
+        alone = model.generate(**tiled(base, [pictures_of_row]), **new)
+        assert torch.equal(cached[i, -3:], alone[0, -3:])
+
+
+FILMED = {"llava_next_video": [(3, 2, 2)], "llava_onevision": [(3, 2, 2)]}
+
+
+@pytest.mark.parametrize("family", FILMED)
+def test_the_frames_of_a_video_are_one_grid(family, monkeypatch):
+    """Beside pictures in the same row, in front of them and behind them; each token is made of the patches at its place in its frame."""
+    specimen = zoo.build(family)
+    base, config = specimen.model, specimen.model.config
+    video, token = torch.randn(1, 3, 3, 32, 32), {name[:5]: value for name, value in vars(config).items() if name in families.IMAGE_TOKENS}
+    shown = tiled(base, [[0]])
+    count = base.get_video_features(video).pooler_output.flatten(0, 1).shape[0]
+    picture = [token["image"]] * int((shown["input_ids"] == token["image"]).sum())
+    grids = []
+    listen_for_grids(grids, monkeypatch)
+    model = get_token_model(base, GRIDDED).eval()
+    pictured = [(1, 4, 4), (1, 2, 8)]
+    for first in ("image", "video"):
+        parts = [picture, [token["video"]] * count]
+        ids = torch.tensor([[5, *parts[first == "video"], 7, *parts[first == "image"], 8, 9]])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": video}
+        given |= {name: shown[name] for name in ("pixel_values", "image_sizes")}
+        logits, new = model(**given).logits, dict(suppress_tokens=[*token.values()])
+        said = write(model, given, **new)
+        torch.testing.assert_close(said[0], logits[:, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(write(model, given, **new, use_cache=False), said, atol=1e-3, rtol=1e-3)
+        wanted = [*pictured, *FILMED[family]] if first == "image" else [*FILMED[family], *pictured]
+        assert grids and all(one == wanted for one in grids)
+        grids.clear()
+
+
+@pytest.mark.parametrize("family", ["blip-2", "instructblip", "idefics2", "aria", "deepseek_ocr2", "unlimited_ocr"])
+def test_latents_are_no_grid(family):
     with pytest.raises(UnsupportedError, match="with tokens of pictures among them, known to lie row by row, got"):
         get_token_model(zoo.build(family).model, GRIDDED)
 

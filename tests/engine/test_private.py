@@ -53,6 +53,11 @@ LOSS = "says what the Trainer divides the loss by, and so what ours must be divi
 TAPPED = "a tapped backend is registered beside the one it stands for"
 HIDDEN = "which argument and which result of a block are its hidden states"
 ALONE = "says whether a sublayer computes each token by itself, so that the others need not be computed"
+LLAVAS, LAYING = "transformers.models", "it lays out what the vision tower has returned, and on zeros shows where the ends of rows are"
+LLAVA_MODELS = tuple(
+    f"{of}.modeling_{of}.{name}"
+    for of, name in (("llava_next", "LlavaNext"), ("llava_next_video", "LlavaNextVideo"), ("llava_onevision", "LlavaOnevision"))
+)
 A_LORA = "diffusers calls it on every layer of PEFT's, ours among them"
 
 PEFT = (
@@ -146,6 +151,11 @@ TRANSFORMERS = (
         takes=("module", "query", "key", "value", "attention_mask"),
         through="eager",
     ),
+    *(
+        Private(f"{LLAVAS}.{name}Model", "pack_image_features", LAYING, takes=("image_features", "image_sizes", "image_newline"))
+        for name in LLAVA_MODELS
+    ),
+    *(Private(f"{LLAVAS}.{name}Model", "get_video_features", LAYING, takes=("pixel_values_videos",)) for name in LLAVA_MODELS[1:]),
     *(
         Private(MASKS, f"create_{name}", MASK)
         for name in (
