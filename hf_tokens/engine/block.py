@@ -181,6 +181,8 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             needs |= dict.fromkeys(self.signals.needs(method)) | dict.fromkeys(handler.hooks(method), handler)
             if taps(method, method.asks):
                 needs["tap"] = None
+        if self.surgery.shifts:
+            needs[TURNED] = None
         for hook in sorted(needs):
             if hook == "tap":
                 self.tap.open()

@@ -82,8 +82,8 @@ class BlockCall:
         """The cache among the arguments."""
         return find_cache(self.arguments.values())
 
-    def run(self, inner: Callable, hidden: Tensor, ledger: TokenLedger, stored: Stored | None) -> Any:
-        """Call the block on these tokens with every argument cut to fit."""
+    def run(self, inner: Callable, hidden: Tensor, ledger: TokenLedger, stored: Stored | None, moved: dict[str, Any]) -> Any:
+        """Call the block on these tokens with every argument cut to fit, but for those of places that some have moved on to."""
         original = self.pack(hidden)
         self._refuse_handed_on(ledger)
         if ledger.untouched and stored is None:
@@ -92,9 +92,9 @@ class BlockCall:
         self._refuse_filler(ledger)
         self._spell_out_bias(ledger)
         whole_names = (self.hidden_name, families.INDEXED.get(type(self.block).__name__))
-        kept = {name for name, value in self.arguments.items() if name in whole_names or self.facts.is_foreign(name, value)}
+        kept = moved.keys() | {name for name, value in self.arguments.items() if name in whole_names or self.facts.is_foreign(name, value)}
         cut = {name: value if name in kept else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
-        cut[self.hidden_name] = original
+        cut |= {**moved, self.hidden_name: original}
         name = self._mask_name()
         if name is not None and self.layout != "n d":
             cut[name] = self._implied(cut.get(name), hidden, ledger, stored)

@@ -112,9 +112,9 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def lacks(block: BlockSurgery, what: str) -> UnsupportedError:
-    """The error for a block without something that a method needs."""
-    got, remedy = f"{type(block.module).__name__} at {block.path}", "Choose other layers or another model."
+def lacks(block: BlockSurgery, what: str, or_else: str = "") -> UnsupportedError:
+    """The error for a block without something that a method needs, and what else may be chosen."""
+    got, remedy = f"{type(block.module).__name__} at {block.path}", f"Choose other layers or another model{or_else}."
     return UnsupportedError(explain(f"This method needs {what} in the block", got, remedy))
 
 

@@ -24,6 +24,7 @@ from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
 from .plan import PassPlan
+from .rotation import shifted
 from .run import BESIDE, BlockTokens, Site
 from .supply import ask, own_tokens
 
@@ -105,7 +106,7 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
     readers = sum(tokens.opened.m - tokens.opened.n for tokens in inserted if tokens.only_read)
     inside = altered(site, hidden=x, run=altered(run), mask=mask, bias=bias)
     with block.open_while_it_runs(partial(block.tap.running, noting or readers > 0, readers, inside)):
-        output = call.run(block.call, x, ledger, stored)
+        output = call.run(block.call, x, ledger, stored, shifted(site, call.arguments))
     if ledger is not run.ledger and block.facts.hands_on:
         run.held[BESIDE] = True
     attends = block.plan.attends

@@ -14,7 +14,7 @@ from ..model.arguments import BETWEEN
 from ..model.rotations import CACHES_OF_ATTENTION, FARTHEST, STEADY, TABLE_GIVEN, TABLE_KIND, TABLE_PLACES, TRIED, Rotation, find_rotation
 from ..model.signatures import bound_arguments, parameters, positional, required
 from .hooks import lacks, own_attention
-from .run import Site
+from .run import SHIFT, Site
 from .trial import stripped
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class TableCall:
         like = torch.empty(1, 1, 1, device=places.device)
         cos, sin = type(self.module).forward(self.module, like, places.expand(*self.places.shape[:-2], 1, -1), **self.more)
         return cos.flatten(0, -3)[0], sin.flatten(0, -3)[0]
+
+    def like(self, cos: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of other places (b m), as precise as these, (b m c)."""
+        return type(self.module).forward(self.module, cos, places.expand(*self.places.shape[:-2], -1, -1), **self.more)
 
     def made_alike(self, other: TableCall) -> bool:
         """Whether another call is of the same table."""
@@ -76,7 +80,8 @@ class BlockRotation:
         around = dict.fromkeys(child for holder in block.surgery.holders for child in holder.children())
         makers = [module for module in around if TABLE_PLACES in parameters(type(module)) and TABLE_KIND in vars(module)]
         if TABLE_GIVEN not in parameters(type(own_attention(block))) or not makers:
-            raise lacks(block, "keys that are turned by their places, by a table that the model hands to its attention,")
+            what = "keys that are turned by their places, by a table that the model hands to its attention,"
+            raise lacks(block, what, ", or a setting that leaves keys as they are")
         kinds = {kind for module in makers for kind in table_kinds(module)}
         if unsteady := sorted(kinds - {*STEADY}):
             rule = f"A method that turns keys to other places needs angles that grow with the place alone, as in {list(STEADY)}"
@@ -126,6 +131,19 @@ class BlockRotation:
             got = f"those of pictures, which have {len(places)}, at {self.block.path}"
             raise UnsupportedError(explain(rule, got, "Give the model text alone, or choose a setting that leaves keys as they are."))
         return places[0]
+
+
+def shifted(site: Site, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A block's places and their table for the tokens that it is about to run on, of which some have moved on; nothing where none has."""
+    by, local = site.local_notes(SHIFT), site.local
+    if by is None:
+        return {}
+    given, rotation = arguments[TABLE_GIVEN], site.block.state(BlockRotation)
+    known = local.memo.get(id(given))
+    if known is None or known[0] is not given:
+        places = rotation.places().expand(local.batch, -1).gather(1, local.rows) + by
+        known = local.memo[id(given)] = given, {TABLE_PLACES: places, TABLE_GIVEN: rotation.source.like(given[0], places)}
+    return {name: value for name, value in known[1].items() if arguments.get(name) is not None}
 
 
 def table_kinds(module: nn.Module) -> set[str]:
@@ -178,8 +196,9 @@ class Turning:
     @property
     def places(self) -> Tensor:
         """The places by which the tokens of this pass were turned, (b m): those of one row differ from `positions` by a constant."""
-        rows = self.site.run.ledger.rows
-        return self.site.block.state(BlockRotation).places().expand(len(rows), -1).gather(1, rows)
+        rows, by = self.site.run.ledger.rows, self.site.run.memory.tokens.get(SHIFT)
+        places = self.site.block.state(BlockRotation).places().expand(len(rows), -1).gather(1, rows)
+        return places if by is None else places + by
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """Keys or queries (b h r e) so many places further on, (b|1 h|1 r|1)."""

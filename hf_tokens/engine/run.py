@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 BESIDE = "what a block returned for tokens of its own goes to the next"
+SHIFT = "how many places tokens have moved on"  # in a memory's tokens, (b m)
 REAL = "real tokens of the whole sequence, where padding stands between some"  # in a memory's rows, (b n) bool
 
 
@@ -234,6 +235,12 @@ class StreamRun:
         ledger = self.ledger.move(tokens)
         self.ledger = altered(ledger, proportional=True) if proportional else ledger
 
+    def shift(self, by: Tensor) -> None:
+        """Let the tokens stand so many places further on, (b m)."""
+        known = self.memory.tokens.get(SHIFT)
+        self.memory.tokens[SHIFT] = by if known is None else known + by
+        self.ledger = altered(self.ledger, untouched=False, memo={})
+
     def end_span(self, span: Span) -> None:
         """The innermost span is over: its tokens are there again."""
         self.memory.hold(span.bring_back(self.memory.tokens))
@@ -356,6 +363,11 @@ class Site:
         """The block is about to run on these tokens."""
         self.local, self.routed, self.maps, self.tokens = ledger, routed, maps, dict(self.run.memory.tokens)
         self.past = None if self.layer is None else self.layer.stored()
+
+    def local_notes(self, name: str) -> Tensor | None:
+        """What the memory held of the tokens that the block runs on, (b m ...); None if nothing."""
+        notes = self.tokens.get(name)
+        return notes if notes is None or not self.maps else functools.reduce(TokenMap.then, self.maps).bring(notes)
 
     def inside(self, hidden: Tensor, **more: Any) -> Site:
         """The site as a verb within the block finds it: all tokens that the block runs on."""

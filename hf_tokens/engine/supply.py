@@ -18,7 +18,7 @@ from ..roles.signals import HOOKED, OF_A_QUERY, PICTURED, TAPPED
 from ..tokens.altered import altered
 from ..tokens.entries import alike, cells_of, pick_entries, stretch
 from ..tokens.ledger import TokenLedger
-from ..tokens.token_map import TokenMap, in_float32, indices, take
+from ..tokens.token_map import in_float32, indices, take
 from .handler import handler_of
 from .rotation import Turning
 from .run import Site
@@ -237,10 +237,8 @@ class EntryStates:
 
 def own_tokens(site: Site) -> Tensor:
     """The tokens that a block ran on and a bank put in, (b m) bool."""
-    marks = site.tokens.get(site.key)
-    if marks is None:
-        return torch.zeros_like(site.local.rows, dtype=torch.bool)
-    return functools.reduce(TokenMap.then, site.maps).bring(marks) if site.maps else marks
+    marks = site.local_notes(site.key)
+    return torch.zeros_like(site.local.rows, dtype=torch.bool) if marks is None else marks
 
 
 def own_keys(site: Site) -> Tensor:
@@ -305,6 +303,7 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
     "affinity": lambda m: m.call.affinity,
     "key_positions": key_positions,
     "own_keys": own_keys,
+    "own_tokens": lambda m: m.run.memory.tokens.get(m.key, torch.zeros_like(m.run.ledger.rows, dtype=torch.bool)),
     "own": own_states,
     "answers": lambda m: m.run.held.get(("answers", m.key)),
     "keys_below": lambda m: lower_states(m, "keys"),

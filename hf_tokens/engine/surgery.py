@@ -46,6 +46,12 @@ class StreamSurgery:
         for block in self.blocks.values():
             yield from block.plan.acting
 
+    @property
+    def shifts(self) -> bool:
+        """Whether a method of the blocks so far, acting or not, moves tokens on to other places."""
+        stacks = (stack for block in self.blocks.values() for stack in block.hf_tokens_methods.values())
+        return any(method.shifts for stack in stacks for method in stack.values())
+
     def add(self, block: BlockSurgery) -> None:
         """Take in a block, and announce it to the worlds."""
         self.blocks[block.index] = block

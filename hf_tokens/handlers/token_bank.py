@@ -63,6 +63,8 @@ class TokenBankHandler(Handler):
             rewrite_rows(method, site)
         else:
             self._give(method, site)
+        if method.shifts and method.is_first_block:
+            site.run.shift(ask(method, site, "shift"))
 
     def _give(self, method: TokenBank, site: Site) -> None:
         """Insert the tokens, or write them anew where they are."""

@@ -91,6 +91,7 @@ class Method(nn.Module, abc.ABC):
         recites: A cache compressor scores a prompt as the model says it again behind itself, so many tokens at a time; None if it does not.
         tower: It acts in two streams: on the text, and in the block of the vision tower whose output the projector reads.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
+        shifts: A bank's tokens have places of their own: `shift` says how far the tokens behind them move on.
     """
 
     role: ClassVar[str]
@@ -130,6 +131,7 @@ class Method(nn.Module, abc.ABC):
     recites: int | None = None
     tower: ClassVar[bool] = False
     sees_all: bool = False
+    shifts: bool = False
     in_block = True
     key: str = ""
 

@@ -79,6 +79,7 @@ SIGNALS: dict[str, str] = {
     "look: of all keys (b h m s), or of those of an index (b k r) for each key head, (b h m r)",
     "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
     "own_keys": "for `attend`: keys of tokens that the bank put in, for each key head of this call, (b k s) bool",
+    "own_tokens": "for `shift`: tokens that the bank put in, (b m) bool",
     "own": "for `conclude`: what became of the bank's tokens behind the last block, (b k d), zeros where they are not",
     "answers": "for a Pooler: what the tokens of its `ask` gathered in the last block that ran, in front of any norm, (b k d); else None",
     "labels": "for an Objective: the token that each place is to predict, as the model's own loss has it, -100 where there is none, (b n)",
@@ -96,6 +97,7 @@ OF_ALL_OBJECTIVES = frozenset({"hidden", "positions", "progress"})
 OF_A_WORD = {
     "attend": frozenset({"affinity", "key_positions", "own_keys"}),
     "conclude": frozenset({"own"}),
+    "shift": frozenset({"own_tokens"}),
     "takes": frozenset({"negative"}),
 }
 # What a CacheCompressor is given without a look at what the block computed.

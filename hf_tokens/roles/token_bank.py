@@ -26,12 +26,12 @@ class TokenBank(Method):
     and `mask` are of the prompt. If it is `deep`, each block reads the tokens of its own instance only, as the model made them of what
     the verb returned.
 
-    At the site `input` a method may define three more words: `follow` returns behind which tokens they go, `attend` how the attention of
-    each block that it sits in reads them and all others, `conclude` what has become of them.
+    At the site `input` a method may define four more words: `follow` returns behind which tokens they go, `shift` how far tokens have moved
+    on by them, `attend` how the attention of each block that it sits in reads them and all others, `conclude` what has become of them.
     """
 
     role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding", "prompt")
-    further = ("follow", "attend", "conclude", "examine", "takes")
+    further = ("follow", "shift", "attend", "conclude", "examine", "takes")
     packed = True
     deep: ClassVar[bool] = False
 
@@ -56,6 +56,13 @@ class TokenBank(Method):
 
     def follow(self) -> Tensor | None:
         """The tokens of this pass that each have the bank's tokens behind them, (b m) bool; called in every pass, in the first block."""
+
+    def shift(self) -> Tensor:
+        """If `shifts`: how many places further on than its `positions` each token stands, (b m); called in every pass, in the first block.
+
+        The blocks behind turn queries and keys by these places.
+        """
+        raise UnsupportedError(explain("A bank that sets `shifts` says how", type(self).__name__, "Define its `shift`."))
 
     def attend(self) -> Attending | None:
         """How the attention of a block reads its keys; None leaves it alone."""

@@ -7,7 +7,7 @@ from contract.pairs import difference, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_tokens import StreamingLLMConfig, UnsupportedError, get_token_model
+from hf_tokens import StreamingLLMConfig, TokenPrependingConfig, UnsupportedError, get_token_model
 from hf_tokens.engine.block import BlockSurgery
 from hf_tokens.engine.rotation import BlockRotation, pattern
 from hf_tokens.model.rotations import STEADY, find_rotation
@@ -55,6 +55,49 @@ def test_a_key_turned_to_a_place_is_the_key_that_the_model_makes_there(family, d
     turned = found[first].turn(here[first], torch.full((1, 1, 1), DELTA))
     torch.testing.assert_close(turned, there[first], rtol=1e-4, atol=1e-5)
     assert {r.pairing is None or r.pairing.apart for r in found.values()} == {family in APART}
+
+
+def prompt_with(model, inputs, at):
+    """The embeddings of a padded prompt, its mask, and both with the bank's token in front of the given real token of each row."""
+    rows = model.get_base_model().get_input_embeddings()(inputs)
+    mask = torch.ones_like(inputs)
+    mask[1, :2] = 0
+    token = next(buffer for name, buffer in model.named_buffers() if name.endswith(".pst")).to(rows)
+    places = [int(row.argmax()) + at for row in mask]
+    longer = torch.stack([torch.cat([row[:i], token, row[i:]]) for row, i in zip(rows, places, strict=True)])
+    stays = torch.stack([torch.arange(rows.shape[1] + 1) != i for i in places])
+    return mask, longer, torch.nn.functional.pad(mask.flip(1), (0, 1), value=1).flip(1).sort(dim=1).values, stays
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "checkpointed"])
+@pytest.mark.parametrize("family", [*APART, *PAIRS, "deepseek_v3"])
+def test_a_token_with_a_place_of_its_own_is_a_token_of_the_prompt(family, training):
+    """Its row of the vocabulary at that place, and all positions behind it one further on; gradients too."""
+    config = TokenPrependingConfig(position=2, end=1, exit=1000)
+    model = get_token_model(zoo.build(family).model, config).requires_grad_(True).train(training)
+    if training:
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base = zoo.build(family).model.requires_grad_(True).train(training)
+    mask, longer, longer_mask, stays = prompt_with(model, ids(), 2)
+    got = model(input_ids=ids(), attention_mask=mask, use_cache=False)[0]
+    want = base(inputs_embeds=longer, attention_mask=longer_mask, use_cache=False)[0][stays].view(*mask.shape, -1)
+    real = mask.bool()
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-5)
+    got[real].square().sum().backward()
+    want[real].square().sum().backward()
+    name = next(name for name, p in base.named_parameters() if p.grad is not None and p.dim() == 2 and "mlp" in name)
+    assert base.get_parameter(name).grad.abs().max() > 0
+    torch.testing.assert_close(model.get_base_model().get_parameter(name).grad, base.get_parameter(name).grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "bloom"])
+def test_a_token_with_a_place_of_its_own_is_refused_where_places_are_told_otherwise(family):
+    base = zoo.build(family).model
+    before = snapshot(base)
+    with pytest.raises(UnsupportedError, match="model, or a setting that leaves keys as they are"):
+        get_token_model(base, TokenPrependingConfig())
+    assert not difference(before, snapshot(base))
+    get_token_model(base, TokenPrependingConfig(places="shared"))
 
 
 @pytest.mark.parametrize("family", PLACELESS)

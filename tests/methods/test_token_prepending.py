@@ -96,7 +96,8 @@ def naive(layers, embedded, pst, position, theta, *, start=2, end=8, exit=27, sh
     """h^0..h^M of one prompt, <PST> in it (n + 1 tokens); its embedding is the last token of the last of them.
 
     h^0 = [h_1 .. h_{i-1}, pst, h_i .. h_n];  h^l = LLM^l(f(h^{l-1})) with f: h_{i*} := h_n for start <= l <= end.
-    Without `shift`, <PST> stands where the token behind it stands (or the one before, at the end), and no other token moves.
+    It moves the tokens behind it on by one place. Without `shift`, it stands where the token behind it stands (or the one before, at the
+    end), and no other token moves.
     """
     hidden = [row.double() for row in embedded]
     positions = list(range(len(hidden)))
@@ -137,6 +138,7 @@ class ExactRotary(torch.nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.rope_type = "default"
         self.theta, self.width = config.rope_parameters["rope_theta"], config.head_dim
 
     def forward(self, x, position_ids):
@@ -223,27 +225,28 @@ def test_naive_without_shift_differs_by_the_positions_behind_the_token():
 
 
 FAMILIES = {
-    "rotary": (tiny, lambda model: model.layers, naive_layer),
-    "learned": (tiny_gpt2, lambda model: model.h, naive_layer_gpt2),
+    "rotary": (tiny, lambda model: model.layers, naive_layer, "own"),
+    "rotary, shared": (tiny, lambda model: model.layers, naive_layer, "shared"),
+    "learned": (tiny_gpt2, lambda model: model.h, naive_layer_gpt2, "shared"),
 }
 
 
 def prepended(family, case):
     """A model with <PST>, the outputs that its layers will have, and a loop over one sample of embeddings (n d)."""
     n, position, start, end, exit, layers = CASES[case]
-    build, blocks, run = FAMILIES[family]
+    build, blocks, run, places = FAMILIES[family]
     base = build(layers)
     torch.manual_seed(2)
-    model = get_token_model(base, TokenPrependingConfig(position=position, start=start, end=end, exit=exit))
+    model = get_token_model(base, TokenPrependingConfig(position=position, start=start, end=end, exit=exit, places=places))
     pst = dict(model.named_buffers())[next(name for name, _ in model.named_buffers() if name.endswith(".pst"))][0]
     outputs = []
     for layer in blocks(base):
         layer.register_forward_hook(lambda _, __, out: outputs.append(out))
-    theta = base.config.rope_parameters["rope_theta"] if family == "rotary" else None
+    theta = base.config.rope_parameters["rope_theta"] if build is tiny else None
 
     def loop(rows):
         where = min(position, len(rows))
-        states = naive(blocks(base), rows, pst, where, theta, start=start, end=end, exit=exit, shift=False, run=run)
+        states = naive(blocks(base), rows, pst, where, theta, start=start, end=end, exit=exit, shift=places == "own", run=run)
         states = [torch.cat([state[:where], state[where + 1 :]]) for state in states[1:]]
         return states + states[-1:] * (layers - exit)  # what lies behind the exit passes the tokens on
 
@@ -259,7 +262,7 @@ def rows_of(base, family, lengths, place):
         real = torch.arange(longest) < n if place == "right" else torch.arange(longest) >= longest - n
         row[real] = torch.arange(n)
         mask.append(real)
-    given = rows if family == "rotary" else rows + base.wpe(ids)
+    given = rows + base.wpe(ids) if family == "learned" else rows
     return rows, given, ids, torch.stack(mask)
 
 
