@@ -53,7 +53,7 @@ def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     if surgery.model.listeners:
         hidden = surgery.stream.bind(block.index, args, kwargs)
         surgery.count(block, hidden.numel() // hidden.shape[-1])
-    if block.index == len(surgery.stream) - 1:
+    if block.index == surgery.depth - 1:
         run = surgery.call.run
         surgery.call.note_final(surgery.stream.read(block.index, output), None if run is None else run.padding)
     return output
@@ -65,7 +65,7 @@ def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict
     run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
     if layer is None or layer.filled is not None or layer.packed or layer.outlives or not run.ledger.untouched:
         return False
-    ends = block.index >= min(surgery.plan.exit, len(surgery.stream)) - 1 or surgery.plan.sees_all
+    ends = block.index >= min(surgery.plan.exit, surgery.depth) - 1 or surgery.plan.sees_all
     shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None
     if ends or shaped or torch.is_grad_enabled() and block.checkpointed_outside:
         return False

@@ -112,7 +112,7 @@ def walk(block: BlockSurgery, call: BlockCall, replaying: bool = False) -> Any:
         layer.release()
     given = call.pack(left)
     run.passed(site.hidden, given)
-    if block.index == len(surgery.stream) - 1 and not replaying:
+    if block.index == surgery.depth - 1 and not replaying:
         close_pass(site, whole)
     return call.write(output, given)
 
@@ -121,6 +121,10 @@ def enter_pass(block: BlockSurgery, call: BlockCall) -> StreamRun:
     """The pass that a block is called in: that of the block before, or a new one."""
     surgery = block.surgery
     run = surgery.call.run
+    if block.index >= surgery.depth:
+        rule = f"The model runs as many blocks of the stream {surgery.stream.name!r} as its config counts"
+        got = f"{surgery.depth} by the config, and a call of {block.path}"
+        raise UnsupportedError(explain(rule, got, "Leave out `assistant_early_exit`, or choose another model."))
     if run is None or block.index <= run.at:
         run = open_pass(surgery, surgery.call.context, block, call)
         surgery.call.swap_run(run)
@@ -191,7 +195,7 @@ def reads_by_mask(surgery: StreamSurgery, kwargs: dict) -> bool:
 def adopt_cache(surgery: StreamSurgery, args: tuple, kwargs: dict) -> None:
     """Let our layers hold the cache from the first token on."""
     cache = find_cache((*args, *kwargs.values()))
-    indices = [block.layer_idx for block in surgery.blocks.values() if block.layer_idx is not None]
+    indices = [block.layer_idx for i, block in surgery.blocks.items() if block.layer_idx is not None and i < surgery.depth]
     if cache is None or not indices:
         return
     if any(block.facts.several_slots for block in surgery.blocks.values()):

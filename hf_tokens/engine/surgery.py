@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from .model import ModelSurgery
 
 
+COUNT = "num_hidden_layers"  # the name by which any config of transformers counts the blocks
+
+
 class StreamSurgery:
     """The surgery of one stream: its blocks, and the pass that is under way."""
 
     def __init__(self, model: ModelSurgery, stream: Stream, special: tuple[int, int], holders: list[nn.Module]):
         self.model, self.stream = model, stream
         self.prefix, self.suffix = special  # special tokens in front and behind
+        self._counted = getattr(stream.config, COUNT, None) == len(stream)  # whether the config counts these blocks
         self.holders = holders  # the modules around the blocks, the model first
         self.blocks: dict[int, BlockSurgery] = {}
         self.plan = StreamPlan(exit=len(stream))
@@ -34,6 +38,11 @@ class StreamSurgery:
         self.replays: Replays = Replays()
         self._states: dict[type, Any] = {}
         model.streams.append(self)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks that the model runs: where it exits early, its config counts fewer for a while."""
+        return min(len(self.stream), getattr(self.stream.config, COUNT)) if self._counted else len(self.stream)
 
     def state(self, kind: type[State]) -> State:
         """What a handler keeps of this stream, made when it is first needed."""

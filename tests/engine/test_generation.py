@@ -12,6 +12,7 @@ from hf_tokens import (
     DeepPromptConfig,
     FTPConfig,
     MethodConfig,
+    MixtureOfDepthsConfig,
     PrefixKVConfig,
     RazorAttentionConfig,
     SqueezeAttentionConfig,
@@ -22,9 +23,11 @@ from hf_tokens import (
     set_method,
 )
 from hf_tokens.engine import stream
+from hf_tokens.engine.surgery import Listener
 from hf_tokens.handlers import cache_compressor
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import CACHE, probe_config, zoo
+from hf_tokens.tools.surgeries import surgery_of
 
 STACKS = {
     "tokens in front": [DeepPromptConfig(tokens=3)],
@@ -177,3 +180,62 @@ def test_a_cache_that_is_not_of_the_blocks_tokens_is_refused_before_anything_is_
     assert not called
     if family == "cpmant":  # ProphetNet's blocks take their own number of tokens only
         assert specimen.model.generate(ids, use_cache=False, **told).shape[1] == 11
+
+
+EARLY = {
+    "tokens in front": [DeepPromptConfig(tokens=3)],
+    "tokens that skip blocks": [MixtureOfDepthsConfig(sampling="router")],
+    "both": [DeepPromptConfig(tokens=2), MixtureOfDepthsConfig(sampling="router")],
+}
+
+
+def continued(base, stack, exits):
+    """What a model with methods in it makes of a prompt, by itself and with the drafts of its first blocks."""
+    model = get_token_model(base, stack).eval()
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "hf_tokens" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
+    ids = torch.randint(5, 80, (1, 9), generator=draw)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    return model, [model.generate(ids, **given, assistant_early_exit=exit) for exit in exits]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3_moe", "cohere"])
+@pytest.mark.parametrize("stack", EARLY)
+def test_drafts_of_the_first_blocks_change_no_token(stack, family):
+    specimen = zoo.build(family)
+    layers = specimen.model.config.num_hidden_layers
+    model, answers = continued(specimen.model, EARLY[stack], (None, 1, 2, layers - 1))
+    assert all(torch.equal(answers[0], answer) for answer in answers[1:])
+    assert specimen.model.config.num_hidden_layers == layers
+
+
+def test_a_pass_that_the_model_ends_early_is_over():
+    """What was left of the tokens is not there in the next one, nor does a cache wait for blocks that do not run."""
+    specimen = zoo.build("llama")
+    ids, model = specimen.inputs["input_ids"], get_token_model(specimen.model, FTPConfig(sparsity=0.5, router="static", layers=(1,))).eval()
+    closed = []
+
+    class Ends(Listener):
+        def closed(self, surgery, run):
+            closed.append(run.at)
+
+    specimen.model.config.num_hidden_layers = 2
+    with torch.no_grad(), surgery_of(model).listening(Ends()):
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        model(input_ids=ids[:, :1], **{CACHE: cache}, use_cache=True)
+    assert closed == [1, 1] and [layer.seen for layer in cache.layers] == [ids.shape[1] + 1] * 2
+
+
+def test_a_model_that_runs_more_blocks_than_its_config_counts_is_refused():
+    specimen = zoo.build("gpt2")  # it slices no list of blocks
+    model = get_token_model(specimen.model, DeepPromptConfig(tokens=3)).eval()
+    specimen.model.config.num_hidden_layers = 2
+    rule = (
+        r"runs as many blocks of the stream 'text' as its config counts, got 2 by the config, and a call of transformer\.h\.2\. Leave out"
+    )
+    with pytest.raises(UnsupportedError, match=rule):
+        model(**specimen.inputs, use_cache=False)
+    specimen.model.config.num_hidden_layers = 4
+    model(**specimen.inputs, use_cache=False)
