@@ -222,3 +222,18 @@ def test_a_trainer_tells_of_its_steps_and_goes_on_counting_when_it_is_resumed(tm
     assert whole == [(step, step) for step in range(6) for _ in range(2)]
     got = trained(tmp_path, rest, resume=str(tmp_path / "checkpoint-3"), **more)
     assert rest == whole[6:] and all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Was asked to gather along dimension 0")
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    after = []
+    for batch, steps in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        model = get_token_model(zoo.build("llama").model, [LORA, LayerSkipConfig(dropout=0.0, every=2)])
+        fixed = dict(max_steps=3, learning_rate=0.1, optim="sgd", use_cpu=True, report_to=[], disable_tqdm=True, seed=0, save_strategy="no")
+        sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        rows = [{**row, "labels": row["labels"].masked_fill(torch.arange(10) < i % 4, -100)} for i, row in enumerate(data())]
+        Trainer(model=model, args=TrainingArguments(str(tmp_path), **fixed, **sizes), train_dataset=rows).train()
+        after.append([p.detach() for p in model.parameters() if p.requires_grad])
+    for large, small in zip(*after, strict=True):
+        close(large, small)
