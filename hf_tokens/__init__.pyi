@@ -100,6 +100,10 @@ from hf_tokens_adapters.layer_router.dr_llm import (
     DrLLM,
     DrLLMConfig,
 )
+from hf_tokens_adapters.layer_router.layerskip import (
+    LayerSkip,
+    LayerSkipConfig,
+)
 from hf_tokens_adapters.model_router.r2r import (
     R2R,
     R2RConfig,
@@ -486,6 +490,8 @@ __all__ = [
     "LandmarkAttention",
     "LandmarkAttentionConfig",
     "LayerRouter",
+    "LayerSkip",
+    "LayerSkipConfig",
     "MACE",
     "MACEConfig",
     "Method",

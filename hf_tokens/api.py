@@ -95,13 +95,15 @@ def objective_loss(model: Any, target: Tensor, read: Callable[[Any], Tensor] = f
     return judge_prediction(surgery_of(model), target, read)
 
 
-def set_progress(model: Any, progress: float) -> None:
-    """Set how much of the training is done for all schedules, in [0, 1]; a Trainer does it by itself."""
+def set_progress(model: Any, progress: float, updates: int = 0) -> None:
+    """Set how much of the training is done for all schedules, in [0, 1], and the optimizer's steps so far; a Trainer does it by itself."""
     surgeries = surgeries_of(model)
     if not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
         raise ConfigError(explain("The progress of a training is in [0, 1]", repr(progress), "Pass steps done / steps to do."))
+    if not isinstance(updates, int) or isinstance(updates, bool) or updates < 0:
+        raise ConfigError(explain("The optimizer's steps are counted from 0", repr(updates), "Pass the steps done."))
     for surgery in surgeries.values():
-        surgery.set_progress(progress)
+        surgery.set_progress(progress, updates)
 
 
 def unload(model: Any) -> Any:

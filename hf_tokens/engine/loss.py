@@ -82,13 +82,14 @@ class StepLosses:
         judged: Whether the objectives were called in this step.
         agreed: Whether the loss was once what it replaces.
         head_agreed: Whether the logits were once what the head makes of the hidden states.
+        exits_agreed: Whether the hidden states were once the last block's, behind its norm.
         forwards: What each forward of the step has for the loss; None outside of a trainer's step.
     """
 
     def __init__(self):
         self._trainer: weakref.ref | None = None
         self.labels: Tensor | None = None
-        self.judged = self.agreed = self.head_agreed = False
+        self.judged = self.agreed = self.head_agreed = self.exits_agreed = False
         self.forwards: list[ForwardLoss] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,6 +111,10 @@ class StepLosses:
     def trust_head(self) -> None:
         """The logits were what the head makes of the hidden states."""
         self.head_agreed = True
+
+    def trust_exits(self) -> None:
+        """The hidden states were the last block's, behind its norm."""
+        self.exits_agreed = True
 
     def begin(self, labels: Tensor | None) -> None:
         """A step begins."""

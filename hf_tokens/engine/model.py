@@ -70,6 +70,7 @@ class ModelSurgery:
         head: Path of its head.
         is_denoiser: Whether it is a denoiser, whose loss is not its own.
         progress: How much of the training is done.
+        updates: Steps of the optimizer that are done.
         losses: What a trainer and the objectives share.
         conclusions: What banks last concluded from their tokens.
         verdict: Tokens of the last call behind which a large model takes over, (b m).
@@ -82,7 +83,7 @@ class ModelSurgery:
         self.around: tuple[Handler, ...] = ()
         self.outside: tuple[tuple[Handler, BlockSurgery], ...] = ()
         self.call: ModelCall | None = None
-        self.losses, self.progress = StepLosses(), 1.0
+        self.losses, self.progress, self.updates = StepLosses(), 1.0, 0
         self.conclusions: dict[str, Tensor] = {}
         self.verdict: Tensor | None = None
         self.waiting: Any = None  # a denoiser's call, until its objective is called
@@ -119,9 +120,9 @@ class ModelSurgery:
         self.around = tuple(handler for handler in HANDLERS.values() if handler.stands_around(self))
         self.outside = tuple((handler, block) for block in self.blocks() for handler, _ in block.plan.always.of("outside")[:1])
 
-    def set_progress(self, progress: float) -> None:
-        """Note how much of the training is done."""
-        self.progress = progress
+    def set_progress(self, progress: float, updates: int = 0) -> None:
+        """Note how much of the training is done, and in how many steps."""
+        self.progress, self.updates = progress, updates
 
     def put_verdict(self, verdict: Tensor | None) -> None:
         """Note behind which tokens a large model takes over, (b m)."""

@@ -68,6 +68,7 @@ class StreamCall:
         context: What the call brings.
         run: The pass that is under way.
         final: The stream's last hidden states (b n d), if they are kept, and which of them are real.
+        exits: Those behind each block, by its index; None if they are not kept.
         held: What a handler keeps of the call, by a key of its own.
     """
 
@@ -75,6 +76,8 @@ class StreamCall:
         self.context, self.keeps_final = context, keeps_final
         self.run: StreamRun | None = None
         self.final: tuple[Tensor, Tensor | None] | None = None
+        self.exits: dict[int, Tensor] | None = None
+        self._learns = False
         self.held: dict[Any, Any] = {}
 
     def __reduce__(self) -> tuple:
@@ -84,6 +87,23 @@ class StreamCall:
         """Another pass is under way; returns the one before."""
         before, self.run = self.run, run
         return before
+
+    def keep_exits(self) -> None:
+        """Keep the hidden states behind each block."""
+        self.exits, self._learns = {}, torch.is_grad_enabled()
+
+    def note_exit(self, block: BlockSurgery, output: Any) -> None:
+        """A block has returned: note its hidden states, if they are kept.
+
+        Raises:
+            UnsupportedError: They have no graph, for its checkpoint runs it without one at first.
+        """
+        if self.exits is None:
+            return
+        if self._learns and not torch.is_grad_enabled():
+            rule = "Where a loss is of the states behind inner blocks, gradient checkpointing must be non-reentrant"
+            raise UnsupportedError(explain(rule, f"a reentrant one around {block.path}", "Use non-reentrant checkpointing."))
+        self.exits[block.index] = block.surgery.stream.read(block.index, output)
 
     def see_picture(self, picture: tuple[int, int] | None) -> None:
         """The stream is about to be given pictures of this height and width."""

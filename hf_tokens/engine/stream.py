@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 
 def run_in_stream(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     """A block's forward, as the model calls it."""
-    for handler in block.surgery.model.around:
-        return handler.around(block, run_pass, args, kwargs)
-    return run_pass(block, args, kwargs)
+    around = block.surgery.model.around[:1]
+    output = around[0].around(block, run_pass, args, kwargs) if around else run_pass(block, args, kwargs)
+    block.surgery.call.note_exit(block, output)
+    return output
 
 
 def run_pass(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:

@@ -211,6 +211,27 @@ class ObjectiveSignals:
         return hidden
 
     @lazy
+    def exits(self) -> Callable[[int], Tensor]:
+        stream = self.model.streams[-1]
+        states, norm = stream.call.exits, stream.stream.final_norm
+
+        def exits(index: int) -> Tensor:
+            state = states[max(i for i in states if i <= index)]  # a block that the model leaves out leaves it as it was
+            return state if norm is None else norm(state)
+
+        if not self.model.losses.exits_agreed:
+            self._check_exits(exits(max(states)) if 0 in states else None)
+            self.model.losses.trust_exits()
+        return exits
+
+    @torch.no_grad()
+    def _check_exits(self, last: Tensor | None) -> None:
+        hidden, same = self.hidden, partial(torch.allclose, rtol=0.05, atol=0.05)
+        if last is None or last.shape != hidden.shape or not same(last[:1, -1].float(), hidden[:1, -1].float()):
+            rule = "This objective needs a head that reads what the blocks return, behind one norm and no more"
+            raise UnsupportedError(explain(rule, f"something else in {type(self.model.base).__name__}", "Choose another model."))
+
+    @lazy
     def head(self) -> Callable[[Tensor], Tensor]:
         model = self.model.base
         module, config = model.get_submodule(self.model.head), model.config.get_text_config()
@@ -241,10 +262,20 @@ class ObjectiveSignals:
     def progress(self) -> float:
         return self.model.progress
 
+    @property
+    def updates(self) -> int:
+        return self.model.updates
 
-def ask_objective(objective: Objective, signals: ObjectiveSignals) -> Tensor | None:
-    """The loss of an objective for a call."""
-    return objective.at_hand(partial(objective.loss, **{name: getattr(signals, name) for name in objective.signals}))
+
+def word_of(method: Method) -> str:
+    """By which word a method says what the model is to learn."""
+    return method.verb if isinstance(method, Objective) else "judge"
+
+
+def ask_objective(objective: Method, signals: ObjectiveSignals) -> Tensor | None:
+    """The loss of an objective for a call, or of another method that judges it."""
+    word = word_of(objective)
+    return objective.at_hand(partial(getattr(objective, word), **{name: getattr(signals, name) for name in objective.words[word]}))
 
 
 def objectives_of(model: ModelSurgery) -> list[Objective]:
@@ -252,9 +283,16 @@ def objectives_of(model: ModelSurgery) -> list[Objective]:
     return [method for method in model.methods() if isinstance(method, Objective) and method.is_first_block]
 
 
-def asked_now(model: ModelSurgery) -> list[Objective]:
-    """The objectives that are called for a forward as the model is now."""
-    return [o for o in objectives_of(model) if o.evaluates or o.training and torch.is_grad_enabled()]
+def asked_now(model: ModelSurgery) -> list[Method]:
+    """The objectives that are called for a forward as the model is now, and what else judges it."""
+    judges = [m for m in model.methods() if m.is_first_block and (isinstance(m, Objective) or m.words["judge"])]
+    return [method for method in judges if method.evaluates or method.training and torch.is_grad_enabled()]
+
+
+def named_now(model: ModelSurgery) -> set[str]:
+    """The signals that these need."""
+    names = {name for method in asked_now(model) for name in method.words[word_of(method)]}
+    return names | {"hidden"} if "exits" in names else names
 
 
 @handles("Objective")
@@ -262,19 +300,22 @@ class ObjectiveHandler(Handler):
     """What the engine does for objectives, and for methods of any role that weigh the targets."""
 
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Note what random numbers come next, where an objective compares with the model without the adapter."""
-        if any("reference" in objective.signals for objective in objectives_of(call.model)):
-            call.held[BEFORE] = RandomState.note(call.model.base)
+        """Note what random numbers come next, and have the states of inner blocks kept, where an objective names what needs that."""
+        model, names = call.model, named_now(call.model)
+        if "reference" in names or any("reference" in objective.signals for objective in objectives_of(model)):
+            call.held[BEFORE] = RandomState.note(model.base)
+        if "exits" in names:
+            model.streams[-1].call.keep_exits()
         return args, kwargs
 
     def after_base(self, call: ModelCall, output: Any) -> None:
         """Note the last hidden states, where an objective names them and no head will read them."""
-        if any("hidden" in objective.signals for objective in asked_now(call.model)):
+        if "hidden" in named_now(call.model):
             call.read["base"] = output["last_hidden_state"] if isinstance(output, dict) else output[0]
 
     def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
         """Note what the head read, where an objective names it."""
-        if hidden is not None and any("hidden" in objective.signals for objective in asked_now(call.model)):
+        if hidden is not None and "hidden" in named_now(call.model):
             call.read["head"] = hidden
         return output
 
@@ -289,7 +330,7 @@ class ObjectiveHandler(Handler):
         objectives = asked_now(model)
         wanted = labels_to_judge(model, arguments, output) if weighing or objectives else None
         if wanted is not None:
-            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read, draws)
+            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, dict(call.read), draws)  # `head` reads too
             reweigh(signals, weighing)
             if objectives:
                 call.replace_loss(judge(signals, objectives))
@@ -305,7 +346,7 @@ def labels_to_judge(model: ModelSurgery, arguments: dict[str, Any], output: Any)
     return wanted
 
 
-def judge(signals: ObjectiveSignals, objectives: list[Objective]) -> LossReplacement | None:
+def judge(signals: ObjectiveSignals, objectives: list[Method]) -> LossReplacement | None:
     """Call the objectives behind a call of a text model: those that add keep their loss, the one that replaces it is returned. Two that
     want the place of the model's own loss are refused."""
     signals.model.losses.judge()

@@ -354,7 +354,7 @@ def check_single(placements: list[Placement]) -> None:
         if len(names) > 1:
             rule = f"The stream {stream.name!r} takes one Pooler"
             raise UnsupportedError(explain(rule, names, "Give each an adapter of its own, and switch between them."))
-    replacing = [p.info.name for p in placements if issubclass(p.info.cls, Objective) and p.info.cls.replaces]
+    replacing = [p.info.name for p in placements if p.info.cls.replaces]
     if len(replacing) > 1:
         raise one_at_a_time(replacing)
 

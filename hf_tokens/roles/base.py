@@ -82,8 +82,8 @@ class Method(nn.Module, abc.ABC):
         divides_others: A cache compressor's `divide` shares out what the other ones of its stack keep, too, by their scores.
         pairs: A cache compressor is called in the upper of two adjacent blocks that look equally far, for both.
         strength: A pooler's share in what the model's readers get; the rest is the token that stood there.
-        replaces: An objective's loss stands in the place of the model's own, and is not added to it.
-        unit: What an objective's loss that replaces is a mean over, "token" or "sample".
+        replaces: The loss of an objective, or of `judge`, stands in the place of the model's own, and is not added to it.
+        unit: What a loss that replaces is a mean over, "token" or "sample".
         evaluates: An objective is called in evaluation too; the others leave that to the model's own loss.
         weighs: `weigh` returns how much each target counts in a text model's own loss.
         exports: It decides nothing by the values of tensors where every token is real, so that `torch.export` can record what it does.
@@ -126,6 +126,9 @@ class Method(nn.Module, abc.ABC):
     divides_others: bool = False
     pairs: ClassVar[bool] = False
     strength: float = 1.0
+    replaces: ClassVar[bool] = False
+    unit: ClassVar[str] = "token"
+    evaluates: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
     side_by_side: ClassVar[bool] = False
     recites: int | None = None
@@ -203,6 +206,12 @@ class Method(nn.Module, abc.ABC):
         """Note what the block did: called behind a block that ran, with the signals that it names, in a method that defines it.
 
         What a CacheCompressor returns here goes to `allot`.
+        """
+
+    def judge(self) -> Tensor | None:
+        """A loss of what a text model returned, a scalar or None, as that of an Objective, in a method of another role that defines it.
+
+        It is called in training, in the first block, behind each forward that has labels, with the signals of an Objective that it names.
         """
 
     def examine(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +22,6 @@ class Objective(Method):
 
     role, verb, moves_tokens, packed, in_block, exports = "Objective", "loss", False, True, False, True
     vocabulary = JUDGES | OF_ALL_OBJECTIVES
-    replaces: ClassVar[bool] = False
-    unit: ClassVar[str] = "token"
-    evaluates: ClassVar[bool] = False
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ def register(name: str, config: type[MethodConfig], *, version: int = 1) -> Call
         known = METHODS.get(name, {})
         if version in known and known[version].cls.__qualname__ != cls.__qualname__:
             raise ConfigError(explain("A method is registered once per version", f"{name!r} v{version} again", "Choose another name."))
-        signatures = {word: inspect.signature(getattr(cls, word)) for word in (cls.verb, "observe", *cls.further)}
+        signatures = {word: inspect.signature(getattr(cls, word)) for word in (cls.verb, "observe", "judge", *cls.further)}
         words = {word: tuple(name for name in signature.parameters if name != "self") for word, signature in signatures.items()}
         where, signals = AT_SITE.get(cls.site, ("", cls.vocabulary)) if cls.role == "TokenBank" else ("", cls.vocabulary)
         for word, names in words.items():

@@ -86,12 +86,15 @@ SIGNALS: dict[str, str] = {
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
     "head": "for an Objective: a function from what the head reads (... d), the signal `hidden`, to logits (... v)",
+    "exits": "for an Objective: a function from the index of a block to what the head would read if the stream ended behind it, (b n d)",
+    "updates": "for an Objective: steps of the optimizer behind this one, as a Trainer or `set_progress` tells; 0 where neither does, int",
     "target": "for an Objective: what a denoiser is to predict, (b ...)",
     "prediction": "for an Objective: what the denoiser predicted, (b ...)",
     "reference": "for an Objective: what the model without the adapter gives for the same, in the shape of `logps` or of `prediction`",
 }
-# What an Objective may name; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
-JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
+# What an Objective may name, and a method of any role in its word `judge`; `hidden` is what the head reads, `positions` count from 0 in
+# each sample of a padded or packed row.
+JUDGES = frozenset({"labels", "logps", "ids", "head", "exits", "updates", "target", "prediction", "reference"})
 OF_ALL_OBJECTIVES = frozenset({"hidden", "positions", "progress"})
 # What one word alone may name.
 OF_A_WORD = {
@@ -99,6 +102,7 @@ OF_A_WORD = {
     "conclude": frozenset({"own"}),
     "shift": frozenset({"own_tokens"}),
     "takes": frozenset({"negative"}),
+    "judge": JUDGES - {"target", "prediction"},
 }
 # What a CacheCompressor is given without a look at what the block computed.
 OF_THE_CACHE = {
@@ -107,7 +111,8 @@ OF_THE_CACHE = {
 }
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
 OF_A_QUERY = {"hidden", "mask", "positions", "fresh", "sizes"}  # what has a row for each query of an attention call
-OF_A_CALL = {"attend": frozenset({*AT_TABLE, *OF_A_QUERY, "prefill"})}  # what a word may name that is called for some queries at a time
+# What a word may name of its role's signals where that is not all: it is called for some queries at a time, or behind the model's head.
+OF_A_CALL = {"attend": frozenset({*AT_TABLE, *OF_A_QUERY, "prefill"}), "judge": OF_ALL_OBJECTIVES}
 AT_PROMPT = {*AT_TABLE, "hidden", "mask", "step", "steps", "timestep", "time", "elapsed"}  # where a prompt is given
 AT_SITE: dict[str, tuple[str, set[str]]] = {"embedding": ("at the embeddings", AT_TABLE), "prompt": ("at the prompt", AT_PROMPT)}
 # Signals that need a hook on the block's attention or MLP.

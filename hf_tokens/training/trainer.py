@@ -63,7 +63,7 @@ class TrainingWorld(World):
         warn_of_dropped_targets(trainer, model)
         trainer.add_callback(progress_callback(trainer, self, model))
         self.add_losses(trainer, model)
-        model.set_progress(trainer.state.global_step / max(1, trainer.state.max_steps))
+        model.set_progress(trainer.state.global_step / max(1, trainer.state.max_steps), trainer.state.global_step)
 
     def add_losses(self, trainer: Trainer, surgery: ModelSurgery) -> None:
         """Add the methods' losses in a trainer that computes its loss without reading the model's own, as TRL's do."""
@@ -148,7 +148,7 @@ def progress_callback(trainer: Trainer, world: TrainingWorld, model: ModelSurger
             world.add_losses(trainer, model)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            model.set_progress(state.global_step / max(1, state.max_steps))
+            model.set_progress(state.global_step / max(1, state.max_steps), state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             model.set_progress(1.0)

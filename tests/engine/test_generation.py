@@ -11,6 +11,7 @@ from hf_tokens import (
     CacheCompressor,
     DeepPromptConfig,
     FTPConfig,
+    LayerSkipConfig,
     MethodConfig,
     MixtureOfDepthsConfig,
     PrefixKVConfig,
@@ -186,6 +187,7 @@ EARLY = {
     "tokens in front": [DeepPromptConfig(tokens=3)],
     "tokens that skip blocks": [MixtureOfDepthsConfig(sampling="router")],
     "both": [DeepPromptConfig(tokens=2), MixtureOfDepthsConfig(sampling="router")],
+    "an end of its own": [LayerSkipConfig(exit_layer=3)],
 }
 
 
