@@ -27,6 +27,11 @@ def show_version(asked: bool) -> None:
         raise typer.Exit()
 
 
+def jobs() -> list[str]:
+    """The jobs that a recipe is for, as `make cards` wrote them."""
+    return [*json.loads(pkgutil.get_data(BUILT_IN, "recipes.json"))]
+
+
 @app.callback()
 def about(
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")] = False,
@@ -77,7 +82,7 @@ def show(method: Annotated[str, typer.Argument(help="A name from `hf-tokens list
 
 @app.command()
 def recipe(
-    job: Annotated[str, typer.Argument(help="long-context, fast-vit, fast-vlm, fast-dit or sentence-embeddings.")],
+    job: Annotated[str, typer.Argument(help=f"One of: {', '.join(jobs())}.")],
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the model that it is for.")],
     keep: Annotated[float, typer.Option(help="Share that stays, of what the job is about.")] = 0.5,
 ) -> None:

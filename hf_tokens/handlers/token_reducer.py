@@ -17,6 +17,7 @@ from ..engine.supply import ask
 from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
 from ..model.pipelines import WHOLE_BLOCKS, their_caches
+from ..model.streams import first_of, with_first
 from ..roles.signals import OF_THE_BLOCK
 from ..roles.token_reducer import TokenReducer
 from ..tokens.altered import altered
@@ -42,12 +43,13 @@ class TokenReducerHandler(Handler):
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
         if hook == "merge":
             return block.state(Sublayers).attach("merge")
-        norm, last = block.surgery.stream.middle(block.index)
-        if norm is None or last is None:
+        first, last, behind = block.surgery.stream.middle(block.index)
+        if first is None or last is None:
             raise lacks(block, "a norm and an MLP behind it")
         check_in_rows(block)
-        enter, leave = partial(enter_middle, block), partial(leave_middle, block)
-        return [norm.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
+        enter, leave, level = (partial(hook, block) for hook in (enter_middle, leave_middle, level_middle))
+        handles = [first.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
+        return handles if behind is None else [*handles, behind.register_forward_pre_hook(level)]
 
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if call.context.begins:
@@ -119,13 +121,20 @@ def begin_span(method: TokenReducer, tokens: TokenMap, site: Site, slots: Tensor
 
 def settle(method: TokenReducer, site: Site) -> None:
     """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
-    tokens = site.within.get(id(method))
+    tokens = None if site.local is None else decided(method, site)
     if tokens is not None:
         site.move(tokens, tokens.apply(site.hidden, site.run.ledger.sizes), method.proportional)
 
 
+def decided(method: TokenReducer, site: Site) -> TokenMap | None:
+    """The map that a reducer has made in the middle of the block."""
+    if id(method) not in site.within:
+        raise lacks(site.block, "an MLP that it calls behind its attention, and a norm in front of it")
+    return site.within[id(method)]
+
+
 def enter_middle(block: BlockSurgery, module: nn.Module, args: tuple) -> tuple | None:
-    """In front of the MLP's norm: the tokens that the MLP gets, which are merged between attention and MLP."""
+    """In front of the MLP or its norm: the tokens that the MLP gets, which are merged between attention and MLP."""
     for _, method in block.called_inside("between"):
         return (merged(method, block.tap.site, args[0]), *args[1:])
     return None
@@ -133,6 +142,9 @@ def enter_middle(block: BlockSurgery, module: nn.Module, args: tuple) -> tuple |
 
 def merged(method: TokenReducer, site: Site, x: Tensor) -> Tensor:
     """The tokens (b m d) behind the reducer's map, which is made once a call."""
+    if x.dim() != 3 or x.shape[1] != site.local.m:
+        got = f"{tuple(x.shape)} of {site.local.m} in each sample, at {site.block.path}"
+        raise UnsupportedError(explain("The MLP of a block must get all of its tokens at once, in rows", got, "Choose other layers."))
     if id(method) not in site.within:
         with torch.no_grad():  # a checkpoint that runs the block again must find the same graph, and calls no verb
             site.within[id(method)] = ask(method, altered(site, hidden=x))
@@ -144,12 +156,29 @@ def merged(method: TokenReducer, site: Site, x: Tensor) -> Tensor:
     return torch.cat([x[:, :front], joined], dim=1) if front else joined
 
 
-def leave_middle(block: BlockSurgery, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+def leave_middle(block: BlockSurgery, module: nn.Module, args: tuple, output: Any) -> Any:
     """Behind the MLP: each token gets what its slot got."""
-    site = block.tap.site
-    tokens = next((site.within.get(id(method)) for _, method in block.called_inside("between")), None)
-    front = 0 if tokens is None else site.local.m - tokens.n
-    if tokens is None or output.shape[1] != front + tokens.m:
-        return None
-    back = tokens.slots.unmerge(output[:, front:])
-    return torch.cat([output[:, :front], back], dim=1) if front else back
+    for _, method in block.called_inside("between"):
+        y, tokens, front = first_of(output), *in_the_middle(method, block.tap.site)
+        if tokens is None or y.shape[1] != front + tokens.m:
+            return None
+        back = tokens.slots.unmerge(y[:, front:])
+        return with_first(output, torch.cat([y[:, :front], back], dim=1) if front else back)
+    return None
+
+
+def level_middle(block: BlockSurgery, module: nn.Module, args: tuple) -> tuple | None:
+    """In front of a norm behind the MLP: tokens that join are alike before it, for the norm of a mean is not the mean of the norms."""
+    for _, method in block.called_inside("between"):
+        x, tokens, front = args[0], *in_the_middle(method, block.tap.site)
+        if tokens is None:
+            return None
+        level = tokens.restore(tokens.apply(x[:, front:], block.tap.site.run.ledger.sizes), x[:, front:])
+        return (torch.cat([x[:, :front], level], dim=1) if front else level, *args[1:])
+    return None
+
+
+def in_the_middle(method: TokenReducer, site: Site) -> tuple[TokenMap | None, int]:
+    """The map of a reducer between attention and MLP, and how many tokens of this block only stand in front of its own."""
+    tokens = decided(method, site)
+    return tokens, 0 if tokens is None else site.local.m - tokens.n

@@ -113,6 +113,8 @@ POST_NORM_BLOCKS = re.compile(r"modeling_openai\.Block|FastSpeech2|RTDetr|Swin2S
 # Names of the two modules that are a block's MLP where it is no module of its own, of the norm in front, and of what the second one
 # computes last before it adds the residual, if it is given that.
 TWO_PART_MLP, TWO_PART_NORM, RESIDUAL, BEFORE_RESIDUAL = ("intermediate", "output"), "layernorm_after", "input_tensor", "dropout"
+# Names of the two projections of an MLP that stands in a block's own forward, and where what stands between them is from.
+INLINE_MLP, ACTIVATIONS = ("fc1", "fc2"), ("transformers.activations", "torch.nn.modules.activation")
 # An attention of these reads the hidden states and the embeddings side by side.
 CONCATENATES = re.compile(r"^Zamba")
 # A stage holds blocks and changes the resolution, with or without an attention of its own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..errors import UnsupportedError, explain
 from . import families
-from .signatures import parameters
+from .signatures import parameters, source_of
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"  # the child by which a surgery hangs on a block
@@ -110,17 +111,57 @@ def mlp_and_norm(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     return mlp, norms[0] if norms and not isinstance(norms[0], CONTAINERS) else None
 
 
-def middle(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The norm with which the MLP of a block begins, and the module that returns what it adds to the residual; None for what it has not."""
+Middle = tuple[nn.Module | None, nn.Module | None, nn.Module | None]
+
+
+def middle(block: nn.Module) -> Middle:
+    """Where the MLP of a block begins, the module that returns what it adds to the residual, and the norm that reads the sum of both.
+
+    None for what it has not: a block that normalises first has no norm behind its MLP.
+    """
     mlp, norm = mlp_and_norm(block)
     children = dict(children_of(block))
-    if mlp is not None or not {*families.TWO_PART_MLP} <= children.keys():
-        return norm, mlp
-    last = children[families.TWO_PART_MLP[1]]
-    if families.RESIDUAL in parameters(type(last)):
-        last = dict(children_of(last)).get(families.BEFORE_RESIDUAL)
-    post = families.POST_NORM_BLOCKS.search(qualified_name(type(block)))
-    return None if post else children.get(families.TWO_PART_NORM), last
+    if mlp is None and {*families.TWO_PART_MLP} <= children.keys():
+        last = children[families.TWO_PART_MLP[1]]
+        if families.RESIDUAL in parameters(type(last)):
+            last = dict(children_of(last)).get(families.BEFORE_RESIDUAL)
+        post = families.POST_NORM_BLOCKS.search(qualified_name(type(block)))
+        norm, mlp = None if post else children.get(families.TWO_PART_NORM), last
+    return written_middle(block) if norm is None or mlp is None else (norm, mlp, None)
+
+
+def written_middle(block: nn.Module) -> Middle:
+    """The same as the block's own forward has it: behind its attentions a norm, the MLP or its two projections, and maybe a norm."""
+    children = dict(children_of(block))
+    called = [name for name in calls_of(type(block)) if name in children and not passes_through(children[name])]
+    attending = {path.partition(".")[0] for path, _ in all_attentions(block)}
+    behind = called[max((i + 1 for i, name in enumerate(called) if name in attending), default=len(called)) :]
+    mlp = list(families.INLINE_MLP) if families.INLINE_MLP[0] in behind else [name for name in behind if name in families.MLPS]
+    norms = [name for name in behind if is_norm(children[name])]
+    if mlp and norms and behind in ([norms[0], *mlp], [norms[0], *mlp, norms[-1]]):
+        last = children[mlp[-1]]
+        return (children[norms[0]], last, None) if norms[0] == norms[-1] else (children[mlp[0]], last, children[norms[-1]])
+    return None, None, None
+
+
+@cache
+def calls_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """What a class calls of itself in its forward, in the order in which it does, each as often as it stands there."""
+    tree = source_of(cls)
+    return () if tree is None else tuple(calls_in(tree))
+
+
+def calls_in(node: ast.AST) -> Iterator[str]:
+    """The attributes of `self` that are called in a tree; what is called for an argument comes first."""
+    for child in ast.iter_child_nodes(node):
+        yield from calls_in(child)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "self":
+        yield node.func.attr
+
+
+def passes_through(module: nn.Module) -> bool:
+    """Whether a module without weights is a dropout or an activation."""
+    return isinstance(module, (nn.Dropout, nn.Identity)) or type(module).__module__ in families.ACTIVATIONS
 
 
 def path_of(target: nn.Module, root: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .parts import attentions, middle, mlp_and_norm, path_of
+from .parts import Middle, attentions, middle, mlp_and_norm, path_of
 from .signatures import HiddenIndex, context_index, hidden_index
 
 PROMPT = "encoder_hidden_states"  # how a denoiser calls the prompt that it is given
@@ -93,8 +93,8 @@ class Stream:
         """The norm between the residual stream and the MLP; None in post-norm and in parallel blocks."""
         return mlp_and_norm(self.blocks[i])[1]
 
-    def middle(self, i: int) -> tuple[nn.Module | None, nn.Module | None]:
-        """The norm with which the MLP of block i begins, and the module that returns what it adds to the residual."""
+    def middle(self, i: int) -> Middle:
+        """Where the MLP of block i begins, what returns what it adds to the residual, and the norm that reads the sum; None for none."""
         return middle(self.blocks[i])
 
     def hidden_index(self, i: int = 0) -> HiddenIndex:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 import hf_tokens
 import hf_tokens_cli
 from hf_tokens.commands.blueprint import blueprints
+from hf_tokens.commands.recipes import JOBS
 from hf_tokens.testing import probe, zoo
 from hf_tokens_cli import app
 
@@ -99,7 +100,10 @@ hf_tokens_cli.main()
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["list", "--role", "TokenBank"], ["show", "ftp"]], ids=" ".join)
+READS = [["--help"], ["--version"], ["list"], ["list", "--role", "TokenBank"], ["show", "ftp"], ["recipe", "--help"]]
+
+
+@pytest.mark.parametrize("arguments", READS, ids=" ".join)
 def test_what_only_reads_loads_no_engine(arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, env=environment, timeout=60)
@@ -157,3 +161,8 @@ def test_a_mistake_is_named_and_ends_with_2(cli, arguments, words, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     code, _, err = cli(*arguments)
     assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_the_help_of_a_recipe_names_the_jobs_that_there_are(cli):
+    code, out, _ = cli("recipe", "--help")
+    assert code == 0 and all(job in out for job in JOBS) and app.jobs() == [*JOBS]

@@ -41,7 +41,8 @@ class ATCConfig(MethodConfig):
 class ATC(TokenReducer):
     site = "middle"
     exports = True
-    kinds = ("vision",)
+    kinds = ("vision", "audio")
+    causal = False
 
     @property
     def proportional(self) -> bool:

@@ -40,7 +40,8 @@ class PPTConfig(MethodConfig):
 class PPT(TokenReducer):
     site = "middle"
     exports = True
-    kinds = ("vision",)
+    kinds = ("vision", "audio")
+    causal = False
 
     @property
     def proportional(self) -> bool:

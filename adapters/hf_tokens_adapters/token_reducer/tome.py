@@ -48,7 +48,8 @@ class ToMeConfig(MethodConfig):
 class ToMe(TokenReducer):
     site = "middle"
     exports = True
-    kinds = ("vision",)
+    kinds = ("vision", "audio")
+    causal = False
 
     @property
     def proportional(self) -> bool:
