@@ -21,7 +21,7 @@ class Tick:
         clock: Which scheduler it is.
         index: The place of this one.
         level: What it is on a schedule of 1000, 1000 at pure noise; None where the scheduler counts in units of its own.
-        falls: Whether the noise falls along the table; None where that is not known.
+        falls: Whether the noise falls along the table; None where its timesteps are no shares of it, or that is not known.
         begin: The place at which the pipeline's run began; None where the scheduler does not know.
         span: The level there.
         shares: Whether the denoiser is given the share of noise, whatever the scheduler counts in.
@@ -60,6 +60,9 @@ def find_tick(scheduler: Any, timestep: float) -> Tick | None:
     if not len(at):
         return None
     begin = (scheduler.begin_index or 0) if "begin_index" in dir(type(scheduler)) else None
+    if families.LOGARITHMS.search(type(scheduler).__name__):
+        sigma = float(scheduler.sigmas[int(at[0, 0])])
+        return Tick(table, id(scheduler), int(at[0, 0]), 1000 * sigma / (sigma + scheduler.config.sigma_data), None, begin)
     levels = [level_of(scheduler, value) for value in (timestep, float(values[0]), float(values[-1]), float(values[begin or 0]))]
     known = None not in levels and bool(values.amin() >= 0) and bool(values.amax() <= scheduler.config.num_train_timesteps)
     level, first, last, span = levels if known else [None] * 4

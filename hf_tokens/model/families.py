@@ -250,6 +250,8 @@ UNIT_TIME = re.compile(
 )
 RISING_TIME = re.compile(r"^(Lumina2|LuminaNextDiT2D|ZImage|Ideogram4|OmniGen|Mochi)")
 UNKNOWN_TIME = re.compile(r"^(Cosmos|StableAudio)")
+# Schedulers whose timesteps are logarithms of how much noise lies over data of their `sigma_data`; they have that as `sigmas`, too.
+LOGARITHMS = re.compile(r"^EDM(Euler|DPMSolverMultistep)Scheduler$")
 # Schedulers whose timesteps are shares of `num_train_timesteps`, all of it at pure noise.
 SCHEDULERS = re.compile(
     r"^(DDIM|DDPM|PNDM|LMS|Euler|Heun|KDPM2|DPMSolver|DEIS|UniPC|SASolver|LCM|TCD|CogVideoX|FlowMatch|FlowMap|Helios|Piflow|UnCLIP|RePaint)"

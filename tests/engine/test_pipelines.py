@@ -747,7 +747,7 @@ FLOW = [1000, 750.2, 500.5, 250.8, 1]
         (lambda: FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, FLOW, True),
         (lambda: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1), {"sigmas": [1.0, 0.5, 0.25]}, [1000, 500, 250], True),
         (lambda: EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), {}, [None] * 5, None),
-        (lambda: EDMEulerScheduler(), {}, [None] * 5, None),
+        (lambda: EDMEulerScheduler(), {}, [993.8, 972.3, 834.2, 253.5, 4.0], None),
     ],
     ids=["falling", "inversion", "flow", "inverted", "unit", "continuous", "EDM"],
 )
@@ -788,14 +788,15 @@ def test_a_pipeline_that_copies_its_scheduler_s_table_at_each_step_is_in_one_run
         heard.clear()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of the schedulers' own
 def test_a_scheduler_with_other_units_counts_steps_but_tells_no_bank_how_much_noise_there_is():
     pipe, heard = get_token_model(stable(StableDiffusionPipeline), "profilingdit"), []
-    pipe.scheduler, model = EDMEulerScheduler(), surgery_of(pipe)
+    pipe.scheduler, model = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), surgery_of(pipe)
     pipe.unet.register_forward_pre_hook(lambda *_: heard.append(model.call.context))
     drawn(pipe, 1, False, **INVERTED | {"steps": 4})
     assert [(c.step, c.elapsed, c.time) for c in heard] == [(i, i / 4, None) for i in range(4)]
     pipe = get_token_model(stable(StableDiffusionPipeline), "prospect")
-    pipe.scheduler = EDMEulerScheduler()
+    pipe.scheduler = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
     with pytest.raises(UnsupportedError, match="how much noise a timestep means, got a timestep of UNet2DConditionModel in a unit"):
         drawn(pipe, 1, False, **INVERTED)
 
@@ -824,7 +825,7 @@ class Harmless(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of the schedulers' own
 @torch.no_grad()
-def test_cosmos_2_tells_how_much_noise_there_is_and_cosmos_1_counts_in_logarithms():
+def test_cosmos_2_tells_how_much_noise_there_is_and_cosmos_1_counts_in_logarithms_of_it():
     specimen = zoo.build("diffusers/CosmosTransformer3DModel")
     sizes = dict(height=16, width=16, num_inference_steps=4, output_type="latent", prompt_embeds=torch.randn(1, 5, 32), guidance_scale=1.0)
     parts = dict(text_encoder=None, tokenizer=None, vae=AutoencoderKLWan(**SMALL_VAE), safety_checker=Harmless())
@@ -840,10 +841,22 @@ def test_cosmos_2_tells_how_much_noise_there_is_and_cosmos_1_counts_in_logarithm
     sigmas = pipe.scheduler.sigmas[:4]
     torch.testing.assert_close(torch.cat([c.time for c in said]), (1000 * sigmas / (1 + sigmas)).float(), rtol=1e-3, atol=1e-3)
     assert [c.step for c in said] == [0, 1, 2, 3]
-    one = CosmosTextToWorldPipeline(transformer=unload(pipe).transformer, scheduler=EDMEulerScheduler(), **parts | {"vae": None})
-    one.set_progress_bar_config(disable=True)
-    with pytest.raises(UnsupportedError, match="how much noise a timestep means, got a timestep of CosmosTransformer3DModel in a unit"):
-        get_token_model(one, ProSpectConfig(stages=4))(**sizes, num_frames=1)
+    model = unload(pipe).transformer
+    for data in (0.5, 1.0):
+        scheduler = EDMEulerScheduler(sigma_data=data)
+        one = CosmosTextToWorldPipeline(transformer=model, scheduler=scheduler, **parts | {"vae": None})
+        one.set_progress_bar_config(disable=True)
+        get_token_model(one, ProSpectConfig(stages=4, init_std=1.0))
+        said.clear()
+        handle = model.register_forward_pre_hook(lambda *_: said.append(surgery_of(model).call.context))
+        for guidance in (1.0, 7.0):
+            one(**sizes | {"guidance_scale": guidance, "negative_prompt_embeds": torch.randn(1, 5, 32)}, num_frames=1)
+            sigmas = (4 * scheduler.timesteps.double()).exp().repeat_interleave(1 if guidance == 1 else 2)
+            torch.testing.assert_close(torch.cat([c.time for c in said]), (1000 * sigmas / (data + sigmas)).float(), rtol=1e-4, atol=1e-3)
+            assert [c.elapsed for c in said] == [i / 4 for i in range(4) for _ in range(1 if guidance == 1 else 2)]
+            said.clear()
+        handle.remove()
+        unload(one)
 
 
 @torch.no_grad()
