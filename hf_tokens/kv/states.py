@@ -203,9 +203,14 @@ class KVStates:
             holes = torch.where(holes == last, hole, holes) if i + 1 < n - kept else holes
         self.slots, self._pair = slots, tuple(t[:, :, :kept] for t in self._pair)
 
+    def _in_their_dtypes(self, keys: Tensor, values: Tensor) -> Pair:
+        """Keys and values in the dtypes of those that are here, which an autocast tells apart."""
+        return keys.to(self._pair[0].dtype), values.to(self._pair[1].dtype)
+
     def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
         self._unpacked = None
+        keys, values = self._in_their_dtypes(keys, values)
         chosen, index = index >= 0, index.clamp(min=0)
         if self.parts is not None:
             for part in self.parts:

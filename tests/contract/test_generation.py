@@ -97,6 +97,15 @@ def test_a_padded_row_is_that_row_alone(padded_talker, beams):
             all_close([step[i : i + 1] for step in logits], steps, f"row {i}")
 
 
+def test_a_padded_batch_goes_on_under_an_autocast(padded_talker):
+    talker = padded_talker
+    if talker.info.role != "CacheCompressor":
+        return  # their blocks do in a cache what they do without one
+    with torch.autocast("cpu", torch.bfloat16):
+        said = generate(talker.attach(), talker.row.padded(talker.inputs, "left"), NEW)
+    assert all(t.isfinite().all() for t in said)
+
+
 def test_the_cache_counts_the_tokens_seen(talker):
     if not caches(talker):
         return

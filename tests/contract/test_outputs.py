@@ -66,6 +66,14 @@ def test_a_base_in_half_precision_takes_it(host, dtype):
     assert all(t.isfinite().all() for t, other in zip(have, want, strict=True) if other.isfinite().all())
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_an_autocast_takes_it(host):
+    with torch.autocast("cpu", torch.bfloat16):
+        want, have = host.run(host.base()), host.run(host.attach())
+    assert [t.dtype for t in have] == [t.dtype for t in want]
+    assert all(t.isfinite().all() for t in have)
+
+
 def test_the_model_s_forward_is_the_model_called(host):
     with torch.no_grad():
         called, forward = host.attach(), surgery_of(host.attach()).base.forward

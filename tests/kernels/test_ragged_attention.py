@@ -86,6 +86,18 @@ def test_halves(backend, device, dtype):
     check(ragged_attention(*given, scaling=0.3), loop(*given, 0.3), dtype)
 
 
+@pytest.mark.parametrize("mixed", [("float32", "float32", "bfloat16"), ("bfloat16", "float32", "bfloat16")], ids=str)
+def test_under_an_autocast_it_works_in_its_dtype_whatever_came(backend, device, mixed):
+    q, keys, values, starts, lengths = sample(SHAPES[1], device, torch.bfloat16)
+    want = ragged_attention(q, keys, values, starts, lengths, scaling=0.3)
+    states = [x.to(getattr(torch, dtype)) for x, dtype in zip((q, keys, values), mixed, strict=True)]
+    with torch.autocast(device, torch.bfloat16):
+        got = ragged_attention(*states, starts, lengths, scaling=0.3)
+        doubles = ragged_attention(*(x.double() for x in states), starts, lengths, scaling=0.3)[0] if backend == "torch" else q.double()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert doubles.dtype == torch.float64
+
+
 def test_doubles(device):
     given = sample(SHAPES[1], device, torch.float64)
     check(ragged_attention(*given, scaling=0.3), loop(*given, 0.3), torch.float64)

@@ -117,5 +117,5 @@ class RecoverableCompression(TokenReducer):
         first = n * torch.arange(p, device=x.device)[:, None]
         share = torch.where(score > -torch.inf, seen.gather(1, near.flatten(1)).view_as(near), 0)
         row = (near + first[..., None]).flatten(0, 1)
-        sums = F.embedding_bag(row, x.flatten(0, 1), per_sample_weights=share.flatten(0, 1), mode="sum")
+        sums = F.embedding_bag(row, x.flatten(0, 1), per_sample_weights=share.flatten(0, 1).to(x.dtype), mode="sum")
         return x.flatten(0, 1).index_add(0, (at + first).flatten(), sums).view_as(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dispatch import choose
+from ..precision import of_autocast
 from ..ragged_attention import check, refuses, scores_of
 from . import reference
 from .bits import pack_bits, unpack_bits
@@ -58,12 +59,15 @@ def packed_attention(
     if keys.width != q.shape[3] or len(keys.codes) != len(values.codes):
         came = f"{len(keys.codes)} keys of {keys.width} channels and {len(values.codes)} values for queries {tuple(q.shape)}"
         raise ValueError(f"Packed keys must have the channels of the queries, and a value each, got {came}. Pack the cells together.")
+    cast, apart = of_autocast(q.device)
+    q = cast(q)
     tables = [t for states in (keys, values) for t in states.tensors()]
     told = scores_of(q, starts, len(keys.codes)) if scores else None
-    if choose("packed_attention", q, starts, lengths, *tables, refuses=refuses(q, starts, values.width, *tables)):
-        from .twin import packed_attention as twin
+    with apart:
+        if choose("packed_attention", q, starts, lengths, *tables, refuses=refuses(q, starts, values.width, *tables)):
+            from .twin import packed_attention as twin
 
-        out = twin(q, keys, values, starts, lengths, scaling, sizes, softcap, longest, told)
-    else:
-        out = reference.packed_attention(q, keys, values, starts, lengths, scaling, sizes, softcap, told)
+            out = twin(q, keys, values, starts, lengths, scaling, sizes, softcap, longest, told)
+        else:
+            out = reference.packed_attention(q, keys, values, starts, lengths, scaling, sizes, softcap, told)
     return out if told is None else (*out, told)

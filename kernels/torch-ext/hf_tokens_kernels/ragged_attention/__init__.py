@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from ..precision import accumulated
+from ..precision import accumulated, of_autocast
 from . import reference
 
 WIDEST = 256  # features of a head
@@ -56,14 +56,17 @@ def ragged_attention(
     if keys.dim() != 2 or values.dim() != 2 or len(keys) != len(values) or keys.shape[1] != q.shape[3]:
         came = f"{tuple(keys.shape)} and {tuple(values.shape)} for queries {tuple(q.shape)}"
         raise ValueError(f"keys must be (cells, e) with the e of the queries and values (cells, f), got {came}. Flatten the cells.")
+    cast, apart = of_autocast(q.device)
+    q, keys, values = map(cast, (q, keys, values))
     given = (q, keys, values, starts, lengths, *(() if sizes is None else (sizes,)))
     told = scores_of(q, starts, len(keys)) if scores else None
-    if choose("ragged_attention", *given, refuses=refuses(q, starts, values.shape[1], keys, values)):
-        from .twin import ragged_attention as twin
+    with apart:
+        if choose("ragged_attention", *given, refuses=refuses(q, starts, values.shape[1], keys, values)):
+            from .twin import ragged_attention as twin
 
-        out = twin(q, keys, values, starts, lengths, scaling, sizes, softcap, causal, longest, told)
-    else:
-        out = reference.ragged_attention(q, keys, values, starts, lengths, scaling, sizes, softcap, causal, told)
+            out = twin(q, keys, values, starts, lengths, scaling, sizes, softcap, causal, longest, told)
+        else:
+            out = reference.ragged_attention(q, keys, values, starts, lengths, scaling, sizes, softcap, causal, told)
     return out if told is None else (*out, told)
 
 
