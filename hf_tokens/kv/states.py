@@ -254,6 +254,8 @@ class KVStates:
         tables = common_tables(self.parts or [], formats, self._pair)
         if scale is None:
             where = self._move_parts(where, formats, tables)
+        if not bool(where.any()):
+            return
         index = indices(where)
         chosen = where.gather(-1, index)
         self.add_part(Part.of(tuple(t[chosen] for t in self.pick(index)), where, formats, scale, tables), filled)

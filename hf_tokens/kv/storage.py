@@ -143,10 +143,14 @@ class Part:
             used[cells.flatten()] = True  # the last one stands for -1
             gone = self.where & ~used[self.cells]
             if torch.equal(self.lengths - gone.sum(dim=-1), lengths):
-                self._fill_up(cells, torch.where(gone, self.cells, used.numel()), most)
-                self.count = int(self.lengths.sum())
-                return self
+                return self._fill_up(cells, gone, most)
         return self._picked(cells, self.scale)
+
+    def without(self, where: Tensor) -> Part:
+        """The part without some of its entries, (b k n), whose cells are freed."""
+        gone = self.where & where
+        most, cells = int(gone.sum(dim=-1).max()), self.cells.masked_fill(gone, -1)
+        return self._picked(cells, self.scale) if most > FEW or self.fixed else self._fill_up(cells, gone, most)
 
     def _picked(self, cells: Tensor, scale: Tensor | None) -> Part:
         """A part without room of those of its cells that are not -1, (b k n)."""
@@ -156,12 +160,13 @@ class Part:
             where, self.forms, tuple(tuple(pick_rows(x, index) for x in states) for states in self.packed), scale, self.tables
         )
 
-    def _fill_up(self, cells: Tensor, gone: Tensor, most: int) -> None:
-        """Let the last cells of each row and key head move to where those lie that leave; the others stay where they are."""
-        many = gone.shape[-1]
-        holes = gone.topk(min(most, many), dim=-1, largest=False).values if most else gone[..., :0]
-        for hole in range(holes.shape[-1]):
-            moves = holes[..., hole] < len(self.packed[0][0]) + 1
+    def _fill_up(self, cells: Tensor, gone: Tensor, most: int) -> Part:
+        """Free cells of entries (b k n), at most so many of a row and key head: its last ones move there, the others stay where they are."""
+        none = len(self.packed[0][0]) + 1
+        holes = torch.where(gone, self.cells, none)
+        holes = holes.amin(dim=-1, keepdim=True) if most == 1 else holes.topk(min(most, holes.shape[-1]), dim=-1, largest=False).values
+        for hole in range(min(most, holes.shape[-1])):
+            moves = holes[..., hole] < none
             last = (self.starts + self.lengths - 1).clamp(min=0)
             into = torch.where(moves, holes[..., hole], last)
             for x in (x for states in self.packed for x in states):
@@ -170,7 +175,8 @@ class Part:
             moves, last, into = moves[..., None], last[..., None], into[..., None]
             cells = torch.where(moves & (cells == last), into, cells)
             holes = torch.where(moves & (holes == last), into, holes)
-        self.cells = cells
+        self.cells, self.count = cells, int(self.lengths.sum())
+        return self
 
     @property
     def readable(self) -> bool:
@@ -227,12 +233,13 @@ class Part:
             return Part.tight(where, self.forms, packed, self.scale, self.tables)
         if bool((self.lengths + other.lengths > self.ends - self.starts).any()):
             self._make_room(self.lengths + other.lengths)
-        spots = (self.starts + self.lengths)[..., None] + new.cumsum(dim=-1) - 1
-        into, taken_from = spots[new], other.cells[new]
+        b, k, n = new.nonzero(as_tuple=True)
+        taken_from = other.cells[b, k, n]
+        into = taken_from + (self.starts + self.lengths - other.starts)[b, k]
         for pair in zip(self.packed, other.packed, strict=True):
             for x, more in zip(*pair, strict=True):
                 x.index_copy_(0, into, more.index_select(0, taken_from))
-        self.cells, self.lengths = torch.where(new, spots, self.cells), self.lengths + other.lengths
+        self.cells, self.lengths = self.cells.index_put((b, k, n), into), self.lengths + other.lengths
         self.count += other.count
         return self
 
@@ -355,12 +362,12 @@ def read(parts: list[Part], which: int, index: Tensor) -> Tensor:
 
 def put(parts: list[Part], part: Part) -> list[Part]:
     """Parts with the entries of one more, which leave the others."""
-    out, same_format = [], None
+    out, same_format, where = [], None, part.where
     for old in parts:
         if old.forms == part.forms:
             same_format = old
-        elif bool((old.where & part.where).any()):
-            out.append(old.settle(old.cells.masked_fill(part.where, -1)))
+        elif bool((old.where & where).any()):
+            out.append(old.without(where))
         else:
             out.append(old)
     return filled_parts([*out, part if same_format is None else same_format.join(part)])

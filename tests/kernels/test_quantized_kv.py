@@ -180,6 +180,17 @@ def test_several_queries_and_splits(backend, device, monkeypatch):
     check(torch.cat([q, -q], dim=2), rounded(keys, 4, 32), rounded(values, 2, 16), *where, longest=160)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_runs_of_any_length_that_share_their_scales(backend, device, dtype, bits, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 48)  # cuts runs of 32 in two
+    q, keys, values, *where = cells([[96, 70], [1, 33]], (40, 24), device, dtype)
+    index = torch.repeat_interleave(torch.arange(90), torch.arange(90) % 7)[: len(keys)].to(device)
+    uneven = lambda x: Rounded(*pack_along(x, index, bits), bits, 1, x.shape[1], index.int())
+    check(q, uneven(keys), uneven(values), *where, softcap=3.0)
+    check(q, rounded_along(keys, bits, 32), uneven(values), *where)
+
+
 def test_scores_of_cells_give_their_probabilities(backend, device):
     q, keys, values, starts, lengths = cells(*SHAPES[1], device)
     k, v = rounded(keys, 2, 32), rounded(values, 2, 16)

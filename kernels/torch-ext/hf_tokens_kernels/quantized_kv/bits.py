@@ -23,6 +23,20 @@ def row_bytes(width: int, bits: int) -> int:
     return sum(-(-width * p // 8) for p in planes(bits))
 
 
+def strips(packed: Tensor, bits: int, width: int) -> tuple[Tensor, list[int]]:
+    """Bytes (r m) as strips of channels (s r w) that lie one behind the other, and the factor by which the codes of each are too high.
+
+    Codes of one plane are left where they stand in their bytes: a mask finds them all in one pass.
+    """
+    if len(planes(bits)) > 1:
+        return unpack_bits(packed, bits, width)[None], [1]
+    factors = [2**shift for shift in range(0, 8, bits)]
+    if bits == 8:
+        return packed[None], factors
+    masks = torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=packed.device)
+    return packed & masks[:, None, None], factors
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes (r n) below 2^bits, packed into bytes (r m)."""
     out, shift, n = [], 0, codes.shape[1]
