@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..engine.block import BlockSurgery
 from ..engine.handler import Handler, handles
 from ..engine.loss import LossReplacement
 from ..engine.model import ModelSurgery
@@ -24,6 +25,7 @@ from ..model import families
 from ..roles.base import Method
 from ..roles.objective import Objective
 from ..tokens.token_map import in_float32
+from .extra_block import ExtraBlock
 
 IGNORED = -100  # a label that is no target
 Reader = Callable[[Any], Tensor]
@@ -141,6 +143,11 @@ class ObjectiveSignals:
     read: Reader
     states: dict[str, Tensor]
     draws: Draws | None = None
+    extra: ExtraBlock | None = None
+
+    @property
+    def block(self) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+        return self.extra.run
 
     @lazy
     def labels(self) -> Tensor:
@@ -244,7 +251,8 @@ class ObjectiveSignals:
 
 def ask_objective(objective: Objective, signals: ObjectiveSignals) -> Tensor | None:
     """The loss of an objective for a call."""
-    return objective.at_hand(partial(objective.loss, **{name: getattr(signals, name) for name in objective.signals}))
+    given = {name: None if name in objective.ignores else getattr(signals, name) for name in objective.signals}
+    return objective.at_hand(partial(objective.loss, **given))
 
 
 def objectives_of(model: ModelSurgery) -> list[Objective]:
@@ -260,6 +268,12 @@ def asked_now(model: ModelSurgery) -> list[Objective]:
 @handles("Objective")
 class ObjectiveHandler(Handler):
     """What the engine does for objectives, and for methods of any role that weigh the targets."""
+
+    def hooks(self, method: Objective) -> set[str]:
+        return {"extra block"} if "block" in method.asks and method.is_first_block else set()
+
+    def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
+        return block.state(ExtraBlock).attach(block)
 
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note what random numbers come next, where an objective compares with the model without the adapter."""
@@ -289,7 +303,9 @@ class ObjectiveHandler(Handler):
         objectives = asked_now(model)
         wanted = labels_to_judge(model, arguments, output) if weighing or objectives else None
         if wanted is not None:
-            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read, draws)
+            blocks = [block for block in model.blocks() if any("block" in o.asks for o in objectives if o in block.plan.acting)]
+            extra = blocks[0].state(ExtraBlock) if blocks else None
+            signals = ObjectiveSignals(model, arguments, output, wanted, first_tensor, call.read, draws, extra)
             reweigh(signals, weighing)
             if objectives:
                 call.replace_loss(judge(signals, objectives))

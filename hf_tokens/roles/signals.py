@@ -86,12 +86,14 @@ SIGNALS: dict[str, str] = {
     "logps": "for an Objective: log-probability that the model gives each label, 0 where there is none, (b n)",
     "ids": "for an Objective: the token that stands at each place of the stream that the head reads, (b n)",
     "head": "for an Objective: a function from what the head reads (... d), the signal `hidden`, to logits (... v)",
+    "block": "for an Objective: a function that runs one more block, like the last but one of the stream, as that was called: on states "
+    "(k b n d) and k times its weights, name -> (k ...), as `dims.copy_block()` has them, (k b n d)",
     "target": "for an Objective: what a denoiser is to predict, (b ...)",
     "prediction": "for an Objective: what the denoiser predicted, (b ...)",
     "reference": "for an Objective: what the model without the adapter gives for the same, in the shape of `logps` or of `prediction`",
 }
 # What an Objective may name; `hidden` is what the head reads, `positions` count from 0 in each sample of a padded or packed row.
-JUDGES = frozenset({"labels", "logps", "ids", "head", "target", "prediction", "reference"})
+JUDGES = frozenset({"labels", "logps", "ids", "head", "block", "target", "prediction", "reference"})
 OF_ALL_OBJECTIVES = frozenset({"hidden", "positions", "progress"})
 # What one word alone may name.
 OF_A_WORD = {

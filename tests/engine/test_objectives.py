@@ -104,7 +104,7 @@ def test_a_static_cache_may_stay():
 
 
 def test_named_layers_hold_one_that_speaks():
-    surgery = get_token_model(zoo.build("llama").model, CAFTConfig(layers=(1, 3), heads=2))
+    surgery = get_token_model(zoo.build("llama").model, CAFTConfig(layers=(1, 3), heads=2, layer="linear"))
     assert len(objectives_of(surgery_of(surgery))) == 1
     assert len([p for p in surgery.parameters() if p.requires_grad]) == 2  # its weight and its bias
 
