@@ -12,7 +12,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean, explain
-from .handlers.objective import first_tensor, judge_prediction
+from .handlers.judged import first_tensor
+from .handlers.objective import judge_prediction
 from .peft.config import HFTokensConfig
 from .roles.config import MethodConfig
 from .tools.loading import beside_its_like

@@ -49,7 +49,7 @@ def train(model: torch.nn.Module, batches: Sequence[Tensor], rate: float) -> Non
 
 def seconds(folder: Path, ids: Tensor) -> dict[str, float]:
     """Seconds of a forward and its backward, taken in turns."""
-    models = {"plain loss": PLAIN, "k = 4": GoldfishLossConfig(), "4 heads, alpha = 0.01": CAFTConfig()}
+    models = {"plain loss": PLAIN, "k = 4": GoldfishLossConfig(), "4 heads, alpha = 0.01": CAFTConfig(layer="linear")}
     models = {name: tuned(folder, method).train() for name, method in models.items()}
     for model in models.values():
         set_progress(model, 0.0)
@@ -102,7 +102,7 @@ def memory(folder: Path, passages: Tensor, held_out: Tensor) -> list[Point]:
 def concepts(folder: Path, pieces: list[Tensor], held_out: Tensor) -> list[Point]:
     """The CAFT experiment."""
     batches = [torch.stack(pieces[2 * i : 2 * i + 2]) for i in range(CAFT_STEPS)]
-    rows = {"next token alone": PLAIN, **{f"4 heads, alpha = {alpha}": CAFTConfig(alpha=alpha) for alpha in (0.01, 0.1)}}
+    rows = {"next token alone": PLAIN, **{f"4 heads, alpha = {alpha}": CAFTConfig(alpha=alpha, layer="linear") for alpha in (0.01, 0.1)}}
     points = []
     for name, method in rows.items():
         model = tuned(folder, method)

@@ -106,6 +106,11 @@ class BlockCall:
         words, whole = (rule, self.where, "Choose other layers or another model."), self._ordered(self.arguments)
         return run_or_refuse(partial(self._apply, inner, cut), self.block, whole, self._ordered(cut), words)
 
+    def again(self, inner: Callable, hidden: Tensor) -> Tensor:
+        """What something returns for other tokens (b n d), called as the block was but for its cache."""
+        arguments = {name: None if find_cache((value,)) is not None else value for name, value in self.arguments.items()}
+        return self.read(self._apply(inner, {**arguments, self.hidden_name: self.pack(hidden)}))
+
     @property
     def attends(self) -> bool:
         """Whether the block mixes its tokens by an attention."""

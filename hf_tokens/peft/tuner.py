@@ -19,6 +19,7 @@ from ..diffusion.steps import DenoisingWorld
 from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..engine.surgery import StreamSurgery
+from ..engine.trial import stripped
 from ..errors import ConfigError, UnsupportedError, explain
 from ..handlers.weight_edit import EditedWeights, edited_shapes, reaches_outside
 from ..model.anatomy import anatomy, prompt_width, special_tokens
@@ -133,6 +134,7 @@ class HFTokensModel(BaseTuner):
             weights=edited_shapes(p.info.cls, p.config, stream.blocks[index], outside),
             table=None if stream.table is None else self._anatomy.model.get_submodule(stream.table),
             prompt=prompt_width(self._anatomy.model),
+            block=(stripped(stream.blocks[max(len(stream) - 2, 0)]),) if "block" in p.info.cls.signals else (),
             change=change_of(self._anatomy.model),
         )
         return p.info.cls(p.config, dims)

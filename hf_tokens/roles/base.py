@@ -39,7 +39,12 @@ class Dims:
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the block's weights that a WeightEdit may change
     table: nn.Module | None = None  # what looks up the embeddings of the stream's tokens
     prompt: int | None = None  # features of the prompt that a denoiser is given
+    block: tuple[nn.Module, ...] = ()  # the stream's last block but one, if the method asks for one like it
     change: FittedChange | None = None  # how its output changes by what it computes first, where that was fitted
+
+    def copy_block(self) -> dict[str, Tensor]:
+        """The weights of the stream's last block but one, by name: those that a block like it starts from."""
+        return {name: p.detach().clone() for block in self.block for name, p in block.named_parameters()}
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> Tensor:

@@ -88,13 +88,15 @@ SIGNALS: dict[str, str] = {
     "head": "for an Objective: a function from what the head reads (... d), the signal `hidden`, to logits (... v)",
     "exits": "for an Objective: a function from the index of a block to what the head would read if the stream ended behind it, (b n d)",
     "updates": "for an Objective: steps of the optimizer behind this one, as a Trainer or `set_progress` tells; 0 where neither does, int",
+    "block": "for an Objective: a function that runs one more block, like the last but one of the stream, as that was called: on states "
+    "(k b n d) and k times its weights, name -> (k ...), as `dims.copy_block()` has them, (k b n d)",
     "target": "for an Objective: what a denoiser is to predict, (b ...)",
     "prediction": "for an Objective: what the denoiser predicted, (b ...)",
     "reference": "for an Objective: what the model without the adapter gives for the same, in the shape of `logps` or of `prediction`",
 }
 # What an Objective may name, and a method of any role in its word `judge`; `hidden` is what the head reads, `positions` count from 0 in
 # each sample of a padded or packed row.
-JUDGES = frozenset({"labels", "logps", "ids", "head", "exits", "updates", "target", "prediction", "reference"})
+JUDGES = frozenset({"labels", "logps", "ids", "head", "block", "exits", "updates", "target", "prediction", "reference"})
 OF_ALL_OBJECTIVES = frozenset({"hidden", "positions", "progress"})
 # What one word alone may name.
 OF_A_WORD = {

@@ -21,7 +21,8 @@ from hf_tokens import (
     objective_loss,
     register,
 )
-from hf_tokens.handlers.objective import ObjectiveSignals, first_tensor, labels_of, log_probabilities, objectives_of
+from hf_tokens.handlers.judged import ObjectiveSignals, first_tensor, labels_of, log_probabilities
+from hf_tokens.handlers.objective import objectives_of
 from hf_tokens.testing import zoo
 from hf_tokens.tools.surgeries import blocks_in, surgery_of
 
@@ -104,7 +105,7 @@ def test_a_static_cache_may_stay():
 
 
 def test_named_layers_hold_one_that_speaks():
-    surgery = get_token_model(zoo.build("llama").model, CAFTConfig(layers=(1, 3), heads=2))
+    surgery = get_token_model(zoo.build("llama").model, CAFTConfig(layers=(1, 3), heads=2, layer="linear"))
     assert len(objectives_of(surgery_of(surgery))) == 1
     assert len([p for p in surgery.parameters() if p.requires_grad]) == 2  # its weight and its bias
 

@@ -220,7 +220,7 @@ def test_heads_whose_logits_are_capped(caps):
     sizes = dict(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
     base = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, **caps))
-    surgery = get_token_model(base, CAFTConfig(heads=1, alpha=1.0, beta=1.0, schedule="constant")).train()
+    surgery = get_token_model(base, CAFTConfig(heads=1, alpha=1.0, beta=1.0, schedule="constant", layer="linear")).train()
     out = surgery(**batch())
     wanted = batch()["labels"][:, 2:].flatten()  # an untrained head says again what the model's own said
     close(aux_loss(surgery), torch.nn.functional.cross_entropy(out.logits[:, :-2].flatten(0, 1), wanted), "capped")
