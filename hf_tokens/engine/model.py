@@ -118,6 +118,10 @@ class ModelSurgery:
         self.around = tuple(handler for handler in HANDLERS.values() if handler.stands_around(self))
         self.outside = tuple((handler, block) for block in self.blocks() for handler, _ in block.plan.always.of("outside")[:1])
 
+    def take_in(self, world: World) -> None:
+        """Let another world take part in the calls."""
+        self.worlds = (*self.worlds, world)
+
     def set_progress(self, progress: float) -> None:
         """Note how much of the training is done."""
         self.progress = progress
