@@ -55,7 +55,7 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
     """
     models, config = models_in(model), adapter_config(methods, **kwargs)
     if not isinstance(model, nn.Module):
-        inject_all(models, {name: copy.deepcopy(config) if len(models) > 1 else config for name in models}, adapter_name)
+        inject_all(model, {name: copy.deepcopy(config) if len(models) > 1 else config for name in models}, adapter_name)
         return model
     if beside_its_like(model, config):
         model.add_adapter(adapter_name, config)

@@ -120,6 +120,10 @@ class ModelSurgery:
         self.around = tuple(handler for handler in HANDLERS.values() if handler.stands_around(self))
         self.outside = tuple((handler, block) for block in self.blocks() for handler, _ in block.plan.always.of("outside")[:1])
 
+    def take_in(self, world: World) -> None:
+        """Let another world take part in the calls."""
+        self.worlds = (*self.worlds, world)
+
     def set_progress(self, progress: float, updates: int = 0) -> None:
         """Note how much of the training is done, and in how many steps."""
         self.progress, self.updates = progress, updates

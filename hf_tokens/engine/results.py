@@ -56,6 +56,10 @@ class ModelCall:
         self.replacement: LossReplacement | None = None
         self.held: dict[Any, Any] = {}
 
+    def replace_arguments(self, arguments: dict[str, Any]) -> None:
+        """Let the model be given others than it was called with."""
+        self.context = altered(self.context, arguments=arguments)
+
     def replace_loss(self, replacement: LossReplacement | None) -> None:
         """Let a loss take the place of the model's own."""
         self.replacement = replacement

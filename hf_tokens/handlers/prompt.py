@@ -55,8 +55,9 @@ class PromptReplays(Replays[PromptLayout | None]):
 
 
 def banks_in_prompt(model: ModelSurgery) -> list[tuple[BlockSurgery, TokenBank]]:
-    """The active banks that act on the prompt, each with its block."""
-    return [(block, method) for block in model.blocks() for method in block.plan.acting if method.site == "prompt"]
+    """The active banks that add to the prompt, each with its block."""
+    acting = ((block, method) for block in model.blocks() for method in block.plan.acting)
+    return [(block, method) for block, method in acting if method.site == "prompt" and method.word(method.config) is None]
 
 
 def before_model(call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -138,19 +139,24 @@ def ask_at_prompt(block: BlockSurgery, bank: TokenBank, call: Arguments, context
     return bank.at_hand(functools.partial(getattr(bank, word), **{**dict.fromkeys(bank.words[word]), **signals}))
 
 
+def check_time(block: BlockSurgery, bank: TokenBank, prompt: Any, context: ForwardContext) -> None:
+    """Refuse a call without a prompt for each sample, and one at a timestep that a bank cannot make sense of."""
+    time = context.time
+    if not isinstance(prompt, Tensor) or prompt.dim() != 3 or time is not None and len(time) != len(prompt):
+        rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
+        got = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise UnsupportedError(explain(rule, got, "Pass one, or disable the adapter."))
+    if time is None and any("time" in names for names in bank.words.values()):
+        rule = f"{type(bank).__name__} needs to know how much noise a timestep means"
+        got = f"a timestep of {type(block.surgery.model.base).__name__} in a unit that is not known"
+        raise UnsupportedError(explain(rule, got, "Call it from a pipeline whose scheduler counts to `num_train_timesteps`."))
+
+
 def gather_inserts(banks: list[tuple[BlockSurgery, TokenBank]], call: Arguments, context: ForwardContext) -> list[PromptInsert]:
     """What the banks put into the prompt of a call, as far as any sample takes it."""
     prompt, inserts, takers = call.get(PROMPT), [], {}
     for block, bank in banks:
-        time = context.time
-        if not isinstance(prompt, Tensor) or prompt.dim() != 3 or time is not None and len(time) != len(prompt):
-            rule = f"{type(bank).__name__} adds to the prompt of a denoiser, `{PROMPT}` as (batch, tokens, features), one for each sample"
-            got = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-            raise UnsupportedError(explain(rule, got, "Pass one, or disable the adapter."))
-        if time is None and any("time" in names for names in bank.words.values()):
-            rule = f"{type(bank).__name__} needs to know how much noise a timestep means"
-            got = f"a timestep of {type(block.surgery.model.base).__name__} in a unit that is not known"
-            raise UnsupportedError(explain(rule, got, "Call it from a pipeline whose scheduler counts to `num_train_timesteps`."))
+        check_time(block, bank, prompt, context)
         if bank.key not in takers:
             rows = ask_at_prompt(block, bank, call, context, "takes")
             rows = ~context.negative if rows is None else rows

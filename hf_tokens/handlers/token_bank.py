@@ -23,7 +23,7 @@ from ..roles.token_bank import TokenBank
 from ..tokens.altered import altered
 from ..tokens.ledger import TokenLedger
 from ..tokens.token_map import TokenMap, overwrite
-from . import prompt
+from . import prompt, words
 from .embedding import check_look_up, put_in, rewrite_rows
 
 SCORES_AT_A_TIME = 1 << 24  # of an attention call that a method shapes
@@ -35,8 +35,6 @@ READS = "query tokens have read"
 @handles("TokenBank")
 class TokenBankHandler(Handler):
     arrive = staticmethod(check_look_up)
-    before_model = staticmethod(prompt.before_model)
-    around = staticmethod(prompt.on_its_own)
     after_model = staticmethod(prompt.join_parts)
 
     def phases(self, method: TokenBank) -> tuple[str, ...]:
@@ -160,8 +158,16 @@ class TokenBankHandler(Handler):
         step = max(1, SCORES_AT_A_TIME // (b * h * n))
         return [partial(shaped, slice(first, first + step)) for first in range(0, m, step)]
 
+    def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if words.read_again(call):
+            args, kwargs = (), call.context.arguments
+        return prompt.before_model(call, args, kwargs)
+
     def stands_around(self, model: ModelSurgery) -> bool:
-        return any(bank.deep for _, bank in prompt.banks_in_prompt(model))
+        return any(bank.deep for _, bank in (*prompt.banks_in_prompt(model), *words.banks_at_words(model)))
+
+    def around(self, block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
+        return words.read_own(block, lambda block, *call: prompt.on_its_own(block, run, *call), args, kwargs)
 
 
 def tokens_of(method: TokenBank, site: Site) -> Tensor | None:

@@ -17,6 +17,7 @@ from .signatures import parameters, source_of
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"  # the child by which a surgery hangs on a block
+VALUES = "to_v"  # how an attention of diffusers calls its projection of the values
 
 
 def attentions(block: nn.Module) -> list[nn.Module]:

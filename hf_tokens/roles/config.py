@@ -22,6 +22,7 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple | None = None,
+    free: bool = False,
     zero: Any = None,
     size: bool = False,
     example: Any = None,
@@ -34,12 +35,13 @@ def option(
         help: One sentence, with the paper's symbol.
         ge, gt, le, lt: Bounds of a number, or of each number in a list. A number needs at least one.
         choices: The allowed values of a string.
+        free: Whether a string is any that the user has a use for, but an empty one.
         zero: The value at which the method changes nothing.
         size: Whether it only sets how large the adapter is, so that a tiny model may do with less.
         example: A value to try the method with, where the default is for the user to fill in.
         was: Defaults of earlier versions of the method, each by the last version that had it: what their files leave unsaid.
     """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "zero": zero, "size": size or None}
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "free": free or None, "zero": zero, "size": size or None}
     bounds |= {"example": example, "was": was}
     return dataclasses.field(default=default, metadata={"help": help, **{k: v for k, v in bounds.items() if v is not None}})
 
@@ -121,6 +123,8 @@ class MethodConfig:
             if "choices" in meta and item is not None and item not in meta["choices"]:
                 remedy = f"{did_you_mean([item], meta['choices'])}Meaning: {meta['help']}"
                 raise ConfigError(explain(f"{rule} must be one of {interval(meta)}", repr(value), remedy))
+            if "free" in meta and item == "":
+                raise ConfigError(explain(f"{rule} must not be empty", repr(value), f"Meaning: {meta['help']}"))
             if isinstance(item, (int, float)) and not isinstance(item, bool) and not inside(item, meta):
                 raise ConfigError(explain(f"{rule} must be in {interval(meta)}", repr(value), f"Meaning: {meta['help']}"))
 

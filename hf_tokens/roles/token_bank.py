@@ -24,7 +24,9 @@ class TokenBank(Method):
     first block; if it is `deep`, its verb is called again at each later block it sits in, to rewrite its first tokens. `prompt` puts them
     behind the prompt that a denoiser is given, before the model reads it, in the samples that `takes` returns; there, the signals `hidden`
     and `mask` are of the prompt. If it is `deep`, each block reads the tokens of its own instance only, as the model made them of what
-    the verb returned.
+    the verb returned. Where `word` names a word of the prompt, they take the place of its embeddings instead, before the text encoders of
+    the pipeline read it, again in each call of the denoiser and for each block that reads its own; `hidden` is then the word's embeddings,
+    side by side for several encoders, and the samples that take them are those whose prompt holds it, be it the negative one.
 
     At the site `input` a method may define four more words: `follow` returns behind which tokens they go, `shift` how far tokens have moved
     on by them, `attend` how the attention of each block that it sits in reads them and all others, `conclude` what has become of them.
@@ -47,8 +49,12 @@ class TokenBank(Method):
         return self.site not in AT_SITE or self.site == "embedding" and self.deep
 
     @abc.abstractmethod
-    def tokens(self, *signals: Any) -> Tensor | None:
-        """The tokens for this block, (k d) or (b k d); None leaves the stream alone."""
+    def tokens(self, *signals: Any) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The tokens for this block, (k d) or (b k d); None leaves the stream alone.
+
+        For a word of the prompt, also a pair: the tokens, and what the values of a block's attention read besides, added to what the text
+        encoder makes of each (before its last norm), in units of the length that this has.
+        """
 
     def place(self, start: Tensor, end: Tensor) -> Tensor:
         """Index of the token in front of which they go, (b), given each row's first real token and the end of its real tokens."""
@@ -76,6 +82,11 @@ class TokenBank(Method):
 
     def takes(self) -> Tensor | None:
         """If the site is `prompt`: which samples take the tokens, (b) bool; None is all but those of the negative prompt."""
+
+    @classmethod
+    def word(cls, config: MethodConfig) -> str | None:
+        """If the site is `prompt`: the word of the prompt for which the tokens stand; None puts them behind the prompt."""
+        return None
 
     def read(self, summary: Tensor) -> Tensor | None:
         """What the head's output gains from what the query tokens gathered in this block, summary (b k d) to (b o)."""

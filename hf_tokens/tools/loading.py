@@ -77,7 +77,7 @@ def load(
         check_name(adapter_name, model.peft_config)
     with whole(f"The methods in {CONFIG} must go into {type(model).__name__}", "Save the adapter again.", MISREAD):
         if not isinstance(model, nn.Module):
-            inject_all(models, configs, adapter_name, lambda name: fill(models[name], parts[name], adapter_name))
+            inject_all(model, configs, adapter_name, lambda name: fill(models[name], parts[name], adapter_name))
             return model
         if beside:
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)

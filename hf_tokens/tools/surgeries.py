@@ -12,6 +12,8 @@ from torch import nn
 from ..engine.block import BlockSurgery
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
+from ..handlers.encoders import check_words, note_encoders
+from ..handlers.words import word_of
 from ..model.pipelines import apart, denoisers
 from ..peft.config import HFTokensConfig
 from ..peft.nested import take_off
@@ -75,21 +77,27 @@ def take_out(model: nn.Module) -> None:
         vars(model).pop("_hf_peft_config_loaded", None)
 
 
-def inject_all(models: dict[str, nn.Module], configs: dict[str, HFTokensConfig], adapter_name: str, fill: Fill | None = None) -> None:
-    """Put an adapter into each of these models, or into none.
+def inject_all(pipeline: Any, configs: dict[str, HFTokensConfig], adapter_name: str, fill: Fill | None = None) -> None:
+    """Put an adapter into each of a pipeline's denoisers, or into none.
 
     Args:
-        models: The models by name.
-        configs: The config for each.
+        pipeline: The pipeline, whose text encoders are noted where a method stands for a word of the prompt.
+        configs: The config for each denoiser, by its name.
         adapter_name: Name of the adapter.
         fill: Called with the name of a model for what is to be done as soon as the adapter is in it.
     """
+    models = models_in(pipeline)
+    words = {word for config in configs.values() for method in config.stack() if (word := word_of(method)) is not None}
+    encoders = check_words(pipeline, words) if words else None
     with contextlib.ExitStack() as undone:
         for name, model in models.items():
             undone.enter_context(as_before(model, adapter_name))
             inject_adapter_in_model(configs[name], model, adapter_name)
             if fill is not None:
                 fill(name)
+        if encoders is not None:
+            for surgery in surgeries_of(pipeline).values():
+                note_encoders(surgery, encoders)
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def test_every_knob_says_its_bound_and_meaning(config, field, hint):
     if set(NUMBERS) & set(plain_types(hint)):
         assert field.metadata.keys() & {"ge", "gt", "le", "lt", "choices"}, "a number without a bound"
     if field.name != "stream" and str in plain_types(hint):
-        assert "choices" in field.metadata, "a string without choices"
+        assert field.metadata.keys() & {"choices", "free"}, "a string without choices, which is not free"
 
 
 @pytest.mark.parametrize(("config", "field", "hint"), knobs())
@@ -103,6 +103,14 @@ def test_bad_values_are_refused_in_the_standard_words(config, field, hint):
         rule = "one of" if "choices" in field.metadata else "in"
         said, meaning = f"{config.__name__}.{field.name} must be {rule} {interval(field.metadata)}", field.metadata["help"]
         assert str(caught.value) == f"{said}, got {value!r}. Meaning: {meaning}"
+
+
+def test_a_free_string_is_not_empty():
+    free = [(info.config, field) for info in METHODS.values() for field, _ in info.config.knobs() if "free" in field.metadata]
+    assert free
+    for config, field in free:
+        with pytest.raises(ConfigError, match=rf"^{config.__name__}\.{field.name} must not be empty, got ''. Meaning: "):
+            config(**{field.name: ""})
 
 
 @pytest.mark.parametrize(("config", "field", "hint"), knobs())
