@@ -21,14 +21,14 @@ from .extra_block import ExtraBlock
 from .judged import BEFORE, IGNORED, DenoiserCall, Draws, ObjectiveSignals, RandomState, Reader, first_tensor, labels_of, logits_of
 
 
-def word_of(method: Method) -> str:
+def asked_word(method: Method) -> str:
     """By which word a method says what the model is to learn."""
     return method.verb if isinstance(method, Objective) else "judge"
 
 
 def ask_objective(objective: Method, signals: ObjectiveSignals) -> Tensor | None:
     """The loss of an objective for a call, or of another method that judges it."""
-    word = word_of(objective)
+    word = asked_word(objective)
     given = {name: None if name in objective.ignores else getattr(signals, name) for name in objective.words[word]}
     return objective.at_hand(partial(getattr(objective, word), **given))
 
@@ -46,7 +46,7 @@ def asked_now(model: ModelSurgery) -> list[Method]:
 
 def named_now(model: ModelSurgery) -> set[str]:
     """The signals that these need."""
-    names = {name for method in asked_now(model) for name in method.words[word_of(method)]}
+    names = {name for method in asked_now(model) for name in method.words[asked_word(method)]}
     return names | {"hidden"} if "exits" in names else names
 
 

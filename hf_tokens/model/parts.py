@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import UnsupportedError, explain
 from . import families
-from .signatures import parameters, source_of
+from .signatures import forward_tree, parameters
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 OWN = "hf_tokens"  # the child by which a surgery hangs on a block
@@ -148,7 +148,7 @@ def written_middle(block: nn.Module) -> Middle:
 @cache
 def calls_of(cls: type[nn.Module]) -> tuple[str, ...]:
     """What a class calls of itself in its forward, in the order in which it does, each as often as it stands there."""
-    tree = source_of(cls)
+    tree = forward_tree(cls)
     return () if tree is None else tuple(calls_in(tree))
 
 

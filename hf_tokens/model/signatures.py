@@ -116,7 +116,7 @@ def _registered(cls: type[nn.Module]) -> Any:
     return TransformerBlockRegistry._registry.get(cls)
 
 
-def source_of(cls: type[nn.Module]) -> ast.Module | None:
+def forward_tree(cls: type[nn.Module]) -> ast.Module | None:
     """The forward of a class as it is written; None for one that was written at a prompt."""
     try:
         source = inspect.getsource(inspect.unwrap(cls.forward))
@@ -129,7 +129,7 @@ def _returned(cls: type[nn.Module], name: str) -> int | None:
     """The place of a variable in the tuple that a forward returns; None where it returns no such tuple.
 
     Read from the source, which holds for every class; Diffusers' notes cover a few, and one of them (Bria's) swaps the two."""
-    tree = source_of(cls)  # without one, what comes first is the hidden states, as it is nearly everywhere
+    tree = forward_tree(cls)  # without one, what comes first is the hidden states, as it is nearly everywhere
     for node in () if tree is None else ast.walk(tree):
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
             names = [item.id if isinstance(item, ast.Name) else None for item in node.value.elts]
