@@ -21,10 +21,12 @@ class Attending(NamedTuple):
     Attributes:
         index: The keys that are read, (b k r) for each key head; None reads all.
         bias: Added to the scores of each query with these, (b h m r), -inf where it must not look; None adds nothing.
+        by: How many places further on those keys are read than they stand, (b 1|k r); None reads them where they stand.
     """
 
     index: Tensor | None
     bias: Tensor | None
+    by: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class AttentionCall:
         softcap: The scores become softcap * tanh(score / softcap); None leaves them.
         sinks: The score of a key without a value, (h), or None.
         strange: What else shapes the keys or the probabilities.
+        turn: Turns keys or queries (b h r e) to places further on, (b 1|h r); None where no method asked for it.
         known: Sums over all real queries that some method has read already.
     """
 
@@ -53,6 +56,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     strange: tuple[str, ...] = ()
+    turn: Callable[[Tensor, Tensor], Tensor] | None = None
     known: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
@@ -61,19 +65,25 @@ class AttentionCall:
             rule = "Keys and scores need an attention among the stream's own tokens: a softmax of products, mask, bias, soft cap and sinks"
             raise UnsupportedError(explain(rule, f"one with {', '.join(self.strange)}", "Choose a method that does not look at attention."))
 
-    def affinity(self, index: Tensor | None = None) -> Tensor:
-        """The scores before the softmax, -inf where a query does not look, of all keys (b h m n) or those of index (b g r), (b h m r)."""
+    def affinity(self, index: Tensor | None = None, by: Tensor | None = None, of_queries: Tensor | None = None) -> Tensor:
+        """The scores before the softmax, -inf where a query does not look, of all keys (b h m n) or those of index (b g r), (b h m r).
+
+        Keys are read so many places further on, (b 1|g r), and queries ask from so many, (b 1 m).
+        """
         keys = self.k if index is None else pick_keys(self.k, index)
+        keys = keys if by is None else self.turn(keys, by)
         keys = keys.repeat_interleave(self.q.shape[1] // keys.shape[1], dim=1)
-        scores = in_float32(self.q @ keys.mT) * self.scaling
+        queries = self.q if of_queries is None else self.turn(self.q, of_queries)
+        scores = in_float32(queries @ keys.mT) * self.scaling
         scores = scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
         mask = self._added(index)
         return scores if mask is None else added(mask, scores)
 
     def attending(self, reading: Attending) -> AttentionCall:
         """The call that reads its keys so."""
-        index, bias = reading
+        index, bias, by = reading
         k, v = (t if index is None else pick_keys(t, index.expand(-1, t.shape[1], -1)) for t in (self.k, self.v))
+        k = k if by is None else self.turn(k, by)
         mask = self._added(index)
         if bias is not None:
             mask = bias if mask is None else added(mask, bias)

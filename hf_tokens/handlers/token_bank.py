@@ -15,10 +15,12 @@ from ..engine.handler import Handler, handles
 from ..engine.hooks import SharedHook
 from ..engine.model import ModelSurgery
 from ..engine.results import ModelCall
+from ..engine.rotation import Turning
 from ..engine.run import BlockTokens, Site, StreamRun
 from ..engine.supply import ask, real_tokens, token_mask
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
+from ..roles.signals import TURNED
 from ..roles.token_bank import TokenBank
 from ..tokens.altered import altered
 from ..tokens.ledger import TokenLedger
@@ -43,6 +45,7 @@ class TokenBankHandler(Handler):
 
     def hooks(self, method: TokenBank) -> set[str]:
         table = {"table"} if method.site == "embedding" and method.is_first_block else set()
+        table |= {TURNED} if method.turns else set()
         return table | ({"tap"} if method.site == "query" or method.words["attend"] else set())
 
     def attach(self, hook: str, block: BlockSurgery) -> list[Any]:
@@ -148,6 +151,7 @@ class TokenBankHandler(Handler):
             got = f"queries {tuple(call.q.shape)} for {local.batch} x {local.m} tokens at {site.block.path}"
             raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))
         whole = site.inside(site.hidden, routed=None)
+        call = altered(call, turn=Turning(whole).turn) if method.turns else call
 
         def shaped(part: slice) -> AttentionCall:
             rows = call.rows(part)

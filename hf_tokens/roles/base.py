@@ -97,6 +97,7 @@ class Method(nn.Module, abc.ABC):
         tower: It acts in two streams: on the text, and in the block of the vision tower whose output the projector reads.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
         shifts: A bank's tokens have places of their own: `shift` says how far the tokens behind them move on.
+        turns: A bank's `attend` reads keys at other places than they stand at.
     """
 
     role: ClassVar[str]
@@ -140,6 +141,7 @@ class Method(nn.Module, abc.ABC):
     tower: ClassVar[bool] = False
     sees_all: bool = False
     shifts: bool = False
+    turns: bool = False
     in_block = True
     key: str = ""
 

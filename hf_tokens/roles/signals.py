@@ -76,7 +76,8 @@ SIGNALS: dict[str, str] = {
     "donor_anchors": "for a VocabularyEdit: the donor's rows of the same tokens, (a e)",
     "donor_rows": "for a VocabularyEdit: the donor's rows of tokens that only it has, (u e)",
     "affinity": "for `attend`: a function that gives the scores of this attention call before its softmax, -inf where a query does not "
-    "look: of all keys (b h m s), or of those of an index (b k r) for each key head, (b h m r)",
+    "look: of all keys (b h m s), or of those of an index (b k r) for each key head, (b h m r); `by` and "
+    "`of_queries` turn keys, (b 1|k r), and queries, (b 1 m), so many places further on, for a method that `turns`",
     "key_positions": "for `attend`: place of each key's token in the given sequence, as `positions` of the queries, (b 1|k s)",
     "own_keys": "for `attend`: keys of tokens that the bank put in, for each key head of this call, (b k s) bool",
     "own_tokens": "for `shift`: tokens that the bank put in, (b m) bool",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from by_hand import batch, blocks, embed, gpt2, greedy, lm_head
+from by_hand import batch, blocks, embed, gpt2, greedy, llama, lm_head, turned
 from largest import Largest
 from tolerances import close
 
@@ -22,10 +22,31 @@ from hf_tokens.handlers import token_bank as handler
 from hf_tokens.testing import CACHE, zoo
 
 IGNORED = -1
+SINGLE = {"rtol": 1e-4, "atol": 1e-6}  # a Llama's norms and tables are in single precision
 
 
-def naive(scores, block, landmark, i, c, shared=1, training=False):
+def in_slots(scores, read, block, landmark, i, c, chosen=None):
+    """The scores where blocks are read in front of the local ones: of landmarks that are to be chosen by, or of the chosen blocks' tokens.
+
+    Of M blocks in memory the last K stand where they stand and all others where the last of these others does, to be chosen from; those
+    that are chosen come one behind the other, the last K again where they may stand at most, one slot further on.
+    """
+    step, memory = c.block + 1, max(0, block[i] - c.local // c.block)
+    last, scores = min(c.retrieve, memory), [list(row) for row in scores]
+    for h, row in enumerate(scores):
+        for j in range(i + 1):
+            b = block[j]
+            if b >= memory or chosen is None and (not landmark[j] or b >= memory - last) or chosen is not None and b not in chosen:
+                continue
+            there = memory - last - 1 if chosen is None else memory - last - 1 + chosen.index(b) + (b >= memory - last)
+            row[j] = read(h, j, (there - b) * step)
+    return scores
+
+
+def naive(scores, block, landmark, i, c, shared=1, training=False, read=None):
     """Weights (h j) of query i over the keys up to itself: scores (h j), the block of each token, whether it is a landmark.
+
+    `read` gives the score of a head with a key that is read some places further on, if blocks are read in slots.
 
     `shared` heads that lie side by side read the keys of one head.
     """
@@ -49,7 +70,8 @@ def naive(scores, block, landmark, i, c, shared=1, training=False):
             total[groups[j]] = total.get(groups[j], 0) + math.exp(row[j])
         return {j: math.exp(row[j]) / total[groups[j]] for j in there}
 
-    weights = [[0.0] * (i + 1) for _ in range(heads)]
+    weights, near = [[0.0] * (i + 1) for _ in range(heads)], scores
+    scores = scores if training or read is None else in_slots(near, read, block, landmark, i, c)
     for first in range(0, heads, shared):
         side = range(first, first + shared)
         far = [b for b, j in mark.items() if b != block[i] and block[i] - b > c.local // c.block]
@@ -57,8 +79,10 @@ def naive(scores, block, landmark, i, c, shared=1, training=False):
         best = sorted(far, key=lambda b: (-round(math.log(share[b]), 3), -b))
         left_out = set() if training else {*best[c.retrieve :]}
         there = [j for j in keys if block[j] not in left_out]
+        chosen = sorted(best[: c.retrieve])
+        moved = scores if training or read is None else in_slots(near, read, block, landmark, i, c, chosen)
         for h in side:
-            s = softmax(scores[h], there)
+            s = softmax(moved[h], there)
             for j in there:
                 if landmark[j]:
                     continue
@@ -91,6 +115,33 @@ def by_paper(base, ids, mark, c, training=False):
     return lm_head(base, x[[j for j, is_mark in enumerate(landmark) if not is_mark]])
 
 
+def by_release(base, ids, mark, c, training=False):
+    """The same of a Llama, whose landmarks have places of their own, as in the authors' program."""
+    ell, hidden, block, landmark = c.block, [], [], []
+    for place, row in enumerate(base.model.embed_tokens(ids)):
+        hidden.append(row)
+        block.append(place // ell)
+        landmark.append(False)
+        if place % ell == ell - 1:
+            hidden.append(mark)
+            block.append(place // ell)
+            landmark.append(True)
+    x = torch.stack(hidden)
+    for b in base.model.layers:
+        normed = b.input_layernorm(x)
+        q, k, v = (f(normed).view(len(x), -1, 4).transpose(0, 1) for f in (b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj))
+        shared, out = len(q) // len(k), []
+        for i in range(len(x)):
+            query = [turned(q[h, i], i) for h in range(len(q))]
+            read = lambda h, j, by, query=query, k=k, shared=shared: float(query[h] @ turned(k[h // shared, j], j + by)) / 2
+            scores = [[read(h, j, 0) for j in range(i + 1)] for h in range(len(q))]
+            weights = naive(scores, block, landmark, i, c, shared, training, read if c.places == "stingy" else None)
+            out.append(torch.einsum("hj,hje->he", weights, v[:, : i + 1].repeat_interleave(shared, dim=0)).flatten())
+        x = x + b.self_attn.o_proj(torch.stack(out))
+        x = x + b.mlp(b.post_attention_layernorm(x))
+    return base.lm_head(base.model.norm(x[[j for j, is_mark in enumerate(landmark) if not is_mark]]))
+
+
 def surgery(c, base=None):
     model = get_token_model(gpt2(2) if base is None else base, c)
     (mark,) = [module.mark for module in model.modules() if isinstance(module, LandmarkAttention) and module.is_first_block]
@@ -113,7 +164,7 @@ CASES = [
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("lengths", "knobs"), CASES)
 def test_model_is_the_loop(lengths, knobs, side):
-    c = LandmarkAttentionConfig(**knobs)
+    c = LandmarkAttentionConfig(**knobs, places="shared")
     model, mark = surgery(c)
     ids, mask = batch(lengths, side)
     place = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -127,7 +178,7 @@ def test_model_is_the_loop(lengths, knobs, side):
 @pytest.mark.parametrize(("lengths", "knobs"), CASES)
 def test_decoding_is_the_loop(lengths, knobs):
     """A token that is generated reads the chosen blocks only; where it fills a block, a landmark follows it."""
-    c = LandmarkAttentionConfig(**knobs)
+    c = LandmarkAttentionConfig(**knobs, places="shared")
     model, mark = surgery(c)
     ids, mask = batch(lengths)
     tokens, logits, _ = greedy(model, ids, mask, 7)
@@ -136,9 +187,48 @@ def test_decoding_is_the_loop(lengths, knobs):
         close(logits[row], by_paper(gpt2(2), whole, mark, c)[n - 1 :])
 
 
+SLOTTED = [
+    pytest.param((22,), {"block": 3, "local": 0, "retrieve": 1}, id="one block of memory"),
+    pytest.param((21, 13), {"block": 2, "local": 2, "retrieve": 2}, id="local blocks, padded"),
+    pytest.param((17, 5, 1), {"block": 4, "local": 0, "retrieve": 9}, id="all blocks, padded to one token"),
+    pytest.param((9,), {"block": 1, "local": 0, "retrieve": 2}, id="a landmark behind each token"),
+    pytest.param((16, 16), {"block": 4, "local": 3, "retrieve": 1}, id="the last block just full"),
+]
+
+
+@pytest.mark.drawn
+@torch.no_grad()
+@pytest.mark.parametrize("places", ["stingy", "own"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("lengths", "knobs"), SLOTTED)
+def test_model_with_places_of_the_release_is_the_loop(lengths, knobs, side, places):
+    c = LandmarkAttentionConfig(**knobs, places=places)
+    model, mark = surgery(c, llama())
+    ids, mask = batch(lengths, side)
+    for training in (True, False):
+        got = model.train(training)(ids, attention_mask=mask.long(), use_cache=False).logits
+        for row, real in enumerate(mask):
+            want = by_release(llama(), ids[row, real], mark, c, training)
+            torch.testing.assert_close(got[row, real], want, **SINGLE)
+
+
+@pytest.mark.drawn
+@torch.no_grad()
+@pytest.mark.parametrize("places", ["stingy", "own"])
+@pytest.mark.parametrize(("lengths", "knobs"), SLOTTED)
+def test_decoding_with_places_of_the_release_is_the_loop(lengths, knobs, places):
+    c = LandmarkAttentionConfig(**knobs, places=places)
+    model, mark = surgery(c, llama())
+    ids, mask = batch(lengths)
+    tokens, logits, _ = greedy(model, ids, mask, 7)
+    for row, n in enumerate(lengths):
+        whole = torch.cat([ids[row, -n:], tokens[row, :-1]])
+        torch.testing.assert_close(logits[row], by_release(llama(), whole, mark, c)[n - 1 :], **SINGLE)
+
+
 def test_heads_that_share_keys_choose_blocks_together():
     """The largest of their shares counts; three queries, and the last one alone as it is decoded."""
-    c = LandmarkAttentionConfig(block=2, local=0, retrieve=1)
+    c = LandmarkAttentionConfig(block=2, local=0, retrieve=1, places="shared")
     dims = Dims(width=8, heads=4, kv_heads=2, head_dim=2, layer=0, layers=1, kind="text", causal=True)
     method = LandmarkAttention(c, dims).eval()
     block = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
@@ -150,11 +240,11 @@ def test_heads_that_share_keys_choose_blocks_together():
     for rows in ([7, 8, 9], [9]):
         here = scores[:, :, rows]
 
-        def affinity(index=None, here=here):
+        def affinity(index=None, by=None, here=here):
             wide = None if index is None else index.repeat_interleave(2, dim=1)[:, :, None].expand(-1, -1, here.shape[2], -1)
             return here if index is None else here.gather(3, wide)
 
-        index, bias = method.attend(affinity, places[:, rows], places[:, None], torch.tensor(landmark).expand(1, 2, -1))
+        index, bias, _ = method.attend(affinity, places[:, rows], places[:, None], torch.tensor(landmark).expand(1, 2, -1))
         weights = (affinity(index) + bias).softmax(dim=-1)
         if index is not None:
             wide = index.repeat_interleave(2, dim=1)[:, :, None].expand_as(weights)
@@ -167,7 +257,7 @@ def test_heads_that_share_keys_choose_blocks_together():
 
 @torch.no_grad()
 def test_a_prompt_in_chunks_is_the_prompt():
-    c = LandmarkAttentionConfig(block=3, local=3, retrieve=1)
+    c = LandmarkAttentionConfig(block=3, local=3, retrieve=1, places="shared")
     model, _ = surgery(c)
     ids, _ = batch((17,))
     whole = model(ids, use_cache=False).logits
@@ -181,7 +271,7 @@ def test_a_prompt_in_chunks_is_the_prompt():
 
 @torch.no_grad()
 def test_what_is_cropped_takes_its_landmark_along():
-    c = LandmarkAttentionConfig(block=3, local=0, retrieve=1)
+    c = LandmarkAttentionConfig(block=3, local=0, retrieve=1, places="shared")
     model, _ = surgery(c)
     ids, _ = batch((11,))
     cache = model(ids[:, :9], use_cache=True).past_key_values
@@ -200,12 +290,12 @@ def test_decoding_reads_what_it_retrieves():
         return measure(model, input_ids=ids[:, :1], **{CACHE: cache}).flops
 
     full = token(base)
-    few = token(get_token_model(base, LandmarkAttentionConfig(block=10, local=10, retrieve=2)).eval())
+    few = token(get_token_model(base, LandmarkAttentionConfig(block=10, local=10, retrieve=2, places="shared")).eval())
     assert few < 0.7 * full
 
 
 def test_gradients_reach_the_mark_through_the_choice_of_blocks():
-    model, _ = surgery(LandmarkAttentionConfig(block=3))
+    model, _ = surgery(LandmarkAttentionConfig(block=3, places="shared"))
     ids, _ = batch((12,))
     model.train()(ids, labels=ids).loss.backward()
     (mark,) = [p for p in model.parameters() if p.requires_grad]
@@ -214,7 +304,7 @@ def test_gradients_reach_the_mark_through_the_choice_of_blocks():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_queries_in_parts_are_all_at_once(side, monkeypatch):
-    c, (ids, mask) = LandmarkAttentionConfig(block=3, local=3, retrieve=1), batch((13, 6), side)
+    c, (ids, mask) = LandmarkAttentionConfig(block=3, local=3, retrieve=1, places="shared"), batch((13, 6), side)
     found = []
     for scores in (1 << 24, 200):  # 200 are two queries of this batch
         monkeypatch.setattr(handler, "SCORES_AT_A_TIME", scores)
@@ -233,7 +323,7 @@ def test_no_matrix_of_scores_is_built(monkeypatch):
     found = []
     for scores in (1 << 24, 1 << 10):
         monkeypatch.setattr(handler, "SCORES_AT_A_TIME", scores)
-        model, _ = surgery(LandmarkAttentionConfig(block=8, local=8, retrieve=2))
+        model, _ = surgery(LandmarkAttentionConfig(block=8, local=8, retrieve=2, places="shared"))
         with Largest() as seen:
             model.get_base_model().transformer(torch.arange(60)[None] % 50, attention_mask=torch.ones(1, 60), use_cache=False)
         found.append(seen.elements)
@@ -243,10 +333,10 @@ def test_no_matrix_of_scores_is_built(monkeypatch):
 
 def test_what_looks_at_the_same_attention_is_refused():
     with pytest.raises(UnsupportedError, match="shapes an attention call"):
-        get_token_model(gpt2(2), [LandmarkAttentionConfig(block=3), PrefixKVConfig()])
+        get_token_model(gpt2(2), [LandmarkAttentionConfig(block=3, places="shared"), PrefixKVConfig()])
     deaf = zoo.build("falcon")  # its attention calls no interface
     with pytest.raises(UnsupportedError, match="calls the attention interface"):
-        get_token_model(deaf.model, LandmarkAttentionConfig(block=3))(**deaf.inputs)
+        get_token_model(deaf.model, LandmarkAttentionConfig(block=3, places="shared"))(**deaf.inputs)
     with pytest.raises(ConfigError, match="retrieve"):
         LandmarkAttentionConfig(retrieve=0)
 
@@ -258,4 +348,4 @@ def test_by_hand_without_landmarks_is_the_model():
         hidden = embed(base, ids[0], torch.arange(9))
         for block in blocks(base):
             hidden, _ = block(hidden)
-        close(by_paper(base, ids[0], None, LandmarkAttentionConfig(block=50)), lm_head(base, hidden))
+        close(by_paper(base, ids[0], None, LandmarkAttentionConfig(block=50, places="shared")), lm_head(base, hidden))
