@@ -38,7 +38,7 @@ from .bases import check_base
 from .config import HFTokensConfig
 
 # What is of the residual stream itself, and the roles whose methods are given that.
-OF_THE_STREAM = {"hidden", "entered", "attended"}
+OF_THE_STREAM = {"hidden", "entered", "attended", "own", "pictured"}
 READERS = ("TokenBank", "TokenReducer", "TokenRouter", "LayerRouter", "CacheCompressor", "AttentionEdit")
 
 

@@ -589,6 +589,18 @@ def test_embeddings_that_do_not_show_the_visual_tokens_are_refused(name):
         model(inputs_embeds=embedded, attention_mask=specimen.inputs["attention_mask"])
 
 
+PARALLEL = [family for family in ("glm5_next", "hy_v4_vl", "qwen4_exp") if family in zoo.families("transformers")]
+
+
+@pytest.mark.parametrize("family", PARALLEL)
+@pytest.mark.parametrize("name", OF_ANY_TOWER)
+def test_pictures_in_parallel_residual_streams_are_read_as_they_lie_or_refused(family, name):
+    specimen = zoo.build(family)
+    with contextlib.suppress(UnsupportedError):
+        model = get_token_model(specimen.model, name).eval()
+        assert model(**specimen.inputs).logits.isfinite().all()
+
+
 @dataclass(frozen=True)
 class WhereConfig(MethodConfig):
     off: bool = option(True, zero=True, help="It never does anything.")
