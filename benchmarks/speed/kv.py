@@ -33,9 +33,18 @@ METHODS = {
     "squeezeattention, a window": hf_tokens.SqueezeAttentionConfig(budget=BUDGET, policy="window"),
     "razorattention, a fifth of the heads whole": hf_tokens.RazorAttentionConfig(compression=16, heads=tuple(range(0, 90, 5))),
     "mikv, 2 bits but for a tenth": hf_tokens.MiKVConfig(importance=0.1, bits=2),
+    "kivi, 2 bits": hf_tokens.KIVIConfig(),
+    "kivi, 4 bits": hf_tokens.KIVIConfig(key_bits=4, value_bits=4),
 }
+IN_FEW_BITS = "mikv, 2 bits but for a tenth", "kivi, 2 bits", "kivi, 4 bits"  # which evict nothing
 WEIGHED = "prefixkv"  # whose memory is measured in a process of its own
-SHORTLY = "prefixkv", "squeezeattention, a window"  # behind a short prompt, where attention costs little: what is left is the bookkeeping
+SHORTLY = {  # behind a short prompt, where attention costs little: what is left is the bookkeeping
+    **{name: METHODS[name] for name in ("prefixkv", "squeezeattention, a window")},
+    "streaming-llm": hf_tokens.StreamingLLMConfig(budget=BUDGET),
+    "streaming-llm, keys as they stood": hf_tokens.StreamingLLMConfig(budget=BUDGET, shift=False),
+    "snapkv": hf_tokens.SnapKVConfig(budget=BUDGET),
+}
+BATCHED, ROWS = "kivi, 2 bits", 12
 
 
 def twin(base: Any) -> Any:
@@ -43,20 +52,20 @@ def twin(base: Any) -> Any:
     return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
 
 
-def prompt(context: int) -> torch.Tensor:
-    return torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
+def prompt(context: int, rows: int) -> torch.Tensor:
+    return torch.randint(100, 40000, (rows, context), generator=torch.Generator().manual_seed(0))
 
 
-def prefilled(model: Any, context: int = CONTEXT) -> tuple[Any, float]:
+def prefilled(model: Any, context: int = CONTEXT, rows: int = 1) -> tuple[Any, float]:
     """The cache behind the prompt, and the seconds that took."""
     start = time.perf_counter()
-    return model(input_ids=prompt(context), use_cache=True, logits_to_keep=1).past_key_values, time.perf_counter() - start
+    return model(input_ids=prompt(context, rows), use_cache=True, logits_to_keep=1).past_key_values, time.perf_counter() - start
 
 
-def decode(model: Any, cache: Any) -> None:
+def decode(model: Any, cache: Any, rows: int = 1) -> None:
     """A few tokens more."""
     for token in range(NEW):
-        model(input_ids=torch.full((1, 1), 100 + token), **{CACHE: cache}, use_cache=True)
+        model(input_ids=torch.full((rows, 1), 100 + token), **{CACHE: cache}, use_cache=True)
 
 
 def process_bytes(name: str) -> int:
@@ -79,11 +88,16 @@ def rows() -> Iterator[Row]:
             spared = process_bytes("") - process_bytes(name)
             share["memory spared at the peak / bytes evicted"] = spared / (kv_bytes(full) - kv_bytes(cache))
         found = ratios([partial(decode, base, full), partial(decode, model, cache)], ROUNDS)
-        yield Row(f"{name}: decoding", f"SmolLM2-135M, {CONTEXT} tokens of context", *found[0], 1 / 1.5, share)
-    models = [base, *(hf_tokens.get_token_model(twin(base), METHODS[name]).eval() for name in SHORTLY)]
+        yield Row(
+            f"{name}: decoding", f"SmolLM2-135M, {CONTEXT} tokens of context", *found[0], 1 / (0.8 if name in IN_FEW_BITS else 1.5), share
+        )
+    models = [base, *(hf_tokens.get_token_model(twin(base), config).eval() for config in SHORTLY.values())]
     found = ratios([partial(decode, model, prefilled(model, SHORT)[0]) for model in models], 3 * ROUNDS)
     for name, ratio in zip(SHORTLY, found, strict=True):
-        yield Row(f"{name}: decoding", f"SmolLM2-135M, {SHORT} tokens of context", *ratio)
+        yield Row(f"{name}: decoding", f"SmolLM2-135M, {SHORT} tokens of context", *ratio, 1 / 0.98)
+    models = [base, hf_tokens.get_token_model(twin(base), METHODS[BATCHED]).eval()]
+    found = ratios([partial(decode, model, prefilled(model, SHORT, ROWS)[0], ROWS) for model in models], ROUNDS)
+    yield Row(f"{BATCHED}: decoding", f"SmolLM2-135M, {SHORT} tokens of context, {ROWS} rows", *found[0], 1 / 0.8)
 
 
 @torch.no_grad()

@@ -191,6 +191,22 @@ def test_runs_of_any_length_that_share_their_scales(backend, device, dtype, bits
     check(q, rounded_along(keys, bits, 32), uneven(values), *where)
 
 
+@pytest.mark.parametrize("lengths", [[[70, 70], [70, 70]], [[33, 33, 5], [5, 5, 64]], [[0, 0]]], ids=str)
+def test_rows_and_heads_of_one_length_are_read_together(backend, device, lengths, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 160)
+    q, keys, values, starts, many = cells(lengths, (64, 48), device)
+    place = torch.arange(len(keys), device=device)
+    line = (torch.searchsorted(starts.flatten().contiguous(), place, right=True) - 1).clamp(min=0)
+    index = line * 10 + (place - starts.flatten()[line]) // 16  # each has groups of its own, the last one cut off
+    along = lambda x: Rounded(*pack_along(x, index, 2), 2, 1, x.shape[1], index.int())
+    sizes = torch.arange(1, len(keys) + 1, device=device).float()
+    check(torch.cat([q, -q], dim=2), along(keys), rounded(values, 4, 16), starts, many, sizes=sizes)
+    check(q, rounded(keys, 2, 32), along(values), starts, many)
+    _, logs, scores = packed_attention(q, along(keys), rounded(values, 4, 16), starts, many, scaling=0.3, scores=True)
+    for i, (first, n) in enumerate(zip(starts.flatten().tolist(), many.flatten().tolist(), strict=True)):
+        close(scores[:, first : first + n].logsumexp(dim=1), logs.flatten().unflatten(0, (-1, 2))[i])
+
+
 def test_scores_of_cells_give_their_probabilities(backend, device):
     q, keys, values, starts, lengths = cells(*SHAPES[1], device)
     k, v = rounded(keys, 2, 32), rounded(values, 2, 16)

@@ -1,6 +1,9 @@
-"""The torch reference: a row and head at a time, its cells in chunks, of which no more than one is unpacked."""
+"""The torch reference: rows and heads of one length together, their cells in chunks, of which no more than one is unpacked."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,8 +13,41 @@ from ..precision import accumulated
 from .bits import strips
 from .forms import Packed, Rounded
 
-CHUNK = 2048  # cells unpacked at a time
+CHUNK = 4096  # cells unpacked at a time
 FEW_GROUPS = 4  # groups of channels up to which the scales are taken in behind the products
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells of some rows and heads: `count` of each, the first ones `stride` apart from `start` on."""
+
+    start: int
+    stride: int
+    rows: int
+    count: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Something of each cell (c ...), of these (r n ...), without a copy."""
+        step = x.stride(0)
+        where = (self.stride * step, step, *x.stride()[1:])
+        return x.as_strided((self.rows, self.count, *x.shape[1:]), where, x.storage_offset() + self.start * step)
+
+    def part(self, first: int, last: int) -> Cells:
+        """The cells of each row and head from one to another, or its end."""
+        return replace(self, start=self.start + first, count=min(last, self.count) - first)
+
+
+def together(starts: list[int], lengths: list[int]) -> Iterator[tuple[slice, Cells]]:
+    """Rows and heads that follow each other, have cells, as many each, and lie at equal distances; no more than a chunk of short ones."""
+    first = 0
+    while first < len(starts):
+        n, last = lengths[first], first + 1
+        step = starts[last] - starts[first] if last < len(starts) else 0
+        while last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= CHUNK:
+            last += 1
+        if n:
+            yield slice(first, last), Cells(starts[first], max(step, 1), last - first, n)
+        first = last
 
 
 def packed_attention(
@@ -30,18 +66,16 @@ def packed_attention(
     rows = (q * scaling).reshape(starts.numel(), h // starts.shape[1] * m, -1).to(accumulated(q.dtype))
     out, logs = rows.new_zeros(*rows.shape[:2], values.width), rows.new_full(rows.shape[:2], -torch.inf)
     read_keys, read_values = reader(keys), reader(values)
-    for i, (start, length) in enumerate(zip(starts.flatten().tolist(), lengths.flatten().tolist(), strict=True)):
-        if not length:
-            continue
-        cells = [slice(first, min(first + CHUNK, start + length)) for first in range(start, start + length, CHUNK)]
-        scores = torch.cat([read_keys.scores(rows[i], part) for part in cells], dim=1)  # q n
+    for some, cells in together(starts.flatten().tolist(), lengths.flatten().tolist()):
+        parts = [cells.part(first, first + CHUNK) for first in range(0, cells.count, CHUNK)]
+        scores = torch.cat([read_keys.scores(rows[some], part) for part in parts], dim=2)  # r q n
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores if sizes is None else scores + sizes[start : start + length].to(scores.dtype).log()
+        scores = scores if sizes is None else scores + cells.of(sizes).to(scores.dtype).log()[:, None]
         if told is not None:
-            told[:, start : start + length] = scores
-        logs[i] = scores.logsumexp(dim=1)
-        weights = scores.softmax(dim=1).split(CHUNK, dim=1)
-        out[i] = sum(read_values.mean(weight, part) for weight, part in zip(weights, cells, strict=True))
+            cells.of(told.T).copy_(scores.mT)
+        logs[some] = scores.logsumexp(dim=2)
+        weights = scores.softmax(dim=2).split(CHUNK, dim=2)
+        out[some] = sum(read_values.mean(weight, part) for weight, part in zip(weights, parts, strict=True))
     return out.to(q.dtype).view(b, h, m, -1), logs.view(b, h, m)
 
 
@@ -60,36 +94,44 @@ class Whole:
     def __init__(self, states: Packed):
         self.states = states
 
-    def scores(self, q: Tensor, cells: slice) -> Tensor:
-        """Products of queries (q e) with cells, (q n)."""
-        return q @ self.states.rows(cells).to(q.dtype).T
+    def rows(self, cells: Cells, dtype: torch.dtype) -> Tensor:
+        """Cells as they are read, (r n e)."""
+        s = self.states
+        shared = ("scale", "low") if isinstance(s, Rounded) and s.index is None else ("index",) if isinstance(s, Rounded) else ()
+        some = replace(s, **{name: cells.of(getattr(s, name)).flatten(0, 1) for name in ("codes", *shared)})
+        return some.rows(slice(None)).to(dtype).unflatten(0, (cells.rows, cells.count))
 
-    def mean(self, weights: Tensor, cells: slice) -> Tensor:
-        """The sum of cells, (q f), with weights (q n)."""
-        return weights @ self.states.rows(cells).to(weights.dtype)
+    def scores(self, q: Tensor, cells: Cells) -> Tensor:
+        """Products of queries (r q e) with cells, (r q n)."""
+        return q @ self.rows(cells, q.dtype).mT
+
+    def mean(self, weights: Tensor, cells: Cells) -> Tensor:
+        """The sum of cells, (r q f), with weights (r q n)."""
+        return weights @ self.rows(cells, weights.dtype)
 
 
 class Strips:
-    """The codes of cells, in strips of channels (s n w): products with them, of which no row of all channels is ever made."""
+    """The codes of cells, in strips of channels (s r n w): products with them, of which no row of all channels is ever made."""
 
-    def __init__(self, states: Rounded, cells: slice, dtype: torch.dtype):
-        codes, factors = strips(states.codes[cells], states.bits, states.width)
-        self.codes, self.width = codes.to(dtype), states.width
-        self.shares = self.codes.new_tensor([1 / factor for factor in factors])[:, None, None]
+    def __init__(self, states: Rounded, cells: Cells, dtype: torch.dtype):
+        codes, factors = strips(cells.of(states.codes).flatten(0, 1), states.bits, states.width)
+        self.codes, self.width = codes.to(dtype).unflatten(1, (cells.rows, cells.count)), states.width
+        self.shares = self.codes.new_tensor([1 / factor for factor in factors])[:, None, None, None]
 
     def split(self, x: Tensor) -> Tensor:
-        """Something of each channel (r e) by strips, (s r w), filled up with zeros."""
-        count, _, w = self.codes.shape
-        return pad(x, (0, count * w - self.width)).unflatten(1, (count, w)).transpose(0, 1)
+        """Something of each channel (r t e) by strips, (s r t w), filled up with zeros."""
+        count, w = len(self.codes), self.codes.shape[3]
+        x = x if count * w == self.width else pad(x, (0, count * w - self.width))
+        return x.unflatten(2, (count, w)).movedim(2, 0)
 
     def scores(self, q: Tensor) -> Tensor:
-        """Products of queries (q e) with the codes, (q n)."""
-        return torch.bmm(self.split(q) * self.shares, self.codes.mT).sum(dim=0)
+        """Products of queries (r q e) with the codes, (r q n)."""
+        return (self.split(q) * self.shares @ self.codes.mT).sum(dim=0)
 
     def mean(self, weights: Tensor) -> Tensor:
-        """The sum of the codes with weights (q n), (q e)."""
-        found = torch.bmm(weights.expand(len(self.codes), -1, -1), self.codes) * self.shares
-        return found.transpose(0, 1).flatten(1)[:, : self.width]
+        """The sum of the codes with weights (r q n), (r q e)."""
+        found = weights.expand(len(self.codes), *weights.shape) @ self.codes * self.shares
+        return found.movedim(0, 2).flatten(2)[..., : self.width]
 
 
 class Grouped:
@@ -100,59 +142,66 @@ class Grouped:
         groups, channel = states.scale.shape[1], torch.arange(states.width, device=states.codes.device)
         self.member = channel // states.group == torch.arange(groups, device=channel.device)[:, None]  # g e
 
-    def tables(self, cells: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Scales (g 1 n) and least values (g n) of cells."""
-        scale, low = (x[cells].to(dtype).T for x in (self.states.scale, self.states.low))
-        return scale.contiguous()[:, None], low  # products with what lies crosswise are slow
+    def tables(self, cells: Cells, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scales (r g 1 n) and least values (r n g) of cells."""
+        scale, low = (cells.of(x).to(dtype) for x in (self.states.scale, self.states.low))
+        return scale.mT.contiguous()[:, :, None], low  # products with what lies crosswise are slow
 
-    def scores(self, q: Tensor, cells: slice) -> Tensor:
+    def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
         scale, low = self.tables(cells, q.dtype)
-        apart = q * self.member[:, None]  # g q e
-        products = Strips(self.states, cells, q.dtype).scores(apart.flatten(0, 1)).view(*apart.shape[:2], -1)
-        return (products * scale).sum(dim=0) + apart.sum(dim=-1).T @ low
+        apart = q[:, None] * self.member[:, None]  # r g q e
+        products = Strips(self.states, cells, q.dtype).scores(apart.flatten(1, 2)).unflatten(1, apart.shape[1:3])
+        return (products * scale).sum(dim=1) + apart.sum(dim=3).mT @ low.mT
 
-    def mean(self, weights: Tensor, cells: slice) -> Tensor:
+    def mean(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
         scale, low = self.tables(cells, weights.dtype)
-        products = Strips(self.states, cells, weights.dtype).mean((weights * scale).flatten(0, 1)).view(len(scale), *weights.shape[:1], -1)
-        return (products * self.member[:, None]).sum(dim=0) + weights @ low.T @ self.member.to(low.dtype)
+        scaled = weights[:, None] * scale  # r g q n
+        products = Strips(self.states, cells, weights.dtype).mean(scaled.flatten(1, 2)).unflatten(1, scaled.shape[1:3])
+        return (products * self.member[:, None]).sum(dim=1) + weights @ low @ self.member.to(low.dtype)
 
 
 class Runs:
-    """Cells that share their scales lie in runs: the codes of a run are scaled together, and products with least values are made once."""
+    """Cells that share their scales lie in runs: the codes of a run are scaled together, and products with least values are made once.
+
+    What is no run of the length of the first one is read cell by cell.
+    """
 
     def __init__(self, states: Rounded):
-        self.states = states
+        self.states, self.whole = states, Whole(states)
 
-    def runs(self, cells: slice, dtype: torch.dtype) -> tuple[Strips, Tensor, Tensor]:
-        """Codes that are scaled, the least values of the runs (t e), and how long each of these is, (t)."""
+    def runs(self, cells: Cells, dtype: torch.dtype) -> tuple[int, Strips | None, Tensor | None]:
+        """How many cells of each row and head lie in runs of one length, their codes, scaled, and the least values of the runs (r t e)."""
         s = self.states
-        number, lengths = s.index[cells].unique_consecutive(return_counts=True)
-        number, codes = number.long(), Strips(s, cells, dtype)
-        scale = codes.split(s.scale[number].to(dtype))  # s t w
-        length = even(lengths)
-        if length:
-            codes.codes.unflatten(1, (-1, length)).mul_(scale[:, :, None])
-        else:
-            codes.codes.mul_(scale.repeat_interleave(lengths, dim=1))
-        return codes, s.low[number].to(dtype), lengths
+        number = cells.of(s.index)
+        length = int((number[0] == number[0, 0]).sum())
+        many = cells.count // length
+        runs = number[:, : many * length].unflatten(1, (many, length))
+        first = runs[:, :, 0].long()
+        if not bool((runs == runs[:, :, :1]).all()):
+            return 0, None, None
+        codes = Strips(s, cells.part(0, many * length), dtype)
+        codes.codes.unflatten(2, (many, length)).mul_(codes.split(s.scale[first].to(dtype))[:, :, :, None])
+        return many * length, codes, s.low[first].to(dtype)
 
-    def scores(self, q: Tensor, cells: slice) -> Tensor:
+    def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        codes, low, lengths = self.runs(cells, q.dtype)
-        products, lows, length = codes.scores(q), q @ low.T, even(lengths)
-        if length:
-            return (products.unflatten(1, (-1, length)) + lows[:, :, None]).flatten(1)
-        return products + lows.repeat_interleave(lengths, dim=1)
+        end, codes, low = self.runs(cells, q.dtype)
+        found = []
+        if end:
+            lows = q @ low.mT  # r q t
+            found.append((codes.scores(q).unflatten(2, (lows.shape[2], -1)) + lows[..., None]).flatten(2))
+        if end < cells.count:
+            found.append(self.whole.scores(q, cells.part(end, cells.count)))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
-    def mean(self, weights: Tensor, cells: slice) -> Tensor:
+    def mean(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        codes, low, lengths = self.runs(cells, weights.dtype)
-        run = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        return codes.mean(weights) + weights.new_zeros(len(weights), len(low)).index_add(1, run, weights) @ low
-
-
-def even(lengths: Tensor) -> int:
-    """How long all runs are; 0 where they differ."""
-    return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
+        end, codes, low = self.runs(cells, weights.dtype)
+        found = []
+        if end:
+            found.append(codes.mean(weights[..., :end]) + weights[..., :end].unflatten(2, (low.shape[1], -1)).sum(dim=3) @ low)
+        if end < cells.count:
+            found.append(self.whole.mean(weights[..., end:], cells.part(end, cells.count)))
+        return sum(found)
