@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import functools
+import inspect
+import re
 
+import diffusers
 import pytest
 import torch
 from denoisers import blocks, denoiser, with_pictures
@@ -32,6 +35,7 @@ from hf_tokens import (
     set_method,
     unload,
 )
+from hf_tokens.model.encoders import ENCODERS
 
 WORD, LETTERS = "<cat>", "abcdefghijklmnopqrstuvwxyz"
 WIDTHS = {"sd": (6,), "xl": (6, 8)}
@@ -201,6 +205,18 @@ def test_it_is_saved_loaded_and_taken_out(kind, tmp_path):
     unload(twin)
     all_equal([drawn(twin)], [before], "taken out")
     assert "forward" not in vars(twin.text_encoder) and not twin.text_encoder.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_pipeline_has_the_encoders_that_its_row_tells(name):
+    cls = getattr(diffusers, name)
+    parts, source = set(inspect.signature(cls).parameters), inspect.getsource(cls.encode_prompt)
+    assert {part for part in parts if part.startswith(("text_encoder", "tokenizer"))} == {
+        part for row in ENCODERS[name] for part in (row.encoder, row.tokenizer)
+    }
+    assert not any(re.search("controlnet|adapter", part) for part in parts), "nothing else reads the prompt"
+    assert all(("hidden_states[-2]" in source) == (row.layer == -2) for row in ENCODERS[name])
+    assert any(row.pooled for row in ENCODERS[name]) == ("pooled_prompt_embeds" in source)
 
 
 def neti(kind="sd", **knobs):

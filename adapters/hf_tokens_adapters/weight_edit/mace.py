@@ -4,7 +4,10 @@ Paper:   MACE: Mass Concept Erasure in Diffusion Models (Lu et al., CVPR 2024), 
 Maths:   W' = argmin_W sum_i |W f_i - W_0 g_i|^2 + l_1 sum_j |W p_j - W_0 p_j|^2 + l |W - W_0|^2  for each key and value projection
             = (sum_i W_0 g_i f_i^T + l_1 sum_j W_0 p_j p_j^T + l W_0) (sum_i f_i f_i^T + l_1 sum_j p_j p_j^T + l I)^-1
          f_i: a word's embedding beside the concept; g_i: the same word's with the concept replaced; p_j: prior concepts
-Differs: only this first part of the paper: it trains a LoRA a concept on segmented pictures behind it, and fuses them in closed form.
+Differs: only this first part of the paper. Behind it the authors train a LoRA of keys and values for each concept, which takes attention
+         off the concept's tokens where Grounded SAM finds it in pictures, and fuse these in closed form. For that an objective would have
+         to see rows of the cross-attention with their gradient, which none does here: write this part into the UNet by
+         `merge_and_unload()`, save the pipeline, and go on with their `cfr_lora_training.py` and `fuse_lora_close_form.py`.
          Masks say which tokens count: hide those of the concept and of what replaces it. The term l is in the authors' code alone: 0.5 as
          its function has it; its configs have 0 with a prior (celebrities, styles, nudity), 10 to 1000 without (objects). The prior is a
          sum over 30,000 captions there, at l_1 = 1e-4 (nudity 7e-7): with few of your own, give them more weight.
