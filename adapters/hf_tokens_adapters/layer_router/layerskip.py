@@ -13,7 +13,7 @@ Differs: defaults are those of torchtune's recipe for fine-tuning (paper, for a 
          training pays for nothing (a pretrained model's had 52 B tokens): SmolLM2-135M with a LoRA, loss on other text behind 10, 20, 25
          and all 30 blocks 20.1, 18.3, 10.2, 3.53, and 11.4, 8.8, 5.9, 3.77 after 60 steps of 128 tokens; of tokens drafted four at a time
          by 10, 15 and 20 blocks 1.5, 2.4 and 4.9 % are accepted before and 4.9, 7.8 and 11 % after, so that decoding gives the same
-         tokens at a quarter to a half of the speed without drafts.
+         tokens at a fifth to a half of the speed without drafts (a busy CPU).
 Checked: meta-pytorch/torchtune@bd2a0fc7, rates, weights, curricula and `early_exit_loss` beside ours on the same states in float64: largest
          difference 1.6e-7, as theirs end in float32; which state an index means, and facebookresearch/LayerSkip@f42c6696's drafts, by
          reading.
