@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from by_hand import batch, blocks, embed, gpt2, greedy, llama, lm_head, turned
+from contract.pairs import stir
 from largest import Largest
 from tolerances import close
 
 from hf_tokens import (
     ConfigError,
     Dims,
+    DynamicTokenPoolingConfig,
     LandmarkAttention,
     LandmarkAttentionConfig,
     PrefixKVConfig,
@@ -329,6 +331,18 @@ def test_no_matrix_of_scores_is_built(monkeypatch):
         found.append(seen.elements)
     heads, tokens = 3, 60 + 60 // 8
     assert found[0] >= heads * tokens**2 > 2 * found[1]
+
+
+def test_a_row_whose_blocks_have_no_landmark_reads_them_all():
+    specimen = zoo.build("mt5")
+    pooled = DynamicTokenPoolingConfig(prior=0.5, hidden=16, layers=(0, 1, 2, 3))  # takes the tokens that a landmark would follow
+    landmarks = LandmarkAttentionConfig(block=3, local=3, retrieve=1, places="shared", layers=(0, 1, 2, 3))
+    torch.manual_seed(1)
+    model = stir(get_token_model(specimen.model, [pooled, landmarks])).eval()
+    with torch.no_grad():
+        together = model(**specimen.inputs).logits
+        for i in range(2):
+            close(together[i : i + 1], model(**{name: value[i : i + 1] for name, value in specimen.inputs.items()}).logits)
 
 
 def test_what_looks_at_the_same_attention_is_refused():

@@ -83,19 +83,20 @@ class LandmarkAttention(TokenBank):
         if self.training:
             return Attending(None, gate(affinity(), block, own_keys, at, None, count))
         block, own = block.expand_as(own_keys), own_keys
-        far = (at - self.config.local // self.config.block).clamp(min=0)  # so many blocks are not local, b 1 m 1
+        marked = torch.where(own, block, count).amin(dim=(1, 2))[:, None, None, None] < at  # else nothing stands for what is not local
+        far = (at - self.config.local // self.config.block).clamp(min=0) * marked  # so many blocks are not local, b 1 m 1
         low = far - far.clamp(max=self.config.retrieve)  # those in front of the last that may be read lie in one place
         stingy = self.turns and int(low.max()) > 0
         if at.shape[2] > 1:
             scores = affinity()
             if stingy:
                 return self.from_near(affinity, scores, block, own, at, far, count)
-            return Attending(None, gate(scores, block, own, at, self.choose(scores, block, own, at, count), count))
+            return Attending(None, gate(scores, block, own, at, self.choose(scores, block, own, at, far, count), count))
         step, far, low = self.config.block + 1, far[:, :, 0], low[:, :, 0]
         first = indices(own | (block == at[..., 0]))
         c = block.gather(2, first)
         by = torch.where(c < low, low - 1 - c, 0) * step if stingy else None
-        chosen = self.choose(affinity(first, by), c, own.gather(2, first), at, count)
+        chosen = self.choose(affinity(first, by), c, own.gather(2, first), at, far[:, :, None], count)
         index = indices(chosen[:, :, 0].gather(2, block.clamp(min=0)))
         c = block.gather(2, index)
         if stingy:
@@ -108,7 +109,7 @@ class LandmarkAttention(TokenBank):
         step, low = self.config.block + 1, far - far.clamp(max=self.config.retrieve)
         wide = block.repeat_interleave(scores.shape[1] // block.shape[1], dim=1)[:, :, None]  # b h 1 n
         at_slot = lambda s: affinity(None, -block * step, -((low - 1 + s) * step)[..., 0])
-        chosen = self.choose(torch.where(wide < low, at_slot(0), scores), block, own, at, count)
+        chosen = self.choose(torch.where(wide < low, at_slot(0), scores), block, own, at, far, count)
         slot = slots(chosen, far, low).masked_fill(~chosen, -1).repeat_interleave(wide.shape[1] // block.shape[1], dim=1)
         slot = slot.gather(3, wide.clamp(min=0).expand_as(scores)).masked_fill(wide >= far, -1)
         moved = scores
@@ -117,15 +118,16 @@ class LandmarkAttention(TokenBank):
         return Attending(None, gate(moved, block, own, at, chosen, count) + (moved - scores).masked_fill(scores == -torch.inf, 0))
 
     @torch.no_grad()
-    def choose(self, scores: Tensor, block: Tensor, own: Tensor, at: Tensor, count: int) -> Tensor:
-        """Whether each query reads each of so many blocks, (b g m c), given scores (b h m n) of the landmarks and of its own block."""
+    def choose(self, scores: Tensor, block: Tensor, own: Tensor, at: Tensor, far: Tensor, count: int) -> Tensor:
+        """Whether each query reads each of so many blocks, (b g m c), given scores (b h m n) of the landmarks and of its own block; the
+        first `far` (b 1 m 1) of them are not local."""
         shared = scores.shape[1] // block.shape[1]
         wide, mark = (t.repeat_interleave(shared, dim=1) for t in (block, own))
         other = wide[:, :, None] != at
         beside = scores.masked_fill(mark[:, :, None] != other, -torch.inf).logsumexp(dim=-1, keepdim=True)
         share = by_block(scores.masked_fill(~(mark[:, :, None] & other), -torch.inf), wide, count) - beside  # b h m c
         share = share.unflatten(1, (-1, shared)).amax(dim=2)
-        near = at - torch.arange(count, device=at.device) <= self.config.local // self.config.block
+        near = torch.arange(count, device=at.device) >= far
         share = share.masked_fill(near, -torch.inf).round(decimals=3)  # rounding must not tell apart what is the same
         return near | (rank(share.flip(-1)).flip(-1) < self.config.retrieve) & (share > -torch.inf)
 
