@@ -161,7 +161,7 @@ class Part:
         )
 
     def _fill_up(self, cells: Tensor, gone: Tensor, most: int) -> Part:
-        """Free cells of entries (b k n), at most so many of a row and key head: its last ones move there, the others stay where they are."""
+        """Free cells of entries (b k n), at most so many of a row and key head: its last ones move there, the others stay."""
         none = len(self.packed[0][0]) + 1
         holes = torch.where(gone, self.cells, none)
         holes = holes.amin(dim=-1, keepdim=True) if most == 1 else holes.topk(min(most, holes.shape[-1]), dim=-1, largest=False).values
