@@ -136,7 +136,9 @@ JOBS = {
 UNWON = {
     "small-prompt": "the last tokens of a prompt were better than any choice of scattered ones (`prompts` there). With weights that were "
     "trained for it, `LLMLingua2Config` and `compress_prompt` are there",
-    "fast-whisper": "no method that merges tokens reaches the blocks of Whisper's encoder yet",
+    "fast-whisper": "a transcript by Whisper tiny.en took as long as before (`whisper` there): `ToMeConfig(r=188)` spared 27 % of the "
+    "encoder's FLOPs and 21 % of its seconds, with 6.7 % of the words wrong for 7.8 %, but most of the time is the decoder's; and the "
+    "mean of every two neighbours, which is no method here, spared 43 % with 8.2 %",
 }
 
 

@@ -61,6 +61,24 @@ def test_a_job_at_which_nothing_won_is_refused_with_the_reason(job):
         recipe(job, zoo.build("llama").model)
 
 
+def test_what_was_measured_of_speech_is_what_the_refusal_says():
+    rows = {(row["series"], row["setting"]): row for row in json.loads((RESULTS / "whisper.json").read_text())["rows"]}
+    cost = "GFLOPs of the encoder"
+    whole, tome, mean = (
+        rows[key]
+        for key in (
+            ("no reduction", "1500 tokens"),
+            ("tome in all blocks", "r = 188"),
+            ("mean of neighbours", "2, in front of block 1"),
+        )
+    )
+    spared = [f"{1 - row[cost] / whole[cost]:.0%}".replace("%", " %") for row in (tome, mean)]
+    wrong = [f"{100 * row['word error rate']:.1f} %" for row in (tome, whole, mean)]
+    seconds = f"{1 - tome['relative seconds of the encoder']:.0%}".replace("%", " %")
+    assert all(figure in UNWON["fast-whisper"] for figure in (*spared, *wrong, seconds))
+    assert 0.95 < tome["relative seconds of a transcript"] < 1.05
+
+
 @pytest.mark.parametrize(
     ("job", "family", "keep", "error", "match"),
     [
