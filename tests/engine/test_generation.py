@@ -15,6 +15,7 @@ from hf_tokens import (
     PrefixKVConfig,
     RazorAttentionConfig,
     SqueezeAttentionConfig,
+    TokenPrependingConfig,
     TokenReducer,
     UnsupportedError,
     get_token_model,
@@ -177,3 +178,17 @@ def test_a_cache_that_is_not_of_the_blocks_tokens_is_refused_before_anything_is_
     assert not called
     if family == "cpmant":  # ProphetNet's blocks take their own number of tokens only
         assert specimen.model.generate(ids, use_cache=False, **told).shape[1] == 11
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen2_vl"])
+def test_what_must_see_the_whole_is_refused_before_anything_is_computed(family):
+    specimen = zoo.build(family)
+    model = get_token_model(specimen.model, TokenPrependingConfig()).eval()
+    ran = []
+    specimen.model.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1))
+    ids = torch.randint(5, 80, specimen.inputs["input_ids"].shape)
+    with pytest.raises(UnsupportedError, match="whole sequence in one pass, got 4 new tokens with a cache.*`use_cache=False`"):
+        model.generate(input_ids=ids, max_new_tokens=4)
+    assert not ran
+    assert model.generate(input_ids=ids, max_new_tokens=1).shape[1] == ids.shape[1] + 1
+    assert model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, use_cache=False).shape[1] == ids.shape[1] + 4
