@@ -153,9 +153,25 @@ def refuse_timestamps(model: ModelSurgery, generation_config: GenerationConfig) 
             raise UnsupportedError(explain(rule, ", ".join(moving), "Leave out `return_token_timestamps`, or disable the adapter."))
 
 
+def refuse_cached(model: ModelSurgery, generation_config: GenerationConfig) -> None:
+    """A generation with a cache gives a model its sequence in parts.
+
+    Raises:
+        UnsupportedError: A method reads the whole sequence.
+    """
+    causal = [surgery for surgery in model.streams if surgery.stream.causal]
+    cached = [surgery for surgery in causal if any(block.layer_idx is not None for block in surgery.blocks.values())]
+    whole = sorted({type(method).__name__ for surgery in cached for method in surgery.methods() if not method.caches})
+    new = generation_config.max_new_tokens or 1
+    if whole and generation_config.use_cache and new > 1:
+        rule, got = f"{', '.join(whole)} must see the whole sequence in one pass", f"{new} new tokens with a cache"
+        raise UnsupportedError(explain(rule, got, "Pass no cache, and `use_cache=False` to `generate`."))
+
+
 def refuse_at_once(model: ModelSurgery, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
     """What the settings of a generation show before anything is computed."""
     refuse_own_caches(model, generation_config)
+    refuse_cached(model, generation_config)
     refuse_timestamps(model, generation_config)
 
 

@@ -66,18 +66,23 @@ def layer_of_rerun(pass_plan: PassPlan, call: BlockCall, site: Site, number: int
     """Where a block's keys of a later run are stored; None without a cache."""
     block, surgery = site.block, site.surgery
     cached = call.cache is not None and block.layer_idx is not None and not block.drops_cache
+    of_caches = {
+        "a cache that no surgery keeps": cached and site.layer is None,
+        "keys of another sequence in its cache": call.cache is not None and surgery.stream.mixers[block.index] == "cross",
+    }
     reasons = {
         "a block that carries a second sequence along": surgery.stream.context_index(block.index) is not None,
         "blocks that read the keys of another one": surgery.plan.shares_keys,
         "a method beside it that looks into the block": any(OF_THE_BLOCK & {*m.signals, *m.observes} for m in pass_plan.methods),
         "a cache compressor beside it": any(handler_of(method).reads_cache for method in pass_plan.methods),
-        "a cache that no surgery keeps": cached and site.layer is None,
-        "keys of another sequence in its cache": call.cache is not None and surgery.stream.mixers[block.index] == "cross",
+        **of_caches,
     }
     for reason, holds in reasons.items():
         if holds:
             rule = "A block that runs several times needs one sequence and a dynamic cache, and nothing that tells its runs apart"
-            raise UnsupportedError(explain(rule, f"{reason}, at {block.path}", "Choose other layers, or a method that runs a block once."))
+            choose = "Pass `use_cache=False`, or choose" if reason in of_caches else "Choose"
+            remedy = f"{choose} other layers, or a method that runs a block once."
+            raise UnsupportedError(explain(rule, f"{reason}, at {block.path}", remedy))
     return site.layer.rerun_layer(number, site.run.ledger.start) if cached else None
 
 

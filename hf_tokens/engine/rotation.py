@@ -173,7 +173,7 @@ def keys_of_one_token(block: BlockSurgery, source: TableCall) -> Tensor:
     except HFTokensError:
         raise
     except Exception as error:  # it is a trial of our own
-        raise lacks(block, f"an attention that can be tried on one token, which says: {error},") from error
+        raise lacks(block, "an attention that can be tried on one token,") from error
     raise lacks(block, "an attention that stores keys of its own")
 
 

@@ -35,7 +35,7 @@ def run_or_refuse(run: Callable[[], Any], module: nn.Module, whole: CallArgument
         if not runs(module, whole) or runs(module, cut):
             raise
         rule, where, remedy = words
-        raise UnsupportedError(explain(rule, f"{where}, which says: {error}", remedy)) from error
+        raise UnsupportedError(explain(rule, where, remedy)) from error
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def self_attention_cache(cache: object) -> Cache | None:
 def refuse(cls: type) -> UnsupportedError:
     """The error for a class of cache, or of its layers, whose tokens we cannot keep books of."""
     rule = "A surgery that changes the number of tokens needs a dynamic cache"
-    remedy = "Leave out `cache_implementation`, or pass a `DynamicCache(config=model.config)`."
+    remedy = "Leave out `cache_implementation`, or pass a `DynamicCache(config=model.config)`, or `use_cache=False`."
     return UnsupportedError(explain(rule, f"a cache of {cls.__name__}", remedy))
 
 

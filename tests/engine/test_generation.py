@@ -17,6 +17,7 @@ from hf_tokens import (
     PrefixKVConfig,
     RazorAttentionConfig,
     SqueezeAttentionConfig,
+    TokenPrependingConfig,
     TokenReducer,
     UnsupportedError,
     get_token_model,
@@ -241,3 +242,17 @@ def test_a_model_that_runs_more_blocks_than_its_config_counts_is_refused():
         model(**specimen.inputs, use_cache=False)
     specimen.model.config.num_hidden_layers = 4
     model(**specimen.inputs, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen2_vl"])
+def test_what_must_see_the_whole_is_refused_before_anything_is_computed(family):
+    specimen = zoo.build(family)
+    model = get_token_model(specimen.model, TokenPrependingConfig()).eval()
+    ran = []
+    specimen.model.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1))
+    ids = torch.randint(5, 80, specimen.inputs["input_ids"].shape)
+    with pytest.raises(UnsupportedError, match="whole sequence in one pass, got 4 new tokens with a cache.*`use_cache=False`"):
+        model.generate(input_ids=ids, max_new_tokens=4)
+    assert not ran
+    assert model.generate(input_ids=ids, max_new_tokens=1).shape[1] == ids.shape[1] + 1
+    assert model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, use_cache=False).shape[1] == ids.shape[1] + 4

@@ -312,11 +312,11 @@ def test_a_cache_with_tokens_and_generate_are_refused():
     base = LlamaForCausalLM(tiny(3).config).eval()
     model = get_token_model(base, TokenPrependingConfig(end=3))
     ids = torch.randint(3, 11, (2, 5))
-    wanted = "TokenPrepending must see the whole sequence in one pass, got a cache of 5 tokens. Pass no cache, and `use_cache"
+    wanted = "TokenPrepending must see the whole sequence in one pass, got {}. Pass no cache, and `use_cache"
     cache = DynamicCache()
     model(input_ids=ids, **{CACHE: cache})
-    with pytest.raises(UnsupportedError, match=wanted):
+    with pytest.raises(UnsupportedError, match=wanted.format("a cache of 5 tokens")):
         model(input_ids=ids[:, :1], **{CACHE: cache})
-    with pytest.raises(UnsupportedError, match=wanted):
+    with pytest.raises(UnsupportedError, match=wanted.format("3 new tokens with a cache")):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, pad_token_id=0)
     torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids, use_cache=False).logits, rtol=0, atol=0)
