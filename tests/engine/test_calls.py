@@ -231,7 +231,7 @@ def test_blocks_that_store_other_keys_than_one_of_each_token_are_refused_at_once
 
 def test_an_attention_whose_queries_are_no_tokens_in_a_row_is_not_shaped():
     model = zoo.build("inkling2_text").model
-    get_token_model(model, {"method": "landmark-attention", "block": 4})
+    get_token_model(model, {"method": "landmark-attention", "block": 4, "places": "shared"})
     with pytest.raises(UnsupportedError, match="a query for each token of each sample|must be told the places of its tokens"):
         model(input_ids=torch.randint(5, 60, (2, 16)), use_cache=False)
 

@@ -247,7 +247,7 @@ def test_a_model_that_runs_more_blocks_than_its_config_counts_is_refused():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen2_vl"])
 def test_what_must_see_the_whole_is_refused_before_anything_is_computed(family):
     specimen = zoo.build(family)
-    model = get_token_model(specimen.model, TokenPrependingConfig()).eval()
+    model = get_token_model(specimen.model, TokenPrependingConfig(places="shared")).eval()
     ran = []
     specimen.model.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1))
     ids = torch.randint(5, 80, specimen.inputs["input_ids"].shape)

@@ -115,5 +115,5 @@ def test_a_block_with_two_slots_of_a_cache_is_refused():
 
 @pytest.mark.parametrize("family", ["jetmoe", "mimo_v2_flash", "deepseek_v3"])
 def test_landmarks_stand_for_blocks_whatever_the_config_says_of_heads(family):
-    model = get_token_model(zoo.build(family).model, LandmarkAttentionConfig(block=4, local=4, retrieve=1)).eval()
+    model = get_token_model(zoo.build(family).model, LandmarkAttentionConfig(block=4, local=4, retrieve=1, places="shared")).eval()
     close(decoded(model, slice(None))[0][1:], decoded(model, slice(1, 2))[0], family)

@@ -29,7 +29,7 @@ CASES = [
     PrefixKVConfig(budget=0.5, online=True, distance=2),
     SqueezeAttentionConfig(policy="sinks", sinks=1),
     SqueezeAttentionConfig(policy="heavy_hitters", sinks=1),
-    LandmarkAttentionConfig(block=3, local=3, retrieve=1),
+    LandmarkAttentionConfig(block=3, local=3, retrieve=1, places="shared"),
 ]
 
 

@@ -119,8 +119,7 @@ class LandmarkAttention(TokenBank):
 
     @torch.no_grad()
     def choose(self, scores: Tensor, block: Tensor, own: Tensor, at: Tensor, far: Tensor, count: int) -> Tensor:
-        """Whether each query reads each of so many blocks, (b g m c), given scores (b h m n) of the landmarks and of its own block; the
-        first `far` (b 1 m 1) of them are not local."""
+        """Whether each query reads each of so many blocks, (b g m c), of which the first `far` are not local, by these scores (b h m n)."""
         shared = scores.shape[1] // block.shape[1]
         wide, mark = (t.repeat_interleave(shared, dim=1) for t in (block, own))
         other = wide[:, :, None] != at
