@@ -126,10 +126,8 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
     y = call.read(output)
     check_tokens(block, x, y, ledger)
     y = remove_tokens(call, site, inserted, y[:, :m])
-    if y.shape[-1] != hidden.shape[-1] and not ledger.untouched:
-        rule = "A block that gets other tokens than the model gave must keep their width"
-        got = f"{hidden.shape[-1]} features in and {y.shape[-1]} out, at {block.path}"
-        raise UnsupportedError(explain(rule, got, "Choose other layers."))
+    if not ledger.untouched:
+        refuse_other_width(block, hidden, y)
     return output, y if gate is None else join_routed(gate, routed, hidden.to(y.dtype), y)
 
 
@@ -143,6 +141,14 @@ def refuse_width(pass_plan: PassPlan, site: Site) -> None:
     if sized:
         rule = f"{', '.join(sized)} must act in blocks that are as wide as their stream, {stream.width}"
         raise UnsupportedError(explain(rule, f"{width} features at {site.block.path}", "Choose other layers."))
+
+
+def refuse_other_width(block: BlockSurgery, given: Tensor, returned: Tensor) -> None:
+    """Tokens that are gone keep their rows of what the block was given, beside those that it returned."""
+    if given.shape[-1] != returned.shape[-1]:
+        rule = "A block that gets other tokens than the model gave, or behind which some go, must keep their width"
+        got = f"{given.shape[-1]} features in and {returned.shape[-1]} out, at {block.path}"
+        raise UnsupportedError(explain(rule, got, "Choose other layers."))
 
 
 def check_tokens(block: BlockSurgery, x: Tensor, y: Tensor, ledger: TokenLedger) -> None:

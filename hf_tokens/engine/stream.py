@@ -31,7 +31,7 @@ from ..model.arguments import BETWEEN
 from .call import BlockCall
 from .handler import handler_of
 from .opening import open_pass
-from .passage import ask_behind, cache_layer, run_block
+from .passage import ask_behind, cache_layer, refuse_other_width, run_block
 from .plan import PassPlan
 from .results import Entry, in_backward, other_tensors
 from .run import Site, StreamRun
@@ -159,7 +159,9 @@ def restored(pass_plan: PassPlan, site: Site, given: Tensor) -> Tensor:
     ask_behind(pass_plan, site)
     for handler, method in reversed(pass_plan.of("end")):
         handler.end(method, site)
-    if spanned and run.ledger is ledger:
+    if run.ledger is not ledger:
+        refuse_other_width(site.block, given, site.hidden)
+    elif spanned:
         return given
     if not spanned and run.ledger.losses > ledger.losses:
         given = hidden if ledger.untouched else ledger.restore(hidden, given)

@@ -248,6 +248,13 @@ def test_a_method_with_weights_of_its_own_acts_in_blocks_as_wide_as_their_stream
     assert [t.shape for t in specimen.run()] == [t.shape for t in base]
 
 
+def test_tokens_join_in_blocks_that_keep_their_width():
+    specimen = zoo.build("fun_asr_nano_encoder")
+    get_token_model(specimen.model, "tome")
+    with pytest.raises(UnsupportedError, match=r"must keep their width, got 112 features in and 32 out, at layers\.0\. Choose other"):
+        specimen.run()
+
+
 @pytest.mark.parametrize("family", ["gemma3n_text", "deepseek_v4", "hy_v4", "hy_v4_vl", "glm5_next", "qwen4_exp"])
 def test_the_tokens_of_a_stream_lie_as_its_anatomy_says(family):
     if family not in zoo.families("transformers"):
