@@ -56,7 +56,11 @@ def settings(tokenizer: Any, b: float, n: int) -> dict[str, Sequence[MethodConfi
         "random": [RandomConfig(budget=b)],
         **rounded(tokenizer, b, n),
         "expected-attention": [ExpectedAttentionConfig(budget=b)],
-        "ada-kv over expected-attention": [AdaKVConfig(budget=b, scorer="stack"), ExpectedAttentionConfig(budget=b)],
+        "expected-attention, epsilon 0.01": [ExpectedAttentionConfig(budget=b, epsilon=0.01)],
+        "ada-kv over expected-attention, epsilon 0.01": [
+            AdaKVConfig(budget=b, scorer="stack"),
+            ExpectedAttentionConfig(budget=b, epsilon=0.01),
+        ],
         "tova": [TOVAConfig(budget=b)],
         "streaming-llm": [StreamingLLMConfig(budget=b)],
         "duo-attention": [DuoAttentionConfig(sinks=SINKS, recent=max(1, int(window * n) - SINKS), sparsity=1 - whole)],

@@ -73,7 +73,8 @@ CASES = [
     pytest.param((17, 3, 1), {"budget": 0.3}, id="shorter than its sinks"),
     pytest.param((19, 12), {"use_covariance": False, "n_sink": 1}, id="the mean alone"),
     pytest.param((19, 12), {"use_vnorm": False, "n_sink": 0}, id="no norm, no sinks"),
-    pytest.param((15, 9), {"epsilon": 0.0, "n_future_positions": 1}, id="the next place alone"),
+    pytest.param((16, 11), {"epsilon": 0.01}, id="a little for each"),
+    pytest.param((15, 9), {"n_future_positions": 1}, id="the next place alone"),
     pytest.param((9, 5), {"budget": 1.0}, id="everything"),
 ]
 

@@ -5,9 +5,10 @@ Paper:   Expected Attention: KV Cache Compression by Estimating Attention from F
 Maths:   mu, S = mean and covariance of the prompt's queries before they are turned by their places, without its first s;  R = mean of the
          rotations of the next f places;  m = R mu, C = R S R^T;  z_j = k_j m / sqrt(e) + k_j^T C k_j / (2 e);  p = softmax_j(z), without
          the first s, mean of the query heads on a key head;  score_j = (p_j + eps) |v_j|;  the first s and the highest stay
-Differs: queries are turned back to one place by the block's own rotation, and not projected anew. `epsilon` is 0.01 as in the release's
-         benchmark, where the class has 0; there AdaKV shares the budget out: put `AdaKVConfig(scorer="stack")` beside it. A budget is a
-         share of the tokens seen, whatever stands for `compression_ratio` there. A generated token evicts nothing.
+Differs: queries are turned back to one place by the block's own rotation, and not projected anew. `epsilon` is 0 as in the release's
+         class; its benchmark has 0.01 and lets AdaKV share the budget out: put `AdaKVConfig(scorer="stack")` beside it. On SmolLM2, at a
+         quarter of 12 documents, 0.01 finds 10 % of the lines again for 7 %, at a loss of 2.64 for 2.34. A budget is a share of the tokens
+         seen, whatever stands for `compression_ratio` there. A generated token evicts nothing.
 Checked: NVIDIA/kvpress@8bb29b9c, scores of ExpectedAttentionPress in two blocks of a Llama in float64, prompts of 23 to 200 tokens, each
          knob off and on: largest difference 2.2e-7 of the largest score; the same entries stay.
 
@@ -35,10 +36,10 @@ class ExpectedAttentionConfig(MethodConfig):
     n_sink: int = option(4, ge=0, help="First tokens, which stay, and whose queries are not counted.")
     use_covariance: bool = option(True, help="Count how queries differ, and not their mean alone.")
     use_vnorm: bool = option(True, help="Weigh by the norm of the values.")
-    epsilon: float = option(0.01, ge=0, help="Added to what is expected, before it is weighed by that norm.")
+    epsilon: float = option(0.0, ge=0, was={1: 0.01}, help="Added to what is expected, before it is weighed by that norm.")
 
 
-@register("expected-attention", ExpectedAttentionConfig)
+@register("expected-attention", ExpectedAttentionConfig, version=2)
 class ExpectedAttention(CacheCompressor):
     chunks = False
 
