@@ -98,11 +98,12 @@ class BlockCall:
         name = self._mask_name()
         if name is not None and self.layout != "n d":
             cut[name] = self._implied(cut.get(name), hidden, ledger, stored)
-        output = self._apply(inner, cut) if ledger.m == ledger.n else self._try(inner, cut, ledger)
-        return self._give_back(output, cut, ledger)
+        return self._give_back(self._try(inner, cut, ledger), cut, ledger)
 
     def _try(self, inner: Callable, cut: dict, ledger: TokenLedger) -> Any:
         rule = f"The blocks of a stream must run on another number of tokens than the model gave ({ledger.m}, not {ledger.n})"
+        if ledger.m == ledger.n:
+            rule = f"The blocks of a stream must run on {ledger.m} tokens of which a mask hides some, or weighs them"
         words, whole = (rule, self.where, "Choose other layers or another model."), self._ordered(self.arguments)
         return run_or_refuse(partial(self._apply, inner, cut), self.block, whole, self._ordered(cut), words)
 

@@ -128,7 +128,8 @@ def middle(block: nn.Module) -> Middle:
             last = dict(children_of(last)).get(families.BEFORE_RESIDUAL)
         post = families.POST_NORM_BLOCKS.search(qualified_name(type(block)))
         norm, mlp = None if post else children.get(families.TWO_PART_NORM), last
-    return written_middle(block) if norm is None or mlp is None else (norm, mlp, None)
+    written = written_middle(block)
+    return (norm, mlp, None) if written[0] is None and norm is not None and mlp is not None else written
 
 
 def written_middle(block: nn.Module) -> Middle:

@@ -91,7 +91,8 @@ class Stream:
 
     def mlp_norm(self, i: int) -> nn.Module | None:
         """The norm between the residual stream and the MLP; None in post-norm and in parallel blocks."""
-        return mlp_and_norm(self.blocks[i])[1]
+        norm, (first, _, behind) = mlp_and_norm(self.blocks[i])[1], self.middle(i)
+        return first if norm is not None and behind is None else None
 
     def middle(self, i: int) -> Middle:
         """Where the MLP of block i begins, what returns what it adds to the residual, and the norm that reads the sum; None for none."""

@@ -248,6 +248,13 @@ def test_a_method_with_weights_of_its_own_acts_in_blocks_as_wide_as_their_stream
     assert [t.shape for t in specimen.run()] == [t.shape for t in base]
 
 
+def test_a_block_that_joins_rows_takes_no_mask_over_them():
+    specimen = zoo.build("rf_detr")  # two tokens a window: where rows keep different numbers, as many are left as there were
+    get_token_model(specimen.model, {"method": "tome", "r": 1})
+    with pytest.raises(UnsupportedError, match=r"run on 2 tokens of which a mask hides some, or weighs them, got RfDetrDinov2Layer"):
+        specimen.run()
+
+
 def test_tokens_join_in_blocks_that_keep_their_width():
     specimen = zoo.build("fun_asr_nano_encoder")
     get_token_model(specimen.model, "tome")

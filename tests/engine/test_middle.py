@@ -30,6 +30,10 @@ FIRST, LAST = ("final_layer_norm", "fc2", None), ("fc1", "fc2", "final_layer_nor
 OWN, NONE = ("feed_forward", "feed_forward", "final_layer_norm"), (None, None, None)
 # family and stream -> where its MLP begins and ends, and the norm behind it
 WRITTEN = {
+    ("nomic_bert", "text"): ("mlp", "mlp", "post_mlp_layernorm"),  # a norm that its name says to be in front of the MLP
+    ("moonshine", "decoder"): ("final_layernorm", "mlp", None),
+    ("cohere_asr", "decoder"): ("final_layernorm", "mlp", None),
+    ("sam3", "vision.3"): ("layer_norm3", "mlp", None),
     ("whisper", "encoder"): FIRST,
     ("whisper", "decoder"): FIRST,
     ("voxtral", "audio"): FIRST,
