@@ -101,7 +101,7 @@ JOBS = {
             ("full cache", "1024 tokens, before"),
             *((name, f"1024 tokens, before the question, {b}") for b in ("10%", "25%", "50%") for name in LONG),
         ],
-        ["documents", "share in 16 bits", "loss", "right answers"],
+        ["documents", "share in 16 bits", "loss more than the full cache's", "right answers"],
         in_words=True,
     ),
     "fast-vit": Job(

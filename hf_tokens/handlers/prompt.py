@@ -286,19 +286,19 @@ def join_outputs(parts: list[tuple[Tensor, Any]]) -> Any:
     return put([output for _, output in parts])
 
 
-def layout_at(block: BlockSurgery, hidden: Tensor) -> PromptLayout | None:
-    """The layout of this call of a block: that of the model's call, or, run again by a checkpoint, that of the one before."""
-    replays = block.surgery.state(PromptReplays)
+def held_at(block: BlockSurgery, hidden: Tensor, kind: type[Replays], key: Any) -> Any:
+    """What the model's call holds by a key, at a call of a block; run again by a checkpoint, what the one before held."""
+    replays = block.surgery.state(kind)
     if in_backward():
         return replays.find_last(block, hidden)
-    layout = block.surgery.call.held.get(PromptLayout)
-    replays.hold(block, hidden, lambda: layout)
-    return layout
+    held = block.surgery.call.held.get(key)
+    replays.hold(block, hidden, lambda: held)
+    return held
 
 
 def on_its_own(block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
     """Run a block on its own part of the prompt only; what it returns has the whole prompt again."""
-    layout = layout_at(block, block.surgery.stream.bind(block.index, args, kwargs))
+    layout = held_at(block, block.surgery.stream.bind(block.index, args, kwargs), PromptReplays, PromptLayout)
     if layout is None:
         return run(block, args, kwargs)
     cut_args, cut_kwargs, restore = cut_to_own(layout, block, args, kwargs)

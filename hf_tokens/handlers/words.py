@@ -14,7 +14,7 @@ from ..engine.block import BlockSurgery
 from ..engine.context import ForwardContext
 from ..engine.hooks import hooked
 from ..engine.model import ModelSurgery
-from ..engine.results import ModelCall, Replays, in_backward
+from ..engine.results import ModelCall, Replays
 from ..errors import UnsupportedError, explain
 from ..model.encoders import POOLED
 from ..model.parts import VALUES, cross_attentions
@@ -26,7 +26,7 @@ from ..roles.token_bank import TokenBank
 from ..tokens.altered import altered
 from ..tokens.matching import match_sequence
 from .encoders import AGAIN, EncoderCall, Encoding, TextEncoder, TextEncoders
-from .prompt import Arguments, ask_at_prompt, banks_in_prompt, check_time
+from .prompt import Arguments, ask_at_prompt, banks_in_prompt, check_time, held_at
 
 Bank = tuple[BlockSurgery, TokenBank]
 KeysAndValues = tuple[Tensor, Tensor | None]  # what keys and values read; None where the values read the same
@@ -231,19 +231,9 @@ def pooled_again(arguments: Arguments, rows: Tensor, pooled: list[Tensor | None]
     return {name: {**held, key: held[key].index_copy(0, rows, new.to(held[key]))}}
 
 
-def contexts_at(block: BlockSurgery, hidden: Tensor) -> BlockContexts | None:
-    """What the blocks read in this call; run again by a checkpoint, in the one before."""
-    replays = block.surgery.state(ContextReplays)
-    if in_backward():
-        return replays.find_last(block, hidden)
-    contexts = block.surgery.call.held.get(BlockContexts)
-    replays.hold(block, hidden, lambda: contexts)
-    return contexts
-
-
 def read_own(block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
     """Run a block on the prompt that was read for it alone."""
-    contexts = contexts_at(block, block.surgery.stream.bind(block.index, args, kwargs))
+    contexts = held_at(block, block.surgery.stream.bind(block.index, args, kwargs), ContextReplays, BlockContexts)
     if not contexts or block not in contexts:
         return run(block, args, kwargs)
     (keys, values), names = contexts[block], positional(type(block.module))[: len(args)]
