@@ -92,11 +92,10 @@ def naive(scores, block, landmark, i, c, shared=1, training=False, read=None):
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def by_paper(base, ids, mark, c, training=False):
-    """Logits of one row without padding, and how many keys each query of a block read at most."""
-    n, ell = len(ids), c.block
+def with_marks(rows, mark, ell):
+    """Tokens with a landmark behind each block of them, the block of each, and which are landmarks."""
     hidden, block, landmark = [], [], []
-    for place, row in enumerate(embed(base, ids, torch.arange(n))):
+    for place, row in enumerate(rows):
         hidden.append(row)
         block.append(place // ell)
         landmark.append(False)
@@ -104,7 +103,12 @@ def by_paper(base, ids, mark, c, training=False):
             hidden.append(mark)
             block.append(place // ell)
             landmark.append(True)
-    x = torch.stack(hidden)
+    return torch.stack(hidden), block, landmark
+
+
+def by_paper(base, ids, mark, c, training=False):
+    """Logits of one row without padding, and how many keys each query of a block read at most."""
+    x, block, landmark = with_marks(embed(base, ids, torch.arange(len(ids))), mark, c.block)
     for b in base.transformer.h:
         q, k, v = b.attn.c_attn(b.ln_1(x)).view(len(x), 3, b.attn.num_heads, -1).permute(1, 2, 0, 3)
         out = []
@@ -119,16 +123,8 @@ def by_paper(base, ids, mark, c, training=False):
 
 def by_release(base, ids, mark, c, training=False):
     """The same of a Llama, whose landmarks have places of their own, as in the authors' program."""
-    ell, hidden, block, landmark = c.block, [], [], []
-    for place, row in enumerate(base.model.embed_tokens(ids)):
-        hidden.append(row)
-        block.append(place // ell)
-        landmark.append(False)
-        if place % ell == ell - 1:
-            hidden.append(mark)
-            block.append(place // ell)
-            landmark.append(True)
-    x = torch.stack(hidden)
+    ell = c.block
+    x, block, landmark = with_marks(base.model.embed_tokens(ids), mark, ell)
     for b in base.model.layers:
         normed = b.input_layernorm(x)
         q, k, v = (f(normed).view(len(x), -1, 4).transpose(0, 1) for f in (b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj))
