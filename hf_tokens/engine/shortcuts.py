@@ -30,6 +30,8 @@ def changes_anything(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwar
         return True
     if run is not None and (not run.ledger.untouched or BESIDE in run.held) or index == plan.exit - 1 and plan.last:
         return True
+    if plan.closing and index == block.surgery.depth - 1 and run is not None and run.prefill:
+        return True
     if block.shares_keys and run is not None:
         lent, stored = run.lent.get(block.layer_type, (None, None))
         return stored is not None or lent is not None and not lent.untouched

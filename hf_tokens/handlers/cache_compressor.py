@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +20,23 @@ from ..roles.cache_compressor import CacheCompressor, Folded, Holding
 from ..roles.signals import OF_THE_CACHE, SCORED
 from ..tokens.altered import altered
 from ..tokens.entries import alike
+from .budgets import (
+    BEYOND,
+    EPSILON,
+    alike_counts,
+    among_real,
+    blocks_of,
+    brings_any,
+    count_entries,
+    holds,
+    share_among_blocks,
+    shares_of,
+    spread_budgets,
+)
 from .recital import recite, score_recital
 
-EPSILON = 1e-9  # so that a share of a whole number of tokens is that number
 WAITING = "blocks whose entries are shared out once all have run"
 RECITAL = "methods that wait for the prompt to be said again, and where they do"
-SHARES = "the part of the tokens seen that a layer may hold"
-BEYOND = "beyond"  # entries that are stored in another format, in the books of each entry
 
 
 @handles("CacheCompressor")
@@ -35,7 +44,8 @@ class CacheCompressorHandler(Handler):
     needs_cache = reads_cache = True
 
     def phases(self, method: CacheCompressor) -> tuple[str, ...]:
-        return ("listen", "after") if SCORED in method.asks else ("after",)
+        listens, waits = SCORED in method.asks, method.allots and method.recites is None
+        return (*(("listen",) if listens else ()), "after", *(("close",) if waits else ()))
 
     def hooks(self, method: CacheCompressor) -> set[str]:
         return {"tap"} if method.by_head else set()
@@ -68,12 +78,16 @@ class CacheCompressorHandler(Handler):
         else:
             compress(method, site)
 
+    def close(self, method: CacheCompressor, site: Site) -> None:
+        if site.run.prefill and not site.surgery.examines:
+            allot(method, site, site.run.held.pop((WAITING, method.key), []), site.run.notes.pop(method.key, {}))
+
     def after_model(self, call: ModelCall, output: Any) -> Any:
         for method, sites in call.held.pop(RECITAL, {}).values():
             scores = recite(method, call, sites, output)
             for site in sites:
                 site.layer.record.entries[method.key] = scores[site.block.index]
-            allot(method, sites, {})
+            allot(method, sites[0], sites, {})
         return output
 
 
@@ -99,8 +113,6 @@ def compress(method: CacheCompressor, site: Site) -> None:
         if score is not None:
             site.layer.record.entries[method.key] = score  # another compressor may let entries go before they are shared out
         run.held.setdefault((WAITING, method.key), []).append(site)
-        if site.block.index == max(blocks_of(method, site)):
-            allot(method, run.held.pop((WAITING, method.key)), run.notes.pop(method.key, {}))
         return
     limit(method, site)
 
@@ -109,12 +121,7 @@ def await_recital(method: CacheCompressor, site: Site) -> None:
     """The prompt is compressed once the model has said it again, but what a window drops."""
     if site.run.prefill and not site.run.ledger.start:
         held = site.surgery.model.call.held.setdefault(RECITAL, {})
-        held.setdefault(method.key, (method, []))[1].extend([site] if site.layer.window is None else [])
-
-
-def blocks_of(method: CacheCompressor, site: Site) -> list[int]:
-    """The blocks of a stream that a method acts in."""
-    return [i for i, block in sorted(site.surgery.blocks.items()) if any(m.key == method.key for m in block.plan.acting)]
+        held.setdefault(method.key, (method, []))[1].extend([site] if site.layer.window is None and bool(brings_any(site).any()) else [])
 
 
 def partner(method: CacheCompressor, site: Site) -> TokenCacheLayer | None:
@@ -137,33 +144,6 @@ def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:
 def score_entries(method: CacheCompressor, site: Site) -> Tensor:
     """The score of every entry, -inf where there is none."""
     return among_real(ask(method, site), site)
-
-
-def among_real(score: Tensor, site: Site) -> Tensor:
-    """Scores, -inf where there is no entry."""
-    real = real_entries(site)
-    score = score[:, None].expand_as(real) if score.dim() < real.dim() else score
-    return score.masked_fill(~(real[:, None] if score.dim() > real.dim() else real), -torch.inf)
-
-
-def brought(site: Site, real: Tensor) -> Tensor:
-    """How many tokens each row (b), or head (b k), was given so far, real or inserted, of which these are left."""
-    seen = site.run.seen().view(-1, *[1] * (real.dim() - 2)).expand(real.shape[:-1])
-    fresh = site.layer.fresh
-    if fresh is None:
-        return seen
-    return seen + ((cells(site.layer, fresh) if real.dim() == 3 else fresh) & real).sum(dim=-1)
-
-
-def count_entries(method: CacheCompressor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries that a method decides on, how many these are, and how many tokens there were so far: of each row (b) or head (b k).
-
-    One that drops entries decides on all, whatever their format; one that stores them otherwise on those that are stored as they came.
-    """
-    real, beyond = real_entries(site), site.layer.record.entries.get(BEYOND)
-    real = cells(site.layer, real) & (beyond == 0) if beyond is not None and holds(method) else real
-    lengths, seen = real.sum(dim=-1), brought(site, real_entries(site))
-    return real, lengths, seen if seen.shape == lengths.shape else seen[:, None].expand_as(lengths)
 
 
 def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> None:
@@ -216,6 +196,14 @@ def divide(method: CacheCompressor, site: Site, score: Tensor, budgets: Tensor, 
     return method.divide(cells(site.layer, among_real(score, site)), budgets).minimum(lengths)
 
 
+def allot(method: CacheCompressor, last: Site, waiting: list[Site], notes: dict[int, Tensor]) -> None:
+    """Every block has run: let each keep what it is allotted."""
+    scores = share_among_blocks(method, last, waiting, notes)
+    for site in waiting:
+        note_change(site)
+        limit(method, site, scores.get(site.block.index))
+
+
 def surplus(method: CacheCompressor, site: Site) -> int | None:
     """Entries that each row has beyond its budget, where all rows are alike and each entry is a token as it came; None where not."""
     layer, run = site.layer, site.run
@@ -251,52 +239,12 @@ def drop_entry(method: CacheCompressor, site: Site, gone: Tensor) -> None:
     layer.keep(index + (index >= gone), gone=gone)
 
 
-def spread_budgets(budgets: Tensor, lengths: Tensor) -> Tensor:
-    """Budgets as (b) or (b k), none above what there is: one number for each of `lengths`, or one for each key head."""
-    if budgets.dim() == 1:
-        return budgets.view_as(lengths).minimum(lengths)
-    if lengths.dim() == 1:
-        return budgets.minimum(lengths[:, None])
-    heads = budgets.view(*lengths.shape, -1)  # b k k: what the lengths of each head let every head have
-    return heads.diagonal(dim1=1, dim2=2).minimum(lengths)
-
-
 def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
     """Whether rows have more real entries than they may, or more room than any of them needs; or the method stores those otherwise."""
     if holds(method):
         return True
     more = lengths if lengths.dim() == budgets.dim() else lengths[:, None]
     return bool((budgets < more).any()) or int(lengths.max()) < layer.length
-
-
-def allot(method: CacheCompressor, waiting: list[Site], notes: dict[int, Tensor]) -> None:
-    """Every block has run: share the entries out."""
-    named = {site.block.index: (site, site.layer.record.entries.pop(method.key, None)) for site in waiting}
-    scores = {index: among_real(score, site) for index, (site, score) in named.items() if score is not None}
-    parts = method.at_hand(partial(method.stream_first.allot, scores, notes))
-    for site in waiting:
-        part, (_, lengths, seen) = parts[site.block.index], count_entries(method, site)
-        if not part.is_floating_point():
-            lengths, seen = (t.amax(dim=1) if t.dim() > part.dim() else alike_counts(t, part) for t in (lengths, seen))
-            part = part.minimum(lengths).double() / seen
-        note_change(site)
-        site.layer.record[method.key, SHARES] = part.double().cpu()  # it is read at each token, and a device would have to be waited for
-        limit(method, site, scores.get(site.block.index))
-
-
-def alike_counts(count: Tensor, other: Tensor) -> Tensor:
-    """A number of each row (b), or head (b k), that goes with another one."""
-    return count[:, None] if count.dim() < other.dim() else count
-
-
-def shares_of(method: CacheCompressor, layer: TokenCacheLayer) -> Tensor:
-    """The part of the tokens seen that a layer may hold, (b) on the CPU, as the method allotted it."""
-    return layer.record[method.key, SHARES]
-
-
-def holds(method: CacheCompressor) -> bool:
-    """Whether a method stores the entries beyond the budget in another format."""
-    return type(method).hold is not CacheCompressor.hold
 
 
 def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budgets: Tensor) -> None:

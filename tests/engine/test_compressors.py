@@ -6,11 +6,22 @@ import pytest
 import torch
 from held import COMPRESSORS, ask, decoded, longer, over_what_is_held, texts
 from lots import ALL, lot
+from own import method
 from tolerances import close
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
-from hf_tokens import D2OConfig, MiKVConfig, PrefixKVConfig, RazorAttentionConfig, UnsupportedError, anatomy, get_token_model, list_methods
+from hf_tokens import (
+    D2OConfig,
+    LayerRouter,
+    MiKVConfig,
+    PrefixKVConfig,
+    RazorAttentionConfig,
+    UnsupportedError,
+    anatomy,
+    get_token_model,
+    list_methods,
+)
 from hf_tokens.roles.cache_compressor import CacheCompressor
 from hf_tokens.testing import CACHE, zoo
 
@@ -57,8 +68,8 @@ def test_a_quantized_cache_is_refused_in_one_sentence(name):
 
 
 def counts(cache):
-    """Entries that each layer, row and head holds."""
-    return [layer.there.sum(dim=-1) for layer in cache.layers]
+    """Entries that each layer, row and head holds; of a layer that holds none, of each row."""
+    return [torch.zeros(2) if layer.origins is None else layer.there.sum(dim=-1) for layer in cache.layers]
 
 
 def test_every_compressor_stands_in_the_pairs():
@@ -124,3 +135,32 @@ def test_what_a_compressor_remembers_is_its_own():
     for layer in held.layers:
         first, second = (value for (_, name), value in layer.record.items() if name == "threshold")
         assert not torch.equal(first, second)
+
+
+SHARING = ["prefixkv online", "squeezeattention", "squeezeattention sinks", "d2o", "kvzip"]
+SKIPPED = {  # the blocks that each of two rows leaves out
+    "the last, by all": ((3,), (3,)),
+    "the last, by one": ((), (3,)),
+    "all that are shared among, by one": ((0, 1, 2, 3), ()),
+    "others by each": ((1,), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("skipped", SKIPPED)
+@pytest.mark.parametrize("name", SHARING)
+def test_entries_are_shared_out_among_the_blocks_that_a_row_ran(name, skipped):
+    """By each row as if it were alone, and by a block that the prompt left out not at all."""
+    asked = SKIPPED[skipped]
+
+    def route(self, hidden):
+        return torch.tensor([float(self.dims.layer not in asked[row]) for row in rows]).to(hidden)
+
+    with method(LayerRouter, route=route) as router:
+        model = get_token_model(zoo.build("llama").model, [router(), COMPRESSORS[name]]).eval()
+        rows = (0, 1)
+        together, held = decoded(model)
+        for row in range(2):
+            rows = (row,)
+            alone, its = decoded(model, slice(row, row + 1))
+            close(together[row : row + 1], alone, f"row {row}")
+            assert [int(n[row].sum()) for n in counts(held)] == [int(n[0].sum()) for n in counts(its)]

@@ -1,11 +1,10 @@
 """A loss of what inner blocks return, and of any method: what it is given, when it is called, and which models and ways are refused."""
 
 import copy
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 import torch
+from own import method
 from peft import LoraConfig
 from tolerances import close
 from transformers import Trainer, TrainingArguments
@@ -15,34 +14,16 @@ from hf_tokens import (
     ConfigError,
     LayerRouter,
     LayerSkipConfig,
-    MethodConfig,
     Objective,
     TokenReducer,
     UnsupportedError,
     aux_loss,
     get_token_model,
-    register,
     set_progress,
 )
-from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import probe_config, zoo
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-
-
-@contextmanager
-def method(role, **words):
-    """A config of a method with these words, known for a while."""
-
-    @dataclass(frozen=True)
-    class OwnConfig(MethodConfig):
-        pass
-
-    try:
-        register("own", OwnConfig)(type("Own", (role,), {**words, "__module__": __name__}))
-        yield OwnConfig
-    finally:
-        METHODS.pop("own", None)
 
 
 def peeking(seen):

@@ -149,4 +149,5 @@ def example_of(info):
     """What a handler may read of a method before it stands in a block."""
     cls, last = info.cls, types.SimpleNamespace(is_last_block=True, weights={"/head.weight": ()} if info.cls.site == "model" else {})
     asks = {name for names in cls.words.values() for name in names}
-    return types.SimpleNamespace(site=cls.site, words=cls.words, spans=cls.spans, asks=asks, is_first_block=True, dims=last)
+    more = {"allots": cls.allots, "recites": cls.recites}
+    return types.SimpleNamespace(site=cls.site, words=cls.words, spans=cls.spans, asks=asks, is_first_block=True, dims=last, **more)
