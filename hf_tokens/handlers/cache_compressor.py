@@ -125,11 +125,11 @@ def await_recital(method: CacheCompressor, site: Site) -> None:
 
 
 def partner(method: CacheCompressor, site: Site) -> TokenCacheLayer | None:
-    """The cache of the lower block of the pair of which this is the upper one; None if it is not."""
+    """The cache of the lower block of the pair of which this is the upper one; None if it is not, or no token ran the lower one."""
     layers = [site.run.caches[i] for i in blocks_of(method, site) if i in site.run.caches]
     alike = [layer for layer in layers if layer.window == site.layer.window]
     place = next(i for i, layer in enumerate(alike) if layer is site.layer)
-    return alike[place - 1] if place % 2 else None
+    return alike[place - 1] if place % 2 and alike[place - 1].origins is not None else None
 
 
 def examined_scores(method: CacheCompressor, site: Site) -> Tensor | None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from held import COMPRESSORS, ask, decoded, longer, over_what_is_held, texts
+from held import COMPRESSORS, PADS, ask, decoded, longer, over_what_is_held, texts
 from lots import ALL, lot
 from own import method
 from tolerances import close
@@ -24,6 +24,7 @@ from hf_tokens import (
 )
 from hf_tokens.roles.cache_compressor import CacheCompressor
 from hf_tokens.testing import CACHE, zoo
+from hf_tokens.tokens.entries import cells_of
 
 NEARLY = MiKVConfig(importance=0.3, bits=8)  # entries in another format that are all but what they were
 NAMES = [name for name in COMPRESSORS if name != "squeezeattention sinks"]
@@ -68,8 +69,15 @@ def test_a_quantized_cache_is_refused_in_one_sentence(name):
 
 
 def counts(cache):
-    """Entries that each layer, row and head holds; of a layer that holds none, of each row."""
-    return [torch.zeros(2) if layer.origins is None else layer.there.sum(dim=-1) for layer in cache.layers]
+    """Entries that each layer, row and head holds."""
+    return [layer.there.sum(dim=-1) for layer in cache.layers]
+
+
+def real_entries(cache, row, pads):
+    """How many each layer that has some holds of a row with so many pads in front, by its index."""
+    held = {i: layer for i, layer in enumerate(cache.layers) if layer.origins is not None}
+    counted = {i: int((layer.there & (cells_of(layer.origins, layer.heads) >= pads))[row].sum()) for i, layer in held.items()}
+    return {i: count for i, count in counted.items() if count}
 
 
 def test_every_compressor_stands_in_the_pairs():
@@ -137,19 +145,19 @@ def test_what_a_compressor_remembers_is_its_own():
         assert not torch.equal(first, second)
 
 
-SHARING = ["prefixkv online", "squeezeattention", "squeezeattention sinks", "d2o", "kvzip"]
+ACROSS = ["prefixkv online", "squeezeattention", "squeezeattention sinks", "d2o", "kvzip", "minicache"]  # that look at several blocks
 SKIPPED = {  # the blocks that each of two rows leaves out
     "the last, by all": ((3,), (3,)),
     "the last, by one": ((), (3,)),
-    "all that are shared among, by one": ((0, 1, 2, 3), ()),
+    "all, by one": ((0, 1, 2, 3), ()),
+    "the first and third, by all": ((0, 2), (0, 2)),
     "others by each": ((1,), (2, 3)),
 }
 
 
 @pytest.mark.parametrize("skipped", SKIPPED)
-@pytest.mark.parametrize("name", SHARING)
-def test_entries_are_shared_out_among_the_blocks_that_a_row_ran(name, skipped):
-    """By each row as if it were alone, and by a block that the prompt left out not at all."""
+@pytest.mark.parametrize("name", ACROSS)
+def test_what_is_decided_for_several_blocks_is_so_among_those_that_a_row_ran(name, skipped):
     asked = SKIPPED[skipped]
 
     def route(self, hidden):
@@ -163,4 +171,4 @@ def test_entries_are_shared_out_among_the_blocks_that_a_row_ran(name, skipped):
             rows = (row,)
             alone, its = decoded(model, slice(row, row + 1))
             close(together[row : row + 1], alone, f"row {row}")
-            assert [int(n[row].sum()) for n in counts(held)] == [int(n[0].sum()) for n in counts(its)]
+            assert real_entries(held, row, PADS * row) == real_entries(its, 0, 0)
