@@ -106,6 +106,10 @@ class MethodConfig:
                 raise ConfigError(explain(f"{cls.__name__} takes the knobs that it declares", ", ".join(map(repr, unknown)), remedy))
             return super().__new__(cls)
 
+        def __getattr__(self, name: str) -> Any:
+            rule = f"{type(self).__name__} has the knobs that it declares, and is no config of PEFT's by itself"
+            raise AttributeError(explain(rule, repr(name), "Call `get_token_model`, or give PEFT `HFTokensConfig(methods=[...])`."))
+
     def __post_init__(self):
         for field, hint in self.knobs():
             value = getattr(self, field.name)

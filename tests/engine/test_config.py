@@ -8,6 +8,7 @@ import math
 import pickle
 from dataclasses import dataclass
 
+import peft
 import pytest
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from hf_tokens import ConfigError, HFTokensConfig, MethodConfig, TokenReducer, m
 from hf_tokens.peft.config import plain_form
 from hf_tokens.roles.config import inside, interval, matches
 from hf_tokens.roles.registry import METHODS, method_config, read_card
+from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
 
@@ -190,6 +192,22 @@ def test_what_a_file_of_an_older_version_leaves_unsaid_is_as_it_was(registry):
 @pytest.mark.parametrize("spec", ["probe-drop", {"method": "probe-drop"}, ProbeDropConfig()])
 def test_a_method_may_be_named_in_three_ways(spec):
     assert method_config(spec) == ProbeDropConfig()
+
+
+DOORS_OF_PEFT = {
+    "get_peft_model": lambda model: peft.get_peft_model(model, ProbeDropConfig()),
+    "mixed": lambda model: peft.get_peft_model(model, ProbeDropConfig(), mixed=True),
+    "add_adapter": lambda model: peft.get_peft_model(model, HFTokensConfig(methods=["probe-drop"])).add_adapter("b", ProbeDropConfig()),
+    "inject_adapter_in_model": lambda model: peft.inject_adapter_in_model(ProbeDropConfig(), model),
+}
+
+
+@pytest.mark.parametrize("door", DOORS_OF_PEFT)
+def test_where_a_config_of_peft_s_is_due_a_method_s_says_what_would_be_one(door):
+    with pytest.raises(
+        AttributeError, match=r"is no config of PEFT's by itself, got '\w+'\. Call `get_token_model`, or give PEFT `HFTokensC"
+    ):
+        DOORS_OF_PEFT[door](zoo.build("llama").model)
 
 
 @pytest.mark.parametrize("spec", [3, None, {"name": "probe-drop"}, ["probe-drop"]])
