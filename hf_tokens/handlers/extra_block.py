@@ -56,13 +56,12 @@ class ExtraBlock:
 
 
 def check_copied(module: nn.Module, path: str) -> None:
-    """Refuse a block with an adapter in it, or with weights that are packed."""
+    """Refuse a block with an adapter in it."""
     adapted = sorted({type(part).__name__ for part in module.modules() if isinstance(part, BaseTunerLayer)})
-    packed = sorted({str(p.dtype) for p in module.parameters() if not p.is_floating_point()})
-    if adapted or packed:
-        rule = "An objective's own blocks begin as copies of one that has no adapter and no packed weights"
+    if adapted:
+        rule = "An objective's own blocks begin as copies of one that has no adapter"
         remedy = "Stack both in one adapter, the objective first; or choose a setting that needs no block."
-        raise UnsupportedError(explain(rule, f"{', '.join(adapted or packed)} at {path}", remedy))
+        raise UnsupportedError(explain(rule, f"{', '.join(adapted)} at {path}", remedy))
 
 
 def note_call(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict) -> None:

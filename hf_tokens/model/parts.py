@@ -224,9 +224,9 @@ def outside_weights(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, 
 
 
 def check_plain(weight: nn.Parameter, path: str) -> None:
-    """Refuse a weight that no sum of tensors can stand in for."""
+    """Refuse a weight that no other tensor can stand in for."""
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        rule, got = "A weight that is edited is a plain floating-point parameter", f"{type(weight).__name__} of {weight.dtype}"
+        rule, got = "A weight that is edited or copied is a plain floating-point parameter", f"{type(weight).__name__} of {weight.dtype}"
         raise UnsupportedError(explain(rule, f"{got} at {path}", "Load the model without quantisation."))
 
 

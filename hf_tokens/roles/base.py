@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from ..errors import ConfigError, UnsupportedError, explain
 from ..model.changes import FittedChange
+from ..model.parts import check_plain
 from ..model.shards import gathered
 from .config import MethodConfig
 from .signals import JUDGES, OF_A_WORD, SIGNALS
@@ -43,7 +44,14 @@ class Dims:
     change: FittedChange | None = None  # how its output changes by what it computes first, where that was fitted
 
     def copy_block(self) -> dict[str, Tensor]:
-        """The weights of the stream's last block but one, by name: those that a block like it starts from."""
+        """The weights of the stream's last block but one, by name: those that a block like it starts from.
+
+        Raises:
+            UnsupportedError: One is packed, by a quantisation.
+        """
+        for block in self.block:
+            for name, p in block.named_parameters():
+                check_plain(p, f"{type(block).__name__}.{name}")
         return {name: p.detach().clone() for block in self.block for name, p in block.named_parameters()}
 
     @torch.no_grad()

@@ -154,9 +154,18 @@ def test_heads_of_decoder_layers_in_a_whole_model(depth, stack):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT names each further adapter
 def test_a_block_with_an_adapter_in_it_is_no_start_for_heads():
     base = inject_adapter_in_model(LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True), by_hand.gpt2(3))
-    with pytest.raises(UnsupportedError, match="copies of one that has no adapter and no packed weights, got Linear at .*h.1. Stack both"):
+    with pytest.raises(UnsupportedError, match="copies of one that has no adapter, got Linear at .*h.1. Stack both"):
         get_token_model(base, CAFTConfig(), adapter_name="heads")
     get_token_model(base, CAFTConfig(layer="linear"), adapter_name="heads")
+
+
+def test_a_block_of_packed_weights_is_no_start_for_heads():
+    base = by_hand.gpt2(3)
+    packed = base.transformer.h[1].mlp.c_fc
+    packed.weight = torch.nn.Parameter(torch.zeros(packed.weight.shape, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedError, match=r"or copied is a plain .*, got Parameter of torch.int8 at GPT2Block.mlp.c_fc.weight. Load"):
+        get_token_model(base, CAFTConfig())
+    get_token_model(base, CAFTConfig(layer="linear"))
 
 
 def test_no_head_tells_a_token_of_another_packed_sample():
