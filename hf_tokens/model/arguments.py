@@ -16,7 +16,7 @@ from ..tokens.token_map import take
 
 # Arguments that belong to another sequence, to a sample, or to a step, never to the tokens of this stream.
 FOREIGN = re.compile(
-    r"^(encoder_hidden|timestep|class_labels|added_cond|pooled|guidance|layer_head_mask|past|cache|use_cache|output_|state$|lang_ids|t_cond|"
+    r"^(encoder_hidden|timestep|labels$|class_labels|added_cond|pooled|guidance|layer_head_mask|past|cache|use_cache|output_|state$|lang_ids|t_cond|"
     r"embedded_timestep|spatial_shapes|level_start|valid_ratios|rel_embeddings|global_hidden|text_(feat|embed|att|self|pos|enc)|image_hidden|"
     r"visual(_feats)?$|vision_(encoder|features)|(ca_|temb_ca_|temb_)?audio_(enc|hidden|rotary|scale|gate)|temb_audio)"
 )

@@ -71,6 +71,12 @@ def test_gradients_reach_the_adapter_and_not_the_base(pair):
     assert not [name for name in base_parameters(model) if grads[name] is not None]
 
 
+@pytest.mark.drawn
+def test_gradients_are_finite_far_from_the_start(pair):
+    model = pair.attach(config=pair.config, train=True, size=3.0)
+    assert all(grad.isfinite().all() for grad in gradients(pair, model).values() if grad is not None)
+
+
 def test_gradients_reach_a_whole_stack(pair):
     start = {"stirred": False} if pair.info.role == "Objective" else {}  # far from its start a preference is settled
     model = pair.stack(lora(pair.streams()[0]), config=pair.config, train=True, **start)

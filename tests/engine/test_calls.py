@@ -290,3 +290,10 @@ def test_an_attention_that_takes_nothing_but_a_full_mask_gets_one():
     for i in range(2):
         alone = zoo.tensors(model(**{name: value[i : i + 1] for name, value in specimen.inputs.items()}))
         close(together[0][i : i + 1], alone[0])
+
+
+def test_labels_are_no_argument_over_the_tokens_of_a_tower():
+    """A contrastive model hands them on to the blocks of both, and its texts may be as long as its pictures have patches."""
+    specimen = zoo.build("clip")
+    get_token_model(specimen.model, DeepPromptConfig())
+    all_close(specimen.run(labels=specimen.inputs["input_ids"]), specimen.run())

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hf_tokens_adapters.pooler import fdt
+from tolerances import close
 from transformers import CLIPConfig, CLIPModel
 
 from hf_tokens import FDT, Dims, FDTConfig, get_token_model, load
@@ -101,3 +103,9 @@ def test_both_towers_share_one_codebook(tmp_path):
     model.save_pretrained(tmp_path)
     again = load(tmp_path, build())
     assert torch.equal(again(**inputs).logits_per_image, model.eval()(**inputs).logits_per_image)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e9])
+def test_weights_add_up_to_one_however_large_the_scores_are(size):
+    scores = size * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    close(fdt.sparsemax(scores).sum(dim=1), torch.ones(3))

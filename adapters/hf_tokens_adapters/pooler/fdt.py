@@ -45,6 +45,7 @@ class FDTConfig(MethodConfig):
 
 def sparsemax(z: Tensor) -> Tensor:
     """The nearest point of the simplex, (b c)."""
+    z = z - z.amax(dim=-1, keepdim=True)  # the same point, and a 1 is not lost beside large scores
     order = z.sort(dim=-1, descending=True).values
     total, count = order.cumsum(dim=-1), torch.arange(1, z.shape[-1] + 1, device=z.device)
     support = (1 + count * order > total).sum(dim=-1, keepdim=True)

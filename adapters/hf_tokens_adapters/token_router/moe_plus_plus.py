@@ -87,12 +87,11 @@ class MoEPlusPlus(TokenRouter):
         if c.residual and before is not None:
             scores = scores + linear(before, self.residual.to(wide))
         memory.tokens[self.key] = scores
-        chance = scores.softmax(dim=-1)
         taken = self.highest(scores)
         if self.training and torch.is_grad_enabled():
-            self.balance(chance, taken, mask)
-        gate = self.gates(chance, taken)
-        first = gate[..., 0] / self.gates(tilt.softmax(dim=-1), self.highest(tilt))[..., 0]
+            self.balance(scores.softmax(dim=-1), taken, mask)
+        gate = self.gates(scores, taken)
+        first = gate[..., 0] / self.gates(tilt, self.highest(tilt))[..., 0]
         return first.to(hidden.dtype), self.others(hidden.to(wide), gate[..., 1 + c.zeros :]).to(hidden.dtype) if speaking else None
 
     def highest(self, scores: Tensor) -> Tensor:
@@ -100,14 +99,14 @@ class MoEPlusPlus(TokenRouter):
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.config.top_k]
         return torch.zeros_like(scores).scatter(-1, best, 1)
 
-    def gates(self, chance: Tensor, taken: Tensor) -> Tensor:
+    def gates(self, scores: Tensor, taken: Tensor) -> Tensor:
         """What each of the experts that a token takes counts, (b m n)."""
-        gate, zeros = chance * taken, self.config.zeros
         if self.config.gate == "paper":
-            return gate
-        gate = torch.cat([gate[..., :1], torch.zeros_like(gate[..., 1 : 1 + zeros]), gate[..., 1 + zeros :]], dim=-1)
-        total = gate.sum(dim=-1, keepdim=True)
-        return gate / torch.where(total > 0, total, 1)
+            return scores.softmax(dim=-1) * taken
+        speaks = torch.cat(
+            [taken[..., :1], torch.zeros_like(taken[..., 1 : 1 + self.config.zeros]), taken[..., 1 + self.config.zeros :]], dim=-1
+        )
+        return torch.where(speaks > 0, scores, torch.finfo(scores.dtype).min).softmax(dim=-1) * speaks
 
     def others(self, x: Tensor, gate: Tensor) -> Tensor:
         """What copies and constants give, (b m d)."""
