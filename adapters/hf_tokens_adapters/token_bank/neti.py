@@ -88,7 +88,8 @@ class NeTI(TokenBank):
         """The positional encoding of timesteps and blocks, (b 2) to (b 2 f)."""
         wide = torch.promote_types(self.frequency.dtype, torch.float32)  # half precision does not tell 999 from 1000
         angle = places.to(wide) @ self.frequency.to(wide).mT
-        return F.normalize(torch.cat([angle.sin(), angle.cos()], dim=-1), dim=-1).to(self.mapper[0].weight.dtype)
+        dtype = self.mapper[2].weight.dtype  # a norm's: a linear layer may be stored in another one than it computes in
+        return F.normalize(torch.cat([angle.sin(), angle.cos()], dim=-1), dim=-1).to(dtype)
 
     def units(self, hidden: Tensor) -> Tensor:
         """The hidden units (b h) without those that are dropped or truncated: the first ones come to matter most."""
