@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model import families, pipelines
+from ..model.classes import class_name
 from .guidance import calling, owner
 
 
@@ -60,7 +61,7 @@ def find_tick(scheduler: Any, timestep: float) -> Tick | None:
     if not len(at):
         return None
     begin = (scheduler.begin_index or 0) if "begin_index" in dir(type(scheduler)) else None
-    if families.LOGARITHMS.search(type(scheduler).__name__):
+    if families.LOGARITHMS.search(class_name(scheduler)):
         sigma = float(scheduler.sigmas[int(at[0, 0])])
         return Tick(table, id(scheduler), int(at[0, 0]), 1000 * sigma / (sigma + scheduler.config.sigma_data), None, begin)
     levels = [level_of(scheduler, value) for value in (timestep, float(values[0]), float(values[-1]), float(values[begin or 0]))]
@@ -77,7 +78,7 @@ def same_table(one: Tick, clock: int | None, table: Tensor | None) -> bool:
 def level_of(scheduler: Any, timestep: float) -> float | None:
     """A timestep of a scheduler on a schedule of 1000, 1000 at pure noise; None where it counts in units of its own."""
     config = scheduler.config
-    if not families.SCHEDULERS.search(type(scheduler).__name__) or config.get("timestep_type", "discrete") != "discrete":
+    if not families.SCHEDULERS.search(class_name(scheduler)) or config.get("timestep_type", "discrete") != "discrete":
         return None
     level = 1000 * timestep / config.num_train_timesteps
     return 1000 - level if config.get("invert_sigmas", False) else level

@@ -19,6 +19,7 @@ from ..engine.model import ModelSurgery
 from ..engine.results import World
 from ..errors import UnsupportedError, explain
 from ..model import families
+from ..model.classes import class_name
 from ..model.pictures import over_tokens
 from ..model.pipelines import ALONE
 from ..model.signatures import bound_arguments, positional
@@ -134,7 +135,7 @@ class DenoisingWorld(World):
         name = next((name for name in families.TIMESTEPS if name in arguments), families.TIMESTEPS[0])
         context, timestep, sample = self.hook.manager._context, arguments.get(name), arguments.get(self.names[0])
         counted, now = context is not None and context.step_index is not None, tick()
-        value = 0.0 if timestep is None else falling(type(self.model).__name__, torch.as_tensor(timestep))
+        value = 0.0 if timestep is None else falling(class_name(self.model), torch.as_tensor(timestep))
         self.step("default" if context is None else context.name, context.step_index if counted else None, now, value)
         self.refuse_single(model)
         self.sample, self.halved = sample if isinstance(sample, Tensor) else None, None
@@ -194,7 +195,7 @@ class DenoisingWorld(World):
         if timestep is None or not isinstance(sample, Tensor):
             return None
         shares = now is not None and now.shares
-        levels = own_level(type(self.model).__name__, torch.as_tensor(timestep, device=sample.device).float(), shares)
+        levels = own_level(class_name(self.model), torch.as_tensor(timestep, device=sample.device).float(), shares)
         if now is not None and now.level is None and not shares:
             return None
         if now is not None and not shares and (levels is None or not agree(levels, now.level)):

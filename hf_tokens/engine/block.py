@@ -15,6 +15,7 @@ from ..attention.tap import TAPPED_PREFIX
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.blocks import BlockFacts, borrows_keys, layer_index
+from ..model.classes import class_name
 from ..roles.base import Method
 from ..roles.signals import TURNED
 from .context import State
@@ -212,7 +213,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
     @property
     def additive_mask(self) -> bool:
         """Whether the block's backend adds its mask to the scores."""
-        if families.BOOL_MASKS.search(type(self.module).__name__):
+        if families.BOOL_MASKS.search(class_name(self.module)):
             return False
         config = self.surgery.stream.config
         backend = config._attn_implementation if "_attn_implementation_internal" in vars(config or object) else None

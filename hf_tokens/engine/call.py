@@ -17,6 +17,7 @@ from ..kv.static import FrontedLayer
 from ..model import families
 from ..model.arguments import SEGMENTS, cut_mask, realign
 from ..model.blocks import BIAS, CROSS_BIAS, BlockFacts, mask_name, passed_on
+from ..model.classes import class_name
 from ..model.parts import qualified_name
 from ..model.signatures import positional
 from ..model.streams import LAYOUTS, PACKED, Stream, axes, rebuilt
@@ -45,7 +46,7 @@ class BlockCall:
         self.hidden: Tensor = LAYOUTS[self.layout][0](raw)
         context = stream.context_index(index)
         self.context = 0 if stream.causal else self._length("encoder_hidden_states" if context is None else context.name)
-        self.behind = bool(families.CONTEXT_BEHIND.search(type(block).__name__))
+        self.behind = bool(families.CONTEXT_BEHIND.search(class_name(block)))
 
     @property
     def where(self) -> str:
@@ -91,7 +92,7 @@ class BlockCall:
         self._refuse_counting()
         self._refuse_filler(ledger)
         self._spell_out_bias(ledger)
-        whole_names = (self.hidden_name, families.INDEXED.get(type(self.block).__name__))
+        whole_names = (self.hidden_name, families.INDEXED.get(class_name(self.block)))
         kept = moved.keys() | {name for name, value in self.arguments.items() if name in whole_names or self.facts.is_foreign(name, value)}
         cut = {name: value if name in kept else realign(ledger, name, value, stored) for name, value in self.arguments.items()}
         cut |= {**moved, self.hidden_name: original}

@@ -14,6 +14,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..kv.layer import TokenCacheLayer
 from ..model import families
+from ..model.classes import class_name
 from .handler import handler_of
 from .hooks import BoundForward
 from .tap import taps
@@ -73,7 +74,7 @@ class RowsOfDocuments(BoundForward):
 def stand_before(model: ModelSurgery) -> list[BoundForward]:
     """What stands before the methods of a model that generates."""
     bound: list[BoundForward] = [CheckedBeginning(model, name, check) for name, check in BEGINNINGS]
-    name = type(model.base).__name__
+    name = class_name(model.base)
     bound += [RowsOfCache(model)] if families.ROWS_OF_CACHE[0].search(name) else []
     return bound + ([RowsOfDocuments(model)] if families.ROWS_OF_DOCUMENTS.search(name) else [])
 
@@ -131,7 +132,7 @@ def refuse_own_caches(model: ModelSurgery, generation_config: GenerationConfig) 
     cached = [surgery for surgery in model.streams if any(block.layer_idx is not None for block in surgery.blocks.values())]
     methods = [m for surgery in cached for m in surgery.methods() if m.moves_tokens and m.config != m.config.at_zero()]
     moving = sorted({type(method).__name__ for method in methods})
-    if moving and generation_config.use_cache and families.OWN_CACHES.search(type(model.base).__name__):
+    if moving and generation_config.use_cache and families.OWN_CACHES.search(class_name(model.base)):
         rule = f"{', '.join(moving)} must act where a cache holds a key of each token of a block, and the masks lie over them"
         raise UnsupportedError(explain(rule, type(model.base).__name__, "Pass `use_cache=False` to `generate`, or choose another model."))
 

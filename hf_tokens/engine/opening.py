@@ -12,6 +12,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model import families
 from ..model.arguments import find_padding, find_segments, find_views, token_masks
+from ..model.classes import class_name
 from ..model.signatures import STATES
 from ..model.streams import TOKENS_FIRST
 from ..roles.base import Method
@@ -87,7 +88,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     facts = dict(context=call.context, behind=call.behind, prefix=surgery.prefix, additive=block.additive_mask, heads=surgery.stream.heads)
     facts["laid_over_heads"] = block.facts.laid_over_heads
     facts["tokens_first"] = surgery.stream.layout == TOKENS_FIRST
-    facts["rotary_of_heads"] = families.ROTARY_OF_HEADS.search(type(block.module).__name__) is not None
+    facts["rotary_of_heads"] = families.ROTARY_OF_HEADS.search(class_name(block.module)) is not None
     ledger = TokenLedger.open(call.hidden, start, surgery.stream.causal and not plan.sees_all, **facts)
     whole = torch.compiler.is_compiling() and context.pictures_alone  # a mask is made there in any case
     real, first = (None, None) if whole else find_padding(call.arguments, ledger, context.gives_mask)

@@ -16,6 +16,7 @@ from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model import families
 from ..model.arguments import shown_by, token_masks
+from ..model.classes import class_name
 from ..roles.base import Method
 from ..roles.signals import SCORED, TAPPED
 from ..tokens.altered import altered
@@ -93,7 +94,7 @@ class AttentionTap:
         if returned is not None:
             pairs = zip((call.k, call.v), returned, strict=True)
             self.same_keys, self.same_values = (read_alike(states, cached) for states, cached in pairs)
-            self.same_values &= not families.MIXES_HEADS.search(type(self.block.attention).__name__)
+            self.same_values &= not families.MIXES_HEADS.search(class_name(self.block.attention))
         mask = site.mask if call.mask is None else call.mask
         bias = call.bias if site.bias is None else site.bias
         n, p = call.k.shape[2], self.readers

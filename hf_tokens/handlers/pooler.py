@@ -24,6 +24,7 @@ from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.callers import callers
+from ..model.classes import class_name
 from ..model.streams import LAYOUTS
 from ..roles.pooler import Pooler
 from ..tokens.altered import altered
@@ -129,7 +130,7 @@ def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:
 
 def shorten_output(method: Pooler, site: Site, output: Any) -> Any:
     """The model's output, with what a pooler makes of its tokens in the place of `last_hidden_state`, or of a retriever's vectors."""
-    late = families.LATE_INTERACTION.search(type(site.surgery.model.base).__name__)
+    late = families.LATE_INTERACTION.search(class_name(site.surgery.model.base))
     at, ledger = (families.VECTORS if late else "last_hidden_state") if isinstance(output, dict) else 0, site.run.ledger
     whole = output.get(at) if isinstance(output, dict) else output[at] if isinstance(output, tuple) else None
     if not isinstance(whole, Tensor) or whole.dim() != 3 or whole.shape[:2] != (ledger.batch, ledger.n):

@@ -18,6 +18,7 @@ from ..engine.results import ModelCall, Replays, in_backward
 from ..engine.trial import run_or_refuse
 from ..errors import UnsupportedError, explain
 from ..model import families
+from ..model.classes import class_name
 from ..model.pipelines import SHARED_CACHES, their_caches
 from ..model.signatures import positional
 from ..model.streams import PROMPT
@@ -347,7 +348,7 @@ def narrow_argument(name: str, value: Any, context: Tensor, keep: Tensor, n: int
         return value.index_select(-1, keep)
     if families.SHARED_TABLES.search(name) and value.dim() == 2 and len(value) in (total, total + n):
         picture = torch.arange(n, device=keep.device)
-        behind = families.CONTEXT_BEHIND.search(type(block.module).__name__)
+        behind = families.CONTEXT_BEHIND.search(class_name(block.module))
         return value[keep if len(value) == total else torch.cat([picture, keep + n] if behind else [keep, picture + total])]
     return value
 

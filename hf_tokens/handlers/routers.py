@@ -17,6 +17,7 @@ from ..engine.run import Site
 from ..engine.supply import ask
 from ..errors import UnsupportedError, explain
 from ..model import families
+from ..model.classes import class_name
 from ..model.signatures import bound_arguments
 from ..roles.routers import LayerRouter, ModelRouter, TokenRouter
 
@@ -77,7 +78,7 @@ class RoutedMlp(BoundForward):
     def __init__(self, block: BlockSurgery, module: nn.Module):
         mixes = any(max(m.kernel_size) > 1 for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
         layout = block.surgery.stream.layout
-        if mixes or families.MIXING_MLPS.search(type(module).__name__) or layout != "b n d":
+        if mixes or families.MIXING_MLPS.search(class_name(module)) or layout != "b n d":
             rule = "A router of an MLP needs one that computes each token from itself alone, and tokens that lie as 'b n d'"
             got = f"{type(module).__name__} at {block.path}, with {layout!r}"
             raise UnsupportedError(explain(rule, got, "Choose other layers or another model."))

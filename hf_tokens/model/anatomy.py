@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from . import families
+from .classes import class_name, known_class
 from .parts import CONTAINERS, OWN, all_attentions, attentions, children_of, is_attention, is_norm, mixer_of, path_of, qualified_name
 from .pipelines import apart, denoisers
 from .signatures import parameters
@@ -46,7 +48,7 @@ def unwrap(model: Any) -> nn.Module:
     """The Transformers or Diffusers model inside a PeftModel or a Diffusers pipeline; any other module is returned as it is."""
     peft, diffusers = sys.modules.get("peft"), sys.modules.get("diffusers")
     if diffusers is not None and isinstance(model, diffusers.DiffusionPipeline):
-        found = denoisers(type(model).__name__, model.components)
+        found = denoisers(class_name(model), model.components)
         if not found:
             raise UnsupportedError(
                 f"A pipeline must hold a `transformer` or a `unet`. {type(model).__name__} holds {sorted(model.components)}. "
@@ -71,13 +73,13 @@ def prompt_width(model: nn.Module) -> int | None:
     """Features of the prompt, of any length, that a denoiser is given; None for one that is given none, and for another model."""
     if "diffusers" not in sys.modules or not isinstance(model, sys.modules["diffusers"].ModelMixin):
         return None
-    takes = PROMPT in parameters(type(model)) and not families.FIXED_PROMPT.search(type(model).__name__)
+    takes = PROMPT in parameters(type(model)) and not families.FIXED_PROMPT.search(class_name(model))
     return _number(_config(model), "prompt") if takes else None
 
 
 def image_tokens(model: nn.Module) -> list[int]:
     """The ids that stand for pictures and videos in a model's text; none if it reads text alone, or pictures beside its text."""
-    if families.READS_ACROSS.search(type(model).__name__):
+    if families.READS_ACROSS.search(class_name(model)):
         return []
     config = vars(_config(model) or object)
     return [config[name] for name in families.IMAGE_TOKENS if isinstance(config.get(name), int)]
@@ -119,9 +121,9 @@ def _is_layer(item: nn.Module) -> bool:
 
 def _has_own_attention(item: nn.Module) -> bool:
     """Whether an item attends by itself: it is no bare attention, and not all it attends with sits in lists of blocks inside of it."""
-    if isinstance(item, CONTAINERS) or families.NOT_BLOCK.search(type(item).__name__):
+    if isinstance(item, CONTAINERS) or families.NOT_BLOCK.search(class_name(item)):
         return False
-    if is_attention(type(item)) and not any(families.NORM.search(type(child).__name__) for child in item.children()):
+    if is_attention(type(item)) and not any(families.NORM.search(class_name(child)) for child in item.children()):
         return False
     nested = [path for path, _ in _block_lists(item, "")]
     return any(not any(path.startswith(f"{inner}.") for inner in nested) for path, _ in all_attentions(item))
@@ -136,7 +138,7 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
         attending = next(module for block in blocks for _, module in all_attentions(block))
     config = next((_config(module) for _, module in reversed(line) if _config(module) is not None), None)
     width = _width(attending) or _number(config, "width")
-    if families.CONCATENATES.search(type(attending).__name__):
+    if families.CONCATENATES.search(class_name(attending)):
         width //= 2
     heads = _number(attending, "heads") or _number(config, "heads") or 1
     head_dim = _number(attending, "head_dim") or width // heads
@@ -155,11 +157,11 @@ def _stream(model: nn.Module, path: str, items: dict[str, nn.Module]) -> dict[st
 
 def _final_norm(model: nn.Module, line: list[tuple[str, nn.Module]]) -> nn.Module | None:
     """The norm that takes the whole sequence behind the blocks: of the nearest module around them that has one, inside the base model."""
-    base = model.base_model if _is_transformers(model) and not type(model).__name__.endswith("Model") else model
+    base = model.base_model if _is_transformers(model) and not class_name(model).endswith("Model") else model
     for (_, parent), (path, _child) in zip(reversed(line[:-1]), reversed(line), strict=False):
         if isinstance(parent, CONTAINERS):
             continue
-        if families.POOLED_NORM.search(type(parent).__name__):
+        if families.POOLED_NORM.search(class_name(parent)):
             return None
         names = [name for name, _ in children_of(parent)]
         at = names.index(path.rpartition(".")[2])
@@ -195,12 +197,12 @@ def _kind(model: nn.Module, line: list[tuple[str, nn.Module]]) -> str:
         return "denoiser" if "diffusers" in sys.modules and isinstance(model, sys.modules["diffusers"].ModelMixin) else "other"
     for path, module in reversed(line[1:]):
         for kind, pattern in families.KINDS:
-            if pattern.search(path.rpartition(".")[2]) or pattern.search(type(module).__name__):
+            if pattern.search(path.rpartition(".")[2]) or pattern.search(class_name(module)):
                 return kind
     nearest = next(module for _, module in reversed(line) if _is_transformers(module))
     if _main_input(nearest) in parameters(type(nearest)):
         return families.MAIN_INPUTS.get(_main_input(nearest), "other")
-    kinds = (kind for kind, pattern in families.KINDS if pattern.search(type(nearest).__name__))
+    kinds = (kind for kind, pattern in families.KINDS if pattern.search(class_name(nearest)))
     return next(kinds, families.MAIN_INPUTS.get(_main_input(model), "other"))
 
 
@@ -212,7 +214,7 @@ def _main_input(model: Any) -> str:
 def _name(kind: str, line: list[tuple[str, nn.Module]], config: Any, root: Any) -> str:
     if getattr(config, "is_encoder_decoder", False) or getattr(root, "is_encoder_decoder", False):
         for path, module in line:  # the outermost wins: the layers of a BERT that decodes are called `encoder`
-            words = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
+            words = f"{path.rpartition('.')[2]} {class_name(module)}".lower()
             for name in ("decoder", "encoder"):
                 if name in words.replace("encoderdecoder", ""):
                     return name
@@ -242,7 +244,8 @@ def _layout(cls: type[nn.Module]) -> str:
 
 @cache
 def _mask_functions(cls: type[nn.Module]) -> frozenset[str]:
-    bodies = [inspect.unwrap(f) for f in vars(cls).values() if inspect.isfunction(f)]
+    own = itertools.takewhile(lambda c: c is not known_class(cls), cls.__mro__)  # of somebody's own class, in front of the library's
+    bodies = [inspect.unwrap(f) for c in (*own, known_class(cls)) for f in vars(c).values() if inspect.isfunction(f)]
     return frozenset(name for body in bodies for name in body.__code__.co_names if name in families.CAUSAL_MASKS + families.OPEN_MASKS)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import families
 from .arguments import BETWEEN, CROSS, HIDES, OF_TOKENS
+from .classes import class_name
 from .parts import attentions, checks_mask, mixer_of
 from .signatures import bound_arguments, parameters, read_once
 
@@ -20,7 +21,7 @@ BIAS, CROSS_BIAS = "position_bias", "encoder_decoder_position_bias"  # T5's firs
 
 def counts_tokens(block: nn.Module) -> tuple[bool, bool]:
     """Whether a block counts its tokens by itself: whatever it is given, and where it is not given their places."""
-    names = [word for name, module in block.named_modules() for word in (name, type(module).__name__)]
+    names = [word for name, module in block.named_modules() for word in (name, class_name(module))]
     return tuple(any(pattern.search(name) for name in names) for pattern in (families.COUNTS, families.TABLES))
 
 
@@ -70,10 +71,10 @@ class BlockFacts:
     @classmethod
     def of(cls, block: nn.Module) -> BlockFacts:
         """Those of a block."""
-        foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(type(block).__name__))
+        foreign = tuple((names, axes) for classes, names, axes in families.FOREIGN_OF if classes.search(class_name(block)))
         slots = several_slots(block), moves_slots(block)
         full_mask = any(checks_mask(type(attention)) for attention in attentions(block))
-        laid_over_heads = bool(families.LAID_OVER_HEADS.search(type(block).__name__))
+        laid_over_heads = bool(families.LAID_OVER_HEADS.search(class_name(block)))
         return cls(counts_tokens(block), mixes_more(block), bias_maker(block), hands_on(block), *slots, full_mask, laid_over_heads, foreign)
 
     def is_foreign(self, name: str, value: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .classes import class_name
+
 
 @dataclass(frozen=True)
 class FittedChange:
@@ -68,5 +70,5 @@ CHANGES: dict[str, Callable[[Any], FittedChange | None]] = {
 
 def change_of(model: nn.Module) -> FittedChange | None:
     """What was fitted for a denoiser; None where nothing is known."""
-    row = CHANGES.get(type(model).__name__)
+    row = CHANGES.get(class_name(model))
     return None if row is None else row(model.config)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError, explain
+from .classes import class_name
 
 FINAL_NORM = "final_layer_norm"  # behind the last block of a text tower of CLIP
 POOLED = ("added_cond_kwargs", "text_embeds")  # the argument of a denoiser, and the name in it, of what an encoder pooled
@@ -40,7 +41,7 @@ ENCODERS: dict[str, Rows] = {
 
 def encoders_of(pipeline: Any) -> list[tuple[EncoderRow, nn.Module, Any]]:
     """The text encoders of a pipeline with their tokenizers; refused where no row tells them, or one of them is not there."""
-    name, rule = type(pipeline).__name__, "Which text encoders make a pipeline's prompt is told by a row of data"
+    name, rule = class_name(pipeline), "Which text encoders make a pipeline's prompt is told by a row of data"
     if name not in ENCODERS:
         remedy = f"There is one for {', '.join(ENCODERS)}. Leave out `word`: the tokens then stand behind the encoded prompt."
         raise UnsupportedError(explain(rule, name, remedy))

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import UnsupportedError, explain
 from . import families
+from .classes import class_name, known_class
 from .signatures import forward_tree, parameters
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -36,7 +37,7 @@ def is_cross(path: str, module: nn.Module) -> bool:
     known = getattr(module, "is_cross_attention", None)
     if isinstance(known, bool):
         return known
-    return bool(families.CROSS_PATH.search(path) or families.CROSS_CLASS.search(type(module).__name__))
+    return bool(families.CROSS_PATH.search(path) or families.CROSS_CLASS.search(class_name(module)))
 
 
 def all_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -54,7 +55,8 @@ def all_attentions(block: nn.Module) -> list[tuple[str, nn.Module]]:
 @cache
 def is_attention(cls: type[nn.Module]) -> bool:
     """Whether a class is an attention, by its source or its name."""
-    named = families.ATTENTION.search(cls.__name__) and not families.NOT_ATTENTION.search(cls.__name__)
+    name = known_class(cls).__name__
+    named = families.ATTENTION.search(name) and not families.NOT_ATTENTION.search(name)
     return calls_interface(cls) or bool(named)
 
 
@@ -79,7 +81,7 @@ def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module, or what `modules_to_save` has put a copy beside, is a norm."""
     module = vars(module)["_modules"].get("original_module") or module
-    return bool(families.NORM.search(type(module).__name__)) and not isinstance(module, CONTAINERS)
+    return bool(families.NORM.search(class_name(module))) and not isinstance(module, CONTAINERS)
 
 
 def mixer_of(block: nn.Module) -> str:
@@ -89,7 +91,8 @@ def mixer_of(block: nn.Module) -> str:
 
 
 def qualified_name(cls: type) -> str:
-    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+    known = known_class(cls)
+    return f"{known.__module__.rpartition('.')[2]}.{known.__name__}"
 
 
 def mlp_and_norm(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

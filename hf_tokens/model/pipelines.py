@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import UnsupportedError, explain
 from . import families
+from .classes import class_name
 from .signatures import parameters
 
 # -- which components denoise ------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def denoises(name: str, component: Any) -> bool:
     """Whether a component of a pipeline denoises: by its name, or as a model that takes a timestep."""
     if component is None or name in (*SURGICAL, *SECOND):
         return component is not None
-    model = isinstance(component, sys.modules["diffusers"].ModelMixin) and not BESIDE_DENOISER.search(type(component).__name__)
+    model = isinstance(component, sys.modules["diffusers"].ModelMixin) and not BESIDE_DENOISER.search(class_name(component))
     return model and not set(families.TIMESTEPS).isdisjoint(parameters(type(component)))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError, explain
+from .classes import known_class
 
 Read = TypeVar("Read")
 
@@ -108,12 +109,12 @@ def context_index(cls: type[nn.Module]) -> HiddenIndex | None:
 
 def _registered(cls: type[nn.Module]) -> Any:
     """Diffusers' own note on a block class: which argument and which result are its hidden states."""
-    if "diffusers" not in sys.modules or not cls.__module__.startswith("diffusers."):
+    if "diffusers" not in sys.modules or not known_class(cls).__module__.startswith("diffusers."):
         return None
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     TransformerBlockRegistry._register()
-    return TransformerBlockRegistry._registry.get(cls)
+    return TransformerBlockRegistry._registry.get(known_class(cls))
 
 
 def forward_tree(cls: type[nn.Module]) -> ast.Module | None:

@@ -15,6 +15,7 @@ from ..handlers.weight_edit import reaches_outside
 from ..model import families
 from ..model.anatomy import pictured_stream, prompt_width
 from ..model.blocks import layer_index, several_slots
+from ..model.classes import class_name
 from ..model.parts import OUTSIDE, WEIGHT_SITES, block_weights, check_plain, check_weights, cross_attentions, outside_weights
 from ..model.pictures import block_that_is_read, forms_grids
 from ..model.pipelines import their_caches
@@ -118,7 +119,7 @@ def before_head(streams: list[Stream], info: MethodInfo, base: Anatomy) -> list[
     """The stream among these that the model's head reads: the last that is called."""
     chosen = [stream for stream in streams if stream is base.streams[-1]]
     each = issubclass(info.cls, TokenScorer)
-    if not chosen or head_outputs(base) is None or each and not families.CLASSIFIES_EACH.search(type(base.model).__name__):
+    if not chosen or head_outputs(base) is None or each and not families.CLASSIFIES_EACH.search(class_name(base.model)):
         rule = f"Method {info.name!r} needs a linear head{' that classifies tokens' * each} behind {demand(info)}"
         got = f"{type(base.model).__name__} with {base.head or 'no head'} behind its stream {base.streams[-1].name}"
         heads = "AutoModelForTokenClassification" if each else "AutoModelForCausalLM or AutoModelForImageClassification"
@@ -145,7 +146,7 @@ def all_that_read(streams: list[Stream], info: MethodInfo, base: Anatomy) -> lis
     inside = {id(module) for stream in streams for block in stream.blocks for module in block.modules()}
     outside = [stream.name for stream in base.streams if stream not in streams]
     outside += [path for path, module in cross_attentions(base.model) if id(module) not in inside]
-    outside += ["a pool of the prompt"] if families.POOLED_PROMPT.search(type(base.model).__name__) else []
+    outside += ["a pool of the prompt"] if families.POOLED_PROMPT.search(class_name(base.model)) else []
     if outside:
         rule = f"Method {info.name!r} gives each block a prompt of its own, so it acts in all that reads the prompt"
         got = f"{outside} of {type(base.model).__name__} beside it"
