@@ -8,7 +8,18 @@ from by_hand import batch, gpt2, positions
 from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaModel
 
-from hf_tokens import ARCEncoder, ARCEncoderConfig, ConfigError, Dims, embed_prompt, get_token_model, measure
+from hf_tokens import (
+    ARCEncoder,
+    ARCEncoderConfig,
+    ConfigError,
+    Dims,
+    DrLLM,
+    DrLLMConfig,
+    UnsupportedError,
+    embed_prompt,
+    get_token_model,
+    measure,
+)
 
 # per case: tokens, pooling factor, sizes of the groups
 GROUPS = {
@@ -183,6 +194,20 @@ def test_training_makes_a_decoder_that_stays_as_it_is_say_more_of_the_text(tmp_p
     with torch.no_grad():
         want, got = (model(ids).last_hidden_state for model in (encoder.eval(), again))
     assert torch.equal(want, got)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skips", [0, 1, 2], ids=["no text", "one text", "all texts"])
+def test_a_text_that_skips_the_block_in_which_its_groups_ask_is_refused(monkeypatch, skips):
+    ids, _ = batch((16, 16))
+    model = get_token_model(llama(), [DrLLMConfig(), ARCEncoderConfig(pooling_factor=4, truncated=1, bottleneck=5)]).eval()
+    gates = torch.tensor([skips == 0, skips < 2]).double()
+    monkeypatch.setattr(DrLLM, "route", lambda router, **_: gates if router.dims.layer == 2 else torch.ones_like(gates))
+    if not skips:
+        assert model(ids).last_hidden_state.shape == (2, 5, 12)
+        return
+    with pytest.raises(UnsupportedError, match=r"last block that runs, got a router that lets some skip layers.2. Give the router layers"):
+        model(ids)
 
 
 def test_an_encoder_keeps_one_layer():
