@@ -15,11 +15,13 @@ from hf_tokens import (
     Dims,
     DrLLM,
     DrLLMConfig,
+    DynamicTokenPoolingConfig,
     UnsupportedError,
     embed_prompt,
     get_token_model,
     measure,
 )
+from hf_tokens.engine.run import Memory
 
 # per case: tokens, pooling factor, sizes of the groups
 GROUPS = {
@@ -71,11 +73,12 @@ def test_matches_the_paper(case, side):
     hidden, block = torch.randn(3, n, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
     encode = lambda queries, places, hidden: queries @ block + torch.tensor(places, dtype=torch.float64)[:, None] * hidden.sum(dim=0)
     project = lambda x: x @ encoder.inner.weight.mT @ encoder.outer.weight.mT
-    asked, beside = encoder.ask(hidden=hidden, mask=mask, sizes=torch.ones(3, n), fresh=torch.zeros_like(mask))
+    memory = Memory()
+    asked, beside = encoder.ask(hidden=hidden, mask=mask, sizes=torch.ones(3, n), fresh=torch.zeros_like(mask), memory=memory)
     start = mask.long().argmax(dim=1)
     answers = torch.stack([encode(asked[i], (beside[i] - start[i]).tolist(), hidden[i, mask[i]]) for i in range(3)])
     for targets, task in ((None, 0), (torch.tensor([0, 1, 1]), 1)):
-        got = encoder.pool(mask=mask, answers=answers, targets=targets)
+        got = encoder.pool(answers=answers, targets=targets, memory=memory)
         for row in range(3):
             special = encoder.special[task if row else 0]
             want = naive(hidden[row, mask[row]], factor, encode, project, special)
@@ -208,6 +211,27 @@ def test_a_text_that_skips_the_block_in_which_its_groups_ask_is_refused(monkeypa
         return
     with pytest.raises(UnsupportedError, match=r"last block that runs, got a router that lets some skip layers.2. Give the router layers"):
         model(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [(0, 1), (0,), (1,)], ids=str)
+def test_groups_are_of_the_tokens_that_another_method_has_left_in_each_text(layers):
+    pooled = DynamicTokenPoolingConfig(layers=layers, boundaries="fixed", prior=0.5)
+    model = get_token_model(llama(), [pooled, ARCEncoderConfig(pooling_factor=2, truncated=2, bottleneck=5)]).eval()
+    special = next(m for m in model.modules() if isinstance(m, ARCEncoder)).special[0]
+    ids, mask = batch((16, 11))
+    together = model(ids, attention_mask=mask.long()).last_hidden_state
+    for row, real, many, vectors in zip(ids, mask, (4, 3) if 1 in layers else (8, 6), together, strict=True):
+        alone = model(row[real][None]).last_hidden_state[0]
+        assert len(alone) == many + 1 and torch.equal(alone[many], special)
+        torch.testing.assert_close(vectors[: many + 1], alone, rtol=1e-5, atol=1e-5)
+        assert not vectors[many + 1 :].any()
+
+
+def test_a_column_without_a_number_for_each_text_is_refused():
+    model = get_token_model(llama(), ARCEncoderConfig(bottleneck=5))
+    with pytest.raises(ConfigError, match=r"a number for each of 2 texts, 1 for <Rec>, got \(2, 4\)"):
+        model(batch((16, 16))[0], hf_tokens_targets=torch.ones(2, 4))
 
 
 def test_an_encoder_keeps_one_layer():
