@@ -248,6 +248,17 @@ def test_a_method_with_weights_of_its_own_acts_in_blocks_as_wide_as_their_stream
     assert [t.shape for t in specimen.run()] == [t.shape for t in base]
 
 
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_an_edit_reads_what_an_attention_is_given_where_that_is_as_wide_as_the_stream(family):
+    specimen = zoo.build(family)
+    base = specimen.run()
+    model = get_token_model(specimen.model, {"method": "apt", "layers": (1, 3)}).eval()
+    with pytest.raises(UnsupportedError, match=r"APT reads what an attention is given, in 32 features, .* got 64 at model\.layers\.\d"):
+        specimen.run()
+    model.unload()
+    assert all(map(torch.equal, specimen.run(), base))
+
+
 def test_a_block_that_joins_rows_takes_no_mask_over_them():
     specimen = zoo.build("rf_detr")  # two tokens a window: where rows keep different numbers, as many are left as there were
     get_token_model(specimen.model, {"method": "tome", "r": 1})
