@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
+from ..kv.adopt import find_cache
 from ..kv.layer import TokenCacheLayer
 from ..model import families
 from ..model.arguments import find_padding, find_segments, find_views, token_masks
@@ -45,13 +46,18 @@ def refuse_cache(methods: list[Method], block: BlockSurgery, cache: Cache | None
         raise UnsupportedError(explain(rule, f"a cache of {seen} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
 
 
-def refuse_order(surgery: StreamSurgery, call: BlockCall, start: int) -> None:
-    """Where each token sees all, a cache that holds what methods have put in or left out is not what the masks are for."""
-    moving = sorted({type(method).__name__ for method in surgery.plan.methods if method.moves_tokens}) if start else []
+def refuse_order(surgery: StreamSurgery, context: ForwardContext, call: BlockCall, start: int) -> None:
+    """Where each token sees all, a cache that holds what methods have put in or left out is not what masks are for, or tells places."""
+    methods = [m for m in surgery.plan.methods if m.moves_tokens and m.config != m.config.at_zero()] if start else []
+    moving = sorted({type(method).__name__ for method in methods})
     widths = {mask.shape[-1] for mask in token_masks(call.arguments)} if moving else set()
     if widths and max(widths) < start + call.hidden.shape[1]:
         rule = f"{', '.join(moving)} must see the whole sequence in one pass where its tokens have no order"
         raise UnsupportedError(explain(rule, f"a cache of {start} tokens", "Pass no cache, and `use_cache=False` to `generate`."))
+    given = find_cache(context.arguments.values()) is not None
+    if moving and given and not surgery.stream.causal and not context.gives_places:
+        rule = f"{', '.join(moving)} must be told the places of tokens that go on from a cache, where its tokens have no order"
+        raise UnsupportedError(explain(rule, f"a cache of {start} tokens alone", "Pass `position_ids`, or no cache."))
 
 
 def refuse_state(methods: list[Method], context: ForwardContext) -> None:
@@ -80,7 +86,7 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
             start = min(left) if left else 0
     if not layers:
         start = seen_before(block, call.cache)
-        refuse_order(surgery, call, start)
+        refuse_order(surgery, context, call, start)
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)

@@ -95,7 +95,7 @@ def run_once(pass_plan: PassPlan, call: BlockCall, site: Site, gate: Tensor | No
         if layer is not None:
             layer.see(ledger.start + ledger.n)
         return block.blank[0], hidden
-    ledger, x, inserted = insert_tokens(pass_plan, altered(site, hidden=x, run=altered(run, ledger=ledger)))
+    ledger, x, inserted = insert_tokens(pass_plan, altered(site, hidden=x, routed=routed, run=altered(run, ledger=ledger)))
     m, lack = ledger.m, 0 if ledger.untouched else -ledger.m % block.window
     maps = [*([] if routed is None else [routed]), *(tokens.opened for tokens in inserted)]
     if lack:

@@ -52,6 +52,10 @@ def edited_update(method: AttentionEdit, site: Site, hidden: Tensor, update: Ten
         rule = "An edit of attention needs a self-attention that answers each token of the stream"
         got = f"{tuple(update.shape)} for {ledger.batch} x {m} tokens at {site.block.path}"
         raise UnsupportedError(explain(rule, got, "Give the model one image a call, or choose other layers."))
+    if hidden.shape[-1] != method.dims.width and "attention_input" in method.asks and [*method.parameters()]:
+        rule = f"{type(method).__name__} reads what an attention is given, in {method.dims.width} features, as wide as its stream"
+        remedy = "Choose other layers or another model."
+        raise UnsupportedError(explain(rule, f"{hidden.shape[-1]} at {site.block.path}", remedy))
     own = slice(0, m) if ledger.behind or update.shape[1] == m else slice(ledger.context, None)
     captured |= {"attention_input": hidden[:, own], "attention_output": update[:, own]}
     edited = ask(method, site.inside(site.hidden, routed=None))

@@ -62,6 +62,10 @@ class PoolerHandler(Handler):
         if site.run.ledger.causal:
             rule = f"Tokens of {type(method).__name__} that only ask need a stream in which each token sees all"
             raise UnsupportedError(explain(rule, f"the causal stream {site.surgery.stream.name!r}", "Set its `sees_all`."))
+        if site.routed is not None or site.run.ledger.alone:
+            rule = f"Tokens of {type(method).__name__} ask all tokens, in the last block that runs"
+            remedy = "Give the router layers that leave that block out."
+            raise UnsupportedError(explain(rule, f"a router that lets some skip {site.block.path}", remedy))
         site.block.tap.open()
         tokens, beside = readers
         opened = TokenMap.insert(x.shape[1], torch.zeros_like(beside), 1, len(x), x.device, beside=beside)

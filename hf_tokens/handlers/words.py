@@ -16,7 +16,7 @@ from ..engine.hooks import hooked
 from ..engine.model import ModelSurgery
 from ..engine.results import ModelCall, Replays
 from ..errors import UnsupportedError, explain
-from ..model.encoders import POOLED
+from ..model.encoders import POOLED, READ_BESIDE
 from ..model.parts import VALUES, cross_attentions
 from ..model.signatures import positional
 from ..model.streams import PROMPT
@@ -106,6 +106,7 @@ def reread(call: ModelCall, banks: list[Bank], encoders: list[TextEncoder]) -> t
     taken = [writing.rows for place in places for writing in place if bool(writing.rows.any())]
     if not taken:
         return arguments, BlockContexts()
+    refuse_beside(arguments, banks)
     rows = torch.stack(taken).any(dim=0).nonzero()[:, 0]
     read = [
         encode(encoder, source, at, places, rows, i, encoders) for i, (encoder, source) in enumerate(zip(encoders, sources, strict=True))
@@ -116,6 +117,15 @@ def reread(call: ModelCall, banks: list[Bank], encoders: list[TextEncoder]) -> t
     if shared:
         arguments = {**arguments, PROMPT: contexts.pop(0)[0], **pooled_again(arguments, rows, [e[0].pooled for e in read])}
     return arguments, BlockContexts(zip(own, contexts, strict=True))
+
+
+def refuse_beside(arguments: Arguments, banks: list[Bank]) -> None:
+    """Another network has read the prompt as its encoders made it, where the denoiser is about to read its words anew."""
+    if given := [name for name in READ_BESIDE if arguments.get(name) is not None]:
+        names = sorted({type(bank).__name__ for _, bank in banks})
+        rule = f"Where {', '.join(names)} stands for a word of the prompt, nothing but the denoiser reads it"
+        remedy = "Leave out the ControlNet, or leave out `word`: the tokens then stand behind the encoded prompt."
+        raise UnsupportedError(explain(rule, f"`{given[0]}` of another network", remedy))
 
 
 def find_sources(encoders: list[TextEncoder], prompt: Any) -> list[tuple[Tensor, dict[str, Any]]]:

@@ -12,6 +12,7 @@ from .classes import class_name
 
 FINAL_NORM = "final_layer_norm"  # behind the last block of a text tower of CLIP
 POOLED = ("added_cond_kwargs", "text_embeds")  # the argument of a denoiser, and the name in it, of what an encoder pooled
+READ_BESIDE = ("mid_block_additional_residual",)  # arguments of a denoiser with what another network (a ControlNet) made of the prompt
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,8 @@ class TokenMap:
         return cls(slot, leaders.source, filled=leaders.filled, joins=True, loses=loses, gone=gone)
 
     @classmethod
-    def segments(cls, ends: Tensor, lead: Tensor | None = None, at: Tensor | None = None) -> TokenMap:
-        """Tokens up to each end (b n) bool become one, in the place of that end; those behind the last end vanish.
+    def segments(cls, ends: Tensor, lead: Tensor | None = None, at: Tensor | None = None, real: Tensor | None = None) -> TokenMap:
+        """Tokens up to each end (b n) bool become one, in the place of that end; those behind the last end vanish, and those not real.
 
         A token reads the last segment that has ended with it or before it, so that none reads what it could not have seen.
 
@@ -171,6 +171,7 @@ class TokenMap:
             ends: Tokens that end a segment.
             lead: Rows that begin with a fresh slot, which is read up to the first end, (b) bool.
             at: Token beside which it stands, (b); by default the first.
+            real: Tokens that are no padding, (b n) bool; by default all.
         """
         (b, n), device = ends.shape, ends.device
         lead = torch.zeros(b, 1, dtype=torch.bool, device=device) if lead is None else lead[:, None]
@@ -179,7 +180,8 @@ class TokenMap:
         m = max(1, int(count.max()))
         lack = m - count
         segment = done - ends.long()
-        slot = torch.where(segment < done[:, -1:], segment + lack + lead, -1)
+        joins = segment < done[:, -1:] if real is None else real & (segment < done[:, -1:])
+        slot = torch.where(joins, segment + lack + lead, -1)
         reads = torch.where(done + lead > 0, done - 1 + lack + lead, -1)
         place = torch.arange(m, device=device).expand(b, m)
         index = ends.long().argsort(dim=1, descending=True, stable=True).gather(1, (place - lack - lead.long()).clamp(0, n - 1))

@@ -7,10 +7,12 @@ import pytest
 import torch
 from contract.pairs import difference, snapshot, tiny
 from tolerances import all_close, close
+from transformers import DynamicCache
 
 from hf_tokens import APTConfig, DeepPromptConfig, anatomy, get_token_model, list_methods
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.model.parts import checks_mask
+from hf_tokens.model.signatures import cache_argument
 from hf_tokens.model.streams import axes
 from hf_tokens.testing import probe_config, zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
@@ -210,6 +212,32 @@ def test_a_cache_of_tokens_without_an_order_is_not_continued():
         model.generate(torch.randint(5, 60, (2, 9)), **FOUR)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_places_are_not_counted_in_a_cache_of_tokens_without_an_order_that_holds_others(masked):
+    model = zoo.build("bert").model.base_model
+    assert not anatomy(model).streams[0].causal
+    ids, mask = torch.randint(5, 60, (2, 9)), torch.ones(2, 10).long()
+
+    def go_on(**more):
+        cached = {cache_argument(model.forward): DynamicCache(), "use_cache": True}
+        first, second = ({"attention_mask": mask[:, :n]} if masked else {} for n in (9, 10))
+        with torch.no_grad():
+            model(ids, **cached, **first)
+            return zoo.tensors(model(ids[:, :1], **cached, **second, **more))[0]
+
+    base, placed = go_on(), {"position_ids": torch.full((2, 1), 9)}
+    close(go_on(**placed), base)
+    for tokens in (0, 2):
+        inside = get_token_model(model, {"method": "deep-prompt", "tokens": tokens})
+        if tokens:
+            with pytest.raises(UnsupportedError, match=r"told the places .* got a cache of 11 tokens alone. Pass `position_ids`, or no"):
+                go_on()
+            assert not torch.equal(go_on(**placed), base)
+        else:
+            close(go_on(), base)
+        inside.unload()
+
+
 @pytest.mark.parametrize(
     "family, words",
     [
@@ -246,6 +274,17 @@ def test_a_method_with_weights_of_its_own_acts_in_blocks_as_wide_as_their_stream
     model.unload()
     model = get_token_model(specimen.model, {"method": method, "layers": (1, 2, 3)}).eval()
     assert [t.shape for t in specimen.run()] == [t.shape for t in base]
+
+
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_an_edit_reads_what_an_attention_is_given_where_that_is_as_wide_as_the_stream(family):
+    specimen = zoo.build(family)
+    base = specimen.run()
+    model = get_token_model(specimen.model, {"method": "apt", "layers": (1, 3)}).eval()
+    with pytest.raises(UnsupportedError, match=r"APT reads what an attention is given, in 32 features, .* got 64 at model\.layers\.\d"):
+        specimen.run()
+    model.unload()
+    assert all(map(torch.equal, specimen.run(), base))
 
 
 def test_a_block_that_joins_rows_takes_no_mask_over_them():

@@ -145,6 +145,8 @@ def test_segments_by_hand(rows, n, seed):
     draw = torch.Generator().manual_seed(seed)
     ends, lead = torch.rand(rows, n, generator=draw) < 0.4, torch.rand(rows, generator=draw) < 0.5
     tokens = TokenMap.segments(ends, lead)
+    real = ends | (torch.rand(rows, n, generator=draw) < 0.7)
+    assert torch.equal(TokenMap.segments(ends, lead, real=real).slot, tokens.slot.masked_fill(~real, -1))
     for row in range(rows):
         slots, reads, members = [["lead"]] if lead[row] else [], [], []
         for i in range(n):

@@ -5,6 +5,7 @@ import copy
 import functools
 import inspect
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -12,6 +13,7 @@ import torch
 from denoisers import blocks, denoiser, with_pictures
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -35,7 +37,7 @@ from hf_tokens import (
     set_method,
     unload,
 )
-from hf_tokens.model.encoders import ENCODERS
+from hf_tokens.model.encoders import ENCODERS, READ_BESIDE
 
 WORD, LETTERS = "<cat>", "abcdefghijklmnopqrstuvwxyz"
 WIDTHS = {"sd": (6,), "xl": (6, 8)}
@@ -391,6 +393,27 @@ def test_what_no_encoder_can_read_is_refused_before_anything_changes():
     assert "forward" not in vars(pipe.text_encoder) and "peft_config" not in vars(pipe.unet)
     with pytest.raises(ConfigError, match="is for tokens behind the prompt, got a word. Write it into the negative prompt"):
         get_token_model(pipe, ProSpectConfig(word=WORD, negative=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [ProSpectConfig, NeTIConfig])
+def test_a_network_beside_the_denoiser_that_has_read_the_word_as_its_table_has_it_is_refused(config):
+    pipe = pipeline()
+    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4,)).double()
+    get_token_model(pipe, config(word=WORD))
+    beside = StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=controlnet).to(torch.double)
+    picture = dict(image=torch.rand(1, 3, 8, 8).double())
+    with pytest.raises(UnsupportedError, match="nothing but the denoiser reads it, got `mid_block_additional_residual` of another network"):
+        drawn(beside, **picture)
+    without = drawn(beside, "a dog", **picture)  # no prompt holds the word
+    unload(pipe)
+    assert torch.equal(without, drawn(beside, "a dog", **picture))
+
+
+def test_every_pipeline_gives_what_a_controlnet_made_of_the_prompt_by_a_name_that_is_known():
+    sources = [path.read_text() for path in Path(diffusers.__file__).parent.glob("pipelines/**/pipeline_*.py")]
+    beside = [source for source in sources if "self.controlnet(" in source and "self.unet(" in source]
+    assert len(beside) > 9 and all(any(f"{name}=" in source for name in READ_BESIDE) for source in beside)
 
 
 SAFE_ALONE = dict(requires_safety_checker=False)

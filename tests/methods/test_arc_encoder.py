@@ -8,7 +8,20 @@ from by_hand import batch, gpt2, positions
 from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaModel
 
-from hf_tokens import ARCEncoder, ARCEncoderConfig, ConfigError, Dims, embed_prompt, get_token_model, measure
+from hf_tokens import (
+    ARCEncoder,
+    ARCEncoderConfig,
+    ConfigError,
+    Dims,
+    DrLLM,
+    DrLLMConfig,
+    DynamicTokenPoolingConfig,
+    UnsupportedError,
+    embed_prompt,
+    get_token_model,
+    measure,
+)
+from hf_tokens.engine.run import Memory
 
 # per case: tokens, pooling factor, sizes of the groups
 GROUPS = {
@@ -60,11 +73,12 @@ def test_matches_the_paper(case, side):
     hidden, block = torch.randn(3, n, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
     encode = lambda queries, places, hidden: queries @ block + torch.tensor(places, dtype=torch.float64)[:, None] * hidden.sum(dim=0)
     project = lambda x: x @ encoder.inner.weight.mT @ encoder.outer.weight.mT
-    asked, beside = encoder.ask(hidden=hidden, mask=mask, sizes=torch.ones(3, n), fresh=torch.zeros_like(mask))
+    memory = Memory()
+    asked, beside = encoder.ask(hidden=hidden, mask=mask, sizes=torch.ones(3, n), fresh=torch.zeros_like(mask), memory=memory)
     start = mask.long().argmax(dim=1)
     answers = torch.stack([encode(asked[i], (beside[i] - start[i]).tolist(), hidden[i, mask[i]]) for i in range(3)])
     for targets, task in ((None, 0), (torch.tensor([0, 1, 1]), 1)):
-        got = encoder.pool(mask=mask, answers=answers, targets=targets)
+        got = encoder.pool(answers=answers, targets=targets, memory=memory)
         for row in range(3):
             special = encoder.special[task if row else 0]
             want = naive(hidden[row, mask[row]], factor, encode, project, special)
@@ -183,6 +197,41 @@ def test_training_makes_a_decoder_that_stays_as_it_is_say_more_of_the_text(tmp_p
     with torch.no_grad():
         want, got = (model(ids).last_hidden_state for model in (encoder.eval(), again))
     assert torch.equal(want, got)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skips", [0, 1, 2], ids=["no text", "one text", "all texts"])
+def test_a_text_that_skips_the_block_in_which_its_groups_ask_is_refused(monkeypatch, skips):
+    ids, _ = batch((16, 16))
+    model = get_token_model(llama(), [DrLLMConfig(), ARCEncoderConfig(pooling_factor=4, truncated=1, bottleneck=5)]).eval()
+    gates = torch.tensor([skips == 0, skips < 2]).double()
+    monkeypatch.setattr(DrLLM, "route", lambda router, **_: gates if router.dims.layer == 2 else torch.ones_like(gates))
+    if not skips:
+        assert model(ids).last_hidden_state.shape == (2, 5, 12)
+        return
+    with pytest.raises(UnsupportedError, match=r"last block that runs, got a router that lets some skip layers.2. Give the router layers"):
+        model(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [(0, 1), (0,), (1,)], ids=str)
+def test_groups_are_of_the_tokens_that_another_method_has_left_in_each_text(layers):
+    pooled = DynamicTokenPoolingConfig(layers=layers, boundaries="fixed", prior=0.5)
+    model = get_token_model(llama(), [pooled, ARCEncoderConfig(pooling_factor=2, truncated=2, bottleneck=5)]).eval()
+    special = next(m for m in model.modules() if isinstance(m, ARCEncoder)).special[0]
+    ids, mask = batch((16, 11))
+    together = model(ids, attention_mask=mask.long()).last_hidden_state
+    for row, real, many, vectors in zip(ids, mask, (4, 3) if 1 in layers else (8, 6), together, strict=True):
+        alone = model(row[real][None]).last_hidden_state[0]
+        assert len(alone) == many + 1 and torch.equal(alone[many], special)
+        torch.testing.assert_close(vectors[: many + 1], alone, rtol=1e-5, atol=1e-5)
+        assert not vectors[many + 1 :].any()
+
+
+def test_a_column_without_a_number_for_each_text_is_refused():
+    model = get_token_model(llama(), ARCEncoderConfig(bottleneck=5))
+    with pytest.raises(ConfigError, match=r"a number for each of 2 texts, 1 for <Rec>, got \(2, 4\)"):
+        model(batch((16, 16))[0], hf_tokens_targets=torch.ones(2, 4))
 
 
 def test_an_encoder_keeps_one_layer():

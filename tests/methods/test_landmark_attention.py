@@ -341,6 +341,24 @@ def test_a_row_whose_blocks_have_no_landmark_reads_them_all():
             close(together[i : i + 1], model(**{name: value[i : i + 1] for name, value in specimen.inputs.items()}).logits)
 
 
+@pytest.mark.parametrize("places", ["stingy", "shared"])
+def test_a_query_whose_blocks_have_joined_their_landmarks_reads_these_and_nothing_later(places):
+    specimen = zoo.build("llama")
+    landmarks = LandmarkAttentionConfig(block=3, local=3, retrieve=1, places=places, layers=(0, 1, 2, 3))
+    pooled = DynamicTokenPoolingConfig(prior=0.1, boundaries="fixed", layers=(0, 1, 2, 3))  # a landmark ends a segment, too
+    torch.manual_seed(0)
+    model = stir(get_token_model(specimen.model, [landmarks, pooled])).eval()
+    ids, mask = batch((24, 17, 6))
+    with torch.no_grad():
+        together = model(input_ids=ids, attention_mask=mask.long()).logits
+        for row, real, logits in zip(ids, mask, together, strict=True):
+            close(logits[real], model(input_ids=row[real][None]).logits[0])
+        other = ids[:1].clone()
+        other[0, 19] += 1
+        changed = (model(input_ids=other).logits[0] - together[0]).abs().amax(dim=1)
+    assert changed[:19].max() < 1e-5 < changed[22:].min()  # the next block reads it
+
+
 def test_what_looks_at_the_same_attention_is_refused():
     with pytest.raises(UnsupportedError, match="shapes an attention call"):
         get_token_model(gpt2(2), [LandmarkAttentionConfig(block=3, places="shared"), PrefixKVConfig()])

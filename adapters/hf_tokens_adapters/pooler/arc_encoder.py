@@ -72,21 +72,25 @@ class ARCEncoder(Pooler):
             rule = f"ARCEncoderConfig.truncated must leave one of the {layers} layers"
             raise ConfigError(f"{rule}, got {config.truncated}. Truncate fewer.")
 
-    def ask(self, hidden: Tensor, mask: Tensor, sizes: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor] | None:
+    def ask(self, hidden: Tensor, mask: Tensor, sizes: Tensor, fresh: Tensor, memory: dict) -> tuple[Tensor, Tensor] | None:
         if self.config.pooling_factor == 1:
             return None
         group, many = groups(mask & ~fresh, self.config.pooling_factor)
+        memory.rows[self.key] = many
         k, n = int(many.max()), mask.shape[1]
         index = torch.arange(n, device=mask.device).expand_as(group)
         first = torch.full((len(mask), k + 1), n - 1, device=mask.device)
         first = first.scatter_reduce(1, torch.where(group < 0, k, group), index, "amin")[:, :k]  # b k
         return TokenMap(group, first, joins=True).mean(hidden, sizes), first
 
-    def pool(self, mask: Tensor, answers: Tensor | None, targets: Tensor | None) -> Tensor | None:
+    def pool(self, answers: Tensor | None, targets: Tensor | None, memory: dict) -> Tensor | None:
         if answers is None:
             return None
-        _, many = groups(mask, self.config.pooling_factor)
-        place = torch.arange(answers.shape[1] + 1, device=mask.device)
+        many = memory.rows[self.key]
+        if targets is not None and targets.numel() != len(many):
+            rule = f"The column hf_tokens_targets must hold a number for each of {len(many)} texts, 1 for <Rec>"
+            raise ConfigError(f"{rule}, got {tuple(targets.shape)}. Give it so, or leave it out.")
+        place = torch.arange(answers.shape[1] + 1, device=many.device)
         vectors = nn.functional.pad(self.outer(self.inner(answers.to(self.inner.weight.dtype))), (0, 0, 0, 1))  # b k+1 d
         task = torch.zeros_like(many) if targets is None else (targets == 1).long().view(-1, 1).expand_as(many)
         vectors = torch.where((place == many)[..., None], self.special[task], vectors)

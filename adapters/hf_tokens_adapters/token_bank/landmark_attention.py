@@ -10,8 +10,8 @@ Differs: of the title's unlimited context the places are here, not the room: all
          front of these, to choose by ("stingy"); "own": where they stand; "shared": landmarks at the place of the token in front, for
          models that tell places otherwise. Local are the blocks that begin in the last `local` tokens, not those of a chunk. Of blocks
          whose log S_i,p_j agree to three decimals the later is read, in the release any: in the first layer old landmarks are alike. Heads
-         that share keys choose by the largest of theirs. Weights are trained with the landmark in the paper: stack a LoRA. In a prompt
-         each query chooses for itself, so blocks are hidden, not spared, and scores computed k + 3 times; seconds are not measured.
+         that share keys choose by the largest of theirs. A landmark that stands for nothing (dropped, pooled into it) is read itself. The
+         paper trains the weights too: stack a LoRA. In a prompt blocks are hidden, not spared, and scores computed k + 3 times.
 Checked: epfml/landmark-attention@d963e504, a Llama with its `LlamaAttention`, section by section with its cache, 36 to 61 tokens, prompts
          and decoded ones: largest difference 2.3e-7 of 1.8, the single precision of tables, where ties are broken alike and logs not
          rounded; with them rounded up to 0.2, where another block is read. Offloading by reading.
@@ -146,5 +146,5 @@ def gate(scores: Tensor, block: Tensor, own: Tensor, at: Tensor, chosen: Tensor 
     open_ = torch.where((door == -torch.inf) | (within == -torch.inf), 0, door - within)  # b h m c
     if chosen is not None:
         open_ = open_.masked_fill(~chosen.repeat_interleave(scores.shape[1] // chosen.shape[1], dim=1), -torch.inf)
-    each = open_.gather(3, wide[:, :, None].clamp(min=0).expand_as(scores))
-    return torch.where(wide[:, :, None] == at, 0, each).masked_fill(mark, -torch.inf)
+    each, rest = (t.gather(3, wide[:, :, None].clamp(min=0).expand_as(scores)) for t in (open_, within))
+    return torch.where(wide[:, :, None] == at, 0, each).masked_fill(mark & (rest > -torch.inf), -torch.inf)

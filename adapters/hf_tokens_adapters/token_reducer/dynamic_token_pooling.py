@@ -84,7 +84,7 @@ class DynamicTokenPooling(TokenReducer):
         ends = ends & mask | fresh
         begun = rows.get(f"{self.key}.begun", torch.zeros_like(mask[:, 0]))
         first = mask.long().argmax(dim=1)  # b
-        tokens = TokenMap.segments(ends, mask.any(dim=1) & ~begun, first)
+        tokens = TokenMap.segments(ends, mask.any(dim=1) & ~begun, first, mask)
         before = soft.cumsum(dim=1) - soft
         share = mask * (1 + before - before.detach())  # b n, its gradient is that of a_t
         at_first = torch.zeros_like(share).scatter(1, first[:, None], 1)
