@@ -125,11 +125,6 @@ class Part:
         )
         return Part.tight(where, forms, packed, self.scale, tables)
 
-    def unpacked(self) -> Part:
-        """The same entries as they are read."""
-        forms = Plain(), Plain()
-        return self if self.forms == forms else Part.of(tuple(self.rows(which, self.cells) for which in BOTH), self.where, forms)
-
     def grow(self, m: int) -> None:
         """Count m entries more, which are in other parts."""
         self.cells = pad(self.cells, (0, m), value=-1)
@@ -183,11 +178,6 @@ class Part:
         """Whether an attention can read it as it is packed."""
         return not self.fixed and not any(isinstance(form, Polar) for form in self.forms)
 
-    @property
-    def mixed(self) -> bool:
-        """Whether keys or values alone are packed."""
-        return any(isinstance(form, Plain) for form in self.forms) and self.forms[0] != self.forms[1]
-
     def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, ...]:
         """What queries (b h 1 e) read in this part, the log of their sums of exponentials, and by `scores` those of the cells (h/k c).
 
@@ -200,7 +190,7 @@ class Part:
         cells = None if sizes is None else self._by_cell(sizes)
         if self.scale is not None:
             q = q / self.scale.repeat_interleave(q.shape[1] // self.scale.shape[1], dim=1)
-        if isinstance(self.forms[0], Plain):
+        if self.forms == (Plain(), Plain()):
             return ragged_attention(q, self.packed[0][0], self.packed[1][0], sizes=cells, **where)
         both = zip(self.packed, self.forms, self.tables, strict=True)
         packed = (form.rounded(*x) if table is None else form.rounded(*x, table) for x, form, table in both)
@@ -325,7 +315,6 @@ def attend(
     parts: list[Part], q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any
 ) -> tuple[Tensor, Tensor | None]:
     """What queries (b h 1 e) read of parts (b h 1 f), and if it `weighs` the probability of each entry, (b k n), where it lies."""
-    parts = [part.unpacked() if part.mixed else part for part in parts]
     read = [part.attend(q, sizes, scores=weighs, **shape) for part in parts]
     out = merge_attention([some[:2] for some in read], sinks)
     if not weighs:

@@ -71,7 +71,31 @@ class Coded:
         return decode(self.codes[cells], self.codebook)
 
 
-Packed = Rounded | Coded
+@dataclass(frozen=True)
+class Kept:
+    """Cells as they are.
+
+    Attributes:
+        codes: The cells themselves, (c e).
+    """
+
+    codes: Tensor
+
+    @property
+    def width(self) -> int:
+        """Channels of a row."""
+        return self.codes.shape[1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+        return (self.codes,)
+
+    def rows(self, cells: slice) -> Tensor:
+        """Some of the cells."""
+        return self.codes[cells]
+
+
+Packed = Rounded | Coded | Kept
 
 
 def pack(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..precision import accumulated
-from .bits import strips
-from .forms import Packed, Rounded
+from .bits import strip_factors, strip_masks, strip_width, strips
+from .forms import Kept, Packed, Rounded
 
-CHUNK = 4096  # cells unpacked at a time
-FEW_GROUPS = 4  # groups of channels up to which the scales are taken in behind the products
+CHUNK = 2048  # cells unpacked at a time, so that they stay in a core's cache
+TOGETHER = 1 << 16  # cells of the rows and heads whose scores are held at a time
+MOST_PIECES = 16  # pieces of a row up to which the scales are taken in behind the products
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,22 @@ class Cells:
         return x.as_strided((self.rows, self.count, *x.shape[1:]), where, x.storage_offset() + self.start * step)
 
     def part(self, first: int, last: int) -> Cells:
-        """The cells of each row and head from one to another, or its end."""
-        return replace(self, start=self.start + first, count=min(last, self.count) - first)
+        """The cells of each row and head from one to another."""
+        return Cells(self.start + first, self.stride, self.rows, last - first)
+
+    def chunks(self, multiple: int = 1) -> list[tuple[int, int]]:
+        """Where parts begin and end that are unpacked at a time, each as many times some cells, but the last one."""
+        step = max(1, CHUNK // self.rows // multiple) * multiple
+        return [(first, min(first + step, self.count)) for first in range(0, self.count, step)]
 
 
 def together(starts: list[int], lengths: list[int]) -> Iterator[tuple[slice, Cells]]:
-    """Rows and heads that follow each other, have cells, as many each, and lie at equal distances; no more than a chunk of short ones."""
+    """Rows and heads that follow each other, have cells, as many each, and lie at equal distances; no more than fit together."""
     first = 0
     while first < len(starts):
         n, last = lengths[first], first + 1
         step = starts[last] - starts[first] if last < len(starts) else 0
-        while last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= CHUNK:
+        while last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= TOGETHER:
             last += 1
         if n:
             yield slice(first, last), Cells(starts[first], max(step, 1), last - first, n)
@@ -65,143 +72,213 @@ def packed_attention(
     b, h, m, _ = q.shape
     rows = (q * scaling).reshape(starts.numel(), h // starts.shape[1] * m, -1).to(accumulated(q.dtype))
     out, logs = rows.new_zeros(*rows.shape[:2], values.width), rows.new_full(rows.shape[:2], -torch.inf)
-    read_keys, read_values = reader(keys), reader(values)
+    read_keys, read_values = reader(keys, rows.dtype), reader(values, rows.dtype)
     for some, cells in together(starts.flatten().tolist(), lengths.flatten().tolist()):
-        parts = [cells.part(first, first + CHUNK) for first in range(0, cells.count, CHUNK)]
-        scores = torch.cat([read_keys.scores(rows[some], part) for part in parts], dim=2)  # r q n
+        scores = read_keys.scores(rows[some], cells)  # r q n
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         scores = scores if sizes is None else scores + cells.of(sizes).to(scores.dtype).log()[:, None]
         if told is not None:
             cells.of(told.T).copy_(scores.mT)
-        logs[some] = scores.logsumexp(dim=2)
-        weights = scores.softmax(dim=2).split(CHUNK, dim=2)
-        out[some] = sum(read_values.mean(weight, part) for weight, part in zip(weights, parts, strict=True))
+        top = scores.detach().amax(dim=2, keepdim=True)
+        weights = (scores - top).exp()
+        total = weights.sum(dim=2, keepdim=True)
+        logs[some], out[some] = (top + total.log())[..., 0], read_values.sums(weights, cells) / total
     return out.to(q.dtype).view(b, h, m, -1), logs.view(b, h, m)
 
 
-def reader(states: Packed) -> Whole | Grouped | Runs:
+def reader(states: Packed, dtype: torch.dtype) -> Whole | Grouped | Runs:
     """How products with packed states are computed."""
     if not isinstance(states, Rounded):
-        return Whole(states)
-    if states.index is not None and states.group == 1:
-        return Runs(states)
-    return Grouped(states) if states.index is None and states.scale.shape[1] <= FEW_GROUPS else Whole(states)
+        return Whole(states, dtype)
+    if states.index is not None:
+        return Runs(states, dtype) if states.group == 1 else Whole(states, dtype)
+    return Grouped(states, dtype) if piece_width(states) * MOST_PIECES >= states.width else Whole(states, dtype)
 
 
 class Whole:
-    """Rows are unpacked, then multiplied."""
+    """Rows are read, then multiplied."""
 
-    def __init__(self, states: Packed):
-        self.states = states
+    def __init__(self, states: Packed, dtype: torch.dtype):
+        self.states, self.dtype = states, dtype
 
-    def rows(self, cells: Cells, dtype: torch.dtype) -> Tensor:
+    def rows(self, cells: Cells) -> Tensor:
         """Cells as they are read, (r n e)."""
         s = self.states
+        if isinstance(s, Kept):
+            return cells.of(s.codes).to(self.dtype)
         shared = ("scale", "low") if isinstance(s, Rounded) and s.index is None else ("index",) if isinstance(s, Rounded) else ()
         some = replace(s, **{name: cells.of(getattr(s, name)).flatten(0, 1) for name in ("codes", *shared)})
-        return some.rows(slice(None)).to(dtype).unflatten(0, (cells.rows, cells.count))
+        return some.rows(slice(None)).to(self.dtype).unflatten(0, (cells.rows, cells.count))
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """Products of queries (r q e) with cells, (r q n)."""
-        return q @ self.rows(cells, q.dtype).mT
+        return joined([q @ self.rows(cells.part(*part)).mT for part in cells.chunks()])
 
-    def mean(self, weights: Tensor, cells: Cells) -> Tensor:
+    def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """The sum of cells, (r q f), with weights (r q n)."""
-        return weights @ self.rows(cells, weights.dtype)
+        return sum(weights[..., slice(*part)] @ self.rows(cells.part(*part)) for part in cells.chunks())
 
 
-class Strips:
-    """The codes of cells, in strips of channels (s r n w): products with them, of which no row of all channels is ever made."""
+def joined(parts: list[Tensor]) -> Tensor:
+    """Parts (r q n) of the products with some cells, as one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def __init__(self, states: Rounded, cells: Cells, dtype: torch.dtype):
-        codes, factors = strips(cells.of(states.codes).flatten(0, 1), states.bits, states.width)
-        self.codes, self.width = codes.to(dtype).unflatten(1, (cells.rows, cells.count)), states.width
-        self.shares = self.codes.new_tensor([1 / factor for factor in factors])[:, None, None, None]
+
+def piece_width(states: Rounded) -> int:
+    """Channels that lie in one strip of bytes and in one group of channels."""
+    return math.gcd(strip_width(states.width, states.bits), states.group)
+
+
+class Pieces:
+    """The codes of cells, in pieces of channels that lie one behind the other: products with them, of which no row of all channels is made.
+
+    Args:
+        states: The cells.
+        width: Channels of a piece.
+        dtype: Of the products.
+    """
+
+    def __init__(self, states: Rounded, width: int, dtype: torch.dtype):
+        self.states, self.width, self.dtype = states, width, dtype
+        strip, factors = strip_width(states.width, states.bits), strip_factors(states.bits)
+        self.masks = strip_masks(states.bits, states.codes.device)
+        self.count = len(factors) * strip // width
+        each = [1 / factor for factor in factors for _ in range(strip // width)]
+        self.shares = torch.tensor(each, dtype=dtype, device=states.codes.device)[:, None, None, None]
+        self.room: Tensor | None = None
+
+    def codes(self, cells: Cells) -> Tensor:
+        """The codes of cells (p r n w), each piece as many times too high as its strip lies in the bytes; until the next are asked for."""
+        codes = strips(cells.of(self.states.codes), self.states.bits, self.states.width, self.masks)  # s r n w
+        if codes.shape[3] != self.width:
+            codes = codes.unflatten(3, (-1, self.width)).movedim(3, 1).flatten(0, 1)
+        if torch.is_grad_enabled():  # a backward pass may want them
+            return codes.to(self.dtype)
+        if self.room is None or self.room.shape != codes.shape:
+            self.room = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
+        return self.room.copy_(codes)
 
     def split(self, x: Tensor) -> Tensor:
-        """Something of each channel (r t e) by strips, (s r t w), filled up with zeros."""
-        count, w = len(self.codes), self.codes.shape[3]
-        x = x if count * w == self.width else pad(x, (0, count * w - self.width))
-        return x.unflatten(2, (count, w)).movedim(2, 0)
+        """Something of each channel (r t e) by pieces, (p r t w), filled up with zeros."""
+        lack = self.count * self.width - x.shape[2]
+        return (pad(x, (0, lack)) if lack else x).view(*x.shape[:2], self.count, self.width).movedim(2, 0)
 
-    def scores(self, q: Tensor) -> Tensor:
-        """Products of queries (r q e) with the codes, (r q n)."""
-        return (self.split(q) * self.shares @ self.codes.mT).sum(dim=0)
+    def products(self, queries: Tensor, codes: Tensor) -> Tensor:
+        """Products of queries, split and times the shares (p r q w), with codes, (p r q n)."""
+        found = torch.bmm(queries.flatten(0, 1), codes.flatten(0, 1).mT)
+        return found.view(*queries.shape[:3], -1)
 
-    def mean(self, weights: Tensor) -> Tensor:
-        """The sum of the codes with weights (r q n), (r q e)."""
-        found = weights.expand(len(self.codes), *weights.shape) @ self.codes * self.shares
-        return found.movedim(0, 2).flatten(2)[..., : self.width]
+    def blank(self, weights: Tensor) -> Tensor:
+        """What sums begin with, of some weights (r q n)."""
+        return weights.new_zeros(self.count * len(weights), weights.shape[1], self.width)
+
+    def add(self, sums: Tensor, weights: Tensor, codes: Tensor) -> Tensor:
+        """Sums (p*r q w) with those of some more codes (p r n w) by weights (p r q n)."""
+        return torch.baddbmm(sums, weights.flatten(0, 1), codes.flatten(0, 1))
+
+    def whole(self, sums: Tensor) -> Tensor:
+        """Sums of pieces (p*r q w) of each channel, (r q e)."""
+        found = sums.unflatten(0, (self.count, -1)) * self.shares
+        return found.movedim(0, 2).flatten(2)[..., : self.states.width]
 
 
 class Grouped:
     """Codes are multiplied, the products scaled: q (s c + l) = s (q c) + l sum q, in each group of channels."""
 
-    def __init__(self, states: Rounded):
-        self.states = states
-        groups, channel = states.scale.shape[1], torch.arange(states.width, device=states.codes.device)
-        self.member = channel // states.group == torch.arange(groups, device=channel.device)[:, None]  # g e
+    def __init__(self, states: Rounded, dtype: torch.dtype):
+        self.states, self.pieces = states, Pieces(states, piece_width(states), dtype)
+        groups = states.scale.shape[1]
+        owner = torch.arange(self.pieces.count, device=states.codes.device) * self.pieces.width // states.group
+        self.owner, self.groups = owner.clamp(max=groups - 1), groups
 
-    def tables(self, cells: Cells, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Scales (r g 1 n) and least values (r n g) of cells."""
-        scale, low = (cells.of(x).to(dtype) for x in (self.states.scale, self.states.low))
-        return scale.mT.contiguous()[:, :, None], low  # products with what lies crosswise are slow
+    def scale(self, cells: Cells) -> Tensor:
+        """The scales of cells in each piece, (p r 1 n)."""
+        by_group = cells.of(self.states.scale).movedim(2, 0).to(self.pieces.dtype)
+        return by_group.contiguous().index_select(0, self.owner)[:, :, None]
+
+    def low(self, cells: Cells) -> Tensor:
+        """The least values of cells, (r n g)."""
+        return cells.of(self.states.low).to(self.pieces.dtype)
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        scale, low = self.tables(cells, q.dtype)
-        apart = q[:, None] * self.member[:, None]  # r g q e
-        products = Strips(self.states, cells, q.dtype).scores(apart.flatten(1, 2)).unflatten(1, apart.shape[1:3])
-        return (products * scale).sum(dim=1) + apart.sum(dim=3).mT @ low.mT
+        queries, scale, found = self.pieces.split(q) * self.pieces.shares, self.scale(cells), []
+        for first, last in cells.chunks():
+            products = self.pieces.products(queries, self.pieces.codes(cells.part(first, last)))
+            found.append((products * scale[..., first:last]).sum(dim=0))
+        sums = pad(q, (0, self.groups * self.states.group - q.shape[2])).unflatten(2, (self.groups, -1)).sum(dim=3)
+        return joined(found) + sums @ self.low(cells).mT
 
-    def mean(self, weights: Tensor, cells: Cells) -> Tensor:
+    def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        scale, low = self.tables(cells, weights.dtype)
-        scaled = weights[:, None] * scale  # r g q n
-        products = Strips(self.states, cells, weights.dtype).mean(scaled.flatten(1, 2)).unflatten(1, scaled.shape[1:3])
-        return (products * self.member[:, None]).sum(dim=1) + weights @ low @ self.member.to(low.dtype)
+        scale, found = self.scale(cells), self.pieces.blank(weights)
+        for first, last in cells.chunks():
+            part = slice(first, last)
+            found = self.pieces.add(found, weights[..., part] * scale[..., part], self.pieces.codes(cells.part(first, last)))
+        low = (weights @ self.low(cells)).repeat_interleave(self.states.group, dim=2)
+        return self.pieces.whole(found) + low[..., : self.states.width]
 
 
 class Runs:
     """Cells that share their scales lie in runs: the codes of a run are scaled together, and products with least values are made once.
 
-    What is no run of the length of the first one is read cell by cell.
+    What is no run of the length of the first one is scaled cell by cell.
     """
 
-    def __init__(self, states: Rounded):
-        self.states, self.whole = states, Whole(states)
+    def __init__(self, states: Rounded, dtype: torch.dtype):
+        self.states, self.pieces = states, Pieces(states, strip_width(states.width, states.bits), dtype)
 
-    def runs(self, cells: Cells, dtype: torch.dtype) -> tuple[int, Strips | None, Tensor | None]:
-        """How many cells of each row and head lie in runs of one length, their codes, scaled, and the least values of the runs (r t e)."""
-        s = self.states
-        number = cells.of(s.index)
+    def stretches(self, cells: Cells) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
+        """Where stretches of cells begin and end, the length of their runs, and of these the scales (p r t 1 w) and least values (r t e)."""
+        number = cells.of(self.states.index)
+        for first, last, length in self.bounds(number):
+            each = number[:, first:last:length].reshape(-1)
+            scale, low = (x.index_select(0, each).to(self.pieces.dtype).view(cells.rows, -1, self.states.width) for x in self.tables)
+            yield first, last, length, self.pieces.split(scale)[:, :, :, None].contiguous(), low
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Scales and least values, of which each run has a row."""
+        return self.states.scale, self.states.low
+
+    def bounds(self, number: Tensor) -> Iterator[tuple[int, int, int]]:
+        """See `stretches`, of the numbers of cells (r n): runs as long as the first one, and the others by ones."""
+        (r, count), most = number.shape, max(1, CHUNK // len(number))
         length = int((number[0] == number[0, 0]).sum())
-        many = cells.count // length
-        runs = number[:, : many * length].unflatten(1, (many, length))
-        first = runs[:, :, 0].long()
-        if not bool((runs == runs[:, :, :1]).all()):
-            return 0, None, None
-        codes = Strips(s, cells.part(0, many * length), dtype)
-        codes.codes.unflatten(2, (many, length)).mul_(codes.split(s.scale[first].to(dtype))[:, :, :, None])
-        return many * length, codes, s.low[first].to(dtype)
+        end = count - count % length
+        runs = number[:, :end].view(r, -1, length) if number.is_contiguous() else number[:, :end].unflatten(1, (-1, length))
+        if length == 1 or not bool((runs == runs[:, :, :1]).all()):
+            end = 0
+        if end:
+            yield 0, end, next(part for part in range(min(length, most), 0, -1) if length % part == 0)
+        for first in range(end, count, most):
+            yield first, min(first + most, count), 1
+
+    def codes(self, cells: Cells, length: int, scale: Tensor) -> Tensor:
+        """The codes of cells (p r n w) in runs of a length, times their scales (p r t 1 w)."""
+        codes = self.pieces.codes(cells)
+        codes.view(*codes.shape[:2], -1, length, codes.shape[3]).mul_(scale)
+        return codes
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        end, codes, low = self.runs(cells, q.dtype)
-        found = []
-        if end:
-            lows = q @ low.mT  # r q t
-            found.append((codes.scores(q).unflatten(2, (lows.shape[2], -1)) + lows[..., None]).flatten(2))
-        if end < cells.count:
-            found.append(self.whole.scores(q, cells.part(end, cells.count)))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        queries, found = self.pieces.split(q) * self.pieces.shares, []
+        for start, end, length, scale, low in self.stretches(cells):
+            some, parts = cells.part(start, end), []
+            for first, last in some.chunks(length):
+                codes = self.codes(some.part(first, last), length, scale[:, :, first // length : last // length])
+                parts.append(self.pieces.products(queries, codes).sum(dim=0))
+            lows = (q @ low.mT)[..., None]
+            found.append((joined(parts).view(*lows.shape[:3], length) + lows).flatten(2))
+        return joined(found)
 
-    def mean(self, weights: Tensor, cells: Cells) -> Tensor:
+    def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        end, codes, low = self.runs(cells, weights.dtype)
-        found = []
-        if end:
-            found.append(codes.mean(weights[..., :end]) + weights[..., :end].unflatten(2, (low.shape[1], -1)).sum(dim=3) @ low)
-        if end < cells.count:
-            found.append(self.whole.mean(weights[..., end:], cells.part(end, cells.count)))
-        return sum(found)
+        found, lows = self.pieces.blank(weights), 0
+        for start, end, length, scale, low in self.stretches(cells):
+            some, part = cells.part(start, end), weights[..., start:end]
+            for first, last in some.chunks(length):
+                codes = self.codes(some.part(first, last), length, scale[:, :, first // length : last // length])
+                found = self.pieces.add(found, part[..., first:last].expand(len(codes), -1, -1, -1), codes)
+            lows = lows + part.unflatten(2, (-1, length)).sum(dim=3) @ low
+        return self.pieces.whole(found) + lows
