@@ -24,7 +24,7 @@ def row_bytes(width: int, bits: int) -> int:
 
 
 def strip_width(width: int, bits: int) -> int:
-    """Channels of a strip: those of one place in their bytes, which lie one behind the other; all of a row where a code lies in two planes."""
+    """Channels of a strip: those of one place in their bytes, one behind the other; all of a row where a code lies in two planes."""
     return width if len(planes(bits)) > 1 else row_bytes(width, bits)
 
 
@@ -34,7 +34,7 @@ def strip_factors(bits: int) -> list[int]:
 
 
 def strip_masks(bits: int, device: torch.device) -> Tensor | None:
-    """What finds the codes of each strip in their bytes, (s 1 1 1); None where a strip is a whole row of bytes, or codes lie in two planes."""
+    """What finds the codes of each strip in their bytes, (s 1 1 1); None where a strip is a row of bytes, or codes lie in two planes."""
     if len(factors := strip_factors(bits)) == 1:
         return None
     return torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=device)[:, None, None, None]

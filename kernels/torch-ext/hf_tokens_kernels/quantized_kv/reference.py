@@ -38,10 +38,10 @@ class Cells:
         """The cells of each row and head from one to another."""
         return Cells(self.start + first, self.stride, self.rows, last - first)
 
-    def chunks(self, multiple: int = 1) -> list[tuple[int, int]]:
-        """Where parts begin and end that are unpacked at a time, each as many times some cells, but the last one."""
+    def chunks(self, multiple: int = 1) -> list[slice]:
+        """Parts that are unpacked at a time, each as many times some cells, but the last one."""
         step = max(1, CHUNK // self.rows // multiple) * multiple
-        return [(first, min(first + step, self.count)) for first in range(0, self.count, step)]
+        return [slice(first, min(first + step, self.count)) for first in range(0, self.count, step)]
 
 
 def together(starts: list[int], lengths: list[int]) -> Iterator[tuple[slice, Cells]]:
@@ -50,7 +50,9 @@ def together(starts: list[int], lengths: list[int]) -> Iterator[tuple[slice, Cel
     while first < len(starts):
         n, last = lengths[first], first + 1
         step = starts[last] - starts[first] if last < len(starts) else 0
-        while last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= TOGETHER:
+        while (
+            last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= TOGETHER
+        ):
             last += 1
         if n:
             yield slice(first, last), Cells(starts[first], max(step, 1), last - first, n)
@@ -112,11 +114,11 @@ class Whole:
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """Products of queries (r q e) with cells, (r q n)."""
-        return joined([q @ self.rows(cells.part(*part)).mT for part in cells.chunks()])
+        return joined([q @ self.rows(cells.part(part.start, part.stop)).mT for part in cells.chunks()])
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """The sum of cells, (r q f), with weights (r q n)."""
-        return sum(weights[..., slice(*part)] @ self.rows(cells.part(*part)) for part in cells.chunks())
+        return sum(weights[..., part] @ self.rows(cells.part(part.start, part.stop)) for part in cells.chunks())
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -147,11 +149,19 @@ class Pieces:
         self.shares = torch.tensor(each, dtype=dtype, device=states.codes.device)[:, None, None, None]
         self.room: Tensor | None = None
 
-    def codes(self, cells: Cells) -> Tensor:
-        """The codes of cells (p r n w), each piece as many times too high as its strip lies in the bytes; until the next are asked for."""
-        codes = strips(cells.of(self.states.codes), self.states.bits, self.states.width, self.masks)  # s r n w
-        if codes.shape[3] != self.width:
-            codes = codes.unflatten(3, (-1, self.width)).movedim(3, 1).flatten(0, 1)
+    def chunks(self, cells: Cells, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of cells, each as many times some, and their codes (p*r n w), as many times too high as their strip lies in the bytes.
+
+        The codes of a part are there until the next is asked for.
+        """
+        packed = cells.of(self.states.codes)
+        for part in cells.chunks(multiple):
+            codes = strips(packed[:, part], self.states.bits, self.states.width, self.masks)  # s r n w
+            if codes.shape[3] != self.width:
+                codes = codes.unflatten(3, (-1, self.width)).movedim(3, 1).flatten(0, 1)
+            yield part, self._widened(codes).view(-1, *codes.shape[2:])
+
+    def _widened(self, codes: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # a backward pass may want them
             return codes.to(self.dtype)
         if self.room is None or self.room.shape != codes.shape:
@@ -163,21 +173,20 @@ class Pieces:
         lack = self.count * self.width - x.shape[2]
         return (pad(x, (0, lack)) if lack else x).view(*x.shape[:2], self.count, self.width).movedim(2, 0)
 
+    def queries(self, q: Tensor) -> Tensor:
+        """Queries (r q e) by pieces, (p*r q w), for products with the codes."""
+        return (self.split(q) * self.shares).flatten(0, 1)
+
     def products(self, queries: Tensor, codes: Tensor) -> Tensor:
-        """Products of queries, split and times the shares (p r q w), with codes, (p r q n)."""
-        found = torch.bmm(queries.flatten(0, 1), codes.flatten(0, 1).mT)
-        return found.view(*queries.shape[:3], -1)
+        """Products of queries (p*r q w) with codes, (p r q n)."""
+        return torch.bmm(queries, codes.mT).view(self.count, -1, queries.shape[1], codes.shape[1])
 
     def blank(self, weights: Tensor) -> Tensor:
-        """What sums begin with, of some weights (r q n)."""
+        """What sums of codes with weights (r q n) begin with, (p*r q w)."""
         return weights.new_zeros(self.count * len(weights), weights.shape[1], self.width)
 
-    def add(self, sums: Tensor, weights: Tensor, codes: Tensor) -> Tensor:
-        """Sums (p*r q w) with those of some more codes (p r n w) by weights (p r q n)."""
-        return torch.baddbmm(sums, weights.flatten(0, 1), codes.flatten(0, 1))
-
     def whole(self, sums: Tensor) -> Tensor:
-        """Sums of pieces (p*r q w) of each channel, (r q e)."""
+        """Sums of codes (p*r q w) of each channel, (r q e)."""
         found = sums.unflatten(0, (self.count, -1)) * self.shares
         return found.movedim(0, 2).flatten(2)[..., : self.states.width]
 
@@ -202,19 +211,17 @@ class Grouped:
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        queries, scale, found = self.pieces.split(q) * self.pieces.shares, self.scale(cells), []
-        for first, last in cells.chunks():
-            products = self.pieces.products(queries, self.pieces.codes(cells.part(first, last)))
-            found.append((products * scale[..., first:last]).sum(dim=0))
+        queries, scale, found = self.pieces.queries(q), self.scale(cells), []
+        for part, codes in self.pieces.chunks(cells):
+            found.append((self.pieces.products(queries, codes) * scale[..., part]).sum(dim=0))
         sums = pad(q, (0, self.groups * self.states.group - q.shape[2])).unflatten(2, (self.groups, -1)).sum(dim=3)
         return joined(found) + sums @ self.low(cells).mT
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
         scale, found = self.scale(cells), self.pieces.blank(weights)
-        for first, last in cells.chunks():
-            part = slice(first, last)
-            found = self.pieces.add(found, weights[..., part] * scale[..., part], self.pieces.codes(cells.part(first, last)))
+        for part, codes in self.pieces.chunks(cells):
+            found = torch.baddbmm(found, (weights[..., part] * scale[..., part]).flatten(0, 1), codes)
         low = (weights @ self.low(cells)).repeat_interleave(self.states.group, dim=2)
         return self.pieces.whole(found) + low[..., : self.states.width]
 
@@ -222,63 +229,58 @@ class Grouped:
 class Runs:
     """Cells that share their scales lie in runs: the codes of a run are scaled together, and products with least values are made once.
 
-    What is no run of the length of the first one is scaled cell by cell.
+    Where not all runs are as long as the first one, but for the last, each cell is scaled by itself.
     """
 
     def __init__(self, states: Rounded, dtype: torch.dtype):
         self.states, self.pieces = states, Pieces(states, strip_width(states.width, states.bits), dtype)
 
-    def stretches(self, cells: Cells) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
-        """Where stretches of cells begin and end, the length of their runs, and of these the scales (p r t 1 w) and least values (r t e)."""
-        number = cells.of(self.states.index)
-        for first, last, length in self.bounds(number):
+    def stretches(self, cells: Cells) -> Iterator[tuple[Cells, slice, int, Tensor, Tensor]]:
+        """Stretches of cells, which of all they are, the length of their runs, and of these scales (p r t 1 w) and least values (r t e)."""
+        number, s = cells.of(self.states.index), self.states
+        for first, last, length in self.bounds(number, len(s.codes) - cells.start - (cells.rows - 1) * cells.stride):
             each = number[:, first:last:length].reshape(-1)
-            scale, low = (x.index_select(0, each).to(self.pieces.dtype).view(cells.rows, -1, self.states.width) for x in self.tables)
-            yield first, last, length, self.pieces.split(scale)[:, :, :, None].contiguous(), low
+            scale, low = (x.index_select(0, each).to(self.pieces.dtype).view(cells.rows, -1, s.width) for x in (s.scale, s.low))
+            yield cells.part(first, last), slice(first, last), length, self.pieces.split(scale)[:, :, :, None].contiguous(), low
 
-    @property
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Scales and least values, of which each run has a row."""
-        return self.states.scale, self.states.low
+    def bounds(self, number: Tensor, room: int) -> Iterator[tuple[int, int, int]]:
+        """Where stretches begin and end, and the length of their runs, by the numbers of cells (r n).
 
-    def bounds(self, number: Tensor) -> Iterator[tuple[int, int, int]]:
-        """See `stretches`, of the numbers of cells (r n): runs as long as the first one, and the others by ones."""
-        (r, count), most = number.shape, max(1, CHUNK // len(number))
+        The last run is read to its end, whatever lies there, if the last row and head has room for so many cells.
+        """
+        count, most = number.shape[1], max(1, CHUNK // len(number))
         length = int((number[0] == number[0, 0]).sum())
-        end = count - count % length
-        runs = number[:, :end].view(r, -1, length) if number.is_contiguous() else number[:, :end].unflatten(1, (-1, length))
-        if length == 1 or not bool((runs == runs[:, :, :1]).all()):
-            end = 0
-        if end:
+        firsts = number[:, ::length]
+        end = 0
+        if length > 1 and bool((firsts.repeat_interleave(length, dim=1)[:, :count] == number).all()):
+            end = firsts.shape[1] * length
+            end = end if end <= room else count - count % length
             yield 0, end, next(part for part in range(min(length, most), 0, -1) if length % part == 0)
         for first in range(end, count, most):
             yield first, min(first + most, count), 1
 
-    def codes(self, cells: Cells, length: int, scale: Tensor) -> Tensor:
-        """The codes of cells (p r n w) in runs of a length, times their scales (p r t 1 w)."""
-        codes = self.pieces.codes(cells)
-        codes.view(*codes.shape[:2], -1, length, codes.shape[3]).mul_(scale)
-        return codes
+    def chunks(self, cells: Cells, length: int, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of cells in runs of a length, and their codes (p*r n w) times the scales (p r t 1 w)."""
+        for part, codes in self.pieces.chunks(cells, length):
+            codes.view(*scale.shape[:2], -1, length, codes.shape[2]).mul_(scale[:, :, part.start // length : part.stop // length])
+            yield part, codes
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        queries, found = self.pieces.split(q) * self.pieces.shares, []
-        for start, end, length, scale, low in self.stretches(cells):
-            some, parts = cells.part(start, end), []
-            for first, last in some.chunks(length):
-                codes = self.codes(some.part(first, last), length, scale[:, :, first // length : last // length])
-                parts.append(self.pieces.products(queries, codes).sum(dim=0))
+        queries, found = self.pieces.queries(q), []
+        for some, _, length, scale, low in self.stretches(cells):
+            parts = [self.pieces.products(queries, codes).sum(dim=0) for _, codes in self.chunks(some, length, scale)]
             lows = (q @ low.mT)[..., None]
             found.append((joined(parts).view(*lows.shape[:3], length) + lows).flatten(2))
-        return joined(found)
+        return joined(found)[..., : cells.count]
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
         found, lows = self.pieces.blank(weights), 0
-        for start, end, length, scale, low in self.stretches(cells):
-            some, part = cells.part(start, end), weights[..., start:end]
-            for first, last in some.chunks(length):
-                codes = self.codes(some.part(first, last), length, scale[:, :, first // length : last // length])
-                found = self.pieces.add(found, part[..., first:last].expand(len(codes), -1, -1, -1), codes)
-            lows = lows + part.unflatten(2, (-1, length)).sum(dim=3) @ low
+        for some, place, length, scale, low in self.stretches(cells):
+            own = weights[..., place]
+            own = own if own.shape[2] == some.count else pad(own, (0, some.count - own.shape[2]))
+            for part, codes in self.chunks(some, length, scale):
+                found = torch.baddbmm(found, own[..., part].repeat(len(scale), 1, 1), codes)
+            lows = lows + own.unflatten(2, (-1, length)).sum(dim=3) @ low
         return self.pieces.whole(found) + lows
