@@ -53,7 +53,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.to(torch.uint8)
     for p in planes(bits):
         w = -(-n * p // 8)
-        strips = pad((codes >> shift) & (2**p - 1), (0, w * (8 // p) - n)).unflatten(1, (8 // p, w))
+        strips = codes if len(planes(bits)) == 1 else (codes >> shift) & (2**p - 1)
+        strips = (strips if w * (8 // p) == n else pad(strips, (0, w * (8 // p) - n))).unflatten(1, (8 // p, w))
         byte = strips[:, 0]
         for i in range(1, 8 // p):
             byte = byte | strips[:, i] << (p * i)

@@ -132,7 +132,8 @@ def pack_along(rows: Tensor, index: Tensor, bits: int) -> tuple[Tensor, Tensor, 
 def in_groups(rows: Tensor, group: int) -> Tensor:
     """Rows (r e) as groups of channels (r g c), the last one filled up with its last channel."""
     lack = -rows.shape[1] % group
-    return torch.cat([rows, rows[:, -1:].expand(-1, lack)], dim=1).unflatten(1, (-1, group))
+    rows = torch.cat([rows, rows[:, -1:].expand(-1, lack)], dim=1) if lack else rows
+    return rows.unflatten(1, (-1, group))
 
 
 def round_rows(rows: Tensor, scale: Tensor, low: Tensor, bits: int, group: int) -> Tensor:

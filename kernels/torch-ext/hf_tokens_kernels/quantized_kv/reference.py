@@ -201,9 +201,8 @@ class Grouped:
         self.owner, self.groups = owner.clamp(max=groups - 1), groups
 
     def scale(self, cells: Cells) -> Tensor:
-        """The scales of cells in each piece, (p r 1 n)."""
-        by_group = cells.of(self.states.scale).movedim(2, 0).to(self.pieces.dtype)
-        return by_group.contiguous().index_select(0, self.owner)[:, :, None]
+        """The scales of cells in each group, (g r 1 n)."""
+        return cells.of(self.states.scale).movedim(2, 0).to(self.pieces.dtype).contiguous()[:, :, None]
 
     def low(self, cells: Cells) -> Tensor:
         """The least values of cells, (r n g)."""
@@ -211,7 +210,7 @@ class Grouped:
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        queries, scale, found = self.pieces.queries(q), self.scale(cells), []
+        queries, scale, found = self.pieces.queries(q), self.scale(cells).index_select(0, self.owner), []
         for part, codes in self.pieces.chunks(cells):
             found.append((self.pieces.products(queries, codes) * scale[..., part]).sum(dim=0))
         sums = pad(q, (0, self.groups * self.states.group - q.shape[2])).unflatten(2, (self.groups, -1)).sum(dim=3)
@@ -221,7 +220,8 @@ class Grouped:
         """See `Whole`."""
         scale, found = self.scale(cells), self.pieces.blank(weights)
         for part, codes in self.pieces.chunks(cells):
-            found = torch.baddbmm(found, (weights[..., part] * scale[..., part]).flatten(0, 1), codes)
+            scaled = (weights[..., part] * scale[..., part]).index_select(0, self.owner)  # p r q n
+            found = torch.baddbmm(found, scaled.flatten(0, 1), codes)
         low = (weights @ self.low(cells)).repeat_interleave(self.states.group, dim=2)
         return self.pieces.whole(found) + low[..., : self.states.width]
 
