@@ -163,7 +163,7 @@ class Pieces:
 
     def _widened(self, codes: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # a backward pass may want them
-            return codes.to(self.dtype)
+            return codes.to(self.dtype, memory_format=torch.contiguous_format)
         if self.room is None or self.room.shape != codes.shape:
             self.room = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
         return self.room.copy_(codes)
