@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hf_tokens_kernels import Rounded, pack, pack_along, round_rows, unpack
+from hf_tokens_kernels import Kept, Rounded, pack, pack_along, round_rows, unpack
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -58,6 +58,10 @@ class Plain:
     def unpack(self, rows: Tensor) -> Tensor:
         """What is stored, as rows (r e)."""
         return rows
+
+    def rounded(self, rows: Tensor) -> Kept:
+        """What is stored as an attention reads it beside what is rounded."""
+        return Kept(rows)
 
 
 @dataclass(frozen=True)

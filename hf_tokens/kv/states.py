@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..tokens.entries import cells_of, pick_entries
-from ..tokens.token_map import indices
 from .formats import Plain
-from .storage import BOTH, FEW, Change, KVFormats, Part, Tables, attend, common_tables, dense, filled_parts, put, read, sweep
+from .parts import Packing, attend, common_tables, dense, filled_parts, put, read, sweep
+from .storage import BOTH, FEW, Change, KVFormats, Part, pack_both
 
 FIRST_CAPACITY = 64
 Pair = tuple[Tensor, Tensor]
@@ -74,7 +74,10 @@ class KVStates:
     def pick(self, index: Tensor) -> Pair:
         """Keys and values of the entries of an index (b k r), unpacked."""
         if self.parts is not None and self._unpacked is None:
-            return tuple(read(self.parts, which, index) for which in BOTH)
+            b, k = (torch.arange(n, device=index.device) for n in index.shape[:2])
+            spots = torch.broadcast_tensors(b[:, None, None], k[:, None], index)
+            spots = tuple(x.flatten() for x in spots)
+            return tuple(read(self.parts, which, spots).view(*index.shape, -1) for which in BOTH)
         return self._gather(index)
 
     def hand_out(self, blank: bool) -> Pair:
@@ -124,10 +127,11 @@ class KVStates:
         if self.parts is not None:
             new = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
             new = new if filled is None else new & cells_of(filled[..., -m:], self.heads)
-            new_part = Part.of((k[new], v[new]), pad(new, (self.length, 0)), (Plain(), Plain()))
+            spots = new.nonzero(as_tuple=True)
+            where, there = pad(new, (self.length, 0)), (*spots[:2], spots[2] + self.length)
             for part in self.parts:
                 part.grow(m)
-            self.parts = put(self.parts, new_part)
+            self.parts = Packing(there, ((k[spots],), (v[spots],)), where, (Plain(), Plain())).join(self.parts, [])
         elif self._pair is None:
             self._pair = k, v
         elif torch.is_grad_enabled() and (k.requires_grad or self._pair[0].requires_grad):
@@ -252,23 +256,23 @@ class KVStates:
         if known is not None:
             where, scale = where & ~known.where, known.scale
         tables = common_tables(self.parts or [], formats, self._pair)
-        if scale is None:
-            where = self._move_parts(where, formats, tables)
-        if not bool(where.any()):
-            return
-        index = indices(where)
-        chosen = where.gather(-1, index)
-        self.add_part(Part.of(tuple(t[chosen] for t in self.pick(index)), where, formats, scale, tables), filled)
-
-    def _move_parts(self, where: Tensor, formats: KVFormats, tables: Tables) -> Tensor:
-        """Move entries of `where` whose keys or values are packed in these formats already; returns the others."""
         for part in self.parts or ():
-            packed = any(a == b and not isinstance(a, Plain) for a, b in zip(part.forms, formats, strict=True))
-            moved = where & part.where
-            if packed and part.scale is None and part.forms != formats and bool(moved.any()):
-                self.add_part(part.moved(moved, formats, tables), None)
+            if scale is None and part.scale is None and shares(part.forms, formats):
+                moved = where & part.where
+                spots = moved.nonzero(as_tuple=True)
                 where = where & ~moved
-        return where
+                self._store(Packing(spots, part.moved(spots, moved, formats, tables), moved, formats, None, tables), [part])
+        spots = where.nonzero(as_tuple=True)
+        if len(spots[0]):
+            self.split(filled)
+            rows = read(self.parts, 0, spots), read(self.parts, 1, spots)
+            packed = pack_both(rows, where, spots, formats, scale, tables)
+            self._store(Packing(spots, packed, where, formats, scale, tables), [part for part in self.parts if part.forms != formats])
+
+    def _store(self, new: Packing, leaving: list[Part]) -> None:
+        if len(new.spots[0]):
+            self._unpacked = None
+            self.parts = new.join(self.parts, leaving)
 
     def map_rows(self, change: Change) -> None:
         """Change the batch by a function of any tensor (b ...)."""
@@ -286,6 +290,11 @@ class KVStates:
         self.slots = None if self.slots is None else self.slots.to(device)
         self.parts = None if self.parts is None else [part.to(device) for part in self.parts]
         self._buffers = self._unpacked = None
+
+
+def shares(old: KVFormats, new: KVFormats) -> bool:
+    """Whether the keys or the values alone are packed in both alike, and are not packed again."""
+    return old != new and any(a == b and not isinstance(a, Plain) for a, b in zip(old, new, strict=True))
 
 
 def others(index: Tensor, n: int) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hf_tokens_kernels import merge_attention, packed_attention, ragged_attention
+from hf_tokens_kernels import packed_attention, ragged_attention
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .formats import GroupTable, KVFormat, Packed, Plain, Polar, QuantizedTokens, Shared, pick_rows, raw
+from .formats import GroupTable, KVFormat, Packed, Plain, Polar, Shared, pick_rows, raw
 
 Change = Callable[[Tensor], Tensor]
 FEW = 4  # entries of a row whose places are filled up as they leave; where more do, the others close up
@@ -19,6 +19,7 @@ ROOM = 16  # cells of a row and key head that are kept free, at least
 
 KVFormats = tuple[KVFormat, KVFormat]
 Tables = tuple[GroupTable | None, GroupTable | None]
+Spots = tuple[Tensor, ...]  # the row, head and place of each of some entries, in their order
 BOTH = 0, 1  # keys and values
 
 
@@ -54,8 +55,7 @@ class Part:
         cls, rows: tuple[Tensor, Tensor], where: Tensor, forms: KVFormats, scale: Tensor | None = None, tables: Tables = (None, None)
     ) -> Part:
         """Pack keys and values (r e) of the entries of `where` (b k n)."""
-        states = scaled(rows[0], where, scale), rows[1]
-        packed = tuple(pack_rows(form, x, where, table) for form, x, table in zip(forms, states, tables, strict=True))
+        packed = pack_both(rows, where, where.nonzero(as_tuple=True), forms, scale, tables)
         return cls.tight(where, forms, packed, scale, tables)
 
     @classmethod
@@ -86,23 +86,18 @@ class Part:
         shared = any(isinstance(x, Shared) or x.requires_grad for states in self.packed for x in states)
         return shared or any(table is not None and table.fixed for table in self.tables)
 
-    def rows(self, which: int, cells: Tensor) -> Tensor:
-        """Keys (0) or values (1) of cells (b k r) that are not -1, as they are read, (r e)."""
-        where = cells >= 0
-        index = cells[where]
+    def read(self, which: int, cells: Tensor, spots: Spots) -> Tensor:
+        """Keys (0) or values (1) in cells (r), which belong to these rows and heads, (r e)."""
         table = self.tables[which]
-        rows = self.forms[which].unpack(*(raw(x)[index] for x in self.packed[which]), *(() if table is None else (table,)))
-        if which or self.scale is None:
-            return rows
-        b, k, _ = where.nonzero(as_tuple=True)
-        return rows / self.scale[b, k, 0]
+        rows = self.forms[which].unpack(*(raw(x)[cells] for x in self.packed[which]), *(() if table is None else (table,)))
+        return rows if which or self.scale is None else rows / self.scale[spots[0], spots[1], 0]
 
     def write(self, cells: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values (b k r e), in the part's own formats, in cells (b k r); -1 stands for none."""
         where = cells >= 0
         if not bool(where.any()):
             return
-        states = scaled(keys[where], where, self.scale), values[where]
+        states = scaled(keys[where], where.nonzero(as_tuple=True), self.scale), values[where]
         packed = tuple(self._packed_again(which, rows, cells[where]) for which, rows in enumerate(states))
         copy = torch.Tensor.index_copy if self.fixed or any(t.requires_grad for t in (keys, values)) else torch.Tensor.index_copy_
         both = zip(self.packed, packed, strict=True)
@@ -113,22 +108,15 @@ class Part:
         form, table = self.forms[which], self.tables[which]
         return form.pack(rows) if table is None else form.repack(rows, self.packed[which][1][cells], table)
 
-    def moved(self, where: Tensor, forms: KVFormats, tables: Tables) -> Part:
-        """Some of its entries (b k n) as a part in other formats; what is in them already is not packed again."""
-        cells = self.cells.masked_fill(~where, -1)
-        index = cells[where]
-        packed = tuple(
-            tuple(pick_rows(x, index) for x in self.packed[which])
+    def moved(self, spots: Spots, where: Tensor, forms: KVFormats, tables: Tables) -> tuple[Packed, Packed]:
+        """Some of its entries, those of `where` (b k n), in other formats; what is in them already is not packed again."""
+        cells = self.cells[spots]
+        return tuple(
+            tuple(pick_rows(x, cells) for x in self.packed[which])
             if forms[which] == self.forms[which]
-            else pack_rows(forms[which], self.rows(which, cells), where, tables[which])
+            else pack_rows(forms[which], self.read(which, cells, spots), where, tables[which])
             for which in BOTH
         )
-        return Part.tight(where, forms, packed, self.scale, tables)
-
-    def unpacked(self) -> Part:
-        """The same entries as they are read."""
-        forms = Plain(), Plain()
-        return self if self.forms == forms else Part.of(tuple(self.rows(which, self.cells) for which in BOTH), self.where, forms)
 
     def grow(self, m: int) -> None:
         """Count m entries more, which are in other parts."""
@@ -143,14 +131,22 @@ class Part:
             used[cells.flatten()] = True  # the last one stands for -1
             gone = self.where & ~used[self.cells]
             if torch.equal(self.lengths - gone.sum(dim=-1), lengths):
-                return self._fill_up(cells, gone, most)
+                none = len(self.packed[0][0]) + 1
+                holes = torch.where(gone, self.cells, none)
+                few = min(most, holes.shape[-1])
+                return self._fill_up(cells, holes.amin(dim=-1, keepdim=True) if few == 1 else holes.topk(few, dim=-1, largest=False).values)
         return self._picked(cells, self.scale)
 
-    def without(self, where: Tensor) -> Part:
-        """The part without some of its entries, (b k n), whose cells are freed."""
-        gone = self.where & where
-        most, cells = int(gone.sum(dim=-1).max()), self.cells.masked_fill(gone, -1)
-        return self._picked(cells, self.scale) if most > FEW or self.fixed else self._fill_up(cells, gone, most)
+    def without(self, spots: Spots) -> Part:
+        """The part without some of its entries, whose cells are freed."""
+        cells = self.cells.index_put(spots, self.cells.new_tensor(-1))
+        line, many, rank = ranks(spots, self.lengths)
+        most = int(many.max())
+        if most > FEW or self.fixed:
+            return self._picked(cells, self.scale)
+        holes = cells.new_full((len(many), most), len(self.packed[0][0]) + 1)
+        holes[line, rank] = self.cells[spots]
+        return self._fill_up(cells, holes.view(*self.lengths.shape, most))
 
     def _picked(self, cells: Tensor, scale: Tensor | None) -> Part:
         """A part without room of those of its cells that are not -1, (b k n)."""
@@ -160,21 +156,19 @@ class Part:
             where, self.forms, tuple(tuple(pick_rows(x, index) for x in states) for states in self.packed), scale, self.tables
         )
 
-    def _fill_up(self, cells: Tensor, gone: Tensor, most: int) -> Part:
-        """Free cells of entries (b k n), at most so many of a row and key head: its last ones move there, the others stay."""
+    def _fill_up(self, cells: Tensor, holes: Tensor) -> Part:
+        """Free cells (b k h), beyond the last one where there are fewer: the last entries of a row and head move there, the others stay."""
         none = len(self.packed[0][0]) + 1
-        holes = torch.where(gone, self.cells, none)
-        holes = holes.amin(dim=-1, keepdim=True) if most == 1 else holes.topk(min(most, holes.shape[-1]), dim=-1, largest=False).values
-        for hole in range(min(most, holes.shape[-1])):
+        for hole in range(holes.shape[-1]):
             moves = holes[..., hole] < none
             last = (self.starts + self.lengths - 1).clamp(min=0)
-            into = torch.where(moves, holes[..., hole], last)
+            into = holes[..., hole]
             for x in (x for states in self.packed for x in states):
                 x.index_copy_(0, into[moves], x.index_select(0, last[moves]))
             self.lengths = self.lengths - moves.long()
-            moves, last, into = moves[..., None], last[..., None], into[..., None]
-            cells = torch.where(moves & (cells == last), into, cells)
-            holes = torch.where(moves & (holes == last), into, holes)
+            last, into = last.masked_fill(~moves, none)[..., None], into[..., None]
+            cells = torch.where(cells == last, into, cells)
+            holes = torch.where(holes == last, into, holes)
         self.cells, self.count = cells, int(self.lengths.sum())
         return self
 
@@ -182,11 +176,6 @@ class Part:
     def readable(self) -> bool:
         """Whether an attention can read it as it is packed."""
         return not self.fixed and not any(isinstance(form, Polar) for form in self.forms)
-
-    @property
-    def mixed(self) -> bool:
-        """Whether keys or values alone are packed."""
-        return any(isinstance(form, Plain) for form in self.forms) and self.forms[0] != self.forms[1]
 
     def attend(self, q: Tensor, sizes: Tensor | None, **shape: Any) -> tuple[Tensor, ...]:
         """What queries (b h 1 e) read in this part, the log of their sums of exponentials, and by `scores` those of the cells (h/k c).
@@ -200,7 +189,7 @@ class Part:
         cells = None if sizes is None else self._by_cell(sizes)
         if self.scale is not None:
             q = q / self.scale.repeat_interleave(q.shape[1] // self.scale.shape[1], dim=1)
-        if isinstance(self.forms[0], Plain):
+        if self.forms == (Plain(), Plain()):
             return ragged_attention(q, self.packed[0][0], self.packed[1][0], sizes=cells, **where)
         both = zip(self.packed, self.forms, self.tables, strict=True)
         packed = (form.rounded(*x) if table is None else form.rounded(*x, table) for x, form, table in both)
@@ -231,16 +220,21 @@ class Part:
             both = zip(self.packed, other.packed, strict=True)
             packed = tuple(tuple(pick_rows(x, index, more) for x, more in zip(*pair, strict=True)) for pair in both)
             return Part.tight(where, self.forms, packed, self.scale, self.tables)
-        if bool((self.lengths + other.lengths > self.ends - self.starts).any()):
-            self._make_room(self.lengths + other.lengths)
-        b, k, n = new.nonzero(as_tuple=True)
-        taken_from = other.cells[b, k, n]
-        into = taken_from + (self.starts + self.lengths - other.starts)[b, k]
-        for pair in zip(self.packed, other.packed, strict=True):
+        spots = new.nonzero(as_tuple=True)
+        cells = other.cells[spots]
+        return self.take_in(spots, tuple(tuple(x.index_select(0, cells) for x in states) for states in other.packed))
+
+    def take_in(self, spots: Spots, packed: tuple[Packed, Packed]) -> Part:
+        """The part with entries more, whose keys and values are packed in its formats."""
+        line, many, rank = ranks(spots, self.lengths)
+        lengths = self.lengths + many.view_as(self.lengths)
+        if bool((lengths > self.ends - self.starts).any()):
+            self._make_room(lengths)
+        into = (self.starts + self.lengths).flatten()[line] + rank
+        for pair in zip(self.packed, packed, strict=True):
             for x, more in zip(*pair, strict=True):
-                x.index_copy_(0, into, more.index_select(0, taken_from))
-        self.cells, self.lengths = self.cells.index_put((b, k, n), into), self.lengths + other.lengths
-        self.count += other.count
+                x.index_copy_(0, into, more)
+        self.cells, self.lengths, self.count = self.cells.index_put(spots, into), lengths, self.count + len(line)
         return self
 
     def _make_room(self, needed: Tensor) -> None:
@@ -275,12 +269,9 @@ class Part:
         yield from (t for table in self._tables() for t in (table.scale, table.low))
 
 
-def scaled(keys: Tensor, where: Tensor, scale: Tensor | None) -> Tensor:
-    """Keys (r e) of the entries of `where` (b k n), times a scale (b k 1 e) if there is one."""
-    if scale is None:
-        return keys
-    b, k, _ = where.nonzero(as_tuple=True)
-    return keys * scale[b, k, 0]
+def scaled(keys: Tensor, spots: Spots, scale: Tensor | None) -> Tensor:
+    """Keys (r e) of entries, times a scale (b k 1 e) if there is one."""
+    return keys if scale is None else keys * scale[spots[0], spots[1], 0]
 
 
 def pack_rows(form: KVFormat, rows: Tensor, where: Tensor, table: GroupTable | None) -> Packed:
@@ -288,91 +279,16 @@ def pack_rows(form: KVFormat, rows: Tensor, where: Tensor, table: GroupTable | N
     return form.pack(rows) if table is None else form.pack(rows, where, table)
 
 
-def common_tables(parts: list[Part], forms: KVFormats, like: tuple[Tensor, Tensor]) -> Tables:
-    """The tables of formats that pack several rows together: those that the parts have, or new ones."""
-
-    def table(which: int) -> GroupTable | None:
-        form = forms[which]
-        if not isinstance(form, QuantizedTokens):
-            return None
-        known = (part.tables[which] for part in parts if part.forms[which] == form)
-        return next(known, None) or GroupTable(like[which], form.width)
-
-    return table(0), table(1)
+def pack_both(
+    rows: tuple[Tensor, Tensor], where: Tensor, spots: Spots, forms: KVFormats, scale: Tensor | None, tables: Tables
+) -> tuple[Packed, Packed]:
+    """Keys and values (r e) of the entries of `where` (b k n), packed, the keys times a scale (b k 1 e) if there is one."""
+    states = scaled(rows[0], spots, scale), rows[1]
+    return tuple(pack_rows(form, x, where, table) for form, x, table in zip(forms, states, tables, strict=True))
 
 
-def sweep(parts: list[Part]) -> None:
-    """Let the scales of groups go that no entry is in any more."""
-    for which in BOTH:
-        grouped = [part for part in parts if part.tables[which] is not None]
-        tables = {id(part.tables[which]): part.tables[which] for part in grouped}
-        for table in tables.values():
-            sharing = [part for part in grouped if part.tables[which] is table]
-            stays = torch.zeros(len(table.scale), dtype=torch.bool, device=table.scale.device)
-            for part in sharing:
-                stays[part.packed[which][1][part.cells[part.where], 0].long()] = True
-            if bool(stays.all()):
-                continue
-            place = stays.cumsum(0).int() - 1
-            for part in sharing:
-                cells, (codes, number) = part.cells[part.where], part.packed[which]
-                renamed = codes, number.index_copy(0, cells, place[number[cells].long()])
-                part.packed = (renamed, part.packed[1]) if which == 0 else (part.packed[0], renamed)
-            table.keep(stays)
-
-
-def attend(
-    parts: list[Part], q: Tensor, sizes: Tensor | None, sinks: Tensor | None, weighs: bool, **shape: Any
-) -> tuple[Tensor, Tensor | None]:
-    """What queries (b h 1 e) read of parts (b h 1 f), and if it `weighs` the probability of each entry, (b k n), where it lies."""
-    parts = [part.unpacked() if part.mixed else part for part in parts]
-    read = [part.attend(q, sizes, scores=weighs, **shape) for part in parts]
-    out = merge_attention([some[:2] for some in read], sinks)
-    if not weighs:
-        return out, None
-    logs = torch.stack([log for _, log, _ in read])
-    logs = logs if sinks is None else torch.cat([logs, sinks.to(logs).view(1, 1, -1, 1).expand_as(logs[:1])])
-    log = logs.logsumexp(dim=0)
-    return out, sum(part.weights(scores, log) for part, (_, _, scores) in zip(parts, read, strict=True))
-
-
-def dense(parts: list[Part], which: int, width: int) -> Tensor:
-    """The keys (0) or values (1) of parts, (b k n e); zeros where there is none."""
-    shape = parts[0].cells.shape
-    out: Tensor | None = None
-    for part in parts:
-        where, rows = part.where, part.rows(which, part.cells)
-        if len(parts) == 1 and bool(where.all()):
-            return rows.view(*shape, width)
-        out = rows.new_zeros(*shape, width) if out is None else out
-        out[where] = rows
-    return out
-
-
-def read(parts: list[Part], which: int, index: Tensor) -> Tensor:
-    """Keys (0) or values (1) of entries (b k r) of parts, (b k r e)."""
-    out: Tensor | None = None
-    for part in parts:
-        cells = part.cells.gather(-1, index)
-        rows = part.rows(which, cells)
-        out = rows.new_zeros(*index.shape, rows.shape[1]) if out is None else out
-        out[cells >= 0] = rows
-    return out
-
-
-def put(parts: list[Part], part: Part) -> list[Part]:
-    """Parts with the entries of one more, which leave the others."""
-    out, same_format, where = [], None, part.where
-    for old in parts:
-        if old.forms == part.forms:
-            same_format = old
-        elif bool((old.where & where).any()):
-            out.append(old.without(where))
-        else:
-            out.append(old)
-    return filled_parts([*out, part if same_format is None else same_format.join(part)])
-
-
-def filled_parts(parts: list[Part]) -> list[Part]:
-    """The parts that hold entries, or the first if none does."""
-    return [part for part in parts if part.count] or parts[:1]
+def ranks(spots: Spots, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of entries the number of their row and head, like (b k), how many there are of each, and which of these each is."""
+    line = spots[0] * like.shape[1] + spots[1]
+    many = torch.bincount(line, minlength=like.numel())
+    return line, many, torch.arange(len(line), device=line.device) - (many.cumsum(0) - many)[line]

@@ -28,6 +28,7 @@ from hf_tokens import (
 from hf_tokens.engine.tap import AttentionTap
 from hf_tokens.kv.formats import GroupTable, Plain, QuantizedTokens
 from hf_tokens.kv.layer import TokenCacheLayer
+from hf_tokens.kv.storage import Part
 from hf_tokens.model.arguments import realign
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import CACHE, zoo
@@ -164,6 +165,34 @@ def test_a_scale_is_taken_out_again_and_follows_the_rows():
     layer.hold(torch.ones(B, K, 7, dtype=torch.bool), Quantized(8, E, E), Plain(), torch.ones_like(scale))
     close(layer.keys[:, :, 5:], through(Quantized(8, E, E), new * scale.flip(0)) / scale.flip(0))
     assert torch.equal(layer.keys[:, :, :5], before.flip(0))
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["keys alone", "keys and values"])
+def test_an_attention_reads_what_is_packed_as_it_lies(early, monkeypatch):
+    twin = Twin(ALONG)
+    twin.both(lambda layer: arrive(layer, 9, 0))
+    twin.hold(1, early)
+    q = torch.randn(B, 2 * K, 1, E, generator=torch.Generator().manual_seed(2))
+    want = torch.nn.functional.scaled_dot_product_attention(q, twin.full.keys, twin.full.values, scale=0.5, enable_gqa=True)
+    monkeypatch.setattr(Part, "read", None)
+    monkeypatch.setattr(Part, "of", None)
+    got, _ = twin.packed.attend(q, None, False, scaling=0.5, softcap=None)
+    close(got, want)
+
+
+@pytest.mark.parametrize("forms", [(FORM, FORM), (ALONG, FORM)], ids=["by rows", "along the cells"])
+def test_few_entries_that_change_their_format_leave_the_others_where_they_lie(forms, monkeypatch):
+    layer = TokenCacheLayer()
+    arrive(layer, 20, 0)
+    where = torch.zeros(B, K, 20, dtype=torch.bool)
+    layer.hold(where.index_fill(2, torch.arange(6), True), *forms)
+    layer.hold(where.index_fill(2, torch.arange(8), True), *forms)  # makes room
+    keys = layer.keys
+    monkeypatch.setattr(Part, "tight", None)
+    layer.hold(where.index_fill(2, torch.arange(9), True), *forms)
+    arrive(layer, 1, 1)
+    assert torch.equal(layer.keys[:, :, 9:20], keys[:, :, 9:]) and layer.keys.shape[2] == 21
+    assert sorted(part.count for part in layer.kv.parts) == [B * K * 9, B * K * 12]
 
 
 def test_a_row_of_one_value_is_exact():

@@ -210,6 +210,26 @@ def test_strided_inputs(backend, device):
     close(attention_columns(q, k, scaling=0.3), eager(q.double(), k.double()).sum(2).float())
 
 
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("case", ["open", "causal", "positions", "mask of each head"])
+def test_heads_that_are_looked_at_one_after_the_other_are_those_of_all(case, reduce, monkeypatch):
+    q, k, _ = sample((2, 6, 3, 40, 40, 8))
+    make = torch.Generator().manual_seed(1)
+    more = {
+        "open": {},
+        "causal": dict(causal=True, sinks=torch.randn(6, generator=make)),
+        "positions": dict(causal=True, key_mask=torch.rand(2, 3, 40, generator=make) > 0.2),
+        "mask of each head": dict(mask=torch.rand(2, 6, 40, 40, generator=make) > 0.3, weights=torch.rand(2, 40, generator=make)),
+    }[case]
+    want = attention_columns(q, k, scaling=0.3, reduce=reduce, **more)
+    seen = []
+    together = reference.columns_together
+    monkeypatch.setattr(reference, "columns_together", lambda q, *rest: seen.append(q.shape[1]) or together(q, *rest))
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 2 * 2 * 16 * 40)
+    close(attention_columns(q, k, scaling=0.3, reduce=reduce, **more), want)
+    assert seen == [2, 2, 2]
+
+
 def test_a_row_of_a_batch_is_the_row_alone(backend, device):
     q, k, extra, _ = given(backend, device, SHAPES[2], "mask")
     together = attention_columns(q, k, scaling=0.3, **extra)

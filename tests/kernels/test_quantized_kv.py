@@ -1,5 +1,6 @@
 """Rows in a few bits come back as they were rounded, and attention over them is that over the rows they stand for."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hf_tokens_kernels import (
     Coded,
+    Kept,
     Rounded,
     decode,
     encode,
@@ -120,6 +122,10 @@ FORMS = {  # of keys and of values, by the width of a row
     "7 and 3 bits, small groups": (lambda x: rounded(x, 7, 5), lambda x: rounded(x, 3, 7)),
     "2 bits along the cells": (lambda x: rounded_along(x, 2, 32), lambda x: rounded(x, 2, 32)),
     "3 bits along the cells, both": (lambda x: rounded_along(x, 3, 5), lambda x: rounded_along(x, 3, 7)),
+    "keys alone in 2 bits along the cells": (lambda x: rounded_along(x, 2, 32), Kept),
+    "values alone in 4 bits": (Kept, lambda x: rounded(x, 4, 32)),
+    "neither": (Kept, Kept),
+    "4 bits, groups of part of a strip": (lambda x: rounded(x, 4, 8), lambda x: rounded(x, 8, 16)),
     "codebooks": (lambda x: coded(x, 4, 256), lambda x: coded(x, 2, 11)),
     "codes and bits": (lambda x: coded(x, 8, 200), lambda x: rounded(x, 1, 40)),
 }
@@ -189,6 +195,21 @@ def test_runs_of_any_length_that_share_their_scales(backend, device, dtype, bits
     uneven = lambda x: Rounded(*pack_along(x, index, bits), bits, 1, x.shape[1], index.int())
     check(q, uneven(keys), uneven(values), *where, softcap=3.0)
     check(q, rounded_along(keys, bits, 32), uneven(values), *where)
+
+
+@pytest.mark.parametrize("room", [0, 40], ids="room for {}".format)
+def test_a_last_run_that_is_cut_off_is_read_to_its_end_and_counts_for_nothing(backend, device, room):
+    """What lies behind it may be anything: codes of other cells, numbers of groups that are not there."""
+    q, keys, values, starts, lengths = cells([[43]], (64, 32), device)
+    states = [Rounded(*pack_along(x[:43], torch.arange(43, device=device) // 16, 2), 2, 1, x.shape[1]) for x in (keys, values)]
+    number = torch.cat([torch.arange(43, device=device) // 16, torch.full((room,), 999, device=device)]).int()
+    fill = lambda codes: torch.cat([codes, codes.new_full((room, codes.shape[1]), 255)])
+    both = [dataclasses.replace(x, codes=fill(x.codes), index=number) for x in states]
+    out, logs = packed_attention(q, *both, starts, lengths, scaling=0.3)
+    same = [dataclasses.replace(x, index=number[:43]) for x in states]
+    want, want_logs = packed_attention(q, *(Kept(x.rows(slice(None))) for x in same), starts, lengths, scaling=0.3)
+    close(out, want, "read")
+    close(logs, want_logs, "log")
 
 
 @pytest.mark.parametrize("lengths", [[[70, 70], [70, 70]], [[33, 33, 5], [5, 5, 64]], [[0, 0]]], ids=str)

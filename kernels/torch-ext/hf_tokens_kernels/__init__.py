@@ -8,6 +8,7 @@ from .low_pass import low_pass
 from .pooling import pool_max, pool_power, pool_softmax
 from .quantized_kv import (
     Coded,
+    Kept,
     Rounded,
     decode,
     encode,
@@ -27,6 +28,7 @@ from .token_merge import Slots, merge, take_rows, unmerge
 __all__ = [
     "Choice",
     "Coded",
+    "Kept",
     "Rounded",
     "Slots",
     "agglomerate",

@@ -44,6 +44,12 @@ class Look:
         """Keys that the queries before `last` may see."""
         return n - m + last if self.skips() else n
 
+    def heads(self, own: slice, keys: slice) -> Look:
+        """The same for some query heads and their key heads."""
+        some = lambda t, part: t if t is None or t.shape[1] == 1 else t[:, part]
+        sinks = None if self.sinks is None else self.sinks[own]
+        return replace(self, mask=some(self.mask, own), key_positions=some(self.key_positions, keys), sinks=sinks)
+
     def last(self, w: int) -> Look:
         """The same for the last w queries."""
         mask, places = self.mask, self.query_positions

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from ..precision import accumulated
 from .look import Look
 
-CHUNK_ELEMENTS = 1 << 21  # probabilities held at a time: what a core's cache holds
+CHUNK_ELEMENTS = 1 << 19  # probabilities held at a time: what a core's cache holds
 FEWEST, MOST = 16, 128  # queries of a chunk
 
 
@@ -24,6 +24,12 @@ def chunks(b: int, h: int, m: int, n: int) -> Iterator[slice]:
     """Queries that are looked at together."""
     step = min(m, MOST, max(FEWEST, CHUNK_ELEMENTS // max(1, b * h * n)))
     return (slice(first, min(first + step, m)) for first in range(0, m, step))
+
+
+def heads_together(b: int, h: int, g: int, m: int, n: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads and their key heads that are looked at together: all, or as many as fit with the fewest queries of a chunk."""
+    step = min(g, max(1, CHUNK_ELEMENTS // max(1, b * (h // g) * min(m, FEWEST) * n)))
+    return ((slice(first * (h // g), min(first + step, g) * (h // g)), slice(first, min(first + step, g))) for first in range(0, g, step))
 
 
 def scores(q: Tensor, k: Tensor, look: Look, part: slice, end: int) -> tuple[Tensor, Tensor | None]:
@@ -84,8 +90,23 @@ def columns(
     q: Tensor, k: Tensor, look: Look, weights: Tensor | None, reduce: str, lse: Tensor | None, choice: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """What every key receives, (b h n), and for `max` with `choice` from which query."""
-    (b, h, m, _), n = q.shape, k.shape[2]
     q, k = widen(q, k)
+    (b, h, m, _), (_, g, n, _) = q.shape, k.shape
+    parts = [
+        columns_together(q[:, own], k[:, keys], look.heads(own, keys), weights, reduce, None if lse is None else lse[:, own], choice)
+        for own, keys in heads_together(b, h, g, m, n)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    out, best = zip(*parts, strict=True)
+    return torch.cat(out, dim=1), None if best[0] is None else torch.cat(best, dim=1)
+
+
+def columns_together(
+    q: Tensor, k: Tensor, look: Look, weights: Tensor | None, reduce: str, lse: Tensor | None, choice: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The columns of heads that are looked at together."""
+    (b, h, m, _), n = q.shape, k.shape[2]
     out, best = q.new_zeros(b, h, n), None
     if reduce == "max" and choice:
         best = torch.zeros(b, h, n, dtype=torch.long, device=q.device)
@@ -98,8 +119,10 @@ def columns(
         if best is not None:
             where = p.argmax(dim=2) + part.start
             best[..., :end] = torch.where(received > out[..., :end], where, best[..., :end])
-        received = pad(received, (0, n - end))
-        out = out + received if reduce == "sum" else torch.maximum(out, received)
+        if reduce == "sum":
+            out[..., :end] += received
+        else:
+            out = torch.maximum(out, pad(received, (0, n - end)))
     return out, best
 
 

@@ -9,10 +9,11 @@ from ..precision import of_autocast
 from ..ragged_attention import check, refuses, scores_of
 from . import reference
 from .bits import pack_bits, unpack_bits
-from .forms import Coded, Packed, Rounded, decode, encode, pack, pack_along, round_rows, unpack
+from .forms import Coded, Kept, Packed, Rounded, decode, encode, pack, pack_along, round_rows, unpack
 
 __all__ = [
     "Coded",
+    "Kept",
     "Packed",
     "Rounded",
     "decode",
@@ -44,7 +45,7 @@ def packed_attention(
 
     Args:
         q: Queries, (b h m e).
-        keys: Keys of all cells, packed: `Rounded` or `Coded`.
+        keys: Keys of all cells, packed: `Rounded` or `Coded`, or as they are: `Kept`.
         values: Their values, in the one or the other form.
         starts, lengths, scaling, sizes, softcap, longest, scores: As in `ragged_attention`.
 

@@ -23,18 +23,28 @@ def row_bytes(width: int, bits: int) -> int:
     return sum(-(-width * p // 8) for p in planes(bits))
 
 
-def strips(packed: Tensor, bits: int, width: int) -> tuple[Tensor, list[int]]:
-    """Bytes (r m) as strips of channels (s r w) that lie one behind the other, and the factor by which the codes of each are too high.
+def strip_width(width: int, bits: int) -> int:
+    """Channels of a strip: those of one place in their bytes, one behind the other; all of a row where a code lies in two planes."""
+    return width if len(planes(bits)) > 1 else row_bytes(width, bits)
 
-    Codes of one plane are left where they stand in their bytes: a mask finds them all in one pass.
-    """
-    if len(planes(bits)) > 1:
-        return unpack_bits(packed, bits, width)[None], [1]
-    factors = [2**shift for shift in range(0, 8, bits)]
-    if bits == 8:
-        return packed[None], factors
-    masks = torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=packed.device)
-    return packed & masks[:, None, None], factors
+
+def strip_factors(bits: int) -> list[int]:
+    """By how much the codes of each strip are too high where they stand in their bytes."""
+    return [1] if len(planes(bits)) > 1 else [2**shift for shift in range(0, 8, bits)]
+
+
+def strip_masks(bits: int, device: torch.device) -> Tensor | None:
+    """What finds the codes of each strip in their bytes, (s 1 1 1); None where a strip is a row of bytes, or codes lie in two planes."""
+    if len(factors := strip_factors(bits)) == 1:
+        return None
+    return torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=device)[:, None, None, None]
+
+
+def strips(packed: Tensor, bits: int, width: int, masks: Tensor | None) -> Tensor:
+    """Bytes (r n m) as strips of codes (s r n w), left where they stand in their bytes: the masks find them all in one pass."""
+    if masks is not None:
+        return packed & masks
+    return (packed if len(planes(bits)) == 1 else unpack_bits(packed.flatten(0, 1), bits, width).unflatten(0, packed.shape[:2]))[None]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -43,7 +53,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.to(torch.uint8)
     for p in planes(bits):
         w = -(-n * p // 8)
-        strips = pad((codes >> shift) & (2**p - 1), (0, w * (8 // p) - n)).unflatten(1, (8 // p, w))
+        strips = codes if len(planes(bits)) == 1 else (codes >> shift) & (2**p - 1)
+        strips = (strips if w * (8 // p) == n else pad(strips, (0, w * (8 // p) - n))).unflatten(1, (8 // p, w))
         byte = strips[:, 0]
         for i in range(1, 8 // p):
             byte = byte | strips[:, i] << (p * i)

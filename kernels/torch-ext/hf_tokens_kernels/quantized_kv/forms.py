@@ -71,7 +71,31 @@ class Coded:
         return decode(self.codes[cells], self.codebook)
 
 
-Packed = Rounded | Coded
+@dataclass(frozen=True)
+class Kept:
+    """Cells as they are.
+
+    Attributes:
+        codes: The cells themselves, (c e).
+    """
+
+    codes: Tensor
+
+    @property
+    def width(self) -> int:
+        """Channels of a row."""
+        return self.codes.shape[1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+        return (self.codes,)
+
+    def rows(self, cells: slice) -> Tensor:
+        """Some of the cells."""
+        return self.codes[cells]
+
+
+Packed = Rounded | Coded | Kept
 
 
 def pack(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +132,8 @@ def pack_along(rows: Tensor, index: Tensor, bits: int) -> tuple[Tensor, Tensor, 
 def in_groups(rows: Tensor, group: int) -> Tensor:
     """Rows (r e) as groups of channels (r g c), the last one filled up with its last channel."""
     lack = -rows.shape[1] % group
-    return torch.cat([rows, rows[:, -1:].expand(-1, lack)], dim=1).unflatten(1, (-1, group))
+    rows = torch.cat([rows, rows[:, -1:].expand(-1, lack)], dim=1) if lack else rows
+    return rows.unflatten(1, (-1, group))
 
 
 def round_rows(rows: Tensor, scale: Tensor, low: Tensor, bits: int, group: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dispatch import interpreted
 from ..ragged_attention.twin import fold_in, leave, run, wide
-from .forms import Packed, Rounded, code_bits
+from .forms import Kept, Packed, Rounded, code_bits
 
 BLOCK = 64  # cells of a block
 
@@ -32,8 +32,10 @@ def codes_of(codes, cell, number, inside, stride, WIDTH: tl.constexpr, BITS: tl.
 @triton.jit
 def rows_of(codes, first, second, index, cell, channel, inside, stride, N: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
             GROUP: tl.constexpr, CODED: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
-    """Cells (n 1) at channels (1 e): integers by their scale and least value, or codes by what the codebook says of them."""
-    if CODED:
+    """Cells (n 1) at channels (1 e): as they are, integers by their scale and least value, or codes by what the codebook says of them."""
+    if BITS == 0:
+        out = tl.load(codes + cell * stride + channel, mask=inside, other=0.0).to(tl.float32)
+    elif CODED:
         code = codes_of(codes, cell, channel // GROUP, inside, stride, N, BITS)
         spot = (channel // GROUP * WIDTH + code) * GROUP + channel % GROUP
         out = tl.load(first + spot, mask=inside, other=0.0).to(tl.float32)
@@ -92,6 +94,8 @@ def parts_of(states: Packed) -> tuple[tuple[Tensor, ...], tuple[int, int, int, i
     if isinstance(states, Rounded):
         codes, scale, low, *index = (x.contiguous() for x in states.tensors())
         return (codes, scale, low, *(index or (codes,))), (states.width, scale.shape[1], states.bits, states.group, False, bool(index))
+    if isinstance(states, Kept):
+        return (states.codes.contiguous(),) * 4, (states.width, 1, 0, 1, False, False)
     codes, book = (x.contiguous() for x in states.tensors())
     return (codes, book, book, codes), (book.shape[0], book.shape[1], code_bits(book), book.shape[2], True, False)
 
