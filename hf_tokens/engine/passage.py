@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import place
-from ..kv.layer import TokenCacheLayer
+from ..kv.layer import GAPS, TokenCacheLayer
 from ..kv.static import FrontedLayer
+from ..model.arguments import token_masks
 from ..model.streams import SIDE_BY_SIDE
 from ..roles.signals import AT_SITE, HOOKED, OF_THE_BLOCK
 from ..tokens.altered import altered
@@ -186,11 +187,14 @@ def announce(call: BlockCall, site: Site, ledger: TokenLedger) -> Stored | None:
     fronted = fronted_layer(block, call.cache)
     if fronted is not None:
         fronted.expect(ledger.m - ledger.n, site.run.first_real(site.run.ledger))
+    packed = layer is not None and layer.packed and block.tap.reads_itself(call, layer, ledger)
+    if layer is not None and layer.gaps > (GAPS if packed else 0):
+        layer.close_up()
     stored = lend(site.surgery, block, ledger, site.run, expect(layer, ledger))
-    if layer is None or not layer.packed or not block.tap.reads_itself(call, layer, ledger):
+    if not packed:
         return stored
     layer.read_packed()
-    return Stored(ledger.rows[:, :0])  # no mask is needed
+    return Stored(ledger.rows[:, :0]) if any(True for _ in token_masks(call.arguments)) else None  # no mask is needed
 
 
 def insert_tokens(pass_plan: PassPlan, site: Site) -> tuple[TokenLedger, Tensor, list[BlockTokens]]:

@@ -202,11 +202,20 @@ class Turning:
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """Keys or queries (b h r e) so many places further on, (b|1 h|1 r|1)."""
-        return self._of_block().turn(x, by)
+        rotation = self._of_block()
+        return x if rotation.pairing is None else rotation.turned(x, *self._angles(rotation, by))
 
     def ahead(self, x: Tensor, count: int) -> Tensor:
         """The same (... e), the mean of the next `count` places."""
         return self._of_block().ahead(x, count)
+
+    def _angles(self, rotation: Rotation, by: Tensor) -> tuple[Tensor, Tensor]:
+        """Those by which the block before turned, if it was as far: comparing costs less than a table, but a device would be waited for."""
+        source, held = self.site.block.state(BlockRotation).source, self.site.run.held
+        known = held.get(BlockRotation)
+        if known is None or known[0] != rotation.pairing or not known[1].made_alike(source) or by.is_cuda or not torch.equal(known[2], by):
+            known = held[BlockRotation] = rotation.pairing, source, by, rotation.angles(by)
+        return known[3]
 
     def _of_block(self) -> Rotation:
         return self.site.block.state(BlockRotation).find()

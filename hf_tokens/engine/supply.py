@@ -201,8 +201,8 @@ def entry_sizes(site: Site) -> Tensor:
 
 def newer_entries(site: Site) -> Tensor:
     """The `newer` signal."""
-    real = real_entries(site).long()
-    return real.flip(-1).cumsum(dim=-1).flip(-1) - real
+    count = real_entries(site).cumsum(dim=-1)
+    return count[..., -1:] - count
 
 
 def recited_entries(site: Site) -> Tensor:

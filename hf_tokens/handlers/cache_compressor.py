@@ -16,7 +16,7 @@ from ..kv.formats import Polar
 from ..kv.layer import TokenCacheLayer
 from ..kv.ranking import highest, kept_places, lowest
 from ..kv.storage import Part
-from ..roles.cache_compressor import CacheCompressor, Folded, Holding
+from ..roles.cache_compressor import CacheCompressor, Holding
 from ..roles.signals import OF_THE_CACHE, SCORED
 from ..tokens.altered import altered
 from ..tokens.entries import alike
@@ -33,6 +33,7 @@ from .budgets import (
     shares_of,
     spread_budgets,
 )
+from .eviction import drop_entry, fold_entries, leave_place, note_change
 from .recital import recite, score_recital
 
 WAITING = "blocks whose entries are shared out once all have run"
@@ -148,8 +149,8 @@ def score_entries(method: CacheCompressor, site: Site) -> Tensor:
 
 def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> None:
     """Let a block keep what its budget allows."""
-    layer, spare = site.layer, surplus(method, site)
-    if spare == 0:
+    layer, spare, slack = site.layer, surplus(method, site), 0 if site.run.prefill else method.slack
+    if spare is not None and spare <= slack:
         return
     if spare == 1:
         site = altered(site, budget=torch.full((len(layer.origins), 1), layer.length - 1, device=layer.origins.device))
@@ -162,8 +163,9 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
             (alike_counts(shares, seen) * alike_counts(seen, shares) + EPSILON).long().clamp(min=1).minimum(alike_counts(lengths, shares))
         )
     else:
-        pairs = zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)
-        returned = [method.budget(n, s) for n, s in pairs]
+        pairs = [*zip(lengths.flatten().tolist(), seen.flatten().tolist(), strict=True)]
+        known = {pair: method.budget(*pair) for pair in dict.fromkeys(pairs)}
+        returned = [known[pair] for pair in pairs]
         if returned[0] is None:
             score = ask(method, site)
             real = cells(layer, real) if score.dim() == 3 else real
@@ -171,7 +173,7 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
             lengths = real.sum(dim=-1)
         else:
             budgets = spread_budgets(torch.tensor(returned, device=lengths.device), lengths)
-    if overfull(method, layer, lengths, budgets):
+    if overfull(method, layer, lengths, budgets, slack):
         site = altered(site, budget=budgets if budgets.dim() == 2 else budgets[:, None])
         score = ask(method, site) if score is None else score
         if (by := divider(method, site)) is not None:
@@ -217,34 +219,24 @@ def surplus(method: CacheCompressor, site: Site) -> int | None:
             return None
         budgets = [max(1, int(share * seen + EPSILON)) for share in shares.tolist()]
     else:
-        budgets = [method.budget(n, seen)]
+        budget = method.budget(n, seen)
+        budgets = budget if isinstance(budget, list) else [budget]
     alike = type(budgets[0]) is int and budgets.count(budgets[0]) == len(budgets)
     return max(0, n - budgets[0]) if alike else None
 
 
-def note_change(site: Site, gone: Tensor | None = None) -> None:
-    """Note for a later crop that the cache changed in this pass, or that the entries of the tokens at the places `gone` did."""
-    ledger = site.run.ledger
-    site.run.memory.note_change(ledger.start, ledger.start + ledger.n, None if gone is None else gone.min())
-
-
-def drop_entry(method: CacheCompressor, site: Site, gone: Tensor) -> None:
-    """Let one entry of each row (b 1) or head (b k 1) go."""
-    layer = site.layer
-    note_change(site)
-    if method.folds(method.config):
-        goes = cells(layer, torch.arange(layer.length, device=gone.device) == gone)
-        fold_entries(method, altered(site, stays=~goes, goes=goes))
-    index = torch.arange(layer.length - 1, device=gone.device)
-    layer.keep(index + (index >= gone), gone=gone)
-
-
-def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor) -> bool:
+def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, budgets: Tensor, slack: int) -> bool:
     """Whether rows have more real entries than they may, or more room than any of them needs; or the method stores those otherwise."""
     if holds(method):
         return True
     more = lengths if lengths.dim() == budgets.dim() else lengths[:, None]
-    return bool((budgets < more).any()) or int(lengths.max()) < layer.length
+    over = bool((budgets + slack < more).any())
+    return over or not slack and int(lengths.max()) < layer.length - layer.gaps
+
+
+def leaves_places(method: CacheCompressor, layer: TokenCacheLayer) -> bool:
+    """Whether the place of an entry that leaves may stay empty: nothing is stored there where heads hold different numbers."""
+    return layer.kv.parts is not None and layer.readable and layer.fresh is None and not holds(method)
 
 
 def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budgets: Tensor) -> None:
@@ -253,6 +245,11 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
     if score.dim() == 3 or real.dim() == 3 or budgets.dim() == 2:
         score, real = cells(layer, score), cells(layer, real)
         budgets = budgets if budgets.dim() == 2 else budgets[:, None].expand(score.shape[:2])
+    if score.dim() == 3 and leaves_places(method, layer):
+        over = real.sum(dim=-1) - budgets
+        if int(over.max()) <= 1:
+            leave_place(method, site, score, real, over[..., None] > 0)
+            return
     score = score.masked_fill(~real, -torch.inf)
     if layer.fresh is not None:
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
@@ -270,19 +267,6 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
     if method.folds(method.config) and bool(site.goes.any()):
         fold_entries(method, site)
     layer.keep(*kept_places(stays))
-
-
-def fold_entries(method: CacheCompressor, site: Site) -> None:
-    """Let entries that stay take in those that go."""
-    layer, folded = site.layer, ask(method, site, "fold")
-    if isinstance(folded, Folded):
-        layer.kv.write(*folded[:3])
-        if folded.sizes is not None:
-            layer.record.entries["sizes"] = folded.sizes
-    elif folded is not None:
-        layer.rewrite(*folded)
-    if folded is not None:
-        note_change(site)
 
 
 def put_away(method: CacheCompressor, site: Site) -> None:

@@ -13,11 +13,13 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import UnsupportedError, explain
 from ..tokens.entries import Arrival, Record, Stored, alike, append, bring, cells_of, pick_entries
 from .formats import KVFormat
+from .ranking import closed
 from .states import KVStates
 from .storage import Change
 
 BLANK = {"sizes": 1.0}  # what a new entry has where its layer keeps books of each entry; zero of all that is not named
 
+GAPS = 64  # places that a row and head may leave empty before all close up
 LITTLE = 32  # of so many entries one may be filler where all lie in one tensor
 
 
@@ -58,6 +60,7 @@ class TokenCacheLayer(CacheLayerMixin):
         self.origins: Tensor | None = None  # b n
         self.filled: Tensor | None = None  # b n, or b k n
         self.fresh: Tensor | None = None  # b n
+        self.gaps = self.gaps_until = 0  # how often entries have left their places empty since all closed up, and the length then
         self.seen = 0
         self.contiguous = True  # whether the last tokens seen are stored, as many as there are entries
         self.num_returned = 0  # entries among it
@@ -240,7 +243,7 @@ class TokenCacheLayer(CacheLayerMixin):
 
         Where heads keep different numbers, filler takes no room. `gone` are the entries that are not in the index, where they are known.
         """
-        self.contiguous = False
+        self.contiguous, self.gaps = False, 0
         if self.returned is not None and self.returned_at is None:
             self.returned_at = self._places()
         if self.filled is not None:
@@ -251,6 +254,23 @@ class TokenCacheLayer(CacheLayerMixin):
         self.kv.keep(index, filled, gone, in_place=self.window is None)
         self._map_entries(lambda t: pick_entries(t, index))
         self.filled = filled
+
+    def vacate(self, place: Tensor, leaves: Tensor) -> None:
+        """Let the entry at a place of each row and head go, (b k 1), where it leaves, (b k 1) bool; these lie in parts.
+
+        The places stay empty for a while.
+        """
+        self.contiguous, self.gaps, self.gaps_until = False, self.gaps + 1, self.length
+        self.kv.vacate(place, leaves)
+        filled = cells_of(torch.ones_like(self.origins, dtype=torch.bool) if self.filled is None else self.filled, self.heads)
+        self.filled = filled.scatter(-1, place, filled.gather(-1, place) & ~leaves)
+
+    def close_up(self) -> None:
+        """Let the entries take the places that others have left, as if these had closed up at once."""
+        if self.gaps:
+            index, filled = closed(self.filled, min(self.gaps_until, self.length))
+            self.filled = None
+            self.keep(index, filled)
 
     def _map_entries(self, change: Change) -> None:
         """Change what is noted of the entries by a function of any (b n) or (b k n)."""

@@ -8,10 +8,15 @@ from torch import Tensor
 from .storage import FEW
 
 
-def lowest(score: Tensor) -> Tensor:
-    """The place of the lowest of each row, of two equal ones the last, (... 1)."""
-    turned = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).flip(-1)
-    return score.shape[-1] - 1 - turned.argmin(dim=-1, keepdim=True)
+def lowest(score: Tensor, real: Tensor | None = None) -> Tensor:
+    """The place of the lowest of each row, or of its real ones, of two equal ones the last, (... 1)."""
+    score, most = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), score.shape[-1] - 1
+    turned = (score if real is None else score.masked_fill_(~real, torch.inf)).flip(-1)
+    place = most - turned.argmin(dim=-1, keepdim=True)
+    if real is None:
+        return place
+    last = most - real.flip(-1).max(dim=-1, keepdim=True).indices
+    return torch.where(real.gather(-1, place), place, last)  # where all real ones are infinite
 
 
 def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:
@@ -41,3 +46,13 @@ def kept_places(stays: Tensor) -> tuple[Tensor, Tensor | None]:
     behind = torch.where(stays, stays.cumsum(dim=-1) - 1, many + (~stays).cumsum(dim=-1) - 1)
     index = torch.empty_like(behind).scatter_(-1, behind, place.expand_as(behind))[..., :most]
     return index, place[:most] < many
+
+
+def closed(filled: Tensor, until: int) -> tuple[Tensor, Tensor | None]:
+    """Where the entries are if those in front of a place close up, as an index of each row, and which of it count; None if all do."""
+    index, counts = kept_places(filled[..., :until])
+    place, behind = torch.arange(until, filled.shape[-1], device=filled.device), filled[..., until:]
+    if counts is None and bool(behind.all()):
+        return torch.cat([index, place.expand_as(behind)], dim=-1), None
+    counts = torch.ones_like(index, dtype=torch.bool) if counts is None else counts
+    return torch.cat([index, place.expand_as(behind)], dim=-1), torch.cat([counts, behind], dim=-1)

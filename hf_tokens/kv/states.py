@@ -124,7 +124,9 @@ class KVStates:
     def append(self, k: Tensor, v: Tensor, filled: Tensor | None) -> None:
         """Store new entries (b k m e); `filled` marks those that count among all entries, theirs behind the old ones."""
         self._unpacked, m = None, k.shape[2]
-        if self.parts is not None:
+        if self.parts is not None and m == 1 and self._extends(k, v, filled):
+            self.parts[0].extend((k, v))
+        elif self.parts is not None:
             new = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
             new = new if filled is None else new & cells_of(filled[..., -m:], self.heads)
             spots = new.nonzero(as_tuple=True)
@@ -139,6 +141,11 @@ class KVStates:
             self._buffers = self.slots = None
         else:
             self._grow(k, v)
+
+    def _extends(self, k: Tensor, v: Tensor, filled: Tensor | None) -> bool:
+        """Whether all lie in one part as they came, and a new one of each row and head may lie behind them in place."""
+        alone = len(self.parts) == 1 and self.parts[0].forms == (Plain(), Plain()) and not self.parts[0].fixed
+        return alone and not k.requires_grad and not v.requires_grad and (filled is None or bool(filled[..., -1].all()))
 
     def _grow(self, k: Tensor, v: Tensor) -> None:
         old, m = self._pair[0].shape[2], k.shape[2]
@@ -193,6 +200,12 @@ class KVStates:
         else:
             self._pair, self._buffers, self.slots = self._gather(index), None, None
 
+    def vacate(self, place: Tensor, leaves: Tensor) -> None:
+        """Let the entries at a place of each row and key head go, (b k 1), where they leave, (b k 1) bool; they lie in parts."""
+        self._unpacked = None
+        self.parts = filled_parts([part.vacate(place, leaves) for part in self.parts])
+        sweep(self.parts)
+
     def _fill_up(self, index: Tensor, gone: Tensor) -> None:
         """Let the last states move to where those lie that leave: the others stay where they are."""
         n, kept = self.length, index.shape[-1]
@@ -207,27 +220,26 @@ class KVStates:
             holes = torch.where(holes == last, hole, holes) if i + 1 < n - kept else holes
         self.slots, self._pair = slots, tuple(t[:, :, :kept] for t in self._pair)
 
-    def _in_their_dtypes(self, keys: Tensor, values: Tensor) -> Pair:
-        """Keys and values in the dtypes of those that are here, which an autocast tells apart."""
-        return keys.to(self._pair[0].dtype), values.to(self._pair[1].dtype)
-
-    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none."""
-        self._unpacked = None
-        keys, values = self._in_their_dtypes(keys, values)
+    def write(self, index: Tensor, keys: Tensor, values: Tensor | None) -> None:
+        """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none, None leaves the values."""
         chosen, index = index >= 0, index.clamp(min=0)
+        values = self.pick(index)[1] if values is None and self.parts is not None else values
+        self._unpacked = None  # an autocast tells the dtypes of keys and values apart
+        keys, values = keys.to(self._pair[0].dtype), None if values is None else values.to(self._pair[1].dtype)
         if self.parts is not None:
             for part in self.parts:
                 part.write(part.cells.gather(-1, index).masked_fill(~chosen, -1), keys, values)
             return
-        rows = keys[chosen], values[chosen]
-        places = index if self.slots is None else pick_entries(self.slots, index)
-        where = (*chosen.nonzero(as_tuple=True)[:2], places[chosen])
-        if self._buffers is None or any(t.requires_grad for t in (keys, values)):
-            self._pair, self._buffers = tuple(t.index_put(where, x) for t, x in zip(self._pair, rows, strict=True)), None
+        places, new = index if self.slots is None else pick_entries(self.slots, index), (keys, values)
+        copied = self._buffers is None or any(x is not None and x.requires_grad for x in new)
+        if not copied and bool(chosen.all()):
+            for states, x in zip(self._pair, new, strict=True):
+                _ = x is None or states.scatter_(2, places[..., None].expand_as(x), x)
             return
-        for states, x in zip(self._pair, rows, strict=True):
-            states.index_put_(where, x)
+        where = (*chosen.nonzero(as_tuple=True)[:2], places[chosen])
+        store = torch.Tensor.index_put if copied else torch.Tensor.index_put_
+        self._pair = tuple(t if x is None else store(t, where, x[chosen]) for t, x in zip(self._pair, new, strict=True))
+        self._buffers = None if copied else self._buffers
 
     def rewrite(self, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values (b k n e) in the places of all."""

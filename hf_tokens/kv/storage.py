@@ -148,6 +148,18 @@ class Part:
         holes[line, rank] = self.cells[spots]
         return self._fill_up(cells, holes.view(*self.lengths.shape, most))
 
+    def vacate(self, place: Tensor, leaves: Tensor) -> Part:
+        """The part without the entries at a place of each row and key head, (b k 1), where they leave, (b k 1) bool: no other moves."""
+        cell, last = self.cells.gather(-1, place), (self.starts + self.lengths - 1).clamp(min=0)[..., None]
+        leaves = leaves & (cell >= 0)
+        into = torch.where(leaves, cell, last)
+        for x in (x for states in self.packed for x in states):
+            x.index_copy_(0, into.flatten(), x.index_select(0, last.flatten()))
+        cells = self.cells.scatter(-1, place, cell.masked_fill(leaves, -1))
+        self.cells = torch.where(cells == last, into, cells)
+        self.lengths, self.count = self.lengths - leaves[..., 0].long(), self.count - int(leaves.sum())
+        return self
+
     def _picked(self, cells: Tensor, scale: Tensor | None) -> Part:
         """A part without room of those of its cells that are not -1, (b k n)."""
         where = cells >= 0
@@ -236,6 +248,15 @@ class Part:
                 x.index_copy_(0, into, more)
         self.cells, self.lengths, self.count = self.cells.index_put(spots, into), lengths, self.count + len(line)
         return self
+
+    def extend(self, rows: tuple[Tensor, Tensor]) -> None:
+        """Store one entry more of each row and key head as it comes, (b k 1 e), in plain formats."""
+        if bool((self.lengths >= self.ends - self.starts).any()):
+            self._make_room(self.lengths + 1)
+        into = self.starts + self.lengths
+        for (x,), new in zip(self.packed, rows, strict=True):
+            x.index_copy_(0, into.flatten(), new.flatten(0, 2))
+        self.cells, self.lengths, self.count = torch.cat([self.cells, into[..., None]], dim=-1), self.lengths + 1, self.count + into.numel()
 
     def _make_room(self, needed: Tensor) -> None:
         room = needed + (needed // 8).clamp(min=ROOM)

@@ -55,20 +55,21 @@ class Rotation:
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """Keys or queries (b h r e), as the block had turned them, so many places further on, (b|1 h|1 r|1)."""
-        return x if self.pairing is None else self._turned(x, *self._angles(by))
+        return x if self.pairing is None else self.turned(x, *self.angles(by))
 
     def ahead(self, x: Tensor, count: int) -> Tensor:
         """The same (... e), the mean of the next `count` places."""
         if self.pairing is None:
             return x
-        return self._turned(x, *(t.mean(dim=0) for t in self._angles(torch.arange(1, count + 1, device=x.device))))
+        return self.turned(x, *(t.mean(dim=0) for t in self.angles(torch.arange(1, count + 1, device=x.device))))
 
-    def _angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the angle of each pair, (... p). Tables may hold them times a factor, which stands alone at place 0."""
         cos, sin = map(self.pairing.columns, self.table(torch.cat([places.new_zeros(1), places.flatten()])))
         return (cos[1:] / cos[:1]).unflatten(0, places.shape), (sin[1:] / cos[:1]).unflatten(0, places.shape)
 
-    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys or queries (b h r e) turned on by the angles of each pair, whose cosine and sine these are."""
         width = 2 * cos.shape[-1]
         first, rest = x[..., :width], x[..., width:]
         a, b = first.chunk(2, dim=-1) if self.pairing.apart else first.unflatten(-1, (-1, 2)).unbind(dim=-1)

@@ -23,13 +23,13 @@ class Folded(NamedTuple):
 
     Attributes:
         index: Entries that change, (b k r); -1 stands for none.
-        keys, values: What they become, (b k r e).
+        keys, values: What they become, (b k r e); None leaves the values.
         sizes: How many tokens each entry stands for, (b k n); None leaves that.
     """
 
     index: Tensor
     keys: Tensor
-    values: Tensor
+    values: Tensor | None = None
     sizes: Tensor | None = None
 
 
@@ -55,9 +55,13 @@ class CacheCompressor(Method):
 
     The others are dropped; before that, `fold` may let the ones that stay take them in. A method that defines `hold` drops none, and one
     that defines `divide` gives each key head a number of its own, by the scores of all in its block.
+
+    Attributes:
+        slack: Entries above its budget that a row or head may hold while decoding, before all of these leave at once: that takes less time.
     """
 
     role, verb, causal, further, decodes = "CacheCompressor", "score", True, ("fold", "hold", "examine"), False
+    slack: int = 0
 
     @classmethod
     def folds(cls, config: MethodConfig) -> bool:

@@ -39,12 +39,14 @@ class DuoAttentionConfig(MethodConfig):
     sparsity: float = option(0.5, ge=0, le=1, zero=0.0, help="Quantile of the gates below which a head streams: the share of such heads.")
     sinks: int = option(128, ge=0, example=2, help="First tokens that a streaming head keeps (release: sink_size).")
     recent: int = option(256, ge=1, example=4, help="Newest tokens that it keeps (release: recent_size).")
+    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
 
 @register("duo-attention", DuoAttentionConfig)
 class DuoAttention(CacheCompressor):
     chunks = False
     decodes = by_head = True
+    slack = property(lambda self: self.config.slack)
 
     @classmethod
     def calibrate(cls, config: DuoAttentionConfig, records: dict[int, list[Tensor]]) -> DuoAttentionConfig:

@@ -46,12 +46,14 @@ class RazorAttentionConfig(MethodConfig):
     echo: float = option(0.01, ge=0, le=1, help="Share of the heads that are retrieval heads by their echo score.")
     whole: str = option("nearest", choices=("nearest", "up"), was={1: "up"}, help="How a share of the heads becomes a whole number.")
     repeats: int = option(4, ge=2, help="How often the random tokens of calibration stand in a row.")
+    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
 
 @register("razorattention", RazorAttentionConfig, version=2)
 class RazorAttention(CacheCompressor):
     chunks = False
     decodes = True
+    slack = property(lambda self: self.config.slack)
 
     @classmethod
     def calibrate(cls, config: RazorAttentionConfig, records: dict[int, list[Tensor]]) -> RazorAttentionConfig:
@@ -96,10 +98,10 @@ class RazorAttention(CacheCompressor):
             raise UnsupportedError(f"{rule}, got {got}. Calibrate the method on this model.")
         return sum(among[:place]) if among else place * here
 
-    def fold(self, states: Callable, sizes: Tensor, stays: Tensor, goes: Tensor, positions: Tensor, newer: Tensor) -> Folded:
-        sizes, positions, newer = (x if x.dim() == 3 else x[:, None].expand_as(goes) for x in (sizes, positions, newer))
-        age, oldest = newer.masked_fill(~stays | (positions < self.config.sinks), -1).max(dim=-1, keepdim=True)
-        there, index = (age >= 0) & goes.any(dim=-1, keepdim=True), indices(goes)
+    def fold(self, states: Callable, sizes: Tensor, stays: Tensor, goes: Tensor, positions: Tensor) -> Folded:
+        sizes, positions = (x if x.dim() == 3 else x[:, None].expand_as(goes) for x in (sizes, positions))
+        found, oldest = (stays & (positions >= self.config.sinks)).max(dim=-1, keepdim=True)
+        there, index = found & goes.any(dim=-1, keepdim=True), indices(goes)
         counts = torch.cat([there, goes.gather(-1, index)], dim=-1)
         index = torch.cat([oldest, index], dim=-1)  # b k r
         weight = sizes.gather(-1, index) * counts

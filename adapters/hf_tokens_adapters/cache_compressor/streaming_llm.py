@@ -34,6 +34,7 @@ class StreamingLLMConfig(MethodConfig):
     budget: float | None = option(None, gt=0, le=1, zero=1.0, help="Share of the tokens seen, in the place of `capacity`.")
     sinks: int = option(4, ge=0, help="First tokens that stay (paper: attention sinks).")
     shift: bool = option(True, was={1: False}, help="Turn keys to their places among those that are left.")
+    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
 
 @register("streaming-llm", StreamingLLMConfig, version=2)
@@ -41,6 +42,7 @@ class StreamingLLM(CacheCompressor):
     chunks = False
     decodes = True
     ignores = property(lambda self: () if self.folds(self.config) else ("rotation",))
+    slack = property(lambda self: self.config.slack)
 
     @classmethod
     def folds(cls, config: StreamingLLMConfig) -> bool:
@@ -60,10 +62,10 @@ class StreamingLLM(CacheCompressor):
         place = positions if positions.dim() == 3 else positions[:, None]
         sink = torch.arange(self.config.sinks, device=place.device)[:, None]
         found = (place[:, :, None] == sink) & stays[:, :, None]  # b k s n
-        index, there = found.long().argmax(dim=-1), found.any(dim=-1)
-        keys, values = states(index)
+        there, index = found.max(dim=-1)
+        keys, _ = states(index)
         turned, gone = record.entries.get("turned", torch.zeros_like(goes, dtype=torch.long)), goes.sum(dim=-1, keepdim=True)
         before = turned.gather(-1, index)
         came = torch.where(before[..., None] > 0, record.get("keys", keys), keys)  # turned once, or roundings would add up
         record["keys"], record.entries["turned"] = came, turned + gone * found.any(dim=2)
-        return Folded(index.masked_fill(~there, -1), rotation.turn(came, before + gone), values)
+        return Folded(index.masked_fill(~there, -1), rotation.turn(came, before + gone))
