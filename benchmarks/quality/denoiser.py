@@ -208,13 +208,14 @@ def main() -> None:
 
 
 NOTES = (
-    "For their FLOPs ToCa and CAT Pruning stay nearer to the pictures of all steps than fewer steps do: 0.080 at 13.7 "
-    "GFLOPs and 0.084 at 12.3, where the line between 10 and 14 steps lies at 0.10 and 0.12; CAT Pruning at alpha 0.6 is "
-    "nearest of all, 0.038. But tokens drawn at random do as well as those that ToCa's scores choose: among 64 tokens of a "
-    "digit the choice does not show. ProfilingDiT is ahead of fewer steps at T 2 (0.056 at 16.3 GFLOPs), level with them at "
+    "For their FLOPs ToCa and CAT Pruning stay nearer to the pictures of all steps than fewer steps do: 0.047 at 14.9 "
+    "GFLOPs, 0.073 at 12.4 and 0.129 at 7.6 (ToCa), 0.084 at 12.3 (CAT Pruning, alpha 0.3), where the line between numbers of "
+    "steps lies at 0.089, 0.115, 0.175 and 0.117; CAT Pruning at alpha 0.6 is nearest of all, 0.038, and at 0.1 behind the line. "
+    "Tokens drawn at random are close to those that ToCa's scores choose, and behind them each time: 0.059 at as many FLOPs, "
+    "0.077 and 0.134 at a few more. ProfilingDiT is ahead of fewer steps at T 2 (0.056 at 16.3 GFLOPs), level with them at "
     "T 4, with calibrated labels as with the outer blocks kept, and behind them at its default of T 12 to 2. Importance "
-    "helps merging in each of four settings, as the paper says, by little; merging itself is the worst trade here, and with "
-    "the MLP it loses the digits. Class agreement is saturated by all but merging, three steps included: the distance is "
+    "does not show in merging: ahead by little in two of four settings, level in one, behind in one. Merging itself is the worst trade "
+    "here, and with the MLP it loses the digits. Class agreement is saturated by all but merging, three steps included: the distance is "
     "what to read. In seconds hardly anything beats fewer steps: at this size a call costs more than its arithmetic, and "
     "matching tokens more than it saves. What pays on a large denoiser has to be measured on one."
 )

@@ -32,6 +32,7 @@ METHODS = {
     "prefixkv": hf_tokens.PrefixKVConfig(budget=BUDGET),
     "squeezeattention, a window": hf_tokens.SqueezeAttentionConfig(budget=BUDGET, policy="window"),
     "razorattention, a fifth of the heads whole": hf_tokens.RazorAttentionConfig(compression=16, heads=tuple(range(0, 90, 5))),
+    "razorattention, the same with a slack of 16": hf_tokens.RazorAttentionConfig(compression=16, heads=tuple(range(0, 90, 5)), slack=16),
     "mikv, 2 bits but for a tenth": hf_tokens.MiKVConfig(importance=0.1, bits=2),
     "kivi, 2 bits": hf_tokens.KIVIConfig(),
     "kivi, 4 bits": hf_tokens.KIVIConfig(key_bits=4, value_bits=4),
@@ -41,6 +42,7 @@ WEIGHED = "prefixkv"  # whose memory is measured in a process of its own
 SHORTLY = {  # behind a short prompt, where attention costs little: what is left is the bookkeeping
     **{name: METHODS[name] for name in ("prefixkv", "squeezeattention, a window")},
     "streaming-llm": hf_tokens.StreamingLLMConfig(budget=BUDGET),
+    "streaming-llm, a slack of 16": hf_tokens.StreamingLLMConfig(budget=BUDGET, slack=16),
     "streaming-llm, keys as they stood": hf_tokens.StreamingLLMConfig(budget=BUDGET, shift=False),
     "snapkv": hf_tokens.SnapKVConfig(budget=BUDGET),
 }
