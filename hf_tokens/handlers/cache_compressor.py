@@ -235,8 +235,9 @@ def overfull(method: CacheCompressor, layer: TokenCacheLayer, lengths: Tensor, b
 
 
 def leaves_places(method: CacheCompressor, layer: TokenCacheLayer) -> bool:
-    """Whether the place of an entry that leaves may stay empty: nothing is stored there where heads hold different numbers."""
-    return layer.kv.parts is not None and layer.readable and layer.fresh is None and not holds(method)
+    """Whether the place of an entry that leaves may stay empty: nothing is stored there where heads hold entries of their own."""
+    apart = layer.kv.parts is not None and layer.origins.dim() == 3
+    return apart and layer.readable and layer.fresh is None and not holds(method)
 
 
 def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budgets: Tensor) -> None:
@@ -247,7 +248,7 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
         budgets = budgets if budgets.dim() == 2 else budgets[:, None].expand(score.shape[:2])
     if score.dim() == 3 and leaves_places(method, layer):
         over = real.sum(dim=-1) - budgets
-        if int(over.max()) <= 1:
+        if int(over.max()) == 1:
             leave_place(method, site, score, real, over[..., None] > 0)
             return
     score = score.masked_fill(~real, -torch.inf)

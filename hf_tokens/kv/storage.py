@@ -150,6 +150,8 @@ class Part:
 
     def vacate(self, place: Tensor, leaves: Tensor) -> Part:
         """The part without the entries at a place of each row and key head, (b k 1), where they leave, (b k 1) bool: no other moves."""
+        if not self.count:
+            return self
         cell, last = self.cells.gather(-1, place), (self.starts + self.lengths - 1).clamp(min=0)[..., None]
         leaves = leaves & (cell >= 0)
         into = torch.where(leaves, cell, last)

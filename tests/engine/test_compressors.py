@@ -156,7 +156,7 @@ SKIPPED = {  # the blocks that each of two rows leaves out
 
 
 @pytest.mark.parametrize("skipped", SKIPPED)
-@pytest.mark.parametrize("name", ACROSS)
+@pytest.mark.parametrize("name", [*ACROSS, "h2o and squeezeattention", "kivi and duo-attention", "razorattention and tova"])
 def test_what_is_decided_for_several_blocks_is_so_among_those_that_a_row_ran(name, skipped):
     asked = SKIPPED[skipped]
 
@@ -164,7 +164,7 @@ def test_what_is_decided_for_several_blocks_is_so_among_those_that_a_row_ran(nam
         return torch.tensor([float(self.dims.layer not in asked[row]) for row in rows]).to(hidden)
 
     with method(LayerRouter, route=route) as router:
-        model = get_token_model(zoo.build("llama").model, [router(), COMPRESSORS[name]]).eval()
+        model = get_token_model(zoo.build("llama").model, [router(), *(COMPRESSORS[one] for one in name.split(" and "))]).eval()
         rows = (0, 1)
         together, held = decoded(model)
         for row in range(2):
