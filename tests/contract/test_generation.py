@@ -101,8 +101,9 @@ def test_a_padded_batch_goes_on_under_an_autocast(padded_talker):
     talker = padded_talker
     if talker.info.role != "CacheCompressor":
         return  # their blocks do in a cache what they do without one
+    model, padded = talker.attach(), talker.row.padded(talker.inputs, "left")
     with torch.autocast("cpu", torch.bfloat16):
-        said = generate(talker.attach(), talker.row.padded(talker.inputs, "left"), NEW)
+        said = generate(model, padded, NEW)
     assert all(t.isfinite().all() for t in said)
 
 

@@ -68,8 +68,9 @@ def test_a_base_in_half_precision_takes_it(host, dtype):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_an_autocast_takes_it(host):
+    base, model = host.base(), host.attach()  # made without it, for what they are tried with is remembered
     with torch.autocast("cpu", torch.bfloat16):
-        want, have = host.run(host.base()), host.run(host.attach())
+        want, have = host.run(base), host.run(model)
     assert [t.dtype for t in have] == [t.dtype for t in want]
     assert all(t.isfinite().all() for t in have)
 
