@@ -225,7 +225,7 @@ def cached_is_uncached(case: Case) -> bool:
     def both(model: nn.Module) -> None:
         same("cached", case.said(model, case.prompt), case.said(model, case.prompt, use_cache=False))
 
-    if case.base.does("cached", lambda base: both(base) or True) is None:
+    if case.base.does("cached", lambda base: both(base) or not (case.text and looks_ahead(base, case))) is not True:
         return False
     ahead = case.attached(lambda model: looks_ahead(model, case)) if case.text else not local(case)
     if not ahead:

@@ -55,7 +55,7 @@ def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     if surgery.model.listeners:
         hidden = surgery.stream.bind(block.index, args, kwargs)
         surgery.count(block, hidden.numel() // hidden.shape[-1])
-    if block.index == surgery.depth - 1:
+    if block.index == surgery.depth - 1 and surgery.call.keeps_final:
         run = surgery.call.run
         surgery.call.note_final(surgery.stream.read(block.index, output), None if run is None else run.padding)
     return output

@@ -155,7 +155,7 @@ def take_axis(ledger: TokenLedger, name: str, value: Tensor, form: str, axis: in
 
 def rows_behind_prefix(ledger: TokenLedger, name: str) -> Tensor:
     """Rows of a table that has none for the special tokens in front."""
-    if ledger.plain is not None:  # none of the special ones has left
+    if ledger.plain is not None and ledger.m == ledger.prefix + ledger.plain:  # no special one has left, and none was inserted
         return ledger.rows[:, ledger.prefix :] - ledger.prefix
     behind = ledger.rows >= ledger.prefix
     if not bool((behind == behind[:1]).all()):

@@ -104,7 +104,7 @@ def mlp_and_norm(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
         mlp = next((child for name, child in children.items() if name in ("DenseReluDense", "mlp")), None)
         return mlp, children.get("layer_norm") if mlp is not None else None
     mlp = next((children[name] for name in families.MLPS if name in children), None)
-    if mlp is None or isinstance(mlp, CONTAINERS):
+    if mlp is None or isinstance(mlp, (*CONTAINERS, nn.Linear)):  # a projection alone is a part of an MLP that has no module of its own
         return None, None
     if getattr(block, "use_parallel_residual", False) or families.POST_NORM_BLOCKS.search(qualified_name(type(block))):
         return mlp, None

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 from contract.pairs import difference, snapshot, tiny
-from tolerances import all_close, close
+from tolerances import all_close, all_equal, close
 from transformers import DynamicCache
 
-from hf_tokens import APTConfig, DeepPromptConfig, anatomy, get_token_model, list_methods
+from hf_tokens import APTConfig, DeepPromptConfig, MoEPlusPlusConfig, SSDUnlearnConfig, anatomy, get_token_model, list_methods
 from hf_tokens.errors import UnsupportedError
 from hf_tokens.model.parts import checks_mask
 from hf_tokens.model.signatures import cache_argument
@@ -195,6 +195,19 @@ def test_what_a_block_hands_on_beside_its_hidden_states_is_of_the_tokens_that_th
 def test_blocks_that_lay_their_tokens_last_are_not_taken_for_others():
     with pytest.raises(UnsupportedError, match="needs a stream whose tokens stand in a row, got SqueezeBert.* on a grid: b d n"):
         get_token_model(zoo.build("squeezebert").model, probe_config(0.5))
+
+
+def test_an_edit_of_weights_needs_no_tokens_in_a_row():
+    specimen = zoo.build("squeezebert")
+    base = specimen.run()
+    get_token_model(specimen.model, SSDUnlearnConfig())
+    with pytest.warns(UserWarning, match="is not made and changes nothing"):
+        all_equal(specimen.run(), base)
+
+
+def test_a_projection_that_is_called_like_an_mlp_is_not_routed_as_one():
+    with pytest.raises(UnsupportedError, match="needs an MLP of its own in the block, got AlbertLayer"):
+        get_token_model(zoo.build("albert").model, MoEPlusPlusConfig())
 
 
 def test_a_block_may_return_a_tuple_with_names():

@@ -9,7 +9,7 @@ from tolerances import all_close, all_equal, close
 from transformers import DPTConfig, YolosConfig, YolosModel
 from transformers.models.dpt.modeling_dpt import DPTModel
 
-from hf_tokens import ATCConfig, PPTConfig, TokenMap, anatomy, get_token_model
+from hf_tokens import ATCConfig, DeepPromptConfig, PPTConfig, TokenMap, anatomy, get_token_model
 from hf_tokens.model import families
 from hf_tokens.model.anatomy import special_tokens
 from hf_tokens.testing import zoo
@@ -62,6 +62,22 @@ def test_each_sample_keeps_its_own_tokens_in_their_own_places(family, method):
     assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(together, base, strict=True))
     model.unload()
     all_equal(specimen.run(), base)
+
+
+def test_tokens_put_in_front_of_the_special_ones_have_no_place_in_the_table_of_the_patches():
+    specimen, entered = zoo.build("dinov3_vit"), []
+    block = anatomy(specimen.model).streams[0].blocks[-1]
+    handle = block.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args[0], kwargs)), with_kwargs=True)
+    specimen.run()
+    handle.remove()
+    (x, others), pixels = entered[0], specimen.inputs["pixel_values"]
+    model = get_token_model(specimen.model, DeepPromptConfig(tokens=3, layers=(3,))).eval()
+    (prompts,) = (p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        got = model(pixel_values=pixels).last_hidden_state
+        model.unload()
+        out = block(torch.cat([prompts.expand(len(x), -1, -1), x], dim=1), **others)
+        close(got, specimen.model.norm(out[:, 3:]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
