@@ -234,6 +234,7 @@ def erasure(judge: nn.Module, steps: int) -> Iterator[Point]:
     yield Point("the painter", "erasure, before", mean(rows))
     settings = [("rece", f"erasure, {n} epochs", RECEConfig(epochs=n)) for n in (0, 1, 3)]
     settings += [("rece, lambda 0.001", f"erasure, {n} epochs", RECEConfig(epochs=n, derive=1e-3)) for n in (1, 3)]
+    settings += [("rece, what is derived alone", f"erasure, {n} epochs", RECEConfig(epochs=n, cumulative=False)) for n in (1, 3)]
     settings += [("mace, closed form", f"erasure, ridge {stay:g}", MACEConfig(stay=stay, preserve=0.1)) for stay in (1.0, 0.1, 0.01)]
     settings += [("mace, closed form, its release's weights", "erasure, ridge 0.5, prior 0.0001", MACEConfig())]
     for series, setting, config in settings:
