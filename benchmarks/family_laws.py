@@ -150,7 +150,7 @@ class Case:
         with torch.no_grad():
             out = model.generate(
                 **prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-                return_dict_in_generate=True, suppress_tokens=None if self.text else self.special, **more,
+                return_dict_in_generate=True, suppress_tokens=None if self.text else self.special, forced_eos_token_id=None, **more,
             )  # fmt: skip
         return list(out.logits)
 

@@ -34,7 +34,7 @@ from .budgets import (
     spread_budgets,
 )
 from .eviction import drop_entry, fold_entries, leave_place, note_change
-from .recital import recite, score_recital
+from .recital import not_said_again, recite, score_recital
 
 WAITING = "blocks whose entries are shared out once all have run"
 RECITAL = "methods that wait for the prompt to be said again, and where they do"
@@ -121,7 +121,10 @@ def compress(method: CacheCompressor, site: Site) -> None:
 def await_recital(method: CacheCompressor, site: Site) -> None:
     """The prompt is compressed once the model has said it again, but what a window drops."""
     if site.run.prefill and not site.run.ledger.start:
-        held = site.surgery.model.call.held.setdefault(RECITAL, {})
+        call = site.surgery.model.call
+        if call is None:
+            raise not_said_again(method, f"a call of a part of {type(site.surgery.model.base).__name__}", "Call the model itself.")
+        held = call.held.setdefault(RECITAL, {})
         held.setdefault(method.key, (method, []))[1].extend([site] if site.layer.window is None and bool(brings_any(site).any()) else [])
 
 

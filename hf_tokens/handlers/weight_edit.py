@@ -71,6 +71,17 @@ def edited_shapes(cls: type[Method], config: MethodConfig, block: nn.Module, out
     return {name: tuple(module._parameters[attribute].shape) for name, (module, attribute) in weights.items()}
 
 
+def base_weight(module: nn.Module, attribute: str, name: str) -> nn.Parameter:
+    """A weight of the base, where it was when the edit was attached."""
+    weight = module._parameters.get(attribute)
+    if weight is None:
+        rule = "A weight that is edited is a parameter of its module"
+        got = f"{name}, in whose place {type(module).__name__} has something else"
+        remedy = "Parametrize, prune or quantize the model before the adapter is attached, or take the adapter out."
+        raise UnsupportedError(explain(rule, got, remedy))
+    return weight
+
+
 def weight_edits(block: BlockSurgery, adapter_name: str) -> list[WeightEdit]:
     """The weight edits that an adapter has in a block, whether they act or not."""
     methods = block.hf_tokens_methods[adapter_name].values() if adapter_name in block.hf_tokens_methods else ()
@@ -125,8 +136,7 @@ class EditedWeights:
 
     def effective(self, name: str) -> Tensor:
         """A weight with the changes of the edits that act."""
-        module, attribute = self.places[name][0]
-        base = module._parameters[attribute]
+        base = base_weight(*self.places[name][0], name)
         for method in self.edits:
             if name in method.dims.weights and method.is_made:
                 base = base + getattr(method, method.slot(name)).to(base)
@@ -153,7 +163,7 @@ class EditedWeights:
         """Put an edited weight into its places, and note what was there."""
         weight = self.effective(name)
         for module, attribute in self.places[name]:
-            base = module._parameters[attribute]
+            base = base_weight(module, attribute, name)
             if base.is_meta:
                 rule = "A weight that is edited lies on the device of its block"
                 raise UnsupportedError(explain(rule, f"an offloaded one, {name}", "Load the model without a device map that offloads."))
@@ -164,8 +174,8 @@ class EditedWeights:
     @torch.no_grad()
     def bake(self) -> None:
         """Write the edits that act into the base's own tensors."""
-        for name, ((module, attribute), *_) in self.places.items():
-            module._parameters[attribute].copy_(self.effective(name))
+        for name, (place, *_) in self.places.items():
+            base_weight(*place, name).copy_(self.effective(name))
 
     def warn_if_unmade(self) -> None:
         """Warn once that an edit has not been made."""

@@ -34,11 +34,22 @@ class Pairing(NamedTuple):
     columns: Callable[[Tensor], Tensor]
 
 
-PAIRINGS = tuple(
-    Pairing(apart, columns)
-    for apart in (True, False)
-    for columns in (lambda t: t[..., : t.shape[-1] // 2], lambda t: t[..., ::2], lambda t: t)  # each twice, in halves or in pairs; once
-)
+def in_halves(t: Tensor) -> Tensor:
+    """Of a table in which each pair stands once in either half."""
+    return t[..., : t.shape[-1] // 2]
+
+
+def in_pairs(t: Tensor) -> Tensor:
+    """Of a table in which each pair stands twice, side by side."""
+    return t[..., ::2]
+
+
+def once(t: Tensor) -> Tensor:
+    """Of a table in which each pair stands once."""
+    return t
+
+
+PAIRINGS = tuple(Pairing(apart, columns) for apart in (True, False) for columns in (in_halves, in_pairs, once))
 
 
 @dataclass(frozen=True)

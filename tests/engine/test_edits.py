@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from tolerances import all_close, all_equal, differs
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from hf_tokens import (
     HFTokensConfig,
@@ -367,3 +368,17 @@ def test_a_call_that_raises_leaves_no_edited_weight_in_the_base(halve):
     with pytest.raises(IndexError):
         model(input_ids=inputs["input_ids"] + 10**6)
     assert all(p is tensors[name] for name, p in base.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "moved", [parametrizations.weight_norm, lambda module: prune.l1_unstructured(module, "weight", 0.5)], ids=["norm", "prune"]
+)
+def test_a_weight_that_is_parametrized_behind_an_edit_is_refused_in_words(halve, moved):
+    base, inputs = llama()
+    model = get_token_model(base, HalveConfig(layers=(1,)))
+    edit(model, {"any": [inputs]})
+    moved(base.model.layers[1].mlp.up_proj)
+    with pytest.raises(UnsupportedError, match="is a parameter of its module, got mlp.up_proj.weight.* before the adapter is attached"):
+        model(**inputs)
+    with model.disable_adapter():
+        model(**inputs)

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hf_tokens import get_token_model
 from hf_tokens.diffusion.steps import DenoisingWorld
+from hf_tokens.testing import zoo
 from hf_tokens.tools.surgeries import surgery_of
 
 
@@ -49,6 +50,16 @@ def test_a_copy_answers_as_the_first_did_whatever_becomes_of_that(one, made):
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
     all_equal(one.run(twin), want, "the copy")
+
+
+@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+def test_a_copy_knows_how_its_blocks_turn_their_keys(made):
+    """What was found by trying, in the first generation, goes with the copy."""
+    specimen = zoo.build("llama")
+    model = get_token_model(specimen.model, "expected-attention").eval()
+    said = lambda one: one.generate(**specimen.inputs, max_new_tokens=8, do_sample=False)
+    want = said(model)
+    assert torch.equal(said(made(model)), want)
 
 
 @pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)

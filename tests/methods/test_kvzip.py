@@ -148,6 +148,8 @@ def test_what_cannot_be_said_again_is_refused():
     ids, _ = batch((12,))
     with pytest.raises(UnsupportedError, match="got embeddings in place of ids. Pass `input_ids`"):
         model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=True)
+    with pytest.raises(UnsupportedError, match="got a call of a part of LlamaForCausalLM. Call the model itself"):
+        model.get_base_model().model(input_ids=ids, use_cache=True)
     windows = zoo.build("mistral")
     with pytest.raises(UnsupportedError, match="got a window in each of its blocks"):
         get_token_model(windows.model, KVzipConfig())(**windows.inputs, use_cache=True)
