@@ -19,6 +19,8 @@ from ..engine.run import Site
 from ..engine.supply import ask, recited_entries
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
+from ..model import families
+from ..model.classes import class_name
 from ..model.signatures import cache_argument, parameters
 from ..roles.cache_compressor import CacheCompressor
 
@@ -35,6 +37,8 @@ def recite(method: CacheCompressor, call: ModelCall, sites: list[Site], output: 
         raise not_said_again(method, "a window in each of its blocks", "Choose another compressor.")
     if call.model.base.config.is_encoder_decoder:
         raise not_said_again(method, "an encoder's output in front of it", "Choose another compressor.")
+    if families.MASKS_OUTPUT.search(class_name(call.model.base)):
+        raise not_said_again(method, "a model that multiplies its output by the mask", "Choose another compressor.")
     arguments = call.context.arguments
     ids, visual, values = arguments.get("input_ids"), call.context.visual, output.values() if isinstance(output, dict) else output
     cache = find_cache(values) or find_cache(arguments.values())

@@ -216,6 +216,8 @@ FOREIGN_OF = (
 )
 # Blocks that lay their rotary tables (n d) over the heads of each sample (b h n d) as they are: they take (b 1 n d) as well.
 LAID_OVER_HEADS = re.compile(r"^(DINOv3ViT|EomtDinov3|Sapiens2)Layer$")
+# Models that multiply what they return by the mask of what they were called with: on a cache, with a mask of its entries too, they fail.
+MASKS_OUTPUT = re.compile(r"^Col(Pali|Qwen2|ModernVBert)ForRetrieval$")
 # Arguments by which a block gets what the one before returned for each token beside its hidden states; one of them holds places of
 # keys, unread where the attention has an indexer of its own.
 HANDED_ON = re.compile(r"^(prev_(router_hidden_states|topk_indices)|layout_inputs|control_hidden_states)$")

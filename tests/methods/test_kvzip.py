@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from by_hand import batch, gpt2, greedy, places_held, prompt, step
 
 from hf_tokens import DeepPromptConfig, KVzipConfig, MiKVConfig, UnsupportedError, compress_context, get_token_model, measure
+from hf_tokens.model import families
 from hf_tokens.testing import zoo
 
 SINK = math.inf
@@ -160,3 +163,14 @@ def test_a_prompt_that_only_the_encoder_reads_is_refused(family):
     specimen = zoo.build(family)
     with pytest.raises(UnsupportedError, match="got an encoder's output in front of it"):
         get_token_model(specimen.model, KVzipConfig())(**specimen.inputs)
+
+
+def test_a_model_that_multiplies_its_output_by_the_mask_is_refused():
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    masking = [file.stem.removeprefix("modeling_") for file in files if "embeddings * attention_mask.unsqueeze(-1)  #" in file.read_text()]
+    assert masking
+    assert all(families.MASKS_OUTPUT.search(type(zoo.build(family).model).__name__) for family in masking)
+    specimen = zoo.build("colqwen2")
+    get_token_model(specimen.model, KVzipConfig(ratio=0.5))
+    with pytest.raises(UnsupportedError, match="got a model that multiplies its output by the mask"):
+        specimen.run()
