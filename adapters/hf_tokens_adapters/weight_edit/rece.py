@@ -8,8 +8,8 @@ Maths:   W' = argmin_W sum_i |W c_i - W_0 c_i*|^2 + l_1 sum_j |W p_j - W_0 p_j|^
 Differs: W_k are the weights of the step before, W_0 those of the start. The authors' code maps anchors and what is kept to where W_k has
          them from the second step on, and they drift: on random tokens and 16 projections what is kept has moved by 42 % of its length
          after three epochs and diverges in ten, by 7 and 10 % here. Each of its later steps erases c' alone, and may bring it back:
-         a small painter showed the concept in 42 % of its pictures, behind the first step in 10 %, behind three epochs of that in 39 %, and in 22 %
-         where each step erases again what was erased before (`cumulative`).
+         a small painter showed the concept in 42 % of its pictures, behind the first step in 10 %, behind three epochs of that in 39 %, and
+         in 22 % where each step erases again what was erased before (`cumulative`).
          Its first step is UCE's, read from a file; here it is this method's own. l is 0.1 (nudity, easy objects) or 0.001 (styles, hard
          objects) there. The concept's k-th token goes to the k-th of the harmless one.
 Checked: CharlesGong12/RECE@403a67fd, derived prompts by each regulariser, and one erasure of each technique, in float64:
