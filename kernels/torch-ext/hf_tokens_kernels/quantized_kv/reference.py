@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..precision import accumulated
+from ..ragged_attention.cells import Cells, together
 from .bits import strip_factors, strip_masks, strip_width, strips
 from .forms import Kept, Packed, Rounded
 
-CHUNK = 2048  # cells unpacked at a time, so that they stay in a core's cache
-TOGETHER = 1 << 16  # cells of the rows and heads whose scores are held at a time
+CHUNK = 8192  # cells unpacked at a time: of more, the codes leave the caches before they are read; of fewer, calls cost more than they do
+FEW = 128  # cells of a row and head up to which rows are read whole: it takes fewer calls
 MOST_PIECES = 16  # pieces of a row up to which the scales are taken in behind the products
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Cells of some rows and heads: `count` of each, the first ones `stride` apart from `start` on."""
-
-    start: int
-    stride: int
-    rows: int
-    count: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """Something of each cell (c ...), of these (r n ...), without a copy."""
-        step = x.stride(0)
-        where = (self.stride * step, step, *x.stride()[1:])
-        return x.as_strided((self.rows, self.count, *x.shape[1:]), where, x.storage_offset() + self.start * step)
-
-    def part(self, first: int, last: int) -> Cells:
-        """The cells of each row and head from one to another."""
-        return Cells(self.start + first, self.stride, self.rows, last - first)
-
-    def chunks(self, multiple: int = 1) -> list[slice]:
-        """Parts that are unpacked at a time, each as many times some cells, but the last one."""
-        step = max(1, CHUNK // self.rows // multiple) * multiple
-        return [slice(first, min(first + step, self.count)) for first in range(0, self.count, step)]
-
-
-def together(starts: list[int], lengths: list[int]) -> Iterator[tuple[slice, Cells]]:
-    """Rows and heads that follow each other, have cells, as many each, and lie at equal distances; no more than fit together."""
-    first = 0
-    while first < len(starts):
-        n, last = lengths[first], first + 1
-        step = starts[last] - starts[first] if last < len(starts) else 0
-        while (
-            last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= TOGETHER
-        ):
-            last += 1
-        if n:
-            yield slice(first, last), Cells(starts[first], max(step, 1), last - first, n)
-        first = last
 
 
 def packed_attention(
@@ -74,8 +35,9 @@ def packed_attention(
     b, h, m, _ = q.shape
     rows = (q * scaling).reshape(starts.numel(), h // starts.shape[1] * m, -1).to(accumulated(q.dtype))
     out, logs = rows.new_zeros(*rows.shape[:2], values.width), rows.new_full(rows.shape[:2], -torch.inf)
-    read_keys, read_values = reader(keys, rows.dtype), reader(values, rows.dtype)
-    for some, cells in together(starts.flatten().tolist(), lengths.flatten().tolist()):
+    many = lengths.flatten().tolist()
+    read_keys, read_values = (reader(states, rows.dtype, few=max(many, default=0) <= FEW) for states in (keys, values))
+    for some, cells in together(starts.flatten().tolist(), many):
         scores = read_keys.scores(rows[some], cells)  # r q n
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         scores = scores if sizes is None else scores + cells.of(sizes).to(scores.dtype).log()[:, None]
@@ -88,9 +50,9 @@ def packed_attention(
     return out.to(q.dtype).view(b, h, m, -1), logs.view(b, h, m)
 
 
-def reader(states: Packed, dtype: torch.dtype) -> Whole | Grouped | Runs:
-    """How products with packed states are computed."""
-    if not isinstance(states, Rounded):
+def reader(states: Packed, dtype: torch.dtype, few: bool) -> Whole | Grouped | Runs:
+    """How products with packed states are computed, of which each row and head may have but few cells."""
+    if few or not isinstance(states, Rounded):
         return Whole(states, dtype)
     if states.index is not None:
         return Runs(states, dtype) if states.group == 1 else Whole(states, dtype)
@@ -114,11 +76,11 @@ class Whole:
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """Products of queries (r q e) with cells, (r q n)."""
-        return joined([q @ self.rows(cells.part(part.start, part.stop)).mT for part in cells.chunks()])
+        return joined([q @ self.rows(cells.part(part.start, part.stop)).mT for part in cells.chunks(CHUNK)])
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """The sum of cells, (r q f), with weights (r q n)."""
-        return sum(weights[..., part] @ self.rows(cells.part(part.start, part.stop)) for part in cells.chunks())
+        return sum(weights[..., part] @ self.rows(cells.part(part.start, part.stop)) for part in cells.chunks(CHUNK))
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -155,7 +117,7 @@ class Pieces:
         The codes of a part are there until the next is asked for.
         """
         packed = cells.of(self.states.codes)
-        for part in cells.chunks(multiple):
+        for part in cells.chunks(CHUNK, multiple):
             codes = strips(packed[:, part], self.states.bits, self.states.width, self.masks)  # s r n w
             if codes.shape[3] != self.width:
                 codes = codes.unflatten(3, (-1, self.width)).movedim(3, 1).flatten(0, 1)
@@ -218,10 +180,9 @@ class Grouped:
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        scale, found = self.scale(cells), self.pieces.blank(weights)
+        scale, found = self.scale(cells).index_select(0, self.owner), self.pieces.blank(weights)
         for part, codes in self.pieces.chunks(cells):
-            scaled = (weights[..., part] * scale[..., part]).index_select(0, self.owner)  # p r q n
-            found = torch.baddbmm(found, scaled.flatten(0, 1), codes)
+            found.baddbmm_((weights[..., part] * scale[..., part]).flatten(0, 1), codes)  # p*r q n
         low = (weights @ self.low(cells)).repeat_interleave(self.states.group, dim=2)
         return self.pieces.whole(found) + low[..., : self.states.width]
 
@@ -281,6 +242,6 @@ class Runs:
             own = weights[..., place]
             own = own if own.shape[2] == some.count else pad(own, (0, some.count - own.shape[2]))
             for part, codes in self.chunks(some, length, scale):
-                found = torch.baddbmm(found, own[..., part].repeat(len(scale), 1, 1), codes)
+                found.baddbmm_(own[..., part].repeat(len(scale), 1, 1), codes)
             lows = lows + own.unflatten(2, (-1, length)).sum(dim=3) @ low
         return self.pieces.whole(found) + lows
