@@ -11,7 +11,7 @@ from hf_tokens_kernels import packed_attention, ragged_attention
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .formats import GroupTable, KVFormat, Packed, Plain, Polar, Shared, pick_rows, raw
+from .formats import GroupTable, KVFormat, Packed, Plain, Polar, Shared, pick_rows, raw, spread_rows
 
 Change = Callable[[Tensor], Tensor]
 FEW = 4  # entries of a row whose places are filled up as they leave; where more do, the others close up
@@ -266,11 +266,7 @@ class Part:
         starts, where = ends - room, self.where
         cells = torch.where(where, self.cells + (starts - self.starts)[..., None], -1)
         old, new, total = self.cells[where], cells[where], int(ends.flatten()[-1])
-
-        def move(x: Tensor) -> Tensor:
-            return x.new_empty(total, *x.shape[1:]).index_copy_(0, new, x.index_select(0, old))
-
-        self.packed = tuple(tuple(move(x) for x in states) for states in self.packed)
+        self.packed = tuple(tuple(spread_rows(x, old, new, total) for x in states) for states in self.packed)
         self.cells, self.starts, self.ends = cells, starts, ends
 
     def to(self, device: torch.device) -> Part:

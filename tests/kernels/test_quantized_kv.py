@@ -172,6 +172,14 @@ def test_few_cells_are_read_as_many_are(form, monkeypatch):
     check(q, FORMS[form][0](keys), FORMS[form][1](values), *where)
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "neither"])
+def test_codes_lie_channel_by_channel_and_are_read_otherwise_too(backend, device, form):
+    q, keys, values, *where = cells(*SHAPES[0], device)
+    both = [make(x) for make, x in zip(FORMS[form], (keys, values), strict=True)]
+    assert all(x.codes.stride(0) == 1 for x in both if not isinstance(x, Kept))
+    check(q, *(dataclasses.replace(x, codes=x.codes.contiguous()) for x in both), *where)
+
+
 def test_sizes_and_soft_caps(backend, device):
     q, keys, values, *where = cells(*SHAPES[0], device)
     sizes = torch.randint(1, 9, (len(keys),), generator=torch.Generator().manual_seed(1)).float().to(device)
