@@ -263,10 +263,10 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
         score = score.masked_fill(fresh & real, torch.inf)
     stays = highest(score, budgets, real)
-    origins, goes = alike(layer.origins, real & ~stays)
-    note_change(site, origins.masked_fill(~goes, layer.seen))
+    goes = real ^ stays
+    note_change(site, torch.where(*alike(goes, layer.origins), layer.seen))
     if method.folds(method.config) or holds(method):
-        site = altered(site, stays=cells(layer, stays), goes=cells(layer, real & ~stays))
+        site = altered(site, stays=cells(layer, stays), goes=cells(layer, goes))
     if holds(method):
         put_away(method, site)
         return

@@ -173,17 +173,17 @@ class Part:
     def _fill_up(self, cells: Tensor, holes: Tensor) -> Part:
         """Free cells (b k h), beyond the last one where there are fewer: the last entries of a row and head move there, the others stay."""
         none = len(self.packed[0][0]) + 1
-        for hole in range(holes.shape[-1]):
-            moves = holes[..., hole] < none
-            last = (self.starts + self.lengths - 1).clamp(min=0)
-            into = holes[..., hole]
+        for i in range(holes.shape[-1]):
+            into, last = holes[..., i : i + 1], (self.starts + self.lengths - 1).clamp(min=0)[..., None]
+            moves = into < none
+            spots = into[moves], last[moves]
             for x in (x for states in self.packed for x in states):
-                x.index_copy_(0, into[moves], x.index_select(0, last[moves]))
-            self.lengths = self.lengths - moves.long()
-            last, into = last.masked_fill(~moves, none)[..., None], into[..., None]
+                x.index_copy_(0, spots[0], x.index_select(0, spots[1]))
+            self.lengths, self.count = self.lengths - moves[..., 0].long(), self.count - len(spots[0])
+            last, into = last.masked_fill(~moves, none), into.masked_fill(~moves, none)
             cells = torch.where(cells == last, into, cells)
-            holes = torch.where(holes == last, into, holes)
-        self.cells, self.count = cells, int(self.lengths.sum())
+            holes = torch.where(holes == last, into, holes) if i + 1 < holes.shape[-1] else holes
+        self.cells = cells
         return self
 
     @property
@@ -214,11 +214,6 @@ class Part:
         many = len(self.packed[0][0])
         spots = torch.where(self.cells < 0, many, self.cells)  # one more for the entries of other parts
         return x.new_ones(many + 1).scatter_(0, spots.flatten(), x.flatten())[:many]
-
-    def weights(self, scores: Tensor, log: Tensor) -> Tensor:
-        """The probability of each entry, the mean of the queries of its head (b k n), by the scores of the cells and the log (b h 1)."""
-        by_query = scores[:, self.cells.clamp(min=0)].movedim(0, 2) - log.unflatten(1, (self.cells.shape[1], -1))  # b k g n
-        return by_query.exp().mean(dim=2).masked_fill(~self.where, 0)
 
     def change_rows(self, change: Change) -> Part:
         """The part behind a change of the batch."""
