@@ -23,7 +23,7 @@ PUBLIC = {
     "peft.tuner": ("HFTokensModel",),
     "roles": (
         *("AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method", "ModelRouter"),
-        *("Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "TokenScorer"),
+        *("Objective", "Pooler", "SlackConfig", "TokenBank", "TokenReducer", "TokenRouter", "TokenScorer"),
         *("TextWords", "VocabularyEdit", "WeightEdit"),
         *("allowance", "check_capacity", "heavy_hitters", "observed", "protect", "share_out", "straight_through"),
     ),

@@ -36,10 +36,25 @@ Packed = tuple[Tensor | Shared, ...]
 
 
 def pick_rows(x: Tensor | Shared, index: Tensor, more: Tensor | Shared | None = None) -> Tensor | Shared:
-    """Rows of something packed, with `more` rows behind it."""
+    """Rows of something packed, with `more` rows behind it, which lie in memory as its own do."""
     if isinstance(x, Shared):
         return x.pick_rows(index, more)
+    if by_columns(x):
+        return (x.mT if more is None else torch.cat([x.mT, more.mT], dim=1)).index_select(1, index).mT
     return x[index] if more is None else torch.cat([x, more])[index]
+
+
+def spread_rows(x: Tensor, index: Tensor, into: Tensor, total: int) -> Tensor:
+    """Rows of an index at other places among so many, which lie in memory as those of x do; the others are of no account."""
+    rows = pick_rows(x, index)
+    if by_columns(x):
+        return x.new_empty(x.shape[1], total).index_copy_(1, into, rows.mT).mT
+    return x.new_empty(total, *x.shape[1:]).index_copy_(0, into, rows)
+
+
+def by_columns(x: Tensor) -> bool:
+    """Whether the numbers of a column lie together in memory, as those of codes do."""
+    return x.dim() == 2 and x.stride(0) == 1 < x.shape[1]
 
 
 def raw(x: Tensor | Shared) -> Tensor:

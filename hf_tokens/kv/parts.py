@@ -56,8 +56,16 @@ def attend(
         return out, None
     logs = torch.stack([log for _, log, _ in read])
     logs = logs if sinks is None else torch.cat([logs, sinks.to(logs).view(1, 1, -1, 1).expand_as(logs[:1])])
-    log = logs.logsumexp(dim=0)
-    return out, sum(part.weights(scores, log) for part, (_, _, scores) in zip(parts, read, strict=True))
+    return out, weights(parts, [scores for _, _, scores in read], logs.logsumexp(dim=0))
+
+
+def weights(parts: list[Part], scores: list[Tensor], log: Tensor) -> Tensor:
+    """The probability of each entry, the mean of the queries of its head (b k n), by scores of the cells (h/k c) and the log (b h 1)."""
+    cells, many = parts[0].cells, scores[0].shape[1]
+    for part, its in zip(parts[1:], scores[1:], strict=True):
+        cells, many = torch.where(part.where, part.cells + many, cells), many + its.shape[1]
+    each = torch.cat(scores, dim=1)[:, cells.clamp(min=0)].movedim(0, 2) - log.unflatten(1, (cells.shape[1], -1))  # b k g n
+    return each.exp().mean(dim=2).masked_fill(cells < 0, 0)
 
 
 def dense(parts: list[Part], which: int, width: int) -> Tensor:

@@ -21,18 +21,15 @@ def lowest(score: Tensor, real: Tensor | None = None) -> Tensor:
 
 def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:
     """As many of the highest of the real entries of each row as its budget says, bool; of two equal ones the earlier."""
-    place = torch.arange(score.shape[-1], device=score.device)
     goes = real.sum(dim=-1) - budgets
     most = int(goes.max())
     if most > FEW:
-        index = score.argsort(dim=-1, descending=True, stable=True)
+        place, index = torch.arange(score.shape[-1], device=score.device), score.argsort(dim=-1, descending=True, stable=True)
         return torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, place < budgets[..., None]) & real
-    stays, score = real, score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    stays = real
     for gone in range(most):  # without a sort of all
-        left = score.masked_fill(~stays, torch.inf)
-        least = (left == left.amin(dim=-1, keepdim=True)) & stays
-        last = torch.where(least, place, -1).argmax(dim=-1, keepdim=True)
-        stays = stays & ((place != last) | (goes <= gone)[..., None])
+        last, leaves = lowest(score, stays), (goes > gone)[..., None]
+        stays = stays.scatter(-1, last, stays.gather(-1, last) & ~leaves)
     return stays
 
 

@@ -11,7 +11,7 @@ from hf_tokens_kernels import packed_attention, ragged_attention
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .formats import GroupTable, KVFormat, Packed, Plain, Polar, Shared, pick_rows, raw
+from .formats import GroupTable, KVFormat, Packed, Plain, Polar, Shared, pick_rows, raw, spread_rows
 
 Change = Callable[[Tensor], Tensor]
 FEW = 4  # entries of a row whose places are filled up as they leave; where more do, the others close up
@@ -173,17 +173,17 @@ class Part:
     def _fill_up(self, cells: Tensor, holes: Tensor) -> Part:
         """Free cells (b k h), beyond the last one where there are fewer: the last entries of a row and head move there, the others stay."""
         none = len(self.packed[0][0]) + 1
-        for hole in range(holes.shape[-1]):
-            moves = holes[..., hole] < none
-            last = (self.starts + self.lengths - 1).clamp(min=0)
-            into = holes[..., hole]
+        for i in range(holes.shape[-1]):
+            into, last = holes[..., i : i + 1], (self.starts + self.lengths - 1).clamp(min=0)[..., None]
+            moves = into < none
+            spots = into[moves], last[moves]
             for x in (x for states in self.packed for x in states):
-                x.index_copy_(0, into[moves], x.index_select(0, last[moves]))
-            self.lengths = self.lengths - moves.long()
-            last, into = last.masked_fill(~moves, none)[..., None], into[..., None]
+                x.index_copy_(0, spots[0], x.index_select(0, spots[1]))
+            self.lengths, self.count = self.lengths - moves[..., 0].long(), self.count - len(spots[0])
+            last, into = last.masked_fill(~moves, none), into.masked_fill(~moves, none)
             cells = torch.where(cells == last, into, cells)
-            holes = torch.where(holes == last, into, holes)
-        self.cells, self.count = cells, int(self.lengths.sum())
+            holes = torch.where(holes == last, into, holes) if i + 1 < holes.shape[-1] else holes
+        self.cells = cells
         return self
 
     @property
@@ -214,11 +214,6 @@ class Part:
         many = len(self.packed[0][0])
         spots = torch.where(self.cells < 0, many, self.cells)  # one more for the entries of other parts
         return x.new_ones(many + 1).scatter_(0, spots.flatten(), x.flatten())[:many]
-
-    def weights(self, scores: Tensor, log: Tensor) -> Tensor:
-        """The probability of each entry, the mean of the queries of its head (b k n), by the scores of the cells and the log (b h 1)."""
-        by_query = scores[:, self.cells.clamp(min=0)].movedim(0, 2) - log.unflatten(1, (self.cells.shape[1], -1))  # b k g n
-        return by_query.exp().mean(dim=2).masked_fill(~self.where, 0)
 
     def change_rows(self, change: Change) -> Part:
         """The part behind a change of the batch."""
@@ -266,11 +261,7 @@ class Part:
         starts, where = ends - room, self.where
         cells = torch.where(where, self.cells + (starts - self.starts)[..., None], -1)
         old, new, total = self.cells[where], cells[where], int(ends.flatten()[-1])
-
-        def move(x: Tensor) -> Tensor:
-            return x.new_empty(total, *x.shape[1:]).index_copy_(0, new, x.index_select(0, old))
-
-        self.packed = tuple(tuple(move(x) for x in states) for states in self.packed)
+        self.packed = tuple(tuple(spread_rows(x, old, new, total) for x in states) for states in self.packed)
         self.cells, self.starts, self.ends = cells, starts, ends
 
     def to(self, device: torch.device) -> Part:

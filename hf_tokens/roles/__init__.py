@@ -6,6 +6,7 @@ from .cache_compressor import (
     CacheCompressor,
     Folded,
     Holding,
+    SlackConfig,
     allowance,
     check_capacity,
     heavy_hitters,
@@ -25,6 +26,6 @@ from .vocabulary_edit import VocabularyEdit
 from .weight_edit import WeightEdit
 
 __all__ = ["SIGNALS", "AttentionEdit", "CacheCompressor", "Dims", "FeatureCache", "Folded", "Holding", "LayerRouter", "Method"]
-__all__ += ["ModelRouter", "Objective", "Pooler", "TokenBank", "TokenReducer", "TokenRouter", "TokenScorer"]
+__all__ += ["ModelRouter", "Objective", "Pooler", "SlackConfig", "TokenBank", "TokenReducer", "TokenRouter", "TokenScorer"]
 __all__ += ["TextWords", "VocabularyEdit", "WeightEdit"]
 __all__ += ["allowance", "check_capacity", "heavy_hitters", "observed", "protect", "share_out", "straight_through"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ..kv.formats import KVFormat
 from ..tokens.entries import alike
 from ..tokens.token_map import indices
 from .base import Method
-from .config import MethodConfig
+from .config import MethodConfig, option
 
 
 class Folded(NamedTuple):
@@ -50,18 +51,27 @@ class Holding(NamedTuple):
     early: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlackConfig(MethodConfig):
+    """Config of a method whose heads may hold more than their budget for a while; its blocks take turns."""
+
+    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
+
+
 class CacheCompressor(Method):
     """Which entries of the KV cache stay behind a prompt, and what becomes of the others.
 
     The others are dropped; before that, `fold` may let the ones that stay take them in. A method that defines `hold` drops none, and one
-    that defines `divide` gives each key head a number of its own, by the scores of all in its block.
-
-    Attributes:
-        slack: Entries above its budget that a row or head may hold while decoding, before all of these leave at once: that takes less time.
+    that defines `divide` gives each key head a number of its own, by the scores of all in its block. Entries above
+    the budget may wait while decoding, and leave at once, where its config is a `SlackConfig`: that takes less time.
     """
 
     role, verb, causal, further, decodes = "CacheCompressor", "score", True, ("fold", "hold", "examine"), False
-    slack: int = 0
+
+    @property
+    def slack(self) -> int:
+        """Entries above its budget that a row or head may hold while decoding."""
+        return self.config.slack if isinstance(self.config, SlackConfig) else 0
 
     @classmethod
     def folds(cls, config: MethodConfig) -> bool:

@@ -103,6 +103,12 @@ class Twin:
         for name, value in a.record.entries.items():
             assert torch.equal(value, b.record.entries[name])
         self.check_tables()
+        self.check_codes()
+
+    def check_codes(self):
+        """Codes lie channel by channel, whatever became of them: an attention reads rows of cells."""
+        both = ((form, states[0]) for part in self.packed.kv.parts or () for form, states in zip(part.forms, part.packed, strict=True))
+        assert all(codes.stride(0) == 1 for form, codes in both if form != Plain() and len(codes))
 
     def check_tables(self):
         """No scales are held of groups of which no entry is left."""

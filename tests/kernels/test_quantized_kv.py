@@ -26,6 +26,12 @@ from largest import Largest
 from tolerances import close
 
 
+@pytest.fixture(autouse=True)
+def reads_as_many_cells(monkeypatch):
+    """The few cells of these tests are read as many are."""
+    monkeypatch.setattr(reference, "FEW", 0)
+
+
 def cells(lengths, widths, device="cpu", dtype=torch.float32, seed=0):
     """Rows of keys and values of cells, queries, and where the cells of each row and head lie, with room behind them."""
     make = torch.Generator().manual_seed(seed)
@@ -157,6 +163,21 @@ def check(q, keys, values, starts, lengths, **knobs):
 def test_packed_attention_is_the_loop(backend, device, shape, form):
     q, keys, values, *where = cells(*shape, device)
     check(q, FORMS[form][0](keys), FORMS[form][1](values), *where)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_few_cells_are_read_as_many_are(form, monkeypatch):
+    q, keys, values, *where = cells([[7, 63], [1, 0]], (64, 64))
+    monkeypatch.setattr(reference, "FEW", 63)
+    check(q, FORMS[form][0](keys), FORMS[form][1](values), *where)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "neither"])
+def test_codes_lie_channel_by_channel_and_are_read_otherwise_too(backend, device, form):
+    q, keys, values, *where = cells(*SHAPES[0], device)
+    both = [make(x) for make, x in zip(FORMS[form], (keys, values), strict=True)]
+    assert all(x.codes.stride(0) == 1 for x in both if not isinstance(x, Kept))
+    check(q, *(dataclasses.replace(x, codes=x.codes.contiguous()) for x in both), *where)
 
 
 def test_sizes_and_soft_caps(backend, device):

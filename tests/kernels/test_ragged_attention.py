@@ -16,6 +16,7 @@ SHAPES = [  # query heads, queries, head size, width of a value, and the lengths
     (9, 1, 48, 80, [[500, 0, 17]]),
     (8, 2, 32, 32, [[3], [2], [90]]),
     (1, 1, 40, 40, [[1]]),
+    (6, 2, 32, 48, [[40, 40, 40], [40, 0, 5], [5, 300, 300]]),
 ]
 
 
@@ -72,6 +73,16 @@ def check(got, want, dtype):
 def test_ragged_attention_is_the_loop(backend, device, shape, knobs):
     given = sample(shape, device)
     check(ragged_attention(*given, scaling=0.3, **knobs), loop(*given, 0.3, **knobs), torch.float32)
+
+
+def test_rows_and_heads_that_lie_alike_are_read_without_a_copy():
+    given = sample((4, 1, 64, 64, [[200, 200], [200, 200]]))
+    with Largest(*given[1:3]) as seen:
+        out, logs, scores = ragged_attention(*given, scaling=0.3, scores=True)
+    assert seen.elements <= scores.numel()
+    check((out, logs), loop(*given, 0.3), torch.float32)
+    for line, start in enumerate(given[3].flatten().tolist()):
+        close(scores[:, start : start + 200].logsumexp(dim=1), logs.flatten().unflatten(0, (-1, 2))[line])
 
 
 def test_a_cell_of_three_tokens_counts_three_times(backend, device):

@@ -26,27 +26,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_tokens import CacheCompressor, MethodConfig, UnsupportedError, option, register
+from hf_tokens import CacheCompressor, SlackConfig, UnsupportedError, option, register
 
 AT_A_TIME = 256  # queries of a calibration that are looked at together
 
 
 @dataclass(frozen=True)
-class DuoAttentionConfig(MethodConfig):
+class DuoAttentionConfig(SlackConfig):
     gates: tuple[float, ...] = option(
         (), ge=-1, le=2, help="The gate of each key head, block by block; below 0 and above 1 they count as these. Calibration finds them."
     )
     sparsity: float = option(0.5, ge=0, le=1, zero=0.0, help="Quantile of the gates below which a head streams: the share of such heads.")
     sinks: int = option(128, ge=0, example=2, help="First tokens that a streaming head keeps (release: sink_size).")
     recent: int = option(256, ge=1, example=4, help="Newest tokens that it keeps (release: recent_size).")
-    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
 
 @register("duo-attention", DuoAttentionConfig)
 class DuoAttention(CacheCompressor):
     chunks = False
     decodes = by_head = True
-    slack = property(lambda self: self.config.slack)
 
     @classmethod
     def calibrate(cls, config: DuoAttentionConfig, records: dict[int, list[Tensor]]) -> DuoAttentionConfig:

@@ -28,13 +28,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hf_tokens import CacheCompressor, Folded, MethodConfig, UnsupportedError, indices, option, register
+from hf_tokens import CacheCompressor, Folded, SlackConfig, UnsupportedError, indices, option, register
 
 AT_A_TIME = 256  # queries of a calibration that are looked at together
 
 
 @dataclass(frozen=True)
-class RazorAttentionConfig(MethodConfig):
+class RazorAttentionConfig(SlackConfig):
     heads: tuple[int, ...] = option(
         (), ge=0, help="Retrieval heads, as place of the block among its own * key heads + head; calibration finds them."
     )
@@ -46,14 +46,12 @@ class RazorAttentionConfig(MethodConfig):
     echo: float = option(0.01, ge=0, le=1, help="Share of the heads that are retrieval heads by their echo score.")
     whole: str = option("nearest", choices=("nearest", "up"), was={1: "up"}, help="How a share of the heads becomes a whole number.")
     repeats: int = option(4, ge=2, help="How often the random tokens of calibration stand in a row.")
-    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
 
 @register("razorattention", RazorAttentionConfig, version=2)
 class RazorAttention(CacheCompressor):
     chunks = False
     decodes = True
-    slack = property(lambda self: self.config.slack)
 
     @classmethod
     def calibrate(cls, config: RazorAttentionConfig, records: dict[int, list[Tensor]]) -> RazorAttentionConfig:

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from hf_tokens import CacheCompressor, MethodConfig, heavy_hitters, option, register, share_out
+from hf_tokens import CacheCompressor, SlackConfig, heavy_hitters, option, register, share_out
 
 
 @dataclass(frozen=True)
-class SqueezeAttentionConfig(MethodConfig):
+class SqueezeAttentionConfig(SlackConfig):
     budget: float = option(0.4, gt=0, le=1, zero=1.0, help="Mean share of the tokens that a layer keeps (paper: b_init).")
     p: float = option(0.35, gt=0, le=1, zero=1.0, help="Part of its budget that a layer of the least important group keeps (paper: p).")
     groups: int = option(3, ge=2, help="Groups of layers (paper: 3).")
@@ -40,7 +40,6 @@ class SqueezeAttentionConfig(MethodConfig):
     surplus: str = option("shared", choices=("shared", "lost"), was={1: "lost"}, help="What becomes of a share above 1.")
     sinks: int = option(4, ge=0, help="First tokens that the policy `sinks` keeps beside the recent ones.")
     recent: float = option(0.5, ge=0, le=1, help="Part of its budget that the policy `heavy_hitters` gives to the most recent tokens.")
-    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
 
 def top_group(values: Tensor, groups: int) -> Tensor:
@@ -68,7 +67,6 @@ class SqueezeAttention(CacheCompressor):
     of_prompts = ("entered", "attended")
     allots = True
     ignores = property(lambda self: () if self.config.policy == "heavy_hitters" else ("received",))
-    slack = property(lambda self: self.config.slack)
 
     def observe(self, entered: Tensor, attended: Tensor, real: Tensor, prefill: bool) -> Tensor | None:
         if not prefill:

@@ -25,16 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tokens import CacheCompressor, Folded, MethodConfig, allowance, check_capacity, option, protect, register
+from hf_tokens import CacheCompressor, Folded, SlackConfig, allowance, check_capacity, option, protect, register
 
 
 @dataclass(frozen=True)
-class StreamingLLMConfig(MethodConfig):
+class StreamingLLMConfig(SlackConfig):
     capacity: int = option(2004, ge=1, size=True, help="Entries that a head keeps, the sinks among them (paper: cache size).")
     budget: float | None = option(None, gt=0, le=1, zero=1.0, help="Share of the tokens seen, in the place of `capacity`.")
     sinks: int = option(4, ge=0, help="First tokens that stay (paper: attention sinks).")
     shift: bool = option(True, was={1: False}, help="Turn keys to their places among those that are left.")
-    slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
 
 @register("streaming-llm", StreamingLLMConfig, version=2)
@@ -42,7 +41,6 @@ class StreamingLLM(CacheCompressor):
     chunks = False
     decodes = True
     ignores = property(lambda self: () if self.folds(self.config) else ("rotation",))
-    slack = property(lambda self: self.config.slack)
 
     @classmethod
     def folds(cls, config: StreamingLLMConfig) -> bool:

@@ -1,7 +1,8 @@
 """Codes of a few bits in bytes: one plane for each power of two in the number of bits, so that no code lies in two bytes.
 
 In a plane of p bits a row of n codes takes w = ceil(n p / 8) bytes; byte j holds the codes j, j + w, j + 2 w ..., the first one lowest.
-Thus unpacking is a shift and a mask of whole rows of bytes.
+Thus unpacking is a shift and a mask of whole rows of bytes. In memory the first bytes of all rows lie one behind the other, then the second
+ones: an attention reads rows of cells.
 """
 
 from __future__ import annotations
@@ -34,21 +35,14 @@ def strip_factors(bits: int) -> list[int]:
 
 
 def strip_masks(bits: int, device: torch.device) -> Tensor | None:
-    """What finds the codes of each strip in their bytes, (s 1 1 1); None where a strip is a row of bytes, or codes lie in two planes."""
+    """What finds the codes of each strip in their bytes, (s 1 1); None where a strip is a row of bytes, or codes lie in two planes."""
     if len(factors := strip_factors(bits)) == 1:
         return None
-    return torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=device)[:, None, None, None]
-
-
-def strips(packed: Tensor, bits: int, width: int, masks: Tensor | None) -> Tensor:
-    """Bytes (r n m) as strips of codes (s r n w), left where they stand in their bytes: the masks find them all in one pass."""
-    if masks is not None:
-        return packed & masks
-    return (packed if len(planes(bits)) == 1 else unpack_bits(packed.flatten(0, 1), bits, width).unflatten(0, packed.shape[:2]))[None]
+    return torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=device)[:, None, None]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes (r n) below 2^bits, packed into bytes (r m)."""
+    """Codes (r n) below 2^bits, packed into bytes (r m), a column of which lies together."""
     out, shift, n = [], 0, codes.shape[1]
     codes = codes.to(torch.uint8)
     for p in planes(bits):
@@ -60,7 +54,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
             byte = byte | strips[:, i] << (p * i)
         out.append(byte)
         shift += p
-    return torch.cat(out, dim=1) if len(out) > 1 else out[0].contiguous()
+    return torch.cat([byte.mT for byte in out]).mT
 
 
 def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:

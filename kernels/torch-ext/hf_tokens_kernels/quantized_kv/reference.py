@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..precision import accumulated
-from .bits import strip_factors, strip_masks, strip_width, strips
+from ..ragged_attention.cells import Cells, together
+from .bits import MOST, strip_factors, strip_masks, strip_width, unpack_bits
 from .forms import Kept, Packed, Rounded
 
-CHUNK = 2048  # cells unpacked at a time, so that they stay in a core's cache
-TOGETHER = 1 << 16  # cells of the rows and heads whose scores are held at a time
-MOST_PIECES = 16  # pieces of a row up to which the scales are taken in behind the products
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Cells of some rows and heads: `count` of each, the first ones `stride` apart from `start` on."""
-
-    start: int
-    stride: int
-    rows: int
-    count: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """Something of each cell (c ...), of these (r n ...), without a copy."""
-        step = x.stride(0)
-        where = (self.stride * step, step, *x.stride()[1:])
-        return x.as_strided((self.rows, self.count, *x.shape[1:]), where, x.storage_offset() + self.start * step)
-
-    def part(self, first: int, last: int) -> Cells:
-        """The cells of each row and head from one to another."""
-        return Cells(self.start + first, self.stride, self.rows, last - first)
-
-    def chunks(self, multiple: int = 1) -> list[slice]:
-        """Parts that are unpacked at a time, each as many times some cells, but the last one."""
-        step = max(1, CHUNK // self.rows // multiple) * multiple
-        return [slice(first, min(first + step, self.count)) for first in range(0, self.count, step)]
-
-
-def together(starts: list[int], lengths: list[int]) -> Iterator[tuple[slice, Cells]]:
-    """Rows and heads that follow each other, have cells, as many each, and lie at equal distances; no more than fit together."""
-    first = 0
-    while first < len(starts):
-        n, last = lengths[first], first + 1
-        step = starts[last] - starts[first] if last < len(starts) else 0
-        while (
-            last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= TOGETHER
-        ):
-            last += 1
-        if n:
-            yield slice(first, last), Cells(starts[first], max(step, 1), last - first, n)
-        first = last
+CHUNK = 8192  # cells unpacked at a time: of more, the codes leave the caches before they are read; of fewer, calls cost more than they do
+FEW = 128  # cells of a row and head up to which rows are read whole: it takes fewer calls
+MOST_GROUPS = 8  # groups of channels up to which the scales are taken in behind the products
 
 
 def packed_attention(
@@ -74,8 +34,9 @@ def packed_attention(
     b, h, m, _ = q.shape
     rows = (q * scaling).reshape(starts.numel(), h // starts.shape[1] * m, -1).to(accumulated(q.dtype))
     out, logs = rows.new_zeros(*rows.shape[:2], values.width), rows.new_full(rows.shape[:2], -torch.inf)
-    read_keys, read_values = reader(keys, rows.dtype), reader(values, rows.dtype)
-    for some, cells in together(starts.flatten().tolist(), lengths.flatten().tolist()):
+    many = lengths.flatten().tolist()
+    read_keys, read_values = (reader(states, rows.dtype, few=max(many, default=0) <= FEW) for states in (keys, values))
+    for some, cells in together(starts.flatten().tolist(), many):
         scores = read_keys.scores(rows[some], cells)  # r q n
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         scores = scores if sizes is None else scores + cells.of(sizes).to(scores.dtype).log()[:, None]
@@ -88,13 +49,13 @@ def packed_attention(
     return out.to(q.dtype).view(b, h, m, -1), logs.view(b, h, m)
 
 
-def reader(states: Packed, dtype: torch.dtype) -> Whole | Grouped | Runs:
-    """How products with packed states are computed."""
-    if not isinstance(states, Rounded):
+def reader(states: Packed, dtype: torch.dtype, few: bool) -> Whole | Grouped | Runs:
+    """How products with packed states are computed, of which each row and head may have but few cells."""
+    if few or not isinstance(states, Rounded):
         return Whole(states, dtype)
     if states.index is not None:
         return Runs(states, dtype) if states.group == 1 else Whole(states, dtype)
-    return Grouped(states, dtype) if piece_width(states) * MOST_PIECES >= states.width else Whole(states, dtype)
+    return Grouped(states, dtype) if states.scale.shape[1] <= MOST_GROUPS else Whole(states, dtype)
 
 
 class Whole:
@@ -114,11 +75,11 @@ class Whole:
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """Products of queries (r q e) with cells, (r q n)."""
-        return joined([q @ self.rows(cells.part(part.start, part.stop)).mT for part in cells.chunks()])
+        return joined([q @ self.rows(cells.part(part.start, part.stop)).mT for part in cells.chunks(CHUNK)])
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """The sum of cells, (r q f), with weights (r q n)."""
-        return sum(weights[..., part] @ self.rows(cells.part(part.start, part.stop)) for part in cells.chunks())
+        return sum(weights[..., part] @ self.rows(cells.part(part.start, part.stop)) for part in cells.chunks(CHUNK))
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -126,104 +87,81 @@ def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def piece_width(states: Rounded) -> int:
-    """Channels that lie in one strip of bytes and in one group of channels."""
-    return math.gcd(strip_width(states.width, states.bits), states.group)
+class Channels:
+    """The codes of cells, channel by channel: what a product with few rows reads fastest.
 
-
-class Pieces:
-    """The codes of cells, in pieces of channels that lie one behind the other: products with them, of which no row of all channels is made.
-
-    Args:
-        states: The cells.
-        width: Channels of a piece.
-        dtype: Of the products.
+    A channel is as many times too high as its codes stand high in their bytes; behind the last one there may be more, of no account.
     """
 
-    def __init__(self, states: Rounded, width: int, dtype: torch.dtype):
-        self.states, self.width, self.dtype = states, width, dtype
-        strip, factors = strip_width(states.width, states.bits), strip_factors(states.bits)
-        self.masks = strip_masks(states.bits, states.codes.device)
-        self.count = len(factors) * strip // width
-        each = [1 / factor for factor in factors for _ in range(strip // width)]
-        self.shares = torch.tensor(each, dtype=dtype, device=states.codes.device)[:, None, None, None]
-        self.room: Tensor | None = None
+    def __init__(self, states: Rounded, dtype: torch.dtype):
+        self.states, self.dtype, device = states, dtype, states.codes.device
+        self.masks, factors = strip_masks(states.bits, device), strip_factors(states.bits)
+        strip = strip_width(states.width, states.bits)
+        self.count = len(factors) * strip
+        self.shares = torch.tensor([1 / factor for factor in factors for _ in range(strip)], dtype=dtype, device=device)
+        self.rooms: tuple[Tensor, Tensor] | None = None
 
     def chunks(self, cells: Cells, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of cells, each as many times some, and their codes (p*r n w), as many times too high as their strip lies in the bytes.
-
-        The codes of a part are there until the next is asked for.
-        """
+        """Parts of cells, each as many times some, and their codes (r c n), which are there until the next is asked for."""
         packed = cells.of(self.states.codes)
-        for part in cells.chunks(multiple):
-            codes = strips(packed[:, part], self.states.bits, self.states.width, self.masks)  # s r n w
-            if codes.shape[3] != self.width:
-                codes = codes.unflatten(3, (-1, self.width)).movedim(3, 1).flatten(0, 1)
-            yield part, self._widened(codes).view(-1, *codes.shape[2:])
+        for part in cells.chunks(CHUNK, multiple):
+            yield part, self._read(packed[:, part])
 
-    def _widened(self, codes: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # a backward pass may want them
-            return codes.to(self.dtype, memory_format=torch.contiguous_format)
-        if self.room is None or self.room.shape != codes.shape:
-            self.room = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
-        return self.room.copy_(codes)
+    def _read(self, packed: Tensor) -> Tensor:
+        """Bytes (r n w) as codes (r c n)."""
+        s, (rows, cells, _) = self.states, packed.shape
+        if self.rooms is None or self.rooms[0].shape[::2] != (rows, cells) or torch.is_grad_enabled():  # a backward pass may want them
+            room = torch.empty(rows, self.count, cells, dtype=packed.dtype, device=packed.device)
+            self.rooms = room, torch.empty_like(room, dtype=self.dtype)
+        narrow, wide = self.rooms
+        if self.masks is not None:
+            torch.bitwise_and(packed.mT[:, None], self.masks, out=narrow.unflatten(1, (len(self.masks), -1)))
+            return wide.copy_(narrow)
+        whole = packed if s.bits == MOST else unpack_bits(packed.flatten(0, 1), s.bits, s.width).unflatten(0, (rows, cells))
+        return wide.copy_(whole.mT)
 
-    def split(self, x: Tensor) -> Tensor:
-        """Something of each channel (r t e) by pieces, (p r t w), filled up with zeros."""
-        lack = self.count * self.width - x.shape[2]
-        return (pad(x, (0, lack)) if lack else x).view(*x.shape[:2], self.count, self.width).movedim(2, 0)
-
-    def queries(self, q: Tensor) -> Tensor:
-        """Queries (r q e) by pieces, (p*r q w), for products with the codes."""
-        return (self.split(q) * self.shares).flatten(0, 1)
-
-    def products(self, queries: Tensor, codes: Tensor) -> Tensor:
-        """Products of queries (p*r q w) with codes, (p r q n)."""
-        return torch.bmm(queries, codes.mT).view(self.count, -1, queries.shape[1], codes.shape[1])
-
-    def blank(self, weights: Tensor) -> Tensor:
-        """What sums of codes with weights (r q n) begin with, (p*r q w)."""
-        return weights.new_zeros(self.count * len(weights), weights.shape[1], self.width)
+    def each(self, x: Tensor) -> Tensor:
+        """Something of each channel (... e), by which codes are to be multiplied, (... c)."""
+        lack = self.count - x.shape[-1]
+        return (pad(x, (0, lack)) if lack else x) * self.shares
 
     def whole(self, sums: Tensor) -> Tensor:
-        """Sums of codes (p*r q w) of each channel, (r q e)."""
-        found = sums.unflatten(0, (self.count, -1)) * self.shares
-        return found.movedim(0, 2).flatten(2)[..., : self.states.width]
+        """Sums of codes (r q c) of each channel, (r q e)."""
+        return (sums * self.shares)[..., : self.states.width]
 
 
 class Grouped:
     """Codes are multiplied, the products scaled: q (s c + l) = s (q c) + l sum q, in each group of channels."""
 
     def __init__(self, states: Rounded, dtype: torch.dtype):
-        self.states, self.pieces = states, Pieces(states, piece_width(states), dtype)
-        groups = states.scale.shape[1]
-        owner = torch.arange(self.pieces.count, device=states.codes.device) * self.pieces.width // states.group
-        self.owner, self.groups = owner.clamp(max=groups - 1), groups
+        self.states, self.channels, self.groups = states, Channels(states, dtype), states.scale.shape[1]
+        ends = [*range(states.group, states.width, states.group), self.channels.count]
+        self.slices = [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
     def scale(self, cells: Cells) -> Tensor:
         """The scales of cells in each group, (g r 1 n)."""
-        return cells.of(self.states.scale).movedim(2, 0).to(self.pieces.dtype).contiguous()[:, :, None]
+        return cells.of(self.states.scale).movedim(2, 0).to(self.channels.dtype).contiguous()[:, :, None]
 
     def low(self, cells: Cells) -> Tensor:
         """The least values of cells, (r n g)."""
-        return cells.of(self.states.low).to(self.pieces.dtype)
+        return cells.of(self.states.low).to(self.channels.dtype)
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        queries, scale, found = self.pieces.queries(q), self.scale(cells).index_select(0, self.owner), []
-        for part, codes in self.pieces.chunks(cells):
-            found.append((self.pieces.products(queries, codes) * scale[..., part]).sum(dim=0))
+        queries, scale, found = self.channels.each(q), self.scale(cells), []
+        for part, codes in self.channels.chunks(cells):
+            groups = zip(self.slices, scale, strict=True)
+            found.append(sum(torch.bmm(queries[..., some], codes[:, some]) * factor[..., part] for some, factor in groups))
         sums = pad(q, (0, self.groups * self.states.group - q.shape[2])).unflatten(2, (self.groups, -1)).sum(dim=3)
         return joined(found) + sums @ self.low(cells).mT
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        scale, found = self.scale(cells), self.pieces.blank(weights)
-        for part, codes in self.pieces.chunks(cells):
-            scaled = (weights[..., part] * scale[..., part]).index_select(0, self.owner)  # p r q n
-            found = torch.baddbmm(found, scaled.flatten(0, 1), codes)
+        scaled, found = weights * self.scale(cells), [0] * self.groups  # g r q n
+        for part, codes in self.channels.chunks(cells):
+            found = [sums + torch.bmm(w[..., part], codes[:, some].mT) for sums, w, some in zip(found, scaled, self.slices, strict=True)]
         low = (weights @ self.low(cells)).repeat_interleave(self.states.group, dim=2)
-        return self.pieces.whole(found) + low[..., : self.states.width]
+        return self.channels.whole(torch.cat(found, dim=2)) + low[..., : self.states.width]
 
 
 class Runs:
@@ -233,15 +171,15 @@ class Runs:
     """
 
     def __init__(self, states: Rounded, dtype: torch.dtype):
-        self.states, self.pieces = states, Pieces(states, strip_width(states.width, states.bits), dtype)
+        self.states, self.channels = states, Channels(states, dtype)
 
     def stretches(self, cells: Cells) -> Iterator[tuple[Cells, slice, int, Tensor, Tensor]]:
-        """Stretches of cells, which of all they are, the length of their runs, and of these scales (p r t 1 w) and least values (r t e)."""
+        """Stretches of cells, which of all they are, the length of their runs, and of these scales (r c t 1) and least values (r t e)."""
         number, s = cells.of(self.states.index), self.states
         for first, last, length in self.bounds(number, len(s.codes) - cells.start - (cells.rows - 1) * cells.stride):
             each = number[:, first:last:length].reshape(-1)
-            scale, low = (x.index_select(0, each).to(self.pieces.dtype).view(cells.rows, -1, s.width) for x in (s.scale, s.low))
-            yield cells.part(first, last), slice(first, last), length, self.pieces.split(scale)[:, :, :, None].contiguous(), low
+            scale, low = (x.index_select(0, each).to(self.channels.dtype).view(cells.rows, -1, s.width) for x in (s.scale, s.low))
+            yield cells.part(first, last), slice(first, last), length, self.channels.each(scale).mT.contiguous()[..., None], low
 
     def bounds(self, number: Tensor, room: int) -> Iterator[tuple[int, int, int]]:
         """Where stretches begin and end, and the length of their runs, by the numbers of cells (r n).
@@ -260,27 +198,32 @@ class Runs:
             yield first, min(first + most, count), 1
 
     def chunks(self, cells: Cells, length: int, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of cells in runs of a length, and their codes (p*r n w) times the scales (p r t 1 w)."""
-        for part, codes in self.pieces.chunks(cells, length):
-            codes.view(*scale.shape[:2], -1, length, codes.shape[2]).mul_(scale[:, :, part.start // length : part.stop // length])
+        """Parts of cells in runs of a length, and their codes (r c n) times the scales (r c t 1)."""
+        for part, codes in self.channels.chunks(cells, length):
+            codes.unflatten(2, (-1, length)).mul_(scale[:, :, part.start // length : part.stop // length])
             yield part, codes
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        queries, found = self.pieces.queries(q), []
+        queries, found = self.padded(q), []
         for some, _, length, scale, low in self.stretches(cells):
-            parts = [self.pieces.products(queries, codes).sum(dim=0) for _, codes in self.chunks(some, length, scale)]
+            parts = [torch.bmm(queries, codes) for _, codes in self.chunks(some, length, scale)]
             lows = (q @ low.mT)[..., None]
-            found.append((joined(parts).view(*lows.shape[:3], length) + lows).flatten(2))
+            found.append((joined(parts).unflatten(2, (-1, length)) + lows).flatten(2))
         return joined(found)[..., : cells.count]
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        found, lows = self.pieces.blank(weights), 0
+        found, lows = 0, 0
         for some, place, length, scale, low in self.stretches(cells):
             own = weights[..., place]
             own = own if own.shape[2] == some.count else pad(own, (0, some.count - own.shape[2]))
             for part, codes in self.chunks(some, length, scale):
-                found = torch.baddbmm(found, own[..., part].repeat(len(scale), 1, 1), codes)
+                found = found + torch.bmm(own[..., part], codes.mT)
             lows = lows + own.unflatten(2, (-1, length)).sum(dim=3) @ low
-        return self.pieces.whole(found) + lows
+        return found[..., : self.states.width] + lows
+
+    def padded(self, q: Tensor) -> Tensor:
+        """Queries (r q e) with zeros for channels of no account, (r q c)."""
+        lack = self.channels.count - q.shape[2]
+        return pad(q, (0, lack)) if lack else q

@@ -14,7 +14,7 @@ BLOCK = 64  # cells of a block
 
 
 @triton.jit
-def codes_of(codes, cell, number, inside, stride, WIDTH: tl.constexpr, BITS: tl.constexpr):
+def codes_of(codes, cell, number, inside, stride, step, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """The codes of cells (n 1) by their number in the row (1 e), as `bits` lays them."""
     out = tl.zeros(inside.shape, dtype=tl.int32)
     at = 0
@@ -22,7 +22,7 @@ def codes_of(codes, cell, number, inside, stride, WIDTH: tl.constexpr, BITS: tl.
     for plane in tl.static_range(4):
         if (BITS >> plane) & 1:
             w = (WIDTH * (1 << plane) + 7) // 8
-            byte = tl.load(codes + cell * stride + at + number % w, mask=inside, other=0).to(tl.int32)
+            byte = tl.load(codes + cell * stride + (at + number % w) * step, mask=inside, other=0).to(tl.int32)
             out |= ((byte >> ((1 << plane) * (number // w))) & ((1 << (1 << plane)) - 1)) << shift
             at += w
             shift += 1 << plane
@@ -30,17 +30,17 @@ def codes_of(codes, cell, number, inside, stride, WIDTH: tl.constexpr, BITS: tl.
 
 
 @triton.jit
-def rows_of(codes, first, second, index, cell, channel, inside, stride, N: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
+def rows_of(codes, first, second, index, cell, channel, inside, stride, step, N: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
             GROUP: tl.constexpr, CODED: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
     """Cells (n 1) at channels (1 e): as they are, integers by their scale and least value, or codes by what the codebook says of them."""
     if BITS == 0:
-        out = tl.load(codes + cell * stride + channel, mask=inside, other=0.0).to(tl.float32)
+        out = tl.load(codes + cell * stride + channel * step, mask=inside, other=0.0).to(tl.float32)
     elif CODED:
-        code = codes_of(codes, cell, channel // GROUP, inside, stride, N, BITS)
+        code = codes_of(codes, cell, channel // GROUP, inside, stride, step, N, BITS)
         spot = (channel // GROUP * WIDTH + code) * GROUP + channel % GROUP
         out = tl.load(first + spot, mask=inside, other=0.0).to(tl.float32)
     else:
-        code = codes_of(codes, cell, channel, inside, stride, N, BITS).to(tl.float32)
+        code = codes_of(codes, cell, channel, inside, stride, step, N, BITS).to(tl.float32)
         row = cell
         if SHARED:
             row = tl.load(index + tl.broadcast_to(cell, inside.shape), mask=inside, other=0).to(tl.int64)
@@ -53,7 +53,7 @@ def rows_of(codes, first, second, index, cell, channel, inside, stride, N: tl.co
 @triton.jit
 def packed_kernel(
     q, k_codes, k_first, k_second, k_index, v_codes, v_first, v_second, v_index, starts, lengths, sizes, told, cells, out, tops, totals,
-    scaling, softcap, per, splits, stride_k, stride_v,
+    scaling, softcap, per, splits, stride_k, step_k, stride_v, step_v,
     KN: tl.constexpr, KW: tl.constexpr, KB: tl.constexpr, KG: tl.constexpr, KC: tl.constexpr, KS: tl.constexpr,
     VN: tl.constexpr, VW: tl.constexpr, VB: tl.constexpr, VG: tl.constexpr, VC: tl.constexpr, VS: tl.constexpr,
     Q: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
@@ -75,8 +75,8 @@ def packed_kernel(
         there = place < end
         cell = start + place
         k_in, v_in = there[:, None] & (e < E)[None, :], there[:, None] & (f < F)[None, :]
-        k = rows_of(k_codes, k_first, k_second, k_index, cell[:, None], e[None, :], k_in, stride_k, KN, KW, KB, KG, KC, KS)
-        v = rows_of(v_codes, v_first, v_second, v_index, cell[:, None], f[None, :], v_in, stride_v, VN, VW, VB, VG, VC, VS)
+        k = rows_of(k_codes, k_first, k_second, k_index, cell[:, None], e[None, :], k_in, stride_k, step_k, KN, KW, KB, KG, KC, KS)
+        v = rows_of(v_codes, v_first, v_second, v_index, cell[:, None], f[None, :], v_in, stride_v, step_v, VN, VW, VB, VG, VC, VS)
         scores = tl.dot(own, tl.trans(k).to(own.dtype), input_precision="ieee") * scaling
         if CAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
@@ -92,11 +92,11 @@ def packed_kernel(
 def parts_of(states: Packed) -> tuple[tuple[Tensor, ...], tuple[int, int, int, int, bool, bool]]:
     """What the kernel reads of packed states, and codes of a row, entries of a table, bits and channels to know it by."""
     if isinstance(states, Rounded):
-        codes, scale, low, *index = (x.contiguous() for x in states.tensors())
+        codes, (scale, low, *index) = states.codes, (x.contiguous() for x in states.tensors()[1:])
         return (codes, scale, low, *(index or (codes,))), (states.width, scale.shape[1], states.bits, states.group, False, bool(index))
     if isinstance(states, Kept):
-        return (states.codes.contiguous(),) * 4, (states.width, 1, 0, 1, False, False)
-    codes, book = (x.contiguous() for x in states.tensors())
+        return (states.codes,) * 4, (states.width, 1, 0, 1, False, False)
+    codes, book = states.codes, states.codebook.contiguous()
     return (codes, book, book, codes), (book.shape[0], book.shape[1], code_bits(book), book.shape[2], True, False)
 
 
@@ -120,7 +120,7 @@ def packed_attention(
         packed_kernel[grid](
             q, *k, *v, starts, lengths, k[0] if sizes is None else sizes.contiguous(), q if told is None else told, len(keys.codes),
             part, tops, totals,
-            scaling, 1.0 if softcap is None else softcap, per, splits, k[0].stride(0), v[0].stride(0), *k_is, *v_is,
+            scaling, 1.0 if softcap is None else softcap, per, splits, *k[0].stride(), *v[0].stride(), *k_is, *v_is,
             Q=queries, E=keys.width, F=values.width, BQ=wide(queries), BN=BLOCK, BE=wide(keys.width), BF=wide(values.width),
             SIZES=sizes is not None, CAP=softcap is not None, TELLS=told is not None, UPCAST=interpreted(),
         )  # fmt: skip

@@ -1,4 +1,5 @@
-"""The torch reference: a row and head at a time where it is long, those of like length together where they are short."""
+"""The torch reference: rows and heads that lie alike together; of the others the long ones one by one, the short ones of like length
+together."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..precision import accumulated
+from .cells import Cells, together
 
 LONG = 256  # cells from which on a row and head is computed by itself
 PADDING = 1.25  # rows and heads of like length: the longest of them by the shortest
@@ -33,44 +35,48 @@ def ragged_attention(
     groups = h // starts.shape[1]
     rows = (q * scaling).reshape(b * starts.shape[1], groups * m, -1)
     later = torch.arange(m - 1, -1, -1, device=q.device).repeat(groups)  # last cells that each query does not see
-    out, logs = rows.new_empty(*rows.shape[:2], values.shape[1]), rows.new_empty(rows.shape[:2], dtype=accumulated(q.dtype))
+    out, logs = rows.new_zeros(*rows.shape[:2], values.shape[1]), rows.new_full(rows.shape[:2], -torch.inf, dtype=accumulated(q.dtype))
     for index, cells, there in blocks(starts, lengths):
-        k, v, size = (None if x is None else x[cells] for x in (keys, values, sizes))  # r n ..., or n ... of a single row
-        k, v = (x[None] if there is None else torch.where(there[..., None], x, 0) for x in (k, v))
+        k, v, size = (None if x is None else cells.of(x) if there is None else x[cells] for x in (keys, values, sizes))  # r n ...
+        k, v = (x if there is None else torch.where(there[..., None], x, 0) for x in (k, v))
         scores = torch.matmul(rows[index], k.mT).to(logs.dtype)  # r q n
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores if size is None else scores + (size if there is None else size[:, None]).to(logs.dtype).log()
+        scores = scores if size is None else scores + size[:, None].to(logs.dtype).log()
         if causal and m > 1:
             end = lengths.flatten()[index][:, None] - later  # r q
             scores = scores.masked_fill(torch.arange(k.shape[1], device=q.device) >= end[..., None], -torch.inf)
         scores = scores if there is None else scores.masked_fill(~there[:, None], -torch.inf)
-        if told is not None:
-            told[:, cells if there is None else cells[there]] = scores[0] if there is None else scores.transpose(0, 1)[:, there]
+        if told is not None and there is None:
+            cells.of(told.T).copy_(scores.mT)
+        elif told is not None:
+            told[:, cells[there]] = scores.transpose(0, 1)[:, there]
         log = scores.logsumexp(dim=-1)
         weights = (scores - torch.where(log == -torch.inf, 0, log)[..., None]).exp()
         out[index], logs[index] = torch.matmul(weights.to(v.dtype), v), log
     return out.view(b, h, m, -1), logs.view(b, h, m)
 
 
-def buckets(lengths: list[int]) -> list[list[int]]:
-    """Rows and heads that are computed together."""
+def buckets(rows: list[int], lengths: list[int]) -> list[list[int]]:
+    """Which of some rows and heads are computed together, though they do not lie alike."""
     out: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for i in sorted(rows, key=lengths.__getitem__):
         first = lengths[out[-1][0]] if out else -1
-        if 0 <= first and lengths[i] < LONG and lengths[i] <= max(first * PADDING, first + 4 if first else 0):
+        if 0 <= first and lengths[i] < LONG and lengths[i] <= max(first * PADDING, first + 4):
             out[-1].append(i)
         else:
             out.append([i])
     return out
 
 
-def blocks(starts: Tensor, lengths: Tensor) -> Iterator[tuple[slice | list[int], slice | Tensor, Tensor | None]]:
-    """What is computed together: rows and heads, their cells, and which of these there are, (r n); a single row's cells are a slice."""
+def blocks(starts: Tensor, lengths: Tensor) -> Iterator[tuple[slice | list[int], Cells | Tensor, Tensor | None]]:
+    """What is computed together: rows and heads that have cells, and these; or the numbers of these, and which there are, (r n)."""
     first, many = starts.flatten().tolist(), lengths.flatten().tolist()
-    for index in buckets(many):
+    runs = [*together(first, many)]
+    yield from ((some, cells, None) for some, cells in runs if cells.rows > 1)
+    for index in buckets([some.start for some, cells in runs if cells.rows == 1], many):
         if len(index) == 1:
             i = index[0]
-            yield slice(i, i + 1), slice(first[i], first[i] + many[i]), None
+            yield slice(i, i + 1), Cells(first[i], 1, 1, many[i]), None
             continue
         place = torch.arange(many[index[-1]], device=lengths.device)
         there = place < lengths.flatten()[index, None]

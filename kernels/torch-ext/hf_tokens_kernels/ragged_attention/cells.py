@@ -1,0 +1,50 @@
+"""Cells of rows and heads that lie alike, which are read together without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+TOGETHER = 1 << 16  # cells of the rows and heads whose scores are held at a time
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells of some rows and heads: `count` of each, the first ones `stride` apart from `start` on."""
+
+    start: int
+    stride: int
+    rows: int
+    count: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Something of each cell (c ...), of these (r n ...), without a copy."""
+        step = x.stride(0)
+        where = (self.stride * step, step, *x.stride()[1:])
+        return x.as_strided((self.rows, self.count, *x.shape[1:]), where, x.storage_offset() + self.start * step)
+
+    def part(self, first: int, last: int) -> Cells:
+        """The cells of each row and head from one to another."""
+        return Cells(self.start + first, self.stride, self.rows, last - first)
+
+    def chunks(self, most: int, multiple: int = 1) -> list[slice]:
+        """Parts of no more than so many cells in all, each as many times some of a row and head, but the last one."""
+        step = max(1, most // self.rows // multiple) * multiple
+        return [slice(first, min(first + step, self.count)) for first in range(0, self.count, step)]
+
+
+def together(starts: list[int], lengths: list[int]) -> Iterator[tuple[slice, Cells]]:
+    """Rows and heads that follow each other, have cells, as many each, and lie at equal distances; no more than fit together."""
+    first = 0
+    while first < len(starts):
+        n, last = lengths[first], first + 1
+        step = starts[last] - starts[first] if last < len(starts) else 0
+        while (
+            last < len(starts) and lengths[last] == n and starts[last] - starts[last - 1] == step > 0 and (last - first + 1) * n <= TOGETHER
+        ):
+            last += 1
+        if n:
+            yield slice(first, last), Cells(starts[first], max(step, 1), last - first, n)
+        first = last
