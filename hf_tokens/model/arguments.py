@@ -208,7 +208,9 @@ def cut_mask_of_keys(ledger: TokenLedger, value: Tensor, stored: Stored | None) 
         out, filled = take(value, ledger.joint()), None if ledger.filled is None else ledger.beside(ledger.filled, True)
     else:
         out, filled = take(value, ledger.columns(value.shape[-1], stored)), ledger.filled_with(stored)
-    return out if filled is None or filled.dim() == 3 else hide(out, filled)
+    if filled is None or filled.dim() == 3:
+        return out
+    return torch.where(of_ones(value), out * filled, hide(out, filled)) if out.is_floating_point() else hide(out, filled)
 
 
 def cut_joint_mask(ledger: TokenLedger, value: Tensor) -> Tensor:
@@ -221,10 +223,18 @@ def cut_joint_mask(ledger: TokenLedger, value: Tensor) -> Tensor:
 
 
 def shown_by(mask: Tensor) -> Tensor:
-    """What a bool, integer or additive mask lets through, bool."""
+    """What a bool, integer or additive mask lets through, bool; a mask of keys (b n) in floats may be one of ones too."""
     if mask.dtype == torch.bool:
         return mask
-    return mask > (torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0)
+    if not mask.is_floating_point():
+        return mask > 0
+    added = mask > torch.finfo(mask.dtype).min / 2
+    return torch.where(of_ones(mask), mask > 0, added) if mask.dim() == 2 else added
+
+
+def of_ones(mask: Tensor) -> Tensor:
+    """Whether a mask in floats says 1 for what is there, and is not added to scores, bool."""
+    return ((mask == 0) | (mask == 1)).all() & (mask == 1).any()
 
 
 def token_masks(arguments: dict[str, Any]) -> Iterator[Tensor]:

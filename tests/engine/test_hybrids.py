@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from hf_tokens import FTPConfig, PrefixKVConfig, RazorAttentionConfig, UnsupportedError, anatomy, get_token_model
+from hf_tokens import (
+    DynamicTokenPoolingConfig,
+    FTPConfig,
+    PrefixKVConfig,
+    RazorAttentionConfig,
+    SelectionPConfig,
+    UnsupportedError,
+    anatomy,
+    get_token_model,
+)
+from hf_tokens.model.arguments import shown_by
 from hf_tokens.testing import zoo
 from hf_tokens.tools.surgeries import surgery_of
 
@@ -62,3 +72,27 @@ def test_blocks_without_one_that_are_named_are_refused(family):
     stream, inside = attending(base)
     with pytest.raises(UnsupportedError, match="a self-attention module in the block|store their keys in a slot of a cache"):
         get_token_model(base, PrefixKVConfig(layers=tuple(range(len(stream)))))
+
+
+@pytest.mark.filterwarnings("ignore:hf-tokens")
+@pytest.mark.parametrize("config", [SelectionPConfig(keep=0.5), DynamicTokenPoolingConfig()], ids=["reducer", "pooling"])
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next", "olmo_hybrid", "minimax", "kimi_linear", "bailing_hybrid"])
+@torch.no_grad()
+def test_a_mask_of_ones_means_the_same_in_every_dtype(family, config):
+    """Blocks without an attention are given the mask as the user wrote it."""
+    model = get_token_model(zoo.build(family).model, config).eval()
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    said = lambda dtype: model(input_ids=IDS, attention_mask=mask.to(dtype)).logits[mask.bool()]
+    for dtype in (torch.bool, torch.float32, torch.bfloat16):
+        torch.testing.assert_close(said(dtype), said(torch.long), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32, torch.bfloat16])
+def test_what_a_mask_shows_is_known_in_either_form(dtype):
+    there = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert torch.equal(shown_by(there.to(dtype)), there.bool())
+    if dtype.is_floating_point:
+        lowest = torch.finfo(dtype).min
+        assert torch.equal(shown_by((1 - there.to(dtype)) * lowest), there.bool())
+        assert bool(shown_by(torch.zeros(2, 3, dtype=dtype)).all()) and bool(shown_by(torch.tensor([[0.0, -lowest]], dtype=dtype)).all())
