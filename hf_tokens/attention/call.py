@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from hf_tokens_kernels import attention_columns, attention_rows
+from hf_tokens_kernels import attention_columns, attention_rows, attention_with_columns
 from torch import Tensor
 
 from ..errors import UnsupportedError, explain
@@ -43,7 +43,7 @@ class AttentionCall:
         sinks: The score of a key without a value, (h), or None.
         strange: What else shapes the keys or the probabilities.
         turn: Turns keys or queries (b h r e) to places further on, (b 1|h r); None where no method asked for it.
-        known: Sums over all real queries that some method has read already.
+        known: Sums over all real queries that are computed already, by `reduce`, `heads` and whether with a gradient.
     """
 
     q: Tensor
@@ -99,6 +99,27 @@ class AttentionCall:
             mask = (place <= place[n - m :][part, None])[None, None]
         return altered(self, q=self.q[:, :, part], mask=mask, bias=bias, causal=False, known={})
 
+    def sums_along(self, real: Tensor | None) -> bool:
+        """Whether `with_columns` computes what `scaled_dot_product_attention` would, no later than that and the columns apart."""
+        (b, _, m, _), n, mask = self.q.shape, self.k.shape[2], self.mask
+        shaped = self.strange or any(x is not None for x in (self.bias, self.softcap, self.sinks))
+        learns = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        elsewhere = self.q.device.type != "cpu" or torch.is_autocast_enabled("cpu")  # there a fused attention and its columns are quicker
+        if shaped or learns or elsewhere or m == 1 or {self.q.dtype, self.k.dtype, self.v.dtype} != {torch.float32}:
+            return False
+        if mask is None:
+            hides = not self.causal or m == n
+        else:
+            hides = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[3] == n
+        return hides and len(self.k) == b and (real is None or real.shape == (b, m))
+
+    def with_columns(self, real: Tensor | None) -> Tensor:
+        """What the queries read, (b m h f); what each key gets from the real ones, (b m), is known from now on."""
+        weights, looks = None if real is None else real.to(self.q.dtype), dict(scaling=self.scaling, mask=self.mask, causal=self.causal)
+        out, columns = attention_with_columns(self.q, self.k, self.v, weights=weights, **looks)
+        self.known["sum", "query", torch.is_grad_enabled()] = columns
+        return out
+
     def _added(self, index: Tensor | None) -> Tensor | None:
         """What is added to the products, or bool where they are only hidden: of all keys, or for each query head of those of an index."""
         mask = self.shape()["mask"]
@@ -133,6 +154,11 @@ def added(mask: Tensor, scores: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
     return (scores + mask).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+
+
+def mean_of_heads(x: Tensor, groups: int) -> Tensor:
+    """Something of each query head (b h n), its mean over the heads of each group, (b g n)."""
+    return x.unflatten(1, (groups, -1)).mean(dim=2)
 
 
 @dataclass
@@ -178,7 +204,12 @@ class Scores:
             real = real if real is None or queries is None else real.gather(1, queries)
             counted = real if weights is None else weights if real is None else weights * real
             some = dict(weights=counted, queries=queries, reduce=reduce, heads=heads, key_mask=self._of_call(among))
-            out = attention_columns(self.call.q, self.call.k, **some, **self.call.shape())
+            of_query_heads = self.call.known.get((reduce, "query", key[2])) if plain and reduce == "sum" else None
+            if of_query_heads is None:
+                out = attention_columns(self.call.q, self.call.k, **some, **self.call.shape())
+            else:
+                out = mean_of_heads(of_query_heads, self.call.k.shape[1] if heads == "key" else 1)
+                out = out if heads == "key" else out[:, 0]
             if plain:
                 self.call.known[key] = out
         out = self.group(out) if heads == "key" and self.group is not None else out

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..roles.base import Method
-from ..roles.signals import PICTURED
+from ..roles.signals import PICTURED, SCORED
 from .handler import Handler, handler_of
 from .tap import taps
 
@@ -45,6 +45,7 @@ class BlockPlan:
         prompt: Those that are called in the pass of a prompt.
         decode: Those that are called in the pass of a generated token.
         always: All that act, by phase: for what does not depend on the pass.
+        sums: Whether one of those that are called at a prompt reads what each key gets from all of its queries.
         taps, taps_decode: Whether the attention call is to be noted in such passes.
         attends: The method that decides how the attention call reads its keys.
     """
@@ -53,6 +54,7 @@ class BlockPlan:
     prompt: PassPlan = PassPlan()
     decode: PassPlan = PassPlan()
     always: PassPlan = PassPlan()
+    sums: bool = False
     taps: bool = False
     taps_decode: bool = False
     attends: Method | None = None
@@ -68,6 +70,7 @@ class BlockPlan:
             prompt=PassPlan.among(prompt),
             decode=PassPlan.among(decode),
             always=PassPlan.among(acting),
+            sums=any(method.sums_scores or SCORED in method.asks for method in prompt),
             taps=any(taps(method, method.asks) for method in acting),
             taps_decode=any(taps(method, method.asks - {*method.of_prompts}) for method in later),
             attends=next((method for method in acting if method.words.get("attend")), None),

@@ -117,6 +117,13 @@ class AttentionTap:
             call.known["sum", "key", torch.is_grad_enabled()] = weights
         return out.transpose(1, 2)
 
+    def read_summed(self) -> Tensor | None:
+        """What the attention call returns, (b m h f), where it is computed along with the sums that a method reads; None else."""
+        block, site = self.block, self.site
+        wanted = block.plan.sums and site.run.prefill and block.plan.attends is None and not block.module.training
+        real = site.local_real() if wanted else None
+        return self.call.with_columns(real) if wanted and self.call.sums_along(real) else None
+
     def watches(self, layer: TokenCacheLayer | None) -> bool:
         """Whether to see the attention call because it might read a cache as it lies."""
         if layer is None or not layer.packed:

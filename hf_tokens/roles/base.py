@@ -91,6 +91,7 @@ class Method(nn.Module, abc.ABC):
         allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
         ignores: Signals that its config has no use for; they are None and not computed.
         of_prompts: Signals that it has no use for in the pass of a generated token; they are None there.
+        sums_scores: It reads `scores.columns()` over all queries of a prompt, so that they are summed where the attention is computed.
         by_head: A cache compressor tells key heads apart though it names no signal of their attention.
         divides_others: A cache compressor's `divide` shares out what the other ones of its stack keep, too, by their scores.
         pairs: A cache compressor is called in the upper of two adjacent blocks that look equally far, for both.
@@ -136,6 +137,7 @@ class Method(nn.Module, abc.ABC):
     allots: bool = False
     ignores: tuple[str, ...] = ()
     of_prompts: ClassVar[tuple[str, ...]] = ()
+    sums_scores: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
     divides_others: bool = False
     pairs: ClassVar[bool] = False

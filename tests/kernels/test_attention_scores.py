@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from hf_tokens_kernels import attention_columns, attention_entropy, attention_lse, attention_rows
-from hf_tokens_kernels.attention_scores import reference
+from hf_tokens_kernels import attention_columns, attention_entropy, attention_lse, attention_rows, attention_with_columns
+from hf_tokens_kernels.attention_scores import fused, reference
 from largest import Largest
 from tolerances import close
+from torch.nn.functional import scaled_dot_product_attention
 
 SHAPES = [  # batch, query heads, key heads, queries, keys, head size
     (2, 4, 2, 7, 7, 8),
@@ -277,3 +278,59 @@ def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch, learn
         largest.append(seen.elements)
     assert largest[2] <= 4 * largest[0]
     assert largest[2] < 2 * 2048 * 2048 / 16
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["all at once", "few at a time"])
+@pytest.mark.parametrize("case", ["open", "causal", "mask", "a mask of every head", "a query that sees nothing"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_attention_with_its_columns_is_the_attention_and_the_columns(shape, case, few, monkeypatch):
+    if few:
+        for name in ("ROWS", "FEWEST", "TOGETHER"):
+            monkeypatch.setattr(fused, name, 1)
+    q, k, mask = sample(shape)
+    v = torch.randn(*k.shape[:3], k.shape[3] + 3, dtype=torch.float64)
+    if case == "a query that sees nothing":
+        mask[:, :, 0] = False
+    looks = CASES[case](q, k, mask) if case in CASES else {"mask": mask}
+    weights = torch.arange(q.shape[0] * q.shape[2], dtype=torch.float64).view(q.shape[0], q.shape[2]) % 3
+    p = eager(q, k, **looks)
+    read = (p @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)).transpose(1, 2)
+    for given, sums in ((None, p.sum(dim=2)), (weights, (p * weights[:, None, :, None]).sum(dim=2))):
+        out, columns = attention_with_columns(q, k, v, scaling=0.3, weights=given, **looks)
+        torch.testing.assert_close(out, read)
+        torch.testing.assert_close(columns, sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_attention_with_its_columns_sums_in_float32_and_reads_nan_of_no_hidden_key(dtype):
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 40, heads, 16, generator=make).transpose(1, 2).to(dtype) for heads in (6, 2, 2))  # strided
+    mask = torch.ones(40, 40, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[..., :3] = False
+    k[:, :, :3] = torch.nan
+    out, columns = attention_with_columns(q, k, v, scaling=0.3, mask=mask)
+    want = attention_columns(q, k, scaling=0.3, mask=mask)
+    assert out.dtype == dtype and columns.dtype == torch.float32
+    close(columns, want)
+    want = scaled_dot_product_attention(q, k.nan_to_num(0.0), v, attn_mask=mask, scale=0.3, enable_gqa=True)
+    close(out, want.nan_to_num(0.0).transpose(1, 2))
+
+
+def test_an_attention_with_its_columns_takes_no_gradient_and_no_additive_mask():
+    q, k, mask = sample((1, 2, 1, 4, 4, 8))
+    for change, words in (
+        ({"mask": torch.where(mask, 0.0, -torch.inf)}, "must be bool"),
+        ({"v": k[:, :, :3]}, "Pass the values of these keys"),
+        ({"q": q.clone().requires_grad_()}, "takes no gradient"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attention_with_columns(**{"q": q, "k": k, "v": k, "scaling": 0.3, **change})
+
+
+def test_an_attention_with_its_columns_holds_some_queries_at_a_time(monkeypatch):
+    monkeypatch.setattr(fused, "ELEMENTS", 1)
+    monkeypatch.setattr(fused, "TOGETHER", 1)
+    q, k, _ = sample((1, 4, 2, 512, 512, 4))
+    with Largest() as seen:
+        attention_with_columns(q, k, k, scaling=0.3, causal=True)
+    assert seen.elements <= 512 * fused.FEWEST < 512 * 512

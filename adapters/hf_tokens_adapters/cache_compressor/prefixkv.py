@@ -83,7 +83,7 @@ def mean_by_place(received: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
 @register("prefixkv", PrefixKVConfig, version=2)
 class PrefixKV(CacheCompressor):
     chunks = False
-    decodes = True
+    decodes = sums_scores = True
     of_prompts = ("scores",)
     allots = property(lambda self: self.config.online)
 

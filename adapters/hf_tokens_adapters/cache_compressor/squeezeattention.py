@@ -28,6 +28,8 @@ from torch.nn.functional import cosine_similarity
 
 from hf_tokens import CacheCompressor, SlackConfig, heavy_hitters, option, register, share_out
 
+AT_A_TIME = 128  # tokens whose states stand in float64 together
+
 
 @dataclass(frozen=True)
 class SqueezeAttentionConfig(SlackConfig):
@@ -71,7 +73,8 @@ class SqueezeAttention(CacheCompressor):
     def observe(self, entered: Tensor, attended: Tensor, real: Tensor, prefill: bool) -> Tensor | None:
         if not prefill:
             return None
-        alike = cosine_similarity(entered.double(), attended.double(), dim=-1)  # b m
+        pairs = zip(entered.split(AT_A_TIME, dim=1), attended.split(AT_A_TIME, dim=1), strict=True)
+        alike = torch.cat([cosine_similarity(old.double(), new.double(), dim=-1) for old, new in pairs], dim=1)  # b m
         return (alike * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
 
     def score(self, positions: Tensor, newer: Tensor, received: Tensor | None, budget: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Operations behind hf-tokens: each in its own folder, with a torch reference that is the default and the oracle, and a Triton twin."""
 
 from .agglomerate import agglomerate, cluster
-from .attention_scores import attention_columns, attention_entropy, attention_lse, attention_rows
+from .attention_scores import attention_columns, attention_entropy, attention_lse, attention_rows, attention_with_columns
 from .dispatch import Choice, backend, choose, picks
 from .farthest_points import farthest_points
 from .low_pass import low_pass
@@ -36,6 +36,7 @@ __all__ = [
     "attention_entropy",
     "attention_lse",
     "attention_rows",
+    "attention_with_columns",
     "backend",
     "choose",
     "cluster",

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..dispatch import choose
 from . import reference
+from .fused import attend
 from .look import Look, look
 
-__all__ = ["attention_columns", "attention_entropy", "attention_lse", "attention_rows"]
+__all__ = ["attention_columns", "attention_entropy", "attention_lse", "attention_rows", "attention_with_columns"]
 
 HEADS = ("query", "key", "mean")
 REDUCE = ("sum", "max")
@@ -132,6 +133,40 @@ def attention_lse(
     forms = _twin() if choose("attention_lse", q, k, *looks.tensors()) else reference
     with torch.no_grad():
         return forms.lse(q, k, looks)
+
+
+def attention_with_columns(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The attention itself, and with it the sums of `attention_columns`, for little more than the attention alone.
+
+    Args:
+        q, k, v: Queries (b h m e), keys (b g n e) and values (b g n f), h a multiple of g.
+        mask: Bool (True is seen), (b|1 h|1 m|1 n).
+        scaling, causal, weights: As in `attention_columns`.
+
+    Returns:
+        (b m h f) in the dtype of q, zeros for a query that sees no key, and (b h n), float32 at least. Torch alone does it: where the
+        Triton twin of `attention_columns` runs, a fused attention and that one are quicker.
+
+    Raises:
+        ValueError: Shapes do not fit, the mask is not bool, or a gradient is wanted.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"The mask of attention_with_columns must be bool, got {mask.dtype}. Pass one that is True where a key is seen.")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must be (b g n f), here {(*k.shape[:3], 'f')}, got {tuple(v.shape)}. Pass the values of these keys.")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        rule = "attention_with_columns takes no gradient"
+        raise ValueError(f"{rule}, got inputs that require one. Call attention_columns beside an attention, or torch.no_grad().")
+    return attend(q, k, v, look(q, k, scaling, mask, causal and mask is None), weights)
 
 
 def attention_rows(
