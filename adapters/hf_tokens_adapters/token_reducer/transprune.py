@@ -7,7 +7,8 @@ Maths:   TTV(F) = softmax_j(1 - cos(F(x_j), x_j)) |F(x_j)| / |x_j| over the toke
          divided by their sums over the image tokens
 Differs: IGA comes from the queries and keys of layer p, theirs from layer p + 1. Its layers 7 to 12 of 32 are scaled to the depth at
          hand. A stage leaves one image token at least. The instruction is the text behind the last image token; text of later turns
-         guides nothing. `rule="abstract"` is what the paper's equations say without the code.
+         guides nothing. `rule="abstract"` is what the paper's equations say without the code. On a small LLaVA of SmolLM2 and DINOv2, at
+         half of the tokens, that answers 75 % of the questions, the release's rule 7 %, and tokens drawn by lot 78 %: try it before use.
 Checked: liaolea/TransPrune@c9e8284f, its scores and its drop over 100 random prompts, queries and keys of one layer for
          both: largest difference 7e-16 of the history, the same tokens in all 300 stages; it may drop all image tokens of a stage.
 
