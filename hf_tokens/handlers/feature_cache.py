@@ -22,7 +22,7 @@ from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
 from .kept_features import Feature, Features, added_by_block, check_alone, needs_gradient, pack_block, reuse, store_of, supply_features
 from .stacks import decide_inside, decides_inside, run_stack
-from .sublayers import Sublayer, Sublayers, refuse_on_picture
+from .sublayers import Sublayer, Sublayers, refuse_on_picture, refuse_stored
 
 FROM_FEATURES = {"influence": "attention", "doubt": "cross_attention", "shared_doubt": "cross_attention"}
 
@@ -48,6 +48,8 @@ class FeatureCacheHandler(Handler):
             if caching and (theirs := their_caches(call.model.base)):
                 rule = "A feature cache stands alone, without a cache of diffusers' own"
                 raise UnsupportedError(explain(rule, [*caching, *theirs], "Call `disable_cache()`, or disable the adapter."))
+            if caching:
+                refuse_stored(caching, [block.module for block in call.model.blocks()])
         return args, kwargs
 
     def takes_sublayer(self, method: FeatureCache, sublayer: Sublayer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..engine.trial import run_or_refuse
 from ..errors import UnsupportedError, explain
 from ..model.arguments import realign, token_form
 from ..model.parts import cross_attentions
+from ..model.pipelines import storing_processors
 from ..model.signatures import bound_arguments, parameters
 from ..model.streams import first_of, with_first
 from ..roles.token_reducer import TokenReducer
@@ -31,6 +33,13 @@ TOKENWISE_MLPS = ("FeedForward",)
 WHOLE = "Choose another model, or a method that reuses whole blocks."
 OF_CONTEXT = re.compile(r"^(encoder|key)|mask")  # what a cross-attention is given of the sequence that it reads
 PLAIN_ATTENTION = {"group_norm": None, "spatial_norm": None, "norm_cross": None, "residual_connection": False, "fused_projections": False}
+
+
+def refuse_stored(methods: list[str], blocks: Iterable[nn.Module]) -> None:
+    """Refuse blocks whose attention a pipeline keeps and reads as if all tokens were computed in each call."""
+    if processors := storing_processors(blocks):
+        rule = "Where tokens of a block join, vanish or are reused, no pipeline reads its attention"
+        raise UnsupportedError(explain(rule, [*methods, *processors], "Choose other layers or another pipeline, or disable the adapter."))
 
 
 class Sublayer(BoundForward):

@@ -22,7 +22,7 @@ from ..roles.signals import OF_THE_BLOCK
 from ..roles.token_reducer import TokenReducer
 from ..tokens.altered import altered
 from ..tokens.token_map import TokenMap
-from .sublayers import Sublayer, Sublayers, run_merged
+from .sublayers import Sublayer, Sublayers, refuse_stored, run_merged
 
 # site of a reducer -> the phases of a block in which it takes part
 REDUCER_PHASES = {"before": ("before",), "middle": ("between", "after"), "after": ("after",), "sublayer": ("sublayer",)}
@@ -58,6 +58,9 @@ class TokenReducerHandler(Handler):
             if caches:
                 rule = "Where tokens of a block join or vanish, no cache of diffusers' own keeps what parts of it returned for others"
                 raise UnsupportedError(explain(rule, [*reducers, *caches], "Enable FirstBlockCacheConfig, or disable the adapter."))
+            reducing = {block: [m for m in block.plan.acting if isinstance(m, TokenReducer)] for block in call.model.blocks()}
+            names = sorted({type(method).__name__ for methods in reducing.values() for method in methods})
+            refuse_stored(names, [block.module for block, methods in reducing.items() if methods])
         return args, kwargs
 
     def takes_sublayer(self, method: TokenReducer, sublayer: Sublayer) -> bool:

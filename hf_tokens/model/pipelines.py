@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import UnsupportedError, explain
 from . import families
 from .classes import class_name
+from .parts import all_attentions
 from .signatures import parameters
 
 # -- which components denoise ------------------------------------------------------------------------------------------
@@ -58,6 +59,16 @@ def their_caches(model: nn.Module) -> list[str]:
     registries = (vars(module).get("_diffusers_hook") for module in model.modules())
     hooks = (type(hook).__name__ for registry in registries if registry is not None for hook in registry.hooks.values())
     return sorted({name for name in hooks if CACHE_HOOKS.search(name)})
+
+
+# -- processors that keep what others read ------------------------------------------------------------------------------
+STORING = {"CrossAttnStoreProcessor", "AttendExciteAttnProcessor", "LEDITSCrossAttnProcessor"}  # the probabilities of all tokens in a call
+
+
+def storing_processors(blocks: Iterable[nn.Module]) -> list[str]:
+    """The classes of processors in blocks of a denoiser that keep its attention for their pipeline."""
+    processors = (getattr(module, "processor", None) for block in blocks for _, module in all_attentions(block))
+    return sorted(STORING & {type(processor).__name__ for processor in processors})
 
 
 # -- how far it is ------------------------------------------------------------------------------------------------------

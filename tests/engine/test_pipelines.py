@@ -37,6 +37,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionSAGPipeline,
     UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
@@ -49,9 +50,11 @@ from tolerances import all_equal
 from hf_tokens import (
     AdapterError,
     ConfigError,
+    ImportanceTokenMergeConfig,
     MethodConfig,
     ProfilingDiTConfig,
     ProSpectConfig,
+    TeaCacheConfig,
     TokenMap,
     TokenReducer,
     UnsupportedError,
@@ -78,6 +81,7 @@ from hf_tokens.model.pipelines import (
     PROMPTS,
     SHARED_CACHES,
     STEPPED,
+    STORING,
     denoisers,
 )
 from hf_tokens.model.streams import PROMPT
@@ -648,6 +652,22 @@ def test_perturbed_attention_reads_the_samples_together():
         drawn(pipe, 1, False, **given)
     pipe = get_token_model(stable(StableDiffusionPAGPipeline), ProSpectConfig(stages=1, negative=True))
     assert bool(drawn(pipe, 1, False, **given).isfinite().all())
+
+
+@pytest.mark.parametrize("config", [TeaCacheConfig(), ImportanceTokenMergeConfig()], ids=lambda config: config.method)
+def test_a_pipeline_that_reads_a_block_s_attention_gets_that_of_all_tokens(config):
+    given = OF_IMAGES | {"sag_scale": 0.75}
+    pipe = get_token_model(stable(StableDiffusionSAGPipeline), config)
+    with pytest.raises(UnsupportedError, match="no pipeline reads its attention, got .*'CrossAttnStoreProcessor'"):
+        drawn(pipe, 1, False, **given)
+    unload(pipe)
+    assert bool(drawn(pipe, 1, False, **given).isfinite().all())
+
+
+def test_every_processor_that_keeps_the_attention_for_its_pipeline_is_known():
+    files = Path(diffusers.__file__).parent.rglob("pipeline_*.py")
+    kept = re.compile(r"^class (\w+Processor)\b(?:(?!^class ).)*?self\.(?:attention_probs = attn|attnstore\()", re.DOTALL | re.MULTILINE)
+    assert {name for file in files for name in kept.findall(file.read_text())} == STORING
 
 
 def test_a_pipeline_that_is_not_known_is_refused_unless_a_context_tells():
