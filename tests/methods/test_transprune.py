@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import IMAGE, llava, prompts
+from tolerances import close
 
 from hf_tokens import ConfigError, TransPruneConfig, get_token_model, measure
 from hf_tokens.testing import CACHE
@@ -295,4 +296,4 @@ def test_zero_strength_is_the_base():
     base, given = llava(), prompts((1, 2))
     with torch.no_grad():
         expected = base(**given).logits
-        assert torch.equal(get_token_model(base, TransPruneConfig(**KNOBS).at_zero())(**given).logits, expected)
+        close(get_token_model(base, TransPruneConfig(**KNOBS).at_zero())(**given).logits, expected)
