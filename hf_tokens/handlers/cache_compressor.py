@@ -152,7 +152,7 @@ def score_entries(method: CacheCompressor, site: Site) -> Tensor:
 
 def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> None:
     """Let a block keep what its budget allows."""
-    layer, spare, slack = site.layer, surplus(method, site), slack_of(method, site)
+    layer, spare, slack = site.layer, surplus(method, site), 0 if site.run.prefill else method.slack
     if spare is not None and spare <= slack:
         return
     if spare == 1:
@@ -183,13 +183,6 @@ def limit(method: CacheCompressor, site: Site, score: Tensor | None = None) -> N
             budgets = divide(by, site, score, budgets, lengths)
             site = altered(site, budget=budgets)
         evict(method, site, score, real, budgets)
-
-
-def slack_of(method: CacheCompressor, site: Site) -> int:
-    """Entries that may stay above the budget in this pass: none where it is this block's turn, which comes once in so many tokens."""
-    run = site.run
-    its_turn = run.prefill or (run.ledger.start + run.ledger.n + method.dims.place) % (method.slack + 1) == 0
-    return 0 if its_turn else method.slack
 
 
 def divider(method: CacheCompressor, site: Site) -> CacheCompressor | None:

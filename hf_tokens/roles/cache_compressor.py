@@ -53,7 +53,7 @@ class Holding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SlackConfig(MethodConfig):
-    """Config of a method whose heads may hold more than their budget for a while; its blocks take turns."""
+    """Config of a method whose heads may hold more than their budget for a while."""
 
     slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 

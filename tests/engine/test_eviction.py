@@ -108,14 +108,6 @@ def test_entries_above_the_budget_leave_at_once_and_the_same_ones_stay(name, len
     assert all(within for _, within in over) and {many for many, _ in over} >= {0, 1, 4} and max(many for many, _ in over) == 4
 
 
-def test_blocks_take_turns_in_which_the_entries_above_their_budgets_leave():
-    made, knobs = SLACK["streaming-llm"]
-    _, held, _ = stepped("llama", made(**knobs, slack=3), (21,), chunks=(1,) * 16)
-    many = torch.tensor([[len(block[0][0]) for block in step] for step in held])  # t l
-    leaves = many[1:] < many[:-1]
-    assert many.amax() == 7 + 3 and (leaves.sum(dim=1) == 1).all() and (leaves.sum(dim=0) > 1).all(), many
-
-
 def test_the_angles_of_a_step_are_made_once_for_all_blocks():
     config = StreamingLLMConfig(capacity=7, sinks=2)
     stepped("llama", config)  # what is found at the first call of a model is found
