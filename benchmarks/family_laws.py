@@ -23,7 +23,7 @@ from contract.pairs import LOCAL, MAYBE, stir, strong, tiny
 from tolerances import close
 from torch import Tensor, nn
 
-from hf_tokens import get_token_model, list_methods
+from hf_tokens import compress_context, get_token_model, list_methods
 from hf_tokens.roles.base import Method
 from hf_tokens.roles.config import MethodConfig
 from hf_tokens.testing import zoo
@@ -296,6 +296,20 @@ def one_token_rows_run(case: Case) -> bool:
     return held("one token", case, rows)
 
 
+def a_question_is_asked_of_the_whole(case: Case) -> bool:
+    """At zero strength, behind a context that was read once."""
+    if not case.text:
+        return False
+
+    def asked(model: nn.Module) -> list[Tensor]:
+        context = compress_context(model, case.ids[:, :-PADS])
+        return case.said(model, context.ask(case.ids[:, -PADS:]))
+
+    want = case.base.does("whole", lambda base: case.said(base, texts(case.ids)))
+    same("asked", case.attached(asked, zero=True), want)
+    return True
+
+
 def half_precision_runs(case: Case) -> bool:
     half = Case(case.base.half, case.configs)
 
@@ -316,6 +330,7 @@ LAWS: dict[str, Callable[[Case], bool]] = {
     "batch": a_batch_is_each_sample_alone,
     "said": a_generated_batch_is_each_sample_alone,
     "one token": one_token_rows_run,
+    "asked": a_question_is_asked_of_the_whole,
     "half": half_precision_runs,
 }
 OF_PAIRS = ("generation", "padded", "one token")

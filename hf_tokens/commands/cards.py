@@ -18,7 +18,8 @@ from .recipes import catalogue
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 BOUNDS = ("ge", "gt", "le", "lt", "choices")
-TABLE_START, TABLE_END = "<!-- methods -->", "<!-- /methods -->"
+BENCH = ROOT / "benchmarks" / "results" / "bench.json"
+DOOR = "door"  # the part of it that times commands, and no surgery
 STUB = '''"""Written by `make cards`: the public names, the configs and classes of the methods among them, for type checkers and editors."""
 
 {imports}
@@ -91,6 +92,24 @@ def overview(methods: list[MethodInfo], folder: str) -> str:
     return "\n".join([table_row(["method", "role", "what it does", "paper"]), table_row(["---"] * 4), *map(table_row, rows)])
 
 
+def speeds(bench: dict[str, Any]) -> str:
+    """The table of what surgeries cost and save, of the paired runs of the bench."""
+    rows = [row for part, result in bench["parts"].items() if part != DOOR for row in result["rows"]]
+    beside = lambda row: ", ".join(f"{name} {value:.2f}" for name, value in row["values"].items())
+    cells = [[row["what"], row["against"], f"{1 / row['ratio']:.2f}x", beside(row)] for row in rows]
+    head = ["surgery", "against", "speed-up", "the rest, as shares of what it runs against"]
+    return "\n".join([table_row(head), table_row(["---"] * len(head)), *map(table_row, cells)])
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """A page with its generated tables, each between `<!-- name -->` and `<!-- /name -->`."""
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        head, _, rest = page.partition(start)
+        page = f"{head}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 def index_entry(info: MethodInfo) -> dict[str, Any]:
     """What `hf-tokens list` and `hf-tokens show` print of a method."""
     texts = {key: getattr(info, key) for key in ("name", "version", "role", "claim", "paper", "maths", "differs", "checked")}
@@ -120,8 +139,8 @@ def pages() -> dict[Path, str]:
     )
     out[ROOT / "hf_tokens" / "__init__.pyi"] = stub(methods)
     readme = ROOT / "README.md"
-    head, _, rest = readme.read_text().partition(TABLE_START)
-    out[readme] = f"{head}{TABLE_START}\n{overview(methods, 'model_cards/')}\n{TABLE_END}{rest.partition(TABLE_END)[2]}"
+    tables = {"methods": overview(methods, "model_cards/"), "bench": speeds(json.loads(BENCH.read_text()))}
+    out[readme] = filled(readme.read_text(), tables)
     return out
 
 

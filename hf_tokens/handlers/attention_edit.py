@@ -39,6 +39,9 @@ def edit_output(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dic
     if not editors:
         return None
     update = first_of(output)
+    if not isinstance(update, Tensor):
+        rule, remedy = "An edit of attention needs a self-attention that returns a tensor", "Choose other layers or another model."
+        raise UnsupportedError(explain(rule, f"a {type(update).__name__} at {block.path}", remedy))
     hidden = args[0] if args else kwargs[positional(type(module))[0]]
     for method in editors:
         update = edited_update(method, block.tap.site, hidden, update)

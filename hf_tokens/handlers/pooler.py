@@ -156,7 +156,7 @@ def refuse_readers_by_mask(method: Pooler) -> None:
     names = {frame.f_globals.get("__name__", "").partition(".")[0] for frame in callers(CALLERS)}
     if reading := sorted(names & {*families.READS_BY_MASK}):
         rule = f"{type(method).__name__} returns fewer vectors than there are tokens, and its caller may not cut them by the text's mask"
-        remedy = "Call the model itself, or use that library's own token pooling."
+        remedy = "Append `hf_tokens.sentence_transformers.TokenPooling` to the encoder's modules instead, or call the model itself."
         raise UnsupportedError(explain(rule, reading[0], remedy))
 
 

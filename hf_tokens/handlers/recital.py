@@ -21,8 +21,14 @@ from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model import families
 from ..model.classes import class_name
+from ..model.pictures import beside_text
 from ..model.signatures import cache_argument, parameters
 from ..roles.cache_compressor import CacheCompressor
+
+UNABLE = {
+    families.MASKS_OUTPUT: "multiplies its output by the mask",
+    families.RESUMES_BY_TOKEN: "goes on from its states by one token at a time",
+}
 
 
 def not_said_again(method: CacheCompressor, got: str, remedy: str) -> UnsupportedError:
@@ -31,14 +37,15 @@ def not_said_again(method: CacheCompressor, got: str, remedy: str) -> Unsupporte
     return UnsupportedError(explain(rule, got, remedy))
 
 
-def recite(method: CacheCompressor, call: ModelCall, sites: list[Site], output: Any) -> dict[int, Tensor]:
-    """The scores of the entries of each block (b k n), as the passes behind a prompt give them; the cache stays as it is."""
+def read_again(method: CacheCompressor, call: ModelCall, sites: list[Site], output: Any) -> tuple[Tensor, Any]:
+    """The ids of a prompt (b n) and the cache behind it; refused where a pass on that cache would not be a reading of that prompt."""
     if not sites:
         raise not_said_again(method, "a window in each of its blocks", "Choose another compressor.")
     if call.model.base.config.is_encoder_decoder:
         raise not_said_again(method, "an encoder's output in front of it", "Choose another compressor.")
-    if families.MASKS_OUTPUT.search(class_name(call.model.base)):
-        raise not_said_again(method, "a model that multiplies its output by the mask", "Choose another compressor.")
+    for models, what in UNABLE.items():
+        if models.search(class_name(call.model.base)):
+            raise not_said_again(method, f"a model that {what}", "Choose another compressor.")
     arguments = call.context.arguments
     ids, visual, values = arguments.get("input_ids"), call.context.visual, output.values() if isinstance(output, dict) else output
     cache = find_cache(values) or find_cache(arguments.values())
@@ -46,16 +53,26 @@ def recite(method: CacheCompressor, call: ModelCall, sites: list[Site], output: 
         raise not_said_again(
             method, "embeddings in place of ids" if ids is None else "a cache that the model does not return", "Pass `input_ids`."
         )
+    if beside := beside_text(arguments):
+        raise not_said_again(method, f"`{beside[0]}` beside its ids", "Choose another compressor.")
     if visual is not None and bool(visual.any()):
         raise not_said_again(method, "pictures among it", "Choose another compressor.")
+    return ids, cache
+
+
+def recite(method: CacheCompressor, call: ModelCall, sites: list[Site], output: Any) -> dict[int, Tensor]:
+    """The scores of the entries of each block (b k n), as the passes behind a prompt give them; the cache stays as it is."""
+    ids, cache = read_again(method, call, sites, output)
+    arguments, name = parameters(type(call.model.base)), class_name(call.model.base)
     real = sites[0].run.padding
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
     found: dict[int, Tensor] = {}
     for first, words, there in passages(method, ids, real):
         inputs = {"input_ids": words, "attention_mask": torch.cat([real, there], dim=1).long(), "use_cache": True}
-        if not bool(inputs["attention_mask"].all()) and "position_ids" in parameters(type(call.model.base)):
+        counts = families.NUMBERS_FROM_ZERO.search(name) is None and bool(inputs["attention_mask"].all())
+        if not counts and "position_ids" in arguments:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)[:, ids.shape[1] :]
-        if "logits_to_keep" in parameters(type(call.model.base)):
+        if "logits_to_keep" in arguments:
             inputs["logits_to_keep"] = 1
         inputs[cache_argument(type(call.model.base).forward)] = copy.deepcopy(
             cache, {id(t): t.detach().clone() for t in of_a_graph(cache, set())}

@@ -60,6 +60,16 @@ def vision_tower(model_anatomy: Anatomy) -> nn.Module | None:
     return None if at is None else model_anatomy.model.get_submodule(at)
 
 
+def beside_text(arguments: dict[str, Any]) -> list[str]:
+    """The arguments of a call that bring what is no text: pictures, videos, sound, or what a tower made of them."""
+    others = {*families.MAIN_INPUTS} - {"input_ids"}
+    return [
+        name
+        for name, value in arguments.items()
+        if value is not None and (name in others or name == ENCODED or any(part in name for part in families.PICTURES))
+    ]
+
+
 def has_pictures(arguments: dict[str, Any]) -> bool:
     """Whether a call of a model brings pictures or videos, or what its tower made of them."""
     encoded = arguments.get(ENCODED) or {}

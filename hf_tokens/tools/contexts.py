@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
@@ -15,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import UnsupportedError, explain
 from ..model.signatures import cache_argument
 from .measure import kv_bytes
-from .surgeries import evaluated
+from .surgeries import base_of, evaluated, resumes_by_token
 
 ONE_PASS = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
 
@@ -84,17 +83,19 @@ def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | Non
         attention_mask: Real tokens, (b n).
 
     Raises:
-        UnsupportedError: The model has an encoder of its own, or a text has no token.
+        UnsupportedError: The model has an encoder of its own or goes on from its states by one token at a time, or a text has no token.
     """
     rule = "`compress_context` needs a decoder-only language model"
     if model.config.is_encoder_decoder:
         raise UnsupportedError(
             explain(rule, f"{model.config.model_type}, which has an encoder", "Call its `generate` with the whole text.")
         )
+    if resumes_by_token(model):
+        got = f"{type(base_of(model)).__name__}, which goes on from its states by one token at a time"
+        raise UnsupportedError(explain("Questions are read behind a context in one pass", got, "Call `generate` with text and question."))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if input_ids.dim() != 2 or not input_ids.numel() or not bool(mask.any(dim=1).all()):
         raise UnsupportedError(explain("A context has one real token at least, (b n)", tuple(input_ids.shape), "Leave empty texts out."))
     with evaluated(model):
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=GenerationConfig(**ONE_PASS))
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return CompressedContext(input_ids, mask, output.past_key_values, cache_argument(type(base).forward))
+    return CompressedContext(input_ids, mask, output.past_key_values, cache_argument(type(base_of(model)).forward))

@@ -188,3 +188,5 @@ def test_what_is_no_context_or_no_question_is_refused():
         compress_context(model, context[:1]).ask(question, torch.tensor([[1, 1, 1, 1, 0]] * 2))
     with pytest.raises(UnsupportedError, match="got t5, which has an encoder"):
         compress_context(zoo.build("t5").model, context)
+    with pytest.raises(UnsupportedError, match="got JambaForCausalLM, which goes on from its states by one token at a time"):
+        compress_context(zoo.build("jamba").model, context)

@@ -13,7 +13,9 @@ from hf_tokens import (
     anatomy,
     get_token_model,
 )
+from hf_tokens.model import families
 from hf_tokens.model.arguments import shown_by
+from hf_tokens.model.signatures import CACHES, parameters
 from hf_tokens.testing import zoo
 from hf_tokens.tools.surgeries import surgery_of
 
@@ -96,3 +98,25 @@ def test_what_a_mask_shows_is_known_in_either_form(dtype):
         lowest = torch.finfo(dtype).min
         assert torch.equal(shown_by((1 - there.to(dtype)) * lowest), there.bool())
         assert bool(shown_by(torch.zeros(2, 3, dtype=dtype)).all()) and bool(shown_by(torch.tensor([[0.0, -lowest]], dtype=dtype)).all())
+
+
+RECURRENT = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "zamba2", "lfm2", "olmo_hybrid", "kimi_linear", "rwkv")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*FAMILIES[:-1], *RECURRENT])
+def test_it_is_known_which_read_several_tokens_behind_others_as_if_those_were_not_there(family):
+    model, n = zoo.build(family).model.eval(), IDS.shape[1]
+    whole = model(torch.cat([IDS, IDS], dim=1)).logits[:, n:]
+    numbered = "position_ids" in parameters(type(model))
+
+    def behind(**positions):
+        first = model(IDS, use_cache=True)
+        name = next(name for name in (*CACHES, "cache_params", "state") if name in parameters(type(model)) and name in first)
+        return model(IDS, use_cache=True, **{name: first[name]}, **positions).logits
+
+    resumes = not families.RESUMES_BY_TOKEN.search(type(model).__name__)
+    told = {"position_ids": torch.arange(n, 2 * n).expand(2, -1)} if numbered else {}
+    alike = lambda got: torch.allclose(got, whole, rtol=1e-4, atol=1e-4)
+    assert alike(behind(**told)) == resumes
+    assert alike(behind()) == (resumes and not families.NUMBERS_FROM_ZERO.search(type(model).__name__))

@@ -165,6 +165,31 @@ def test_a_prompt_that_only_the_encoder_reads_is_refused(family):
         get_token_model(specimen.model, KVzipConfig())(**specimen.inputs)
 
 
+@pytest.mark.filterwarnings("ignore:hf-tokens")
+def test_a_model_that_numbers_its_tokens_from_zero_is_told_where_a_recital_stands():
+    model, (ids, mask) = get_token_model(zoo.build("bamba").model, KVzipConfig(ratio=0.5, sinks=1)).eval(), batch((14, 9))
+    given = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    both = torch.stack(model.generate(ids, attention_mask=mask, **given).logits)
+    alone = [torch.stack(model.generate(ids[row : row + 1, pads:], **given).logits) for row, pads in ((0, 0), (1, 5))]
+    torch.testing.assert_close(both, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:hf-tokens")
+@pytest.mark.parametrize(
+    ("family", "got"),
+    [
+        ("jamba", "a model that goes on from its states by one token at a time"),
+        ("kosmos-2", "`pixel_values` beside its ids"),
+        ("audioflamingo3", "`input_features` beside its ids"),
+    ],
+)
+def test_what_would_be_read_without_what_stands_in_front_is_refused(family, got):
+    specimen = zoo.build(family)
+    get_token_model(specimen.model, KVzipConfig(ratio=0.5))
+    with pytest.raises(UnsupportedError, match=got):
+        specimen.run(use_cache=True)
+
+
 def test_a_model_that_multiplies_its_output_by_the_mask_is_refused():
     files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     masking = [file.stem.removeprefix("modeling_") for file in files if "embeddings * attention_mask.unsqueeze(-1)  #" in file.read_text()]

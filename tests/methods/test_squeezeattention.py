@@ -7,6 +7,8 @@ import pytest
 import torch
 from by_hand import batch, decode, gpt2, greedy, places_held, prompt
 from hf_tokens_adapters.cache_compressor.squeezeattention import top_group
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hf_tokens import SqueezeAttentionConfig, get_token_model, measure
 from hf_tokens.testing import CACHE, zoo
@@ -201,3 +203,9 @@ def test_prompt_by_hand_is_the_model():
     base = gpt2()
     ids, _ = batch((9,))
     torch.testing.assert_close(prompt(base, ids[0])[2], base(ids).logits[0, -1], rtol=1e-9, atol=1e-9)
+
+
+@given(st.lists(st.sampled_from([1.0, 0.75, -0.5]), min_size=1, max_size=9), st.integers(2, 4), st.randoms(use_true_random=False))
+def test_what_differs_by_rounding_alone_makes_no_group(values, groups, random):
+    noisy = [value + random.uniform(-2e-7, 2e-7) for value in values]
+    assert torch.equal(top_group(torch.tensor([noisy]).double(), groups), top_group(torch.tensor([values]).double(), groups))

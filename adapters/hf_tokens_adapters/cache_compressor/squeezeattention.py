@@ -29,6 +29,7 @@ from torch.nn.functional import cosine_similarity
 from hf_tokens import CacheCompressor, SlackConfig, heavy_hitters, option, register, share_out
 
 AT_A_TIME = 128  # tokens whose states stand in float64 together
+DECIMALS = 6  # of the numbers that are told apart: what lies behind them is rounding, and makes no group
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class SqueezeAttentionConfig(SlackConfig):
 def top_group(values: Tensor, groups: int) -> Tensor:
     """Of numbers (b n), those in the highest group of the best k-means clustering, (b n) bool."""
     n = values.shape[1]
-    order = values.double().sort(dim=1).values
+    values = values.double().round(decimals=DECIMALS)
+    order = values.sort(dim=1).values
     sums, squares = (torch.nn.functional.pad(x.cumsum(dim=1), (1, 0)) for x in (order, order.square()))  # b n+1
     place = torch.arange(n + 1, device=values.device)
     size = (place[None, :] - place[:, None]).clamp(min=1)
@@ -59,7 +61,7 @@ def top_group(values: Tensor, groups: int) -> Tensor:
     for _ in range(min(groups, n) - 1):
         best, split = (best[:, :, None] + cost).min(dim=1)
         start = split[:, n]
-    return values.double() >= order.gather(1, start[:, None])
+    return values >= order.gather(1, start[:, None])
 
 
 @register("squeezeattention", SqueezeAttentionConfig, version=2)
