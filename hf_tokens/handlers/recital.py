@@ -28,6 +28,7 @@ from ..roles.cache_compressor import CacheCompressor
 UNABLE = {
     families.MASKS_OUTPUT: "multiplies its output by the mask",
     families.RESUMES_BY_TOKEN: "goes on from its states by one token at a time",
+    families.KEEPS_STATES: "keeps its states beside the cache",
 }
 
 
@@ -37,7 +38,7 @@ def not_said_again(method: CacheCompressor, got: str, remedy: str) -> Unsupporte
     return UnsupportedError(explain(rule, got, remedy))
 
 
-def read_again(method: CacheCompressor, call: ModelCall, sites: list[Site], output: Any) -> tuple[Tensor, Any]:
+def prompt_and_cache(method: CacheCompressor, call: ModelCall, sites: list[Site], output: Any) -> tuple[Tensor, Any]:
     """The ids of a prompt (b n) and the cache behind it; refused where a pass on that cache would not be a reading of that prompt."""
     if not sites:
         raise not_said_again(method, "a window in each of its blocks", "Choose another compressor.")
@@ -62,7 +63,7 @@ def read_again(method: CacheCompressor, call: ModelCall, sites: list[Site], outp
 
 def recite(method: CacheCompressor, call: ModelCall, sites: list[Site], output: Any) -> dict[int, Tensor]:
     """The scores of the entries of each block (b k n), as the passes behind a prompt give them; the cache stays as it is."""
-    ids, cache = read_again(method, call, sites, output)
+    ids, cache = prompt_and_cache(method, call, sites, output)
     arguments, name = parameters(type(call.model.base)), class_name(call.model.base)
     real = sites[0].run.padding
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real

@@ -220,6 +220,8 @@ LAID_OVER_HEADS = re.compile(r"^(DINOv3ViT|EomtDinov3|Sapiens2)Layer$")
 MASKS_OUTPUT = re.compile(r"^Col(Pali|Qwen2|ModernVBert)ForRetrieval$")
 # Models whose blocks go on from what they hold of a text by one token at a time: several tokens behind it are read as if it were not there.
 RESUMES_BY_TOKEN = re.compile(r"^(Jamba|Mamba|FalconMamba)(?!2)")
+# Models whose blocks keep their states themselves, and not in the cache: a copy of the cache is no copy of these.
+KEEPS_STATES = re.compile(r"^RecurrentGemma")
 # Models that number the tokens of a call from 0 where they are not told otherwise, whatever stands in the cache.
 NUMBERS_FROM_ZERO = re.compile(r"^Bamba")
 # Arguments by which a block gets what the one before returned for each token beside its hidden states; one of them holds places of

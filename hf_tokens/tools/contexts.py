@@ -12,10 +12,14 @@ from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
+from ..model import families
+from ..model.anatomy import anatomy, unwrap
+from ..model.classes import class_name
 from ..model.signatures import cache_argument
 from .measure import kv_bytes
-from .surgeries import base_of, evaluated, resumes_by_token
+from .surgeries import evaluated, resumes_by_token
 
+SPOKEN = ("text", "audio")  # kinds of stream that a model which generates puts out
 ONE_PASS = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
 
 
@@ -65,7 +69,25 @@ class CompressedContext:
             cache.batch_repeat_interleave(questions)
         text = (part.expand(questions, -1) for part in (self.input_ids, self.attention_mask))
         ids, real = (torch.cat(pair, dim=1) for pair in zip(text, (input_ids, mask), strict=True))
-        return {"input_ids": ids, "attention_mask": real, self.argument: cache}
+        return {"input_ids": ids, "attention_mask": real, self.argument: cache, "use_cache": True}
+
+
+def check_reader(model: Any) -> None:
+    """Whether a model reads a question behind a text as it would read both at once."""
+    if model.config.is_encoder_decoder:
+        why = "has an encoder"
+    elif resumes_by_token(model):
+        why = "goes on from its states by one token at a time"
+    elif families.KEEPS_STATES.search(class_name(unwrap(model))):
+        why = "keeps its states beside the cache"
+    elif type(model.generation_config) is not GenerationConfig:
+        why = "generates in a way of its own"
+    elif not any(stream.causal for stream in anatomy(model).streams if stream.kind in SPOKEN):
+        why = "lets tokens see those behind them"
+    else:
+        return
+    rule, remedy = "`compress_context` needs a decoder-only language model", "Call its `generate` with text and question at once."
+    raise UnsupportedError(explain(rule, f"{type(unwrap(model)).__name__}, which {why}", remedy))
 
 
 @torch.no_grad()
@@ -83,19 +105,12 @@ def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | Non
         attention_mask: Real tokens, (b n).
 
     Raises:
-        UnsupportedError: The model has an encoder of its own or goes on from its states by one token at a time, or a text has no token.
+        UnsupportedError: The model would read text and question otherwise than both at once, or a text has no token.
     """
-    rule = "`compress_context` needs a decoder-only language model"
-    if model.config.is_encoder_decoder:
-        raise UnsupportedError(
-            explain(rule, f"{model.config.model_type}, which has an encoder", "Call its `generate` with the whole text.")
-        )
-    if resumes_by_token(model):
-        got = f"{type(base_of(model)).__name__}, which goes on from its states by one token at a time"
-        raise UnsupportedError(explain("Questions are read behind a context in one pass", got, "Call `generate` with text and question."))
+    check_reader(model)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if input_ids.dim() != 2 or not input_ids.numel() or not bool(mask.any(dim=1).all()):
         raise UnsupportedError(explain("A context has one real token at least, (b n)", tuple(input_ids.shape), "Leave empty texts out."))
     with evaluated(model):
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=GenerationConfig(**ONE_PASS))
-    return CompressedContext(input_ids, mask, output.past_key_values, cache_argument(type(base_of(model)).forward))
+    return CompressedContext(input_ids, mask, output.past_key_values, cache_argument(type(unwrap(model)).forward))

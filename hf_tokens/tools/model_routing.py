@@ -13,8 +13,9 @@ from transformers.generation import GenerationMode
 
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
+from ..model.anatomy import unwrap
 from ..model.signatures import CACHES, cache_argument, parameters
-from .surgeries import base_of, resumes_by_token, surgery_of
+from .surgeries import resumes_by_token, surgery_of
 
 Verify = Callable[[Tensor, Tensor, Tensor], bool]
 PLAIN = {"attention_mask", "position_ids", *CACHES, "use_cache", "cache_position", "logits_to_keep", "token_type_ids"}
@@ -117,7 +118,7 @@ class RouteTo:
             f"{mode.value}": mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
             f"{type(model).__name__}, which has an encoder": model.config.is_encoder_decoder or self.large.config.is_encoder_decoder,
             f"a prompt with {more}": bool(more),
-            f"{type(base_of(self.large)).__name__}, which goes on from its states by one token at a time": resumes_by_token(self.large),
+            f"{type(unwrap(self.large)).__name__}, which goes on from its states by one token at a time": resumes_by_token(self.large),
         }
         for reason, holds in reasons.items():
             if holds:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from peft import PeftModel, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from torch import nn
 
 from ..engine.block import BlockSurgery
@@ -15,6 +15,7 @@ from ..errors import UnsupportedError, explain
 from ..handlers.encoders import check_words, note_encoders
 from ..handlers.words import word_of
 from ..model import families
+from ..model.anatomy import unwrap
 from ..model.classes import class_name
 from ..model.pipelines import apart, denoisers
 from ..peft.config import HFTokensConfig
@@ -39,14 +40,9 @@ def models_in(model: Any) -> dict[str, nn.Module]:
     return found
 
 
-def base_of(model: Any) -> Any:
-    """The model that PEFT wraps, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def resumes_by_token(model: Any) -> bool:
     """Whether a model reads several tokens behind what it holds of a text as if that were not there."""
-    return families.RESUMES_BY_TOKEN.search(class_name(base_of(model))) is not None
+    return families.RESUMES_BY_TOKEN.search(class_name(unwrap(model))) is not None
 
 
 def blocks_in(model: Any) -> list[BlockSurgery]:

@@ -186,7 +186,28 @@ def test_what_is_no_context_or_no_question_is_refused():
         compress_context(model, context, mask).ask(question[:1])
     with pytest.raises(UnsupportedError, match="padding behind it. Pad in front"):
         compress_context(model, context[:1]).ask(question, torch.tensor([[1, 1, 1, 1, 0]] * 2))
-    with pytest.raises(UnsupportedError, match="got t5, which has an encoder"):
-        compress_context(zoo.build("t5").model, context)
-    with pytest.raises(UnsupportedError, match="got JambaForCausalLM, which goes on from its states by one token at a time"):
-        compress_context(zoo.build("jamba").model, context)
+
+
+@pytest.mark.parametrize(
+    ("family", "got"),
+    [
+        ("t5", "T5ForConditionalGeneration, which has an encoder"),
+        ("jamba", "JambaForCausalLM, which goes on from its states by one token at a time"),
+        ("recurrent_gemma", "RecurrentGemmaForCausalLM, which keeps its states beside the cache"),
+        ("bert-generation", "BertGenerationDecoder, which lets tokens see those behind them"),
+        ("cpmant", "CpmAntForCausalLM, which lets tokens see those behind them"),
+        ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion, which generates in a way of its own"),
+    ],
+)
+def test_a_model_that_reads_a_question_otherwise_behind_a_context_is_refused(family, got):
+    with pytest.raises(UnsupportedError, match=f"needs a decoder-only language model, got {got}"):
+        compress_context(zoo.build(family).model, texts()[0])
+
+
+def test_a_model_that_is_told_to_use_no_cache_answers_from_its_context():
+    model, (context, _, (question, _)) = zoo.build("mpt").model.eval(), texts()
+    assert not model.config.use_cache
+    told = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    want = model.generate(torch.cat([context, question], dim=1), **told)
+    got = model.generate(**compress_context(model, context).ask(question), **told)
+    close(torch.stack(got.logits), torch.stack(want.logits))
