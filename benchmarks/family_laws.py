@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from contract.pairs import LOCAL, MAYBE, stir, strong, tiny
 from tolerances import close
 from torch import Tensor, nn
 
+import hf_tokens
 from hf_tokens import compress_context, get_token_model, list_methods
 from hf_tokens.roles.base import Method
 from hf_tokens.roles.config import MethodConfig
@@ -318,6 +321,93 @@ def a_question_is_asked_of_the_whole(case: Case) -> bool:
     return True
 
 
+def off_is_off(case: Case) -> bool:
+    """Disabled and unloaded, the base is there to the bit, and nothing beside it."""
+    want, names = case.base.does("run", case.run), [*case.model.state_dict()]
+
+    def disabled(model: nn.Module) -> None:
+        case.run(model)
+        with model.disable_adapter():
+            exactly("disabled", case.run(model), want)
+
+    case.attached(disabled)
+    exactly("unloaded", case.run(case.model), want)
+    if (left := hooks_of(case.model)) or [*case.model.state_dict()] != names:
+        raise Wrong(f"something is left in the base: {left[:3]}")
+    return True
+
+
+def hooks_of(model: nn.Module) -> list[str]:
+    """Hooks of ours."""
+    held = (vars(module)[kind].values() for module in model.modules() for kind in vars(module) if kind.endswith("_hooks"))
+    return [text for hook in itertools.chain(*held) if "hf_tokens" in (text := f"{getattr(hook, '__module__', '')} {hook!r}")]
+
+
+def saved_is_loaded(case: Case) -> bool:
+    """An adapter that was saved does what it did, in another copy of the base."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def saved(model: nn.Module) -> list[Tensor]:
+            model.save_pretrained(folder)
+            return case.run(model)
+
+        want = case.attached(saved)
+        exactly("loaded", case.run(hf_tokens.load(folder, zoo.build(case.base.family).model).eval()), want)
+    return True
+
+
+def exactly(name: str, got: list[Tensor], want: list[Tensor]) -> None:
+    same(name, got, want)
+    if any(not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(got, want, strict=True)):
+        raise Wrong(f"{name}: not to the bit")
+
+
+def checkpointed_is_trained_alike(case: Case) -> bool:
+    """The adapter gets the same gradients where blocks are computed again in the backward."""
+    if not case.base.done.setdefault("checkpoints", case.model.supports_gradient_checkpointing):
+        return False
+
+    def gradients(model: nn.Module, again: bool) -> list[Tensor]:
+        base = model.get_base_model()
+        base.gradient_checkpointing_enable({"use_reentrant": False}) if again else base.gradient_checkpointing_disable()
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = sum(t.float().square().mean() for t in zoo.tensors(model(**case.inputs)) if t.is_floating_point() and t.requires_grad)
+        if not isinstance(loss, Tensor):
+            return []
+        loss.backward()
+        base.gradient_checkpointing_disable()
+        return [p.grad if p.grad is not None else torch.zeros(()) for p in model.parameters() if p.requires_grad]
+
+    def both(model: nn.Module) -> bool:
+        once = [g.clone() for g in gradients(model, False)]
+        same("checkpointed", gradients(model, True), once)
+        return bool(once)
+
+    return case.attached(both)
+
+
+def beams_are_each_prompt_alone(case: Case) -> bool:
+    if not case.text:
+        return False
+    ids, mask = case.ids.clone(), torch.ones_like(case.ids)
+    ids[1], mask[1, :PADS] = torch.cat([torch.zeros_like(ids[1, :PADS]), ids[1, :-PADS]]), 0
+
+    def searched(model: nn.Module, prompt: Inputs) -> list[Tensor]:
+        told = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "num_beams": 3, "return_dict_in_generate": True}
+        with torch.no_grad():
+            out = model.generate(**prompt, **told, output_scores=True, suppress_tokens=None, forced_eos_token_id=None)
+        return [out.sequences_scores]
+
+    def rows(model: nn.Module) -> None:
+        (together,) = searched(model, texts(ids, mask))
+        for i, real in ((0, ids[:1]), (1, ids[1:, PADS:])):
+            same(f"beams of row {i}", [together[i : i + 1]], searched(model, texts(real)))
+
+    return held("beams", case, rows)
+
+
 def half_precision_runs(case: Case) -> bool:
     half = Case(case.base.half, case.configs)
 
@@ -339,6 +429,10 @@ LAWS: dict[str, Callable[[Case], bool]] = {
     "said": a_generated_batch_is_each_sample_alone,
     "one token": one_token_rows_run,
     "asked": a_question_is_asked_of_the_whole,
+    "beams": beams_are_each_prompt_alone,
+    "off": off_is_off,
+    "saved": saved_is_loaded,
+    "checkpointed": checkpointed_is_trained_alike,
     "half": half_precision_runs,
 }
 OF_PAIRS = ("generation", "padded", "one token")
