@@ -322,8 +322,8 @@ def a_question_is_asked_of_the_whole(case: Case) -> bool:
 
 
 def off_is_off(case: Case) -> bool:
-    """Disabled and unloaded, the base is there to the bit, and nothing beside it."""
-    want, names = case.base.does("run", case.run), [*case.model.state_dict()]
+    """Disabled and unloaded, the base is there to the bit, and nothing beside it; frozen, as torch's own attention has a path for that."""
+    want, names = case.base.does("frozen", lambda base: case.run(base.requires_grad_(False))), [*case.model.state_dict()]
 
     def disabled(model: nn.Module) -> None:
         case.run(model)

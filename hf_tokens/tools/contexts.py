@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +30,15 @@ class CompressedContext:
     Attributes:
         input_ids, attention_mask: The text, (b n).
         cache: What is held of it; `ask` gives copies away, so that no question changes it.
+        argument: What the model calls its cache.
+        more: What its `generate` must be told beside that.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     cache: Any
     argument: str
+    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kv_bytes(self) -> int:
@@ -69,7 +72,7 @@ class CompressedContext:
             cache.batch_repeat_interleave(questions)
         text = (part.expand(questions, -1) for part in (self.input_ids, self.attention_mask))
         ids, real = (torch.cat(pair, dim=1) for pair in zip(text, (input_ids, mask), strict=True))
-        return {"input_ids": ids, "attention_mask": real, self.argument: cache, "use_cache": True}
+        return {"input_ids": ids, "attention_mask": real, self.argument: cache, **self.more}
 
 
 def check_reader(model: Any) -> None:
@@ -113,4 +116,9 @@ def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | Non
         raise UnsupportedError(explain("A context has one real token at least, (b n)", tuple(input_ids.shape), "Leave empty texts out."))
     with evaluated(model):
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=GenerationConfig(**ONE_PASS))
-    return CompressedContext(input_ids, mask, output.past_key_values, cache_argument(type(unwrap(model)).forward))
+    without = False in (
+        model.generation_config.use_cache,
+        getattr(model.config, "use_cache", None),
+    )  # then a cache would be read and not kept
+    argument = cache_argument(type(unwrap(model)).forward)
+    return CompressedContext(input_ids, mask, output.past_key_values, argument, {"use_cache": True} if without else {})
