@@ -116,9 +116,7 @@ def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | Non
         raise UnsupportedError(explain("A context has one real token at least, (b n)", tuple(input_ids.shape), "Leave empty texts out."))
     with evaluated(model):
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=GenerationConfig(**ONE_PASS))
-    without = False in (
-        model.generation_config.use_cache,
-        getattr(model.config, "use_cache", None),
-    )  # then a cache would be read and not kept
+    # told to use no cache, a model would read what it is given and keep nothing of what it writes
+    without = False in (model.generation_config.use_cache, getattr(model.config, "use_cache", None))
     argument = cache_argument(type(unwrap(model)).forward)
     return CompressedContext(input_ids, mask, output.past_key_values, argument, {"use_cache": True} if without else {})
