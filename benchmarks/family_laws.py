@@ -339,7 +339,8 @@ def off_is_off(case: Case) -> bool:
 
 def hooks_of(model: nn.Module) -> list[str]:
     """Hooks of ours."""
-    held = (vars(module)[kind].values() for module in model.modules() for kind in vars(module) if kind.endswith("_hooks"))
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    held = (vars(module)[kind].values() for module in model.modules() for kind in kinds)
     return [text for hook in itertools.chain(*held) if "hf_tokens" in (text := f"{getattr(hook, '__module__', '')} {hook!r}")]
 
 
@@ -378,6 +379,7 @@ def checkpointed_is_trained_alike(case: Case) -> bool:
             return []
         loss.backward()
         base.gradient_checkpointing_disable()
+        model.eval()
         return [p.grad if p.grad is not None else torch.zeros(()) for p in model.parameters() if p.requires_grad]
 
     def both(model: nn.Module) -> bool:
@@ -385,7 +387,12 @@ def checkpointed_is_trained_alike(case: Case) -> bool:
         same("checkpointed", gradients(model, True), once)
         return bool(once)
 
-    return case.attached(both)
+    buffers = {name: buffer.clone() for name, buffer in case.model.named_buffers()}  # statistics of batches move in training
+    try:
+        return case.attached(both)
+    finally:
+        for name, buffer in case.model.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def beams_are_each_prompt_alone(case: Case) -> bool:
