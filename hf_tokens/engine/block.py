@@ -20,7 +20,7 @@ from ..roles.base import Method
 from ..roles.signals import TURNED
 from .context import State
 from .handler import handler_of
-from .hooks import BoundForward, SignalHooks
+from .hooks import BoundForward, SignalHooks, way_to
 from .plan import BlockPlan, PassPlan
 from .rotation import BlockRotation
 from .run import StreamRun
@@ -57,6 +57,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
         self.surgery, self.index = surgery, index
         self._module = (module,)  # a tuple keeps it from becoming a submodule
         self._attention = () if attention is None else (attention,)
+        self._way = () if attention is None else way_to(module, attention)
         self.facts = BlockFacts.of(module)
         self.layer_idx = layer_index(module, attention)
         self.shares_keys, self.layer_type = borrows_keys(attention), None if attention is None else vars(attention).get("layer_type")
@@ -88,6 +89,17 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
     def attention(self) -> nn.Module | None:
         """Its self-attention; None if it has none."""
         return self._attention[0] if self._attention else None
+
+    def check_in_place(self) -> None:
+        """Refuse a block in which hooks hang on an attention that is no more in it.
+
+        Raises:
+            UnsupportedError: The model has put another one in its place.
+        """
+        if (self._handles or self.tap.opened) and any(owner._modules.get(name) is not part for owner, name, part in self._way):
+            rule, got = "A surgery acts in the modules that it was put into", f"something else than {type(self.attention).__name__} at {self.path} since"
+            remedy = "Unload it and put it in again behind the call that changed the model."
+            raise UnsupportedError(explain(rule, got, remedy))
 
     @property
     def base(self) -> nn.Module:

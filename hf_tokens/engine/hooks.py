@@ -125,6 +125,16 @@ def own_attention(block: BlockSurgery) -> nn.Module:
     return block.attention
 
 
+def way_to(top: nn.Module, inner: nn.Module) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
+    """The steps from a module to one inside of it: owner, name and part."""
+    path, way = next(path for path, module in top.named_modules() if module is inner), []
+    for name in path.split(".") if path else ():
+        part = top._modules[name]
+        way.append((top, name, part))
+        top = part
+    return tuple(way)
+
+
 def own_mlp(block: BlockSurgery) -> nn.Module:
     """The MLP of a block; refused where it has none."""
     mlp = block.surgery.stream.mlp(block.index)

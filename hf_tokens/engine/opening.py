@@ -87,6 +87,8 @@ def open_pass(surgery: StreamSurgery, context: ForwardContext, block: BlockSurge
     if not layers:
         start = seen_before(block, call.cache)
         refuse_order(surgery, context, call, start)
+    for each in surgery.blocks.values() if not start and not torch.compiler.is_compiling() else ():
+        each.check_in_place()
     if layers:
         memory = layers[0].memory if start and layers[0].memory is not None else memory
         layers[0].remember(memory)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_tokens_adapters.attention_edit.apt import APT
 
-from hf_tokens import APTConfig, Dims, UnsupportedError, anatomy, get_token_model
+from hf_tokens import APTConfig, Dims, UnsupportedError, anatomy, get_token_model, unload
 from hf_tokens.testing import zoo
 
 # per case: tokens of the sequence, prompt tokens, rank, scale
@@ -87,6 +87,16 @@ def test_it_is_added_to_what_the_attention_returns(family):
         got, want, base = (m(**specimen.inputs)[0] for m in (model, other.model, zoo.build(family).model))
     torch.testing.assert_close(got, want)
     assert not torch.allclose(got, base)
+
+
+def test_an_attention_that_the_model_has_put_another_one_in_the_place_of_is_refused():
+    specimen = zoo.build("bigbird_pegasus")  # the first call with a short text makes its attention a full one
+    get_token_model(specimen.model, APTConfig())
+    with pytest.raises(UnsupportedError, match="got something else than BigBirdPegasusBlockSparseAttention at model.encoder.layers.0 since. Unload it"):
+        specimen.run()
+    unload(specimen.model)
+    get_token_model(specimen.model, APTConfig())
+    specimen.run()
 
 
 def test_an_attention_that_returns_a_scale_with_each_tensor_is_refused():

@@ -57,7 +57,7 @@ class FTP(TokenRouter):
     side_by_side = True
     causal = True
     chunks = False
-    trains_dense = True
+    trains_dense = sums_scores = True
     decodes = property(lambda self: self.config.asked(self.dims.layer) > self.config.threshold)
     teaches = property(lambda self: self.config.router == "dynamic" and self.config.distillation_weight > 0)
 
