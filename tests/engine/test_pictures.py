@@ -589,6 +589,20 @@ def test_embeddings_that_do_not_show_the_visual_tokens_are_refused(name):
         model(inputs_embeds=embedded, attention_mask=specimen.inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("name", OF_ANY_TOWER)
+def test_a_part_of_a_model_called_by_itself_is_refused_as_that(name):
+    """With pictures, and with text behind a cache: who calls the body tells nobody which of its tokens are visual."""
+    specimen = zoo.build("qwen2_vl")
+    model = get_token_model(specimen.model, name).eval()
+    pictured = {key: value for key, value in specimen.inputs.items() if key != "labels"}
+    behind = {"input_ids": torch.full((2, 3), 7), zoo.CACHE: model(**pictured, use_cache=True).past_key_values}
+    for given in (pictured, behind):
+        with pytest.raises(UnsupportedError, match="the whole model is called with, got a call of a part of it that holds model.language"):
+            specimen.model.model(**given)
+        with model.disable_adapter():
+            specimen.model.model(**pictured)
+
+
 PARALLEL = [family for family in ("glm5_next", "hy_v4_vl", "qwen4_exp") if family in zoo.families("transformers")]
 
 
