@@ -125,7 +125,7 @@ class DenoisingWorld(World):
             elapsed = None if timestep is None or not run.origin else 1 - value / run.origin
         return {
             "steps_of_denoiser": self,
-            "denoising": (self.runs.depth, *run.context),
+            "denoising": (*run.context, self.runs.depth),
             "begins": run.begins,
             "step": run.index,
             "steps": steps,

@@ -43,7 +43,7 @@ class FeatureCacheHandler(Handler):
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if call.context.denoising is not None:
             for surgery in call.model.streams:
-                surgery.state(Features).enter(call.context.denoising[0], call.context.begins)
+                surgery.state(Features).enter(call.context.denoising[-1], call.context.begins)
         if call.context.begins:
             caching = sorted({type(method).__name__ for method in call.model.methods() if isinstance(method, FeatureCache)})
             if caching and (theirs := their_caches(call.model.base)):

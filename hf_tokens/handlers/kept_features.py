@@ -40,7 +40,7 @@ class Feature:
 
 
 class Features(dict):
-    """What a stream keeps from step to step: denoising context, its run first -> what it is of -> name -> value."""
+    """What a stream keeps from step to step: denoising context, its run last -> what it is of -> name -> value."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Features(dict):
 
     def enter(self, run: int, begins: bool) -> None:
         """A step of a run follows: forget those that were within it, and what it had itself where it begins anew."""
-        for context in [context for context in self if context[0] > run or begins and context[0] == run]:
+        for context in [context for context in self if context[-1] > run or begins and context[-1] == run]:
             del self[context]
 
     def ran(self, sublayer: Sublayer, run: Any) -> bool:
