@@ -20,6 +20,7 @@ from ..model.pipelines import ALONE, CONTEXTS, PREDICTIONS, PROMPTS, Parts
 from ..model.streams import PROMPT
 
 FRAMES_TO_PIPELINE = 64  # frames between a pipeline's call and its denoiser's
+FRAMES_OF_ALL = 1000  # and between that and the call of the outermost pipeline
 REMEDY = (
     "Call the denoiser within `CacheMixin.cache_context(denoiser, 'cond')`, for a negative prompt 'uncond', for a batch that begins with "
     "it 'cond_uncond'; or give the tokens to both, where the method has a knob for that."
@@ -52,10 +53,15 @@ def guidance_of(context: str) -> Guidance:
     return Guidance(told)
 
 
-def calling() -> Iterator[FrameType]:
-    """The code of a pipeline that calls, the nearest first."""
+def nesting() -> int:
+    """In how many runs of pipelines the code is, each in a step of the one before."""
+    return sum(frame.f_code.co_name == "__call__" for frame in calling(FRAMES_OF_ALL))
+
+
+def calling(most: int = FRAMES_TO_PIPELINE) -> Iterator[FrameType]:
+    """The code of a pipeline that calls, the nearest first, within so many frames."""
     diffusers = sys.modules.get("diffusers.pipelines.pipeline_utils")
-    for frame in callers(0 if diffusers is None else FRAMES_TO_PIPELINE):
+    for frame in callers(0 if diffusers is None else most):
         names = frame.f_code.co_varnames
         if pipelines.PREPARED in names or names[:1] == ("self",) and isinstance(frame.f_locals.get("self"), diffusers.DiffusionPipeline):
             yield frame

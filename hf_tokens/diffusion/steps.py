@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,33 +23,15 @@ from ..model.pipelines import ALONE
 from ..model.signatures import bound_arguments, positional
 from ..model.streams import PROMPT
 from ..roles.signals import OF_THE_OUTPUT
-from .clock import Tick, agree, falling, own_level, same_table, tick
-from .guidance import REMEDY, guidance_of, unguided
+from .clock import Tick, agree, falling, own_level, tick
+from .guidance import REMEDY, guidance_of, nesting, unguided
+from .runs import DenoisingRun, NestedRuns, StepOutput
 from .unloading import UnloadLora
 
-CALLS = 8  # calls of one name at one timestep; more of them are runs of a single step
 HOOK = "hf_tokens"
 RUN_OVER = "_reset_stateful_cache"  # what a pipeline calls on its models when its run is over
 GUIDED = ("cond", "uncond", "pred_cond", "pred_uncond")  # names that pipelines give the two calls of guidance
 GUIDANCE_PARTS = (2, 3, 4)  # of a batch that have the same latents under guidance
-Context = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a call of a step put out.
-
-    Attributes:
-        output: The prediction, cut to the channels of the sample: what stands behind them is a variance.
-        shape: That of the sample.
-        halves: Whether the two halves of the batch had the same sample, so that they differ by their condition only.
-        like: The first call of the step that had this sample.
-    """
-
-    output: Tensor
-    shape: torch.Size
-    halves: bool
-    like: Context
 
 
 class DenoisingWorld(World):
@@ -66,23 +46,12 @@ class DenoisingWorld(World):
         self.hook = None
         self.model = model
         self.names = positional(type(model))
-        self.begins = False  # whether this call is the first of a run
-        self.place: tuple[int, float] | None = None  # what counts the steps, and what falls from one to the next
-        self.index = 0
-        self.clock: int | None = None  # which scheduler counts them
-        self.table: Tensor | None = None  # its timesteps
-        self.first = 0  # place in it at which the run began
-        self.single = 0  # runs of a single step behind each other, none of which was told of
-        self.calls: Counter[str] = Counter()
+        self.runs = NestedRuns()
         self.standing = False
-        self.origin = 0.0  # the timestep at which the run began
         self.keeps_output = False  # whether a method names a signal of what the model put out
         self.sample: Tensor | None = None
         self.finest: int | None = None  # tokens of the first stream of this call where that is asked
         self.halved: bool | None = None  # whether this call's sample has two equal halves, once that is asked
-        self.context: Context = ("default", 1)
-        self.last: dict[Context, StepOutput] = {}  # of the step before
-        self.now: dict[Context, tuple[Tensor, StepOutput]] = {}
         self.untold: tuple[Any, Tensor | None, Tensor] | None = None  # place, sample and prompt of a call whose prompt nobody told of
         self.joined: str | None = None
         if isinstance(model, sys.modules["diffusers"].ModelMixin):
@@ -111,8 +80,8 @@ class DenoisingWorld(World):
 
     def abandon(self) -> None:
         """The call has raised: what comes behind it begins a run."""
-        self.sample, self.last, self.now = None, {}, {}
-        self.forget()
+        self.sample = self.untold = None
+        self.run.end()
 
     def detach(self) -> None:
         """Leave nothing on the model."""
@@ -122,8 +91,15 @@ class DenoisingWorld(World):
             self.unloading.remove()
 
     def forget(self) -> None:
-        """Let the next call begin a run."""
-        self.place = self.untold = None
+        """The run of a pipeline is over: the next call begins one."""
+        self.runs.enter(nesting())
+        self.run.end()
+        self.untold = None
+
+    @property
+    def run(self) -> DenoisingRun:
+        """The run that the last call was of."""
+        return self.runs.run
 
     def before_model(self, model: ModelSurgery, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Context, step, steps, timestep, share of the run and picture of this call."""
@@ -136,56 +112,33 @@ class DenoisingWorld(World):
         context, timestep, sample = self.hook.manager._context, arguments.get(name), arguments.get(self.names[0])
         counted, now = context is not None and context.step_index is not None, tick()
         value = 0.0 if timestep is None else falling(class_name(self.model), torch.as_tensor(timestep))
-        self.step("default" if context is None else context.name, context.step_index if counted else None, now, value)
+        another, run = self.runs.enter(nesting()) and any(True for _ in model.methods()), self.run
+        run.step("default" if context is None else context.name, context.step_index if counted else None, now, value, another)
         self.refuse_single(model)
         self.sample, self.halved = sample if isinstance(sample, Tensor) else None, None
         steps = None if context is None else context.num_inference_steps
         if steps:
-            elapsed = self.index / steps
+            elapsed = run.index / steps
         elif now is not None and not now.falls:
-            elapsed = (now.index - self.first) / (len(now.table) - self.first)
+            elapsed = (now.index - run.first) / (len(now.table) - run.first)
         else:
-            elapsed = None if timestep is None or not self.origin else 1 - value / self.origin
+            elapsed = None if timestep is None or not run.origin else 1 - value / run.origin
         return {
             "steps_of_denoiser": self,
-            "denoising": self.context,
-            "begins": self.begins,
-            "step": self.index,
+            "denoising": (*run.context, self.runs.depth),
+            "begins": run.begins,
+            "step": run.index,
             "steps": steps,
-            "remaining": steps - 1 - self.index if steps else None if now is None else len(now.table) - 1 - now.index,
+            "remaining": steps - 1 - run.index if steps else None if now is None else len(now.table) - 1 - now.index,
             "timestep": timestep,
             "time": self.time(timestep, sample, now),
             "elapsed": elapsed,
             "picture": tuple(sample.shape[2:]) if isinstance(sample, Tensor) and sample.dim() in (4, 5) else None,
         }
 
-    def step(self, name: str, told: int | None, now: Tick | None, value: float) -> None:
-        """Go on to a call of this name: at a step that its context tells, that a scheduler counts, or that has this much noise."""
-        place = (0, -value) if told is None else (1, float(told))
-        if told is None and now is not None:
-            if not same_table(now, self.clock, self.table):
-                self.clock, self.table = now.clock, now.table
-            place = (id(self.table), float(now.index))
-        before = self.place
-        back = before is not None and place[0] == before[0] and place[1] < before[1]
-        self.begins = before is None or back or place[0] != before[0] or self.calls[name] >= CALLS and place == before
-        if self.begins or place != before:
-            self.single = self.single + 1 if back and self.index == 0 and told is None else 0
-            self.index = told if told is not None else 0 if self.begins else self.index + 1
-            self.calls.clear()
-            self.last = {} if self.begins else {key: output for key, (_, output) in self.now.items()}
-            self.now = {}
-        if self.begins:
-            self.origin, self.first = value, 0 if now is None else now.index
-            if now is not None and now.begin is not None and now.index > now.begin:  # another denoiser made the steps before
-                self.origin, self.first = value * now.span / now.level if now.level else value, now.begin
-        self.place = place
-        self.calls[name] += 1
-        self.context = (name, self.calls[name])
-
     def refuse_single(self, model: ModelSurgery) -> None:
         """Refuse steps that go back one after the other where something is kept from step to step: each would begin a run."""
-        if self.single > 1 and (self.keeps_output or any(handler_of(method).keeps_steps for method in model.methods())):
+        if self.run.single > 1 and (self.keeps_output or any(handler_of(method).keeps_steps for method in model.methods())):
             rule = "What is kept from step to step needs steps whose noise falls, or that a pipeline's scheduler or a context counts"
             remedy = "Call the denoiser within `CacheMixin.cache_context(denoiser, 'cond', step_index=i, num_inference_steps=n)`."
             raise UnsupportedError(explain(rule, "one after the other with more noise", remedy))
@@ -209,7 +162,7 @@ class DenoisingWorld(World):
         prompt = call.get(PROMPT)
         if not isinstance(prompt, Tensor):
             return None
-        guidance = guidance_of(self.context[0])
+        guidance = guidance_of(self.run.context[0])
         self.joined = guidance.joined
         if guidance.parts is None:
             self.check_untold(prompt)
@@ -222,13 +175,13 @@ class DenoisingWorld(World):
     def check_untold(self, prompt: Tensor) -> None:
         """Refuse a denoiser that is called without a pipeline for one sample with two prompts, or twice in a batch: one may be negative."""
         sample, before = self.sample, self.untold
-        twice = before is not None and before[0] == self.place and same_values(before[1], sample) and not same_values(before[2], prompt)
+        twice = before is not None and before[0] == self.run.place and same_values(before[1], sample) and not same_values(before[2], prompt)
         for parts in GUIDANCE_PARTS if sample is not None and len(sample) == len(prompt) else ():
             twice |= len(prompt) % parts == 0 and all(same_values(sample.chunk(parts)[0], other) for other in sample.chunk(parts))
         if twice:
             rule = "Which prompt is the negative one is known of the pipeline that calls, or told by the context of the call"
             raise UnsupportedError(explain(rule, "one sample with two prompts, or twice with one", REMEDY))
-        self.untold = None if sample is None else (self.place, sample, prompt)
+        self.untold = None if sample is None else (self.run.place, sample, prompt)
 
     def after_model(self, output: Any) -> None:
         """A call has ended; keep what it put out, if a method names a signal of it."""
@@ -239,9 +192,9 @@ class DenoisingWorld(World):
         channel = 1 if out.dim() > 3 else -1
         if out.shape[channel] > sample.shape[channel]:
             out = out.narrow(channel, 0, sample.shape[channel])
-        like = next((key for key, (other, _) in self.now.items() if same_values(other, sample)), self.context)
+        like = next((key for key, (other, _) in self.run.now.items() if same_values(other, sample)), self.run.context)
         halves = len(sample) == len(out) and halves_alike(sample)
-        self.now[self.context] = sample, StepOutput(out.detach(), sample.shape, halves, like)
+        self.run.keep(sample, StepOutput(out.detach(), sample.shape, halves, like))
 
     def halves(self) -> bool:
         """Whether the batch of this call is two halves of the same samples."""
@@ -256,7 +209,7 @@ class DenoisingWorld(World):
 
     def before(self) -> StepOutput | None:
         """What this context put out at the step before; None where it then ran on other samples, as where guidance ends within a run."""
-        output = self.last.get(self.context)
+        output = self.run.last.get(self.run.context)
         return output if output is not None and self.sample is not None and output.shape == self.sample.shape else None
 
     def noise(self, n: int) -> Tensor | None:
@@ -269,7 +222,7 @@ class DenoisingWorld(World):
         last = self.before()
         if last is None:
             return None
-        calls = {key: output.output for key, output in self.last.items() if output.like == last.like}
+        calls = {key: output.output for key, output in self.run.last.items() if output.like == last.like}
         named = {key: out for key, out in calls.items() if key[0] in GUIDED}
         two = list(last.output.chunk(2) if last.halves else (named if len(named) == 2 else calls).values())
         if len(two) != 2 or two[0].shape != two[1].shape:

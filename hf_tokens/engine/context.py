@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-DenoisingContext = tuple[str, int]
+DenoisingContext = tuple[str, int, int]
 State = TypeVar("State")  # what a handler keeps of a block or a stream
 
 
@@ -63,7 +63,7 @@ class ForwardContext:
         visual: Tokens of the text that stand for pictures and videos, (b n) bool; None if none does.
         targets: The column of the batch that is for the methods.
         negative: Samples of a negative prompt, (b) bool, where a method adds to the prompt; None where the model is given none.
-        denoising: Name and number of the denoising context, such as one half of guidance.
+        denoising: Name and number of the denoising context, such as one half of guidance, and the depth of its run.
         begins: Whether this is the first call of a denoising run.
         step, steps: Index of the denoising step, and their number.
         remaining: Number of steps behind it.

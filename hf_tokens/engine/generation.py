@@ -15,6 +15,8 @@ from ..kv.adopt import find_cache
 from ..kv.layer import TokenCacheLayer
 from ..model import families
 from ..model.classes import class_name
+from ..model.pictures import ENCODED, visual_tokens
+from ..roles.signals import SPANS
 from .handler import handler_of
 from .hooks import BoundForward
 from .tap import taps
@@ -112,14 +114,18 @@ def refuse_chunks(
     """In chunked prefill the passes behind the first one bring no prompt of their own.
 
     Raises:
-        UnsupportedError: A method must get its prompt in one pass, and it is longer than a chunk.
+        UnsupportedError: A method must get its prompt in one pass, or the pictures in it, and it is longer than a chunk.
     """
     size, cache, mask = generation_config.prefill_chunk_size, find_cache(model_kwargs.values()), model_kwargs.get("attention_mask")
     seen = cache is not None and mask is not None and mask.shape[1] == input_ids.shape[1]  # the ids are those of the whole sequence
     new = input_ids.shape[1] - (cache.get_seq_length() if seen else 0)
-    names = sorted({type(method).__name__ for method in model.methods() if not method.chunks})
-    if names and size is not None and new > size:
-        rule = "Methods that look at a prompt as a whole must get it in one pass"
+    if size is None or new <= size:
+        return
+    visual = visual_tokens(model.base, {**model_kwargs, "input_ids": input_ids})
+    pictured = visual is None or bool(visual[:, -new:].any())  # a chunk may end within a picture, or between two
+    names = sorted({type(m).__name__ for m in model.methods() if not m.chunks or pictured and SPANS & m.asks})
+    if names:
+        rule = "Methods that look at a prompt as a whole, or at the pictures in it, must get it in one pass"
         raise UnsupportedError(explain(rule, f"{', '.join(names)} and a prompt in chunks of {size}", "Leave out `prefill_chunk_size`."))
 
 
@@ -176,6 +182,12 @@ def refuse_at_once(model: ModelSurgery, generation_config: GenerationConfig, *ar
     refuse_timestamps(model, generation_config)
 
 
+def forget_towers(model: ModelSurgery, model_kwargs: dict) -> None:
+    """What a tower was called for before a generation is not of it, where that encodes its pictures itself."""
+    if not any(value is not None for value in (model_kwargs.get(ENCODED) or {}).values()):
+        model.seen.clear()
+
+
 def refuse_export(model: ModelSurgery) -> None:
     """A graph is recorded once, and cannot do other things for other numbers.
 
@@ -192,6 +204,7 @@ def refuse_export(model: ModelSurgery) -> None:
 BEGINNINGS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("init_continuous_batching", refuse_pages),
     ("_prepare_special_tokens", refuse_at_once),
+    ("_prepare_multimodal_encoder_kwargs_for_generation", forget_towers),
     ("_get_candidate_generator", refuse_drafts),
     ("_prefill", refuse_chunks),
 )

@@ -101,6 +101,10 @@ def modality_span(site: Site, name: str) -> Tensor:
     spans = site.run.context.visual
     ledger = site.run.ledger
     if spans is None:
+        if not site.run.context.arguments:
+            rule = "Which tokens are visual is read off the `input_ids` that the whole model is called with"
+            remedy = "Call the model, with `output_hidden_states=True` for what is inside, or disable the adapter."
+            raise UnsupportedError(explain(rule, f"a call of a part of it that holds {site.surgery.stream.paths[0]}", remedy))
         if ledger.start:
             return torch.zeros_like(ledger.rows, dtype=torch.bool)
         rule, remedy = "This method acts on visual tokens", "Give the model `input_ids` that hold them, or disable the adapter."

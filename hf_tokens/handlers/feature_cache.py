@@ -41,9 +41,10 @@ class FeatureCacheHandler(Handler):
         return block.state(Sublayers).attach("sublayer" if hook == "features" else "block")
 
     def before_model(self, call: ModelCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if call.context.begins:
+        if call.context.denoising is not None:
             for surgery in call.model.streams:
-                surgery.state(Features).clear()
+                surgery.state(Features).enter(call.context.denoising[-1], call.context.begins)
+        if call.context.begins:
             caching = sorted({type(method).__name__ for method in call.model.methods() if isinstance(method, FeatureCache)})
             if caching and (theirs := their_caches(call.model.base)):
                 rule = "A feature cache stands alone, without a cache of diffusers' own"

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..model import families
+from ..model.signatures import decoder_ids
 from ..tokens.token_map import in_float32
 from .extra_block import ExtraBlock
 
@@ -184,11 +185,11 @@ class ObjectiveSignals:
         ids = self.arguments.get(f"{self._decoder}input_ids")
         if isinstance(ids, Tensor):
             return ids
-        if not self._decoder:
+        embedded = f"{self._decoder}inputs_embeds"
+        if not self._decoder or self.arguments.get(embedded) is not None:
             rule = "This objective reads the tokens of the text"
-            raise UnsupportedError(explain(rule, "`inputs_embeds` without `input_ids`", "Pass the ids."))
-        start = torch.full_like(self.wanted[:, :1], self.model.base.config.decoder_start_token_id)
-        return torch.cat([start, self.wanted[:, :-1]], dim=1)  # so the model shifts its labels itself
+            raise UnsupportedError(explain(rule, f"`{embedded}` without `{self._decoder}input_ids`", "Pass the ids."))
+        return decoder_ids(self.model.base, self.wanted, IGNORED)
 
     @lazy
     def positions(self) -> Tensor:

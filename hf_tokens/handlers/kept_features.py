@@ -40,7 +40,7 @@ class Feature:
 
 
 class Features(dict):
-    """What a stream keeps from step to step: denoising context -> what it is of -> name -> value."""
+    """What a stream keeps from step to step: denoising context, its run last -> what it is of -> name -> value."""
 
     def __init__(self):
         super().__init__()
@@ -48,6 +48,11 @@ class Features(dict):
 
     def __reduce__(self) -> tuple:
         return Features, ()
+
+    def enter(self, run: int, begins: bool) -> None:
+        """A step of a run follows: forget those that were within it, and what it had itself where it begins anew."""
+        for context in [context for context in self if context[-1] > run or begins and context[-1] == run]:
+            del self[context]
 
     def ran(self, sublayer: Sublayer, run: Any) -> bool:
         """Note that a sublayer runs in a pass; returns whether it did so before."""

@@ -346,6 +346,7 @@ class TokenCacheLayer(CacheLayerMixin):
         live = self.origins < self.seen
         if tokens_to_remove < 0 and not bool(live.all()):
             self.filled = live if self.filled is None else (live if live.dim() == self.filled.dim() else live[:, None]) & self.filled
+            self.origins = self.origins.masked_fill(~live, 0)  # what stays as a gap stands at a place that there is
             anywhere = live.flatten(0, -2).any(dim=0)
             width = int(anywhere.sum())
             if bool(anywhere[:width].all()):

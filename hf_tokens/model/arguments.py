@@ -20,7 +20,7 @@ FOREIGN = re.compile(
     r"embedded_timestep|spatial_shapes|level_start|valid_ratios|rel_embeddings|global_hidden|text_(feat|embed|att|self|pos|enc)|image_hidden|"
     r"visual(_feats)?$|vision_(encoder|features)|(ca_|temb_ca_|temb_)?audio_(enc|hidden|rotary|scale|gate)|temb_audio)"
 )
-CROSS = re.compile(r"encoder|cross(?!_attention_gate)|context|memory|image_attention")
+CROSS = re.compile(r"encoder|cross(?!_attention_gate)|context|memory|image_attention|^full_text_row")
 EMBEDDING = re.compile(r"(^|_)(temb|conditioning|modulation|adaln\w*)($|_)|^(emb|time_emb\w*)$")
 SLOPES = re.compile(r"alibi")  # a bias by distance beside a mask: cut, but nothing is hidden in it
 BETWEEN = re.compile(r"mask|bias|alibi|^rel(_\w+)?_pos$|^rel_pos$")  # tables from token to token

@@ -12,7 +12,7 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError, explain
 from .classes import known_class
@@ -82,6 +82,24 @@ def cache_argument(function: Callable[..., Any]) -> str:
             return name
     rule = f"A model that decodes token by token takes a cache as one of {CACHES}"
     raise UnsupportedError(explain(rule, sorted(names), "Choose another model."))
+
+
+SHIFTS = "prepare_decoder_input_ids_from_labels"  # what a model of Transformers makes of labels that come without ids of the decoder
+
+
+def decoder_ids(model: nn.Module, labels: Tensor, ignored: int) -> Tensor:
+    """What the decoder of a model reads where it is given labels alone, (b n).
+
+    Raises:
+        UnsupportedError: Neither the model nor its config says it.
+    """
+    if SHIFTS in dir(type(model)):
+        return getattr(model, SHIFTS)(labels=labels)
+    start, pad = (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    if start is None or pad is None:
+        rule = "What a decoder reads of labels is known where its config names the token that it begins with, and the one for padding"
+        raise UnsupportedError(explain(rule, f"{type(model).__name__} with labels alone", "Pass `decoder_input_ids`."))
+    return torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1].masked_fill(labels[:, :-1] == ignored, pad)], dim=1)
 
 
 @read_once

@@ -304,6 +304,12 @@ class HFTokensModel(BaseTuner):
         rule = "Token surgery is not a change of weights and cannot be merged"
         raise UnsupportedError(explain(rule, "a call of merge", "Use `unload()`."))
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """There are no weights to sum, and a sum of tokens or of routers is no adapter: always refused."""
+        rule = "Token surgeries cannot be summed: what each does to the tokens depends on its own"
+        remedy = "Let several act one behind the other: `model.base_model.set_adapter([...])`."
+        raise UnsupportedError(explain(rule, "a call of add_weighted_adapter", remedy))
+
     def _merge_edits(self, safe_merge: bool) -> None:
         """Write edits of weights that act, and the LoRAs among them, into the base for good."""
         blocks = list(self._surgeries())

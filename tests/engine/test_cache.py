@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_tokens import DeepPromptConfig, PrefixKVConfig, UnsupportedError, anatomy, get_token_model
+from hf_tokens import DeepPromptConfig, MixtureOfDepthsConfig, PrefixKVConfig, UnsupportedError, anatomy, get_token_model
 from hf_tokens.engine.run import Memory
 from hf_tokens.kv.adopt import adopt
 from hf_tokens.kv.layer import TokenCacheLayer
@@ -330,6 +330,34 @@ def test_inserted_tokens_come_again_where_a_crop_took_them(config):
     first = model(**inputs, use_cache=True)
     first.past_key_values.crop(-inputs["input_ids"].shape[1])
     close(model(**inputs, **{CACHE: first.past_key_values}).logits, first.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart", "moonshine"])
+def test_fewer_tokens_than_a_crop_took_find_their_places(family):
+    """Rows that keep different tokens have gaps among their entries: those stand for no place beyond what is seen."""
+    specimen, ids = zoo.build(family, dtype=torch.float64), torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    model = get_token_model(specimen.model, MixtureOfDepthsConfig(layers=(0, 1, 2, 3), capacity=0.5)).eval()
+    for name, parameter in model.named_parameters():
+        if "hf_tokens" in name:
+            torch.nn.init.normal_(parameter)
+    given = {n: v for n, v in specimen.inputs.items() if not n.startswith("decoder")} if specimen.model.config.is_encoder_decoder else {}
+    name = "decoder_input_ids" if given else "input_ids"
+
+    def said(cache, *passes):
+        out = None
+        for tokens in passes:
+            out = model(**given, **{name: tokens, CACHE: cache}, use_cache=True)
+            cache = out[CACHE] if CACHE in out else out.past_key_values
+        return out.logits, cache
+
+    for taken in (1, 4, 7, 11):
+        for more in (1, 2):
+            _, cache = said(None, ids)
+            cache.crop(-taken)
+            got, _ = said(cache, 70 - ids[:, :more])
+            want, _ = said(None, ids[:, :-taken], 70 - ids[:, :more])
+            close(got, want)
 
 
 @torch.no_grad()

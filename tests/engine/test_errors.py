@@ -1,5 +1,6 @@
 """Bad input: each mistake is one error in the standard words (rule, what came, remedy), and the model is as it was."""
 
+import copy
 import json
 import re
 from importlib.metadata import EntryPoint
@@ -9,7 +10,7 @@ import pytest
 import torch
 from contract.architectures import ARCHITECTURES
 from contract.pairs import difference, snapshot
-from peft import PeftModel, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from tolerances import all_equal
 
@@ -270,7 +271,7 @@ def test_a_damaged_adapter_beside_another(saved):
 
 
 def test_an_adapter_of_another_type(tmp_path):
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     refused(tmp_path, "hf_tokens.load needs an adapter of type HF_TOKENS, got .*LORA")
@@ -329,6 +330,14 @@ def test_a_merge_is_refused():
     for name in ("merge_adapter", "merge_and_unload"):
         with pytest.raises(UnsupportedError, match=r"cannot be merged, got a call of merge. Use `unload\(\)`"):
             getattr(model, name)()
+
+
+@pytest.mark.parametrize("methods", [["probe-insert"], ["probe-insert", LoraConfig(r=2, target_modules=["q_proj"])]])
+def test_a_sum_of_adapters_is_refused(methods):
+    model = get_token_model(base(), methods)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    with pytest.raises(UnsupportedError, match=r"cannot be summed.*got a call of add_weighted_adapter. Let several act"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
 
 
 @pytest.mark.parametrize("door", [hf_tokens.aux_loss, hf_tokens.unload, lambda model: hf_tokens.set_progress(model, 0.5)])

@@ -1,6 +1,7 @@
 """What objectives hear: targets, tokens and places as the model's own loss has them; and where they stand."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from hf_tokens import (
 )
 from hf_tokens.handlers.judged import ObjectiveSignals, first_tensor, labels_of, log_probabilities
 from hf_tokens.handlers.objective import objectives_of
+from hf_tokens.model.signatures import decoder_ids
 from hf_tokens.testing import zoo
 from hf_tokens.tools.surgeries import blocks_in, surgery_of
 
@@ -77,6 +79,38 @@ def test_a_decoder_s_tokens_are_those_that_the_model_makes_of_its_labels():
     alone = surgery(input_ids=ids, labels=labels).loss
     given = surgery(input_ids=ids, labels=labels, decoder_input_ids=model._shift_right(labels)).loss
     assert torch.equal(alone, given)
+
+
+SHIFTING = ("bart", "mbart", "plbart", "t5gemma", "m2m_100", "marian", "umt5", "whisper", "speecht5", "seamless_m4t_v2", "blenderbot")
+
+
+@pytest.mark.parametrize("family", SHIFTING)
+def test_what_a_decoder_reads_of_labels_is_what_its_table_is_asked_for(family):
+    """Some begin with the last word, which is the language; what is no target is padding there."""
+    specimen = zoo.build(family)
+    model, read = specimen.model, []
+    model.get_decoder().get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    labels = torch.tensor([[5, 6, -100, 7, 2], [8, 9, 2, -100, -100]])
+    given = {name: value for name, value in specimen.inputs.items() if not name.startswith("decoder") and name != "labels"}
+    with torch.no_grad():
+        model(**given, labels=labels)
+    assert torch.equal(decoder_ids(model, labels, -100), read[-1])
+
+
+def test_what_a_decoder_reads_of_labels_is_refused_where_nothing_says_it():
+    silent = SimpleNamespace(config=SimpleNamespace(pad_token_id=0))
+    with pytest.raises(UnsupportedError, match="config names the token that it begins with.*labels alone. Pass `decoder_input_ids`"):
+        decoder_ids(silent, torch.tensor([[5, 6]]), -100)
+
+
+def test_an_objective_of_the_text_is_refused_where_a_decoder_is_given_embeddings():
+    specimen = zoo.build("bart")
+    labels = torch.randint(5, 80, (2, 15))
+    embeds, given = specimen.model.get_input_embeddings()(labels), {"input_ids": specimen.inputs["input_ids"], "labels": labels}
+    fish = get_token_model(specimen.model, FISH).train()
+    with pytest.raises(UnsupportedError, match="got `decoder_inputs_embeds` without `decoder_input_ids`. Pass the ids"):
+        fish(**given, decoder_inputs_embeds=embeds)
+    assert fish(**given).loss.isfinite()
 
 
 def test_without_ids():

@@ -20,6 +20,7 @@ from hf_tokens.model.pictures import find_pictures, grids_in_text, on_grids, pat
 from hf_tokens.peft.placement import sees
 from hf_tokens.roles.registry import method_info
 from hf_tokens.testing import zoo
+from hf_tokens.tools.surgeries import surgery_of
 
 MERGED = SimpleNamespace(model_type="qwen2_vl", vision_config=SimpleNamespace(spatial_merge_size=2))
 GRIDDED = {"method": "fourier-vlm", "keep": 0.5}  # its outcome depends on rows and columns
@@ -587,6 +588,36 @@ def test_embeddings_that_do_not_show_the_visual_tokens_are_refused(name):
     embedded = specimen.model.get_input_embeddings()(specimen.inputs["input_ids"])
     with pytest.raises(UnsupportedError, match="acts on visual tokens, got an input without any image or video token. Give the model"):
         model(inputs_embeds=embedded, attention_mask=specimen.inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("name", OF_ANY_TOWER)
+def test_a_prompt_in_chunks_is_refused_where_they_may_cut_a_picture(name):
+    """Text alone may come in chunks, if the method takes those. Pictures that were encoded before a refusal are not of the next call."""
+    specimen = zoo.build("qwen2_vl", dtype=torch.float64)
+    model = get_token_model(specimen.model, name).eval()
+    inputs = {key: value for key, value in specimen.inputs.items() if key != "labels"}
+    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, suppress_tokens=[*range(80, 99)])
+    with pytest.raises(UnsupportedError, match=r"or at the pictures in it, must get it in one pass, got \w+ and a prompt in chunks of 5"):
+        model.generate(**inputs, **options, prefill_chunk_size=5)
+    said = model.generate(**inputs, **options, prefill_chunk_size=99)
+    assert torch.equal(said, model.generate(**inputs, **options))
+    words = {"input_ids": torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))}
+    if all(method.chunks for method in surgery_of(model).methods()):
+        assert torch.equal(model.generate(**words, **options, prefill_chunk_size=5), model.generate(**words, **options))
+
+
+@pytest.mark.parametrize("name", OF_ANY_TOWER)
+def test_a_part_of_a_model_called_by_itself_is_refused_as_that(name):
+    """With pictures, and with text behind a cache: who calls the body tells nobody which of its tokens are visual."""
+    specimen = zoo.build("qwen2_vl")
+    model = get_token_model(specimen.model, name).eval()
+    pictured = {key: value for key, value in specimen.inputs.items() if key != "labels"}
+    behind = {"input_ids": torch.full((2, 3), 7), zoo.CACHE: model(**pictured, use_cache=True).past_key_values}
+    for given in (pictured, behind):
+        with pytest.raises(UnsupportedError, match="the whole model is called with, got a call of a part of it that holds model.language"):
+            specimen.model.model(**given)
+        with model.disable_adapter():
+            specimen.model.model(**pictured)
 
 
 PARALLEL = [family for family in ("glm5_next", "hy_v4_vl", "qwen4_exp") if family in zoo.families("transformers")]

@@ -69,6 +69,7 @@ from hf_tokens import (
     unload,
 )
 from hf_tokens.diffusion.clock import Tick, falling, find_tick
+from hf_tokens.diffusion.runs import DenoisingRun
 from hf_tokens.diffusion.steps import DenoisingWorld
 from hf_tokens.model import families
 from hf_tokens.model.pipelines import (
@@ -834,6 +835,40 @@ def test_the_unit_of_a_denoiser_that_has_none_of_its_own_is_its_pipeline_s():
     assert there == set(GIVE_SHARES) & pipelines().keys()
 
 
+def within(cls, method, steps, inner, by):
+    """What a pipeline makes, and what it makes within two steps of that, `by` its callback or by its scheduler: (inner, None) for none."""
+    pipe, made, at = get_token_model(stable(cls), method), [], iter(range(2 * steps))
+    run = lambda steps, **more: drawn(pipe, 1, False, **INVERTED | {"steps": steps}, **more)
+
+    def begin(*_):
+        if inner and not made and next(at) == 2:
+            made.append(None)
+            made.append(run(inner))
+        return {}
+
+    if by == "scheduler":
+        step = pipe.scheduler.step
+        pipe.scheduler.step = lambda *args, **kwargs: (begin(), step(*args, **kwargs))[1]
+        return run(steps), *made[1:]
+    return run(steps, callback_on_step_end=begin), *made[1:]
+
+
+KEEPING = ("importance-token-merge", "tomesd", "toca", "teacache", "profilingdit", "first-block-cache", "prospect")
+
+
+@pytest.mark.parametrize("by", ["callback", "scheduler"])
+@pytest.mark.parametrize("method", KEEPING)
+def test_a_run_within_a_step_of_another_has_steps_and_features_of_its_own(method, by):
+    (want,) = within(StableDiffusionPipeline, method, 5, None, by)
+    outer, inner = within(StableDiffusionPipeline, method, 5, 5, by)
+    assert torch.equal(outer, want) and torch.equal(inner, want)
+
+
+def test_a_run_within_a_step_of_another_that_sets_its_scheduler_anew_is_refused():
+    with pytest.raises(UnsupportedError, match="must leave the other's scheduler its timesteps, got one that set them anew. Give the pip"):
+        within(StableDiffusionPipeline, "tomesd", 5, 3, "callback")
+
+
 class Harmless(torch.nn.Module):
     """Stands for the safety checker, which is another package's."""
 
@@ -896,7 +931,7 @@ def test_a_second_expert_goes_on_where_the_first_has_stopped():
 def test_a_run_whose_first_steps_another_denoiser_made_began_with_them(begin, origin, first):
     """The scheduler says at which of its timesteps the pipeline began; one that does not is taken to begin here."""
     table = torch.tensor([1000.0, 750.0, 500.0, 250.0])
-    steps = DenoisingWorld(WanTransformer3DModel.__new__(WanTransformer3DModel))
+    steps = DenoisingRun()
     steps.step("default", None, Tick(table, 0, 2, 500.0, True, begin, 1000.0 if begin == 0 else 500.0), 500.0)
     assert (steps.index, steps.begins, steps.origin, steps.first) == (0, True, origin, first)
 
@@ -913,8 +948,7 @@ DENOISERS = [family.partition("/")[2] for family in zoo.families("diffusers")]
 
 @pytest.mark.parametrize("kind", DENOISERS)
 def test_every_denoiser_alone_counts_the_steps_of_its_run(kind):
-    cls = getattr(diffusers, kind)
-    steps = DenoisingWorld(cls.__new__(cls))
+    steps = DenoisingRun()
     for _ in range(2):
         for i, value in enumerate(falling_run(kind)):
             steps.step("default", None, None, falling(kind, torch.tensor([value] * 2)))

@@ -208,6 +208,7 @@ TRANSFORMERS = (
         takes=("query_length", "key_length", "past_seen_tokens"),
     ),
     Private("transformers.generation.GenerationMixin", "_get_candidate_generator", "assisted decoding asks for it before its first pass"),
+    Private("transformers.generation.GenerationMixin", "_prepare_multimodal_encoder_kwargs_for_generation", "`generate` encodes there"),
     Private("transformers.generation.GenerationMixin", "_prepare_special_tokens", "`generate` calls it before anything is computed"),
     Private(
         "transformers.generation.GenerationMixin",

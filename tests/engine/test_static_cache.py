@@ -42,6 +42,16 @@ def test_prompts_of_each_block_run_with_a_static_cache(family, layers):
         torch.testing.assert_close(base[1], write(model)[1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_block_that_reads_the_picture_runs_with_a_static_cache():
+    """A mask of the rows that see it has no column for the tokens in front."""
+    specimen = zoo.build("mllama")
+    model = get_token_model(specimen.model, DeepPromptConfig(tokens=3, stream="text")).eval()
+    given = {name: value for name, value in specimen.inputs.items() if name != "labels"}
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, suppress_tokens=[*range(80, 99)])
+    said = model.generate(**given, **options)
+    assert torch.equal(model.generate(**given, **options, cache_implementation="static"), said)
+
+
 def test_beams_take_their_prompts_along():
     model = prompted("llama")
     dynamic, static = (write(model, num_beams=3, **more) for more in ({}, {"cache_implementation": "static"}))

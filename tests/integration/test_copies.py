@@ -72,6 +72,6 @@ def test_the_run_of_a_copied_denoiser_is_its_own(made):
         with torch.no_grad():
             inner(**calls("flux", 1)[0])
         worlds.append(next(world for world in surgery_of(one).worlds if isinstance(world, DenoisingWorld)))
-    assert worlds[0] is not worlds[1] and all(world.place is not None for world in worlds)
+    assert worlds[0] is not worlds[1] and all(world.run.place is not None for world in worlds)
     twin.base_model.model._reset_stateful_cache()
-    assert worlds[0].place is not None and worlds[1].place is None
+    assert worlds[0].run.place is not None and worlds[1].run.place is None

@@ -85,6 +85,19 @@ def test_model_is_the_loop(lengths, knobs, pairs):
         torch.testing.assert_close(logits[row], told, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize(("n", "gamma"), [(1, 0.5), (1, 0.05), (12, 0.0)])
+@torch.no_grad()
+def test_a_token_that_was_retained_stays_so(n, gamma):
+    """The only token of a prompt is as far apart as the threshold, as the furthest is where gamma is 0: no rounding may merge it later."""
+    specimen = zoo.build("gpt2", dtype=torch.float64)
+    model = get_token_model(specimen.model, MiniCacheConfig(layers=(0, 1, 2, 3), gamma=gamma)).eval()
+    for rows in (specimen.inputs["input_ids"], specimen.inputs["input_ids"][:1]):
+        _, _, cache = greedy(model, rows[:, :n], torch.ones_like(rows[:, :n]), 6)
+        for layer in cache.layers[1::2]:
+            retained = layer.record.entries["beyond"][..., :n] == 0
+            assert bool((retained.sum(dim=-1) == 1).all())
+
+
 def shared_bytes(cache):
     """Bytes that layers would count twice if each were asked alone."""
     return sum(layer.nbytes for layer in cache.layers) - sum(t.numel() * t.element_size() for t in every_tensor(cache))

@@ -45,7 +45,15 @@ class MiniCache(CacheCompressor):
         return tuple(range(layers // 2, layers))
 
     def score(
-        self, keys: Tensor, values: Tensor, keys_below: Tensor, values_below: Tensor, mask: Tensor, record: dict, prefill: bool
+        self,
+        keys: Tensor,
+        values: Tensor,
+        keys_below: Tensor,
+        values_below: Tensor,
+        mask: Tensor,
+        newer: Tensor,
+        record: dict,
+        prefill: bool,
     ) -> Tensor:
         pairs = ((keys_below, keys), (values_below, values))
         apart = [angle_between(normalize(a, dim=-1), normalize(b, dim=-1)) / math.pi for a, b in pairs]
@@ -55,7 +63,9 @@ class MiniCache(CacheCompressor):
             high = distance.masked_fill(~mask, -torch.inf).amax(dim=-1)
             low = distance.masked_fill(~mask, torch.inf).amin(dim=-1)
             record["threshold"] = high - self.config.gamma * (high - low) if self.config.gamma < 1 else torch.zeros_like(high)
-        return (distance >= record["threshold"][..., None]).double()
+            return (distance >= record["threshold"][..., None]).double()
+        known = newer if newer.dim() == 3 else newer[:, None]  # it was retained when it was new: its distance may be the threshold itself
+        return ((distance >= record["threshold"][..., None]) | (known > 0)).double()
 
     def budget(self, length: int, seen: int) -> None:
         return None
