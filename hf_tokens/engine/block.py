@@ -97,9 +97,9 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
             UnsupportedError: The model has put another one in its place.
         """
         if (self._handles or self.tap.opened) and any(owner._modules.get(name) is not part for owner, name, part in self._way):
-            rule, got = "A surgery acts in the modules that it was put into", f"something else than {type(self.attention).__name__} at {self.path} since"
+            got = f"something else than {type(self.attention).__name__} at {self.path} since"
             remedy = "Unload it and put it in again behind the call that changed the model."
-            raise UnsupportedError(explain(rule, got, remedy))
+            raise UnsupportedError(explain("A surgery acts in the modules that it was put into", got, remedy))
 
     @property
     def base(self) -> nn.Module:
