@@ -230,6 +230,29 @@ def test_cells_come_and_go_without_a_copy_of_the_others():
     assert sorted(part.count for part in layer.kv.parts) == [20 * B * K, 50 * B * K]
 
 
+@pytest.mark.parametrize("keys", [FORM, ALONG], ids=["by token", "by channel"])
+def test_the_entry_of_each_head_goes_over_in_place_as_where_a_mask_says_it(keys):
+    early = torch.arange(20).expand(B, K, 20) < 10
+    layers = [TokenCacheLayer(), TokenCacheLayer()]
+    scale = 1 + torch.rand(B, K, 1, E) if keys == FORM else None
+    for layer in layers:
+        arrive(layer, 20, 0)
+        if keys == ALONG:
+            layer.hold(early, keys, Plain())
+        layer.hold(torch.arange(20).expand(B, K, 20) < 5, keys, FORM, scale)
+    order = torch.stack([torch.randperm(5) for _ in range(B * K)]).view(B, K, 5) + 5
+    for step in range(3):
+        place = order[..., step : step + 1]
+        layers[0].hold(torch.zeros(B, K, layers[0].length, dtype=torch.bool).scatter(-1, place, True), keys, FORM)
+        assert layers[1].kv.convert_each(place, (keys, FORM))
+        for layer in layers:
+            arrive(layer, 1, step)
+            layer.release()
+        assert torch.equal(layers[0].keys, layers[1].keys) and torch.equal(layers[0].values, layers[1].values)
+        for one, other in zip(*(layer.kv.parts for layer in layers), strict=True):
+            assert torch.equal(one.cells, other.cells) and torch.equal(one.lengths, other.lengths) and one.count == other.count
+
+
 def read_by(model, ids, mask, monkeypatch, itself):
     """Logits of a generation, and the operations that ran."""
     if not itself:
