@@ -33,8 +33,9 @@ class Cells:
         return Cells(self.start + first, self.stride, self.rows, last - first)
 
     def chunks(self, most: int, multiple: int = 1) -> list[slice]:
-        """Parts of no more than so many cells in all, each as many times some of a row and head, but the last one."""
-        step = max(1, most // self.rows // multiple) * multiple
+        """Parts of no more than so many cells in all, as few and as alike as may be, each as many times some of a row and head."""
+        widest = max(1, most // self.rows // multiple) * multiple
+        step = -(-self.count // -(-self.count // widest) // multiple) * multiple  # as many parts, of one width
         return [slice(first, min(first + step, self.count)) for first in range(0, self.count, step)]
 
 
