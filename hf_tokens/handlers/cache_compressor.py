@@ -53,7 +53,7 @@ class CacheCompressorHandler(Handler):
 
     def quiet(self, method: CacheCompressor, layer: TokenCacheLayer) -> bool:
         """Whether it scores a generated token by what is in the cache alone."""
-        return method.asks - {*method.of_prompts} <= OF_THE_CACHE
+        return method.asks_later <= OF_THE_CACHE
 
     def notes_later(self, method: CacheCompressor) -> bool:
         """It notes what each entry receives, for a later prompt."""
