@@ -74,11 +74,22 @@ class KVStates:
     def pick(self, index: Tensor) -> Pair:
         """Keys and values of the entries of an index (b k r), unpacked."""
         if self.parts is not None and self._unpacked is None:
+            plain = self._all_plain(index)
+            if plain is not None:
+                return plain
             b, k = (torch.arange(n, device=index.device) for n in index.shape[:2])
             spots = torch.broadcast_tensors(b[:, None, None], k[:, None], index)
             spots = tuple(x.flatten() for x in spots)
             return tuple(read(self.parts, which, spots).view(*index.shape, -1) for which in BOTH)
         return self._gather(index)
+
+    def _all_plain(self, index: Tensor) -> Pair | None:
+        """Keys and values of the entries of an index (b k r), where all of them lie as they came in one part."""
+        plain = next((part for part in self.parts if part.forms == (Plain(), Plain())), None)
+        cells = None if plain is None else plain.cells.gather(-1, index)
+        if cells is None or not bool((cells >= 0).all()):
+            return None
+        return tuple(x.index_select(0, cells.flatten()).view(*index.shape, -1) for (x,) in plain.packed)
 
     def hand_out(self, blank: bool) -> Pair:
         """All keys and values for the block that runs; a blank in their place if it reads the entries as they lie."""

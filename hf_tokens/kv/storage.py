@@ -251,8 +251,9 @@ class Part:
         if bool((self.lengths >= self.ends - self.starts).any()):
             self._make_room(self.lengths + 1)
         into = self.starts + self.lengths
+        at = into.flatten()
         for (x,), new in zip(self.packed, rows, strict=True):
-            x.index_copy_(0, into.flatten(), new.flatten(0, 2))
+            x.index_copy_(0, at, new.flatten(0, 2))
         self.cells, self.lengths, self.count = torch.cat([self.cells, into[..., None]], dim=-1), self.lengths + 1, self.count + into.numel()
 
     def takes_each(self, other: Part) -> bool:
@@ -268,13 +269,14 @@ class Part:
         if bool((self.lengths >= self.ends - self.starts).any()):
             self._make_room(self.lengths + 1)
         cell, into = other.cells.gather(-1, place), self.starts + self.lengths
+        at, to = cell.flatten(), into.flatten()
         for which in BOTH:
-            rows = [x.index_select(0, cell.flatten()) for x in other.packed[which]]
+            rows = [x.index_select(0, at) for x in other.packed[which]]
             if self.forms[which] != other.forms[which]:
                 read = other.forms[which].unpack(*rows)
                 rows = self.forms[which].pack(read if which or self.scale is None else read * self.scale.flatten(0, 2))
             for x, new in zip(self.packed[which], rows, strict=True):
-                x.index_copy_(0, into.flatten(), new)
+                x.index_copy_(0, to, new)
         self.cells, self.lengths = self.cells.scatter(-1, place, into[..., None]), self.lengths + 1
         self.count += into.numel()
         other.give_each(place, cell)
@@ -282,8 +284,9 @@ class Part:
     def give_each(self, place: Tensor, cell: Tensor) -> None:
         """Let the entry at a place of each row and key head go, (b k 1), which lies in this cell: the last one moves there."""
         last = (self.starts + self.lengths - 1)[..., None]
+        at, ends = cell.flatten(), last.flatten()
         for x in (x for states in self.packed for x in states):
-            x.index_copy_(0, cell.flatten(), x.index_select(0, last.flatten()))
+            x.index_copy_(0, at, x.index_select(0, ends))
         cells = torch.where(self.cells == last, cell, self.cells)
         self.cells, self.lengths = cells.scatter_(-1, place, -1), self.lengths - 1
         self.count -= cell.numel()

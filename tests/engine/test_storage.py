@@ -7,6 +7,7 @@ import torch
 from hf_tokens_kernels import picks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Operations
 from tolerances import close
 from transformers import DynamicCache
 
@@ -251,6 +252,22 @@ def test_the_entry_of_each_head_goes_over_in_place_as_where_a_mask_says_it(keys)
         assert torch.equal(layers[0].keys, layers[1].keys) and torch.equal(layers[0].values, layers[1].values)
         for one, other in zip(*(layer.kv.parts for layer in layers), strict=True):
             assert torch.equal(one.cells, other.cells) and torch.equal(one.lengths, other.lengths) and one.count == other.count
+
+
+@pytest.mark.parametrize("config", [KIVIConfig(group=4, residual=8), MiKVConfig(importance=0.1, bits=2)], ids=["kivi", "mikv"])
+def test_a_generated_token_of_entries_in_few_bits_takes_few_operations(config):
+    """Each costs more than what it computes: no more than six times as many run as in the plain model."""
+    ids, counts = torch.randint(5, 60, (1, 150), generator=torch.Generator().manual_seed(0)), []
+    for made in (lambda base: base, lambda base: get_token_model(base, config)):
+        model, steps = made(zoo.build("llama").model).eval(), []
+        with torch.no_grad():
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            for _ in range(9):
+                with Operations() as operations:
+                    model(input_ids=ids[:, :1], **{CACHE: cache}, use_cache=True)
+                steps.append(operations.count)
+        counts.append(sorted(steps)[4])
+    assert counts[1] <= 6 * counts[0]
 
 
 def read_by(model, ids, mask, monkeypatch, itself):

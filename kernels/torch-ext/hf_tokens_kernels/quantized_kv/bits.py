@@ -53,6 +53,13 @@ def strip_masks(bits: int, device: torch.device) -> Tensor | None:
         return torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=device)[:, None, None]
 
 
+@functools.cache
+def places(p: int, device: torch.device) -> Tensor:
+    """By how much each code of p bits in a byte counts, (8/p 1)."""
+    with torch.inference_mode(False):
+        return torch.tensor([2 ** (p * i) for i in range(8 // p)], dtype=torch.uint8, device=device)[:, None]
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes (r n) below 2^bits, packed into bytes (r m), a column of which lies together."""
     out, shift, n = [], 0, codes.shape[1]
@@ -61,10 +68,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         w = -(-n * p // 8)
         strips = codes if len(planes(bits)) == 1 else (codes >> shift) & (2**p - 1)
         strips = (strips if w * (8 // p) == n else pad(strips, (0, w * (8 // p) - n))).unflatten(1, (8 // p, w))
-        byte = strips[:, 0]
-        for i in range(1, 8 // p):
-            byte = byte | strips[:, i] << (p * i)
-        out.append(byte)
+        out.append(strips[:, 0] if p == MOST else (strips * places(p, codes.device)).sum(dim=1, dtype=torch.uint8))
         shift += p
     return torch.cat([byte.mT for byte in out]).mT
 
