@@ -14,7 +14,7 @@ from ..ragged_attention.cells import Cells, placed, together
 from .bits import MOST, strip_masks, strip_shares, unpack_bits
 from .forms import Kept, Packed, Rounded
 
-CHUNK = 12288  # cells unpacked at a time: of more, the codes leave the caches before they are read; of fewer, calls cost more than they do
+CHUNK = 6144  # cells unpacked at a time: of more, the codes leave the caches before they are read; of fewer, calls cost more than they do
 FEW = 128  # cells of a row and head up to which rows are read whole: it takes fewer calls
 MOST_GROUPS = 8  # groups of channels up to which the scales are taken in behind the products
 
