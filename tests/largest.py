@@ -1,4 +1,4 @@
-"""How large what an operation makes along the way is."""
+"""How large what an operation makes along the way is, and how many there are."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,3 +17,15 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return out
+
+
+class Operations(TorchDispatchMode):
+    """How many operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))

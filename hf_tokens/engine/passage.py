@@ -227,6 +227,8 @@ def ask_behind(pass_plan: PassPlan, site: Site) -> None:
     for handler, method in pass_plan.of("listen")[:1]:
         handler.listen(method, site)
     for method in pass_plan.methods:
+        if method.observes_prompts and not site.run.prefill:
+            continue
         # a method that needs a cache has nothing to observe without one
         if method.observes and site.local is not None and (site.layer is not None or not handler_of(method).needs_cache):
             note = ask(method, site, "observe")

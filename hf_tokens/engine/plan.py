@@ -72,7 +72,7 @@ class BlockPlan:
             always=PassPlan.among(acting),
             sums=any(method.sums_scores or SCORED in method.asks for method in prompt),
             taps=any(taps(method, method.asks) for method in acting),
-            taps_decode=any(taps(method, method.asks - {*method.of_prompts}) for method in later),
+            taps_decode=any(taps(method, method.asks_later) for method in later),
             attends=next((method for method in acting if method.words.get("attend")), None),
         )
 

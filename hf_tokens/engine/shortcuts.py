@@ -18,6 +18,7 @@ from .plan import PassPlan
 from .run import BESIDE, Site
 
 if TYPE_CHECKING:
+    from ..kv.layer import TokenCacheLayer
     from .block import BlockSurgery
 
 
@@ -61,11 +62,11 @@ def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     return output
 
 
-def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict) -> bool:
+def is_quiet(block: BlockSurgery, pass_plan: PassPlan, layer: TokenCacheLayer, args: tuple, kwargs: dict) -> bool:
     """Whether a block runs on a generated token as it came: no method is called before it is done, and no mask is cut to its cache."""
     surgery = block.surgery
-    run, layer = surgery.call.run, cache_layer(block, find_cache((*args, *kwargs.values())))
-    if layer is None or layer.filled is not None or layer.packed or layer.outlives or not run.ledger.untouched:
+    run = surgery.call.run
+    if layer.filled is not None or layer.packed or layer.outlives or not run.ledger.untouched:
         return False
     ends = block.index >= min(surgery.plan.exit, surgery.depth) - 1 or surgery.plan.sees_all
     shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None
@@ -75,9 +76,9 @@ def is_quiet(block: BlockSurgery, pass_plan: PassPlan, args: tuple, kwargs: dict
     return quiet and tells_no_places(block.module, block.facts, args, kwargs)
 
 
-def run_quietly(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
+def run_quietly(block: BlockSurgery, layer: TokenCacheLayer, args: tuple, kwargs: dict) -> Any:
     """Run such a block."""
-    surgery, layer = block.surgery, cache_layer(block, find_cache((*args, *kwargs.values())))
+    surgery = block.surgery
     run = surgery.call.run
     run.enter(block.index, run.ledger.context)
     lend(surgery, block, run.ledger, run, expect(layer, run.ledger))

@@ -70,8 +70,9 @@ def run_pass(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
     if in_backward():
         return run_again(block, BlockCall(surgery.stream, block.index, block.facts, args, kwargs), replayed)
     try:
-        if later and is_quiet(block, pass_plan, args, kwargs):
-            return run_quietly(block, args, kwargs)
+        layer = cache_layer(block, find_cache((*args, *kwargs.values()))) if later else None
+        if layer is not None and is_quiet(block, pass_plan, layer, args, kwargs):
+            return run_quietly(block, layer, args, kwargs)
         return walk(block, BlockCall(surgery.stream, block.index, block.facts, args, kwargs))
     except BaseException:
         abandon_pass(block)

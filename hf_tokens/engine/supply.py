@@ -317,10 +317,11 @@ SUPPLY: dict[str, Callable[[Site], Any]] = {
 
 def in_dtype_of(method: Method, signals: dict[str, Any]) -> dict[str, Any]:
     """The signals in the precision of the method's parameters, which is that of the model, or float32 where PEFT keeps these so."""
+    dtype = method.dtype
+    if dtype is None:
+        return signals
     tensors = (t for value in signals.values() for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor))
-    given = {t.dtype for t in tensors if t.is_floating_point()}
-    dtype = method.dtype if given else None
-    if dtype is None or given == {dtype}:
+    if all(t.dtype == dtype for t in tensors if t.is_floating_point()):
         return signals
     cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
     return {name: tuple(map(cast, value)) if isinstance(value, tuple) else cast(value) for name, value in signals.items()}

@@ -53,7 +53,7 @@ class CacheCompressorHandler(Handler):
 
     def quiet(self, method: CacheCompressor, layer: TokenCacheLayer) -> bool:
         """Whether it scores a generated token by what is in the cache alone."""
-        return method.asks - {*method.of_prompts} <= OF_THE_CACHE
+        return method.asks_later <= OF_THE_CACHE
 
     def notes_later(self, method: CacheCompressor) -> bool:
         """It notes what each entry receives, for a later prompt."""
@@ -254,6 +254,9 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
         if int(over.max()) == 1:
             leave_place(method, site, score, real, over[..., None] > 0)
             return
+    if score.dim() == 3 and holds(method) and layer.fresh is None and bool((real.sum(dim=-1) - budgets == 1).all()):
+        put_one_away(method, site, score, real)
+        return
     score = score.masked_fill(~real, -torch.inf)
     if layer.fresh is not None:
         fresh = cells(layer, layer.fresh) if score.dim() == 3 else layer.fresh
@@ -273,8 +276,17 @@ def evict(method: CacheCompressor, site: Site, score: Tensor, real: Tensor, budg
     layer.keep(*kept_places(stays))
 
 
-def put_away(method: CacheCompressor, site: Site) -> None:
-    """Store the entries beyond the budget, and maybe those within it, in other formats."""
+def put_one_away(method: CacheCompressor, site: Site, score: Tensor, real: Tensor) -> None:
+    """Store the lowest of the real entries (b k n) of each row and key head in other formats, and maybe those within the budget."""
+    layer, gone = site.layer, lowest(score, real)
+    note_change(site, cells(layer, layer.origins).gather(-1, gone))
+    goes = torch.zeros_like(real).scatter_(-1, gone, True)
+    put_away(method, altered(site, stays=real ^ goes, goes=goes), gone)
+
+
+def put_away(method: CacheCompressor, site: Site, gone: Tensor | None = None) -> None:
+    """Store the entries beyond the budget, and maybe those within it, in other formats; `gone` is the place of those, where each row and
+    key head has one, (b k 1)."""
     layer, holding = site.layer, ask(method, site, "hold")
     if holding is None:
         return
@@ -282,12 +294,13 @@ def put_away(method: CacheCompressor, site: Site) -> None:
         put_early(site, holding)
     elif holding.kept is not None:
         layer.hold(site.stays, *holding.kept)
-    if not bool(site.goes.any()):
+    if gone is None and not bool(site.goes.any()):
         return
     if site.below is not None:
         share_entries(site, holding.keys, holding.values)
         return
-    layer.hold(site.goes, holding.keys, holding.values, None if holding.scale is None else holding.scale[:, :, None])
+    if gone is None or not layer.kv.convert_each(gone, (holding.keys, holding.values)):
+        layer.hold(site.goes, holding.keys, holding.values, None if holding.scale is None else holding.scale[:, :, None])
     note_beyond(layer, site.goes)
 
 

@@ -74,11 +74,22 @@ class KVStates:
     def pick(self, index: Tensor) -> Pair:
         """Keys and values of the entries of an index (b k r), unpacked."""
         if self.parts is not None and self._unpacked is None:
+            plain = self._all_plain(index)
+            if plain is not None:
+                return plain
             b, k = (torch.arange(n, device=index.device) for n in index.shape[:2])
             spots = torch.broadcast_tensors(b[:, None, None], k[:, None], index)
             spots = tuple(x.flatten() for x in spots)
             return tuple(read(self.parts, which, spots).view(*index.shape, -1) for which in BOTH)
         return self._gather(index)
+
+    def _all_plain(self, index: Tensor) -> Pair | None:
+        """Keys and values of the entries of an index (b k r), where all of them lie as they came in one part."""
+        plain = next((part for part in self.parts if part.forms == (Plain(), Plain())), None)
+        cells = None if plain is None else plain.cells.gather(-1, index)
+        if cells is None or not bool((cells >= 0).all()):
+            return None
+        return tuple(x.index_select(0, cells.flatten()).view(*index.shape, -1) for (x,) in plain.packed)
 
     def hand_out(self, blank: bool) -> Pair:
         """All keys and values for the block that runs; a blank in their place if it reads the entries as they lie."""
@@ -124,8 +135,13 @@ class KVStates:
     def append(self, k: Tensor, v: Tensor, filled: Tensor | None) -> None:
         """Store new entries (b k m e); `filled` marks those that count among all entries, theirs behind the old ones."""
         self._unpacked, m = None, k.shape[2]
-        if self.parts is not None and m == 1 and self._extends(k, v, filled):
-            self.parts[0].extend((k, v))
+        plain = self._extended(k, v, filled) if self.parts is not None and m == 1 else None
+        if plain is not None:
+            others = [part for part in self.parts if part is not plain]
+            for part in others:
+                part.grow(m)
+            plain.extend((k, v))
+            self.parts = filled_parts([*others, plain])
         elif self.parts is not None:
             new = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
             new = new if filled is None else new & cells_of(filled[..., -m:], self.heads)
@@ -142,10 +158,11 @@ class KVStates:
         else:
             self._grow(k, v)
 
-    def _extends(self, k: Tensor, v: Tensor, filled: Tensor | None) -> bool:
-        """Whether all lie in one part as they came, and a new one of each row and head may lie behind them in place."""
-        alone = len(self.parts) == 1 and self.parts[0].forms == (Plain(), Plain()) and not self.parts[0].fixed
-        return alone and not k.requires_grad and not v.requires_grad and (filled is None or bool(filled[..., -1].all()))
+    def _extended(self, k: Tensor, v: Tensor, filled: Tensor | None) -> Part | None:
+        """The part of those that lie as they came, if a new one of each row and head may lie behind them in place."""
+        plain = next((part for part in self.parts if part.forms == (Plain(), Plain())), None)
+        fixed = plain is None or plain.fixed or k.requires_grad or v.requires_grad
+        return None if fixed or filled is not None and not bool(filled[..., -1].all()) else plain
 
     def _grow(self, k: Tensor, v: Tensor) -> None:
         old, m = self._pair[0].shape[2], k.shape[2]
@@ -280,6 +297,21 @@ class KVStates:
             rows = read(self.parts, 0, spots), read(self.parts, 1, spots)
             packed = pack_both(rows, where, spots, formats, scale, tables)
             self._store(Packing(spots, packed, where, formats, scale, tables), [part for part in self.parts if part.forms != formats])
+
+    def convert_each(self, place: Tensor, formats: KVFormats) -> bool:
+        """Store the entry at a place of each row and key head, (b k 1), in formats that a part has already.
+
+        Returns whether that could be done in place: they lie in one part, and are packed without a look at others.
+        """
+        into = next((part for part in self.parts or () if part.forms == formats), None)
+        others = [part for part in self.parts or () if part is not into]
+        source = None if into is None else next((part for part in others if bool((part.cells.gather(-1, place) >= 0).all())), None)
+        if source is None or not into.takes_each(source):
+            return False
+        self._unpacked = None
+        into.take_each(source, place)
+        self.parts = filled_parts([*others, into])
+        return True
 
     def _store(self, new: Packing, leaving: list[Part]) -> None:
         if len(new.spots[0]):

@@ -251,9 +251,45 @@ class Part:
         if bool((self.lengths >= self.ends - self.starts).any()):
             self._make_room(self.lengths + 1)
         into = self.starts + self.lengths
+        at = into.flatten()
         for (x,), new in zip(self.packed, rows, strict=True):
-            x.index_copy_(0, into.flatten(), new.flatten(0, 2))
+            x.index_copy_(0, at, new.flatten(0, 2))
         self.cells, self.lengths, self.count = torch.cat([self.cells, into[..., None]], dim=-1), self.lengths + 1, self.count + into.numel()
+
+    def takes_each(self, other: Part) -> bool:
+        """Whether `take_each` can take entries of another part in."""
+        both = zip(self.forms, other.forms, self.tables, other.tables, strict=True)
+        grouped = any(new != old and (its is not None or table is not None) for new, old, its, table in both)
+        scales = self.scale is not None or other.scale is not None
+        kept = any(new == old for new, old in zip(self.forms, other.forms, strict=True))
+        return not (self.fixed or other.fixed or grouped or scales and (kept or other.scale is not None))
+
+    def take_each(self, other: Part, place: Tensor) -> None:
+        """Take the entry at a place of each row and key head, (b k 1), over from another part, in place; what is packed alike stays so."""
+        if bool((self.lengths >= self.ends - self.starts).any()):
+            self._make_room(self.lengths + 1)
+        cell, into = other.cells.gather(-1, place), self.starts + self.lengths
+        at, to = cell.flatten(), into.flatten()
+        for which in BOTH:
+            rows = [x.index_select(0, at) for x in other.packed[which]]
+            if self.forms[which] != other.forms[which]:
+                read = other.forms[which].unpack(*rows)
+                rows = self.forms[which].pack(read if which or self.scale is None else read * self.scale.flatten(0, 2))
+            for x, new in zip(self.packed[which], rows, strict=True):
+                x.index_copy_(0, to, new)
+        self.cells, self.lengths = self.cells.scatter(-1, place, into[..., None]), self.lengths + 1
+        self.count += into.numel()
+        other.give_each(place, cell)
+
+    def give_each(self, place: Tensor, cell: Tensor) -> None:
+        """Let the entry at a place of each row and key head go, (b k 1), which lies in this cell: the last one moves there."""
+        last = (self.starts + self.lengths - 1)[..., None]
+        at, ends = cell.flatten(), last.flatten()
+        for x in (x for states in self.packed for x in states):
+            x.index_copy_(0, at, x.index_select(0, ends))
+        cells = torch.where(self.cells == last, cell, self.cells)
+        self.cells, self.lengths = cells.scatter_(-1, place, -1), self.lengths - 1
+        self.count -= cell.numel()
 
     def _make_room(self, needed: Tensor) -> None:
         room = needed + (needed // 8).clamp(min=ROOM)

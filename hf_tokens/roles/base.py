@@ -91,6 +91,7 @@ class Method(nn.Module, abc.ABC):
         allots: A cache compressor shares out the entries of a prompt among all its blocks at once, by `allot`.
         ignores: Signals that its config has no use for; they are None and not computed.
         of_prompts: Signals that it has no use for in the pass of a generated token; they are None there.
+        observes_prompts: `observe` is called behind prompts and whole sequences alone, not behind a generated token.
         sums_scores: It reads `scores.columns()` over all queries of a prompt, so that they are summed where the attention is computed.
         by_head: A cache compressor tells key heads apart though it names no signal of their attention.
         divides_others: A cache compressor's `divide` shares out what the other ones of its stack keep, too, by their scores.
@@ -137,6 +138,7 @@ class Method(nn.Module, abc.ABC):
     allots: bool = False
     ignores: tuple[str, ...] = ()
     of_prompts: ClassVar[tuple[str, ...]] = ()
+    observes_prompts: ClassVar[bool] = False
     sums_scores: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
     divides_others: bool = False
@@ -175,6 +177,12 @@ class Method(nn.Module, abc.ABC):
         return {name for names in self.words.values() for name in names} - {*self.ignores}
 
     @property
+    def asks_later(self) -> set[str]:
+        """Those of them that are of use in the pass of a generated token."""
+        later = {name for word, names in self.words.items() if word != "observe" or not self.observes_prompts for name in names}
+        return later - {*self.ignores, *self.of_prompts}
+
+    @property
     def stream_first(self) -> Method:
         """The same method's instance in the first block that it acts on: the place of what all blocks share."""
         return self._firsts[0]
@@ -192,8 +200,13 @@ class Method(nn.Module, abc.ABC):
     @property
     def dtype(self) -> torch.dtype | None:
         """Of its parameters, or of those that its instances share; None if it has none."""
-        instances = (self, *self._firsts)
+        instances = () if self._bare else (self, *self._firsts)
         return next((p.dtype for method in instances for p in method.parameters() if p.is_floating_point()), None)
+
+    @property
+    def _bare(self) -> bool:
+        """Whether neither it nor its first instances hold a tensor or a module."""
+        return not any(m._parameters or m._buffers or m._modules for m in (self, *self._firsts))
 
     def forward(self, run: Callable[[], Any]) -> Any:
         """Run something while the parameters are there: libraries that keep them elsewhere bring them when a module is called."""
@@ -201,7 +214,7 @@ class Method(nn.Module, abc.ABC):
 
     def at_hand(self, run: Callable[[], Any]) -> Any:
         """Run something of this instance, with what its first instances hold at hand too."""
-        for method in dict.fromkeys((self, *self._firsts)):
+        for method in () if self._bare else dict.fromkeys((self, *self._firsts)):
             parts = gathered(method)
             run = partial(functional_call, method, parts, (run,)) if parts else partial(method, run)
         return run()

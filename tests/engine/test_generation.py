@@ -105,6 +105,32 @@ def test_a_method_speaks_of_a_generated_token_if_it_says_so(decodes):
     assert heard == [(True, True)] + decodes * STEPS * [(False, False)]
 
 
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_method_that_observes_prompts_alone_is_asked_no_more_behind_a_generated_token(prompts):
+    heard = []
+
+    @dataclass(frozen=True)
+    class WatchConfig(MethodConfig):
+        pass
+
+    try:
+
+        @register("watch", WatchConfig)
+        class Watch(TokenReducer):
+            observes_prompts = prompts
+
+            def assign(self, hidden): ...
+
+            def observe(self, prefill):
+                heard.append(prefill)
+
+        specimen = zoo.build("llama")
+        decoded(get_token_model(specimen.model, WatchConfig(layers=(1,))).eval(), specimen.inputs["input_ids"])
+    finally:
+        METHODS.pop("watch", None)
+    assert heard == [True] + (not prompts) * STEPS * [False]
+
+
 GOING = {
     "by age": lambda positions, received: positions.double(),
     "all alike": lambda positions, received: torch.zeros_like(positions, dtype=torch.float32),

@@ -7,6 +7,7 @@ import torch
 from hf_tokens_kernels import picks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Operations
 from tolerances import close
 from transformers import DynamicCache
 
@@ -228,6 +229,45 @@ def test_cells_come_and_go_without_a_copy_of_the_others():
         rooms.append(tuple(part.packed[0][0].data_ptr() for part in layer.kv.parts))
     assert len(set(rooms)) <= 6
     assert sorted(part.count for part in layer.kv.parts) == [20 * B * K, 50 * B * K]
+
+
+@pytest.mark.parametrize("keys", [FORM, ALONG], ids=["by token", "by channel"])
+def test_the_entry_of_each_head_goes_over_in_place_as_where_a_mask_says_it(keys):
+    early = torch.arange(20).expand(B, K, 20) < 10
+    layers = [TokenCacheLayer(), TokenCacheLayer()]
+    scale = 1 + torch.rand(B, K, 1, E) if keys == FORM else None
+    for layer in layers:
+        arrive(layer, 20, 0)
+        if keys == ALONG:
+            layer.hold(early, keys, Plain())
+        layer.hold(torch.arange(20).expand(B, K, 20) < 5, keys, FORM, scale)
+    order = torch.stack([torch.randperm(5) for _ in range(B * K)]).view(B, K, 5) + 5
+    for step in range(3):
+        place = order[..., step : step + 1]
+        layers[0].hold(torch.zeros(B, K, layers[0].length, dtype=torch.bool).scatter(-1, place, True), keys, FORM)
+        assert layers[1].kv.convert_each(place, (keys, FORM))
+        for layer in layers:
+            arrive(layer, 1, step)
+            layer.release()
+        assert torch.equal(layers[0].keys, layers[1].keys) and torch.equal(layers[0].values, layers[1].values)
+        for one, other in zip(*(layer.kv.parts for layer in layers), strict=True):
+            assert torch.equal(one.cells, other.cells) and torch.equal(one.lengths, other.lengths) and one.count == other.count
+
+
+@pytest.mark.parametrize("config", [KIVIConfig(group=4, residual=8), MiKVConfig(importance=0.1, bits=2)], ids=["kivi", "mikv"])
+def test_a_generated_token_of_entries_in_few_bits_takes_few_operations(config):
+    """Each costs more than what it computes: no more than six times as many run as in the plain model."""
+    ids, counts = torch.randint(5, 60, (1, 150), generator=torch.Generator().manual_seed(0)), []
+    for made in (lambda base: base, lambda base: get_token_model(base, config)):
+        model, steps = made(zoo.build("llama").model).eval(), []
+        with torch.no_grad():
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            for _ in range(9):
+                with Operations() as operations:
+                    model(input_ids=ids[:, :1], **{CACHE: cache}, use_cache=True)
+                steps.append(operations.count)
+        counts.append(sorted(steps)[4])
+    assert counts[1] <= 6 * counts[0]
 
 
 def read_by(model, ids, mask, monkeypatch, itself):

@@ -162,8 +162,8 @@ def test_the_residual_is_read_where_a_norm_follows_the_attention():
         side = next(m for n, m in model.named_modules() if n.endswith("hf_tokens") and m.hf_tokens_methods and m.surgery.stream.causal)
         method, heard = side.hf_tokens_methods["default"]["0"], []
         ask = method.observe
-        method.observe = lambda entered, attended, real, prefill, ask=ask, heard=heard: (
-            heard.append((entered, attended)) or ask(entered, attended, real, prefill)
+        method.observe = lambda entered, attended, real, ask=ask, heard=heard: (
+            heard.append((entered, attended)) or ask(entered, attended, real)
         )
         kept = []
         handle = side.module.get_submodule(path).register_forward_pre_hook(lambda m, args, kept=kept: kept.append(args[0]))

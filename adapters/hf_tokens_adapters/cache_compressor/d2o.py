@@ -45,16 +45,14 @@ class D2OConfig(MethodConfig):
 @register("d2o", D2OConfig, version=2)
 class D2O(CacheCompressor):
     chunks = False
-    decodes = True
+    decodes = observes_prompts = True
     allots = True
 
     @classmethod
     def default_layers(cls, config: D2OConfig, layers: int) -> tuple[int, ...]:
         return tuple(range(2, layers - 1)) if config.spare and layers > 3 else super().default_layers(config, layers)
 
-    def observe(self, received: Tensor, mask: Tensor, prefill: bool) -> Tensor | None:
-        if not prefill:
-            return None
+    def observe(self, received: Tensor, mask: Tensor) -> Tensor | None:
         mask = mask if mask.dim() == 3 else mask[:, None].expand_as(received)
         if self.config.rule == "paper":
             return self.variance(received.flatten(1), mask.flatten(1), 0)

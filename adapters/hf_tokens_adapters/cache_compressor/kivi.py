@@ -62,9 +62,11 @@ class KIVI(CacheCompressor):
             return Holding(Plain(), values) if c.value_bits <= 8 else None
         there = (mask if mask.dim() == 3 else mask[:, None]).expand_as(goes)
         done = record.entries.get("rounded", torch.zeros_like(there)).bool()
-        waits = there & ~done
-        turn, many = waits.cumsum(dim=-1), waits.sum(dim=-1, keepdim=True)
-        early = waits & (turn <= many - many % c.residual)
+        waits, keys = there & ~done, QuantizedTokens(c.key_bits, key_width, c.group)
+        many = waits.sum(dim=-1, keepdim=True)
+        if int(many.max()) < c.residual:
+            record.entries["rounded"] = done
+            return Holding(keys, values)
+        early = waits & (waits.cumsum(dim=-1) <= many - many % c.residual)
         record.entries["rounded"] = done | early
-        keys = QuantizedTokens(c.key_bits, key_width, c.group)
         return Holding(keys, values, kept=(keys, Plain()), early=early)

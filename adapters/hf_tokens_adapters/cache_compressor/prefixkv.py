@@ -83,7 +83,7 @@ def mean_by_place(received: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
 @register("prefixkv", PrefixKVConfig, version=2)
 class PrefixKV(CacheCompressor):
     chunks = False
-    decodes = sums_scores = True
+    decodes = sums_scores = observes_prompts = True
     of_prompts = ("scores",)
     allots = property(lambda self: self.config.online)
 
@@ -109,9 +109,7 @@ class PrefixKV(CacheCompressor):
             received = mean_by_place(scores.columns(heads="key"), positions, mask)
         return received.masked_fill(~mask, -torch.inf)
 
-    def observe(self, scores: object, mask: Tensor, positions: Tensor, record: dict, prefill: bool) -> Tensor | None:
-        if not prefill:
-            return None
+    def observe(self, scores: object, mask: Tensor, positions: Tensor, record: dict) -> Tensor | None:
         record["prompt"] = torch.where(mask, positions, -1).flatten(1).amax(dim=1)  # b
         record.pop("place", None)
         return self.examine(scores, positions, mask) if self.config.online else None

@@ -67,14 +67,12 @@ def top_group(values: Tensor, groups: int) -> Tensor:
 @register("squeezeattention", SqueezeAttentionConfig, version=2)
 class SqueezeAttention(CacheCompressor):
     chunks = False
-    decodes = True
+    decodes = observes_prompts = True
     of_prompts = ("entered", "attended")
     allots = True
     ignores = property(lambda self: () if self.config.policy == "heavy_hitters" else ("received",))
 
-    def observe(self, entered: Tensor, attended: Tensor, real: Tensor, prefill: bool) -> Tensor | None:
-        if not prefill:
-            return None
+    def observe(self, entered: Tensor, attended: Tensor, real: Tensor) -> Tensor:
         pairs = zip(entered.split(AT_A_TIME, dim=1), attended.split(AT_A_TIME, dim=1), strict=True)
         alike = torch.cat([cosine_similarity(old.double(), new.double(), dim=-1) for old, new in pairs], dim=1)  # b m
         return (alike * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)

@@ -7,6 +7,8 @@ ones: an attention reads rows of cells.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,11 +36,28 @@ def strip_factors(bits: int) -> list[int]:
     return [1] if len(planes(bits)) > 1 else [2**shift for shift in range(0, 8, bits)]
 
 
+@functools.cache
+def strip_shares(bits: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One by these factors, for each channel of all strips, (c): those of a row, and behind them what fills the last strip up."""
+    with torch.inference_mode(False):
+        shares = [1 / factor for factor in strip_factors(bits) for _ in range(strip_width(width, bits))]
+        return torch.tensor(shares, dtype=dtype, device=device)
+
+
+@functools.cache
 def strip_masks(bits: int, device: torch.device) -> Tensor | None:
     """What finds the codes of each strip in their bytes, (s 1 1); None where a strip is a row of bytes, or codes lie in two planes."""
     if len(factors := strip_factors(bits)) == 1:
         return None
-    return torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=device)[:, None, None]
+    with torch.inference_mode(False):
+        return torch.tensor([(2**bits - 1) * factor for factor in factors], dtype=torch.uint8, device=device)[:, None, None]
+
+
+@functools.cache
+def places(p: int, device: torch.device) -> Tensor:
+    """By how much each code of p bits in a byte counts, (8/p 1)."""
+    with torch.inference_mode(False):
+        return torch.tensor([2 ** (p * i) for i in range(8 // p)], dtype=torch.uint8, device=device)[:, None]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -49,10 +68,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         w = -(-n * p // 8)
         strips = codes if len(planes(bits)) == 1 else (codes >> shift) & (2**p - 1)
         strips = (strips if w * (8 // p) == n else pad(strips, (0, w * (8 // p) - n))).unflatten(1, (8 // p, w))
-        byte = strips[:, 0]
-        for i in range(1, 8 // p):
-            byte = byte | strips[:, i] << (p * i)
-        out.append(byte)
+        out.append(strips[:, 0] if p == MOST else (strips * places(p, codes.device)).sum(dim=1, dtype=torch.uint8))
         shift += p
     return torch.cat([byte.mT for byte in out]).mT
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..precision import accumulated
-from ..ragged_attention.cells import Cells, together
-from .bits import MOST, strip_factors, strip_masks, strip_width, unpack_bits
+from ..ragged_attention.cells import Cells, placed, together
+from .bits import MOST, strip_masks, strip_shares, unpack_bits
 from .forms import Kept, Packed, Rounded
 
-CHUNK = 8192  # cells unpacked at a time: of more, the codes leave the caches before they are read; of fewer, calls cost more than they do
+CHUNK = 6144  # cells unpacked at a time: of more, the codes leave the caches before they are read; of fewer, calls cost more than they do
 FEW = 128  # cells of a row and head up to which rows are read whole: it takes fewer calls
 MOST_GROUPS = 8  # groups of channels up to which the scales are taken in behind the products
 
@@ -33,8 +33,7 @@ def packed_attention(
     """What the queries read (b h m f), and the log of their sums of exponentials (b h m), -inf where there is nothing to read."""
     b, h, m, _ = q.shape
     rows = (q * scaling).reshape(starts.numel(), h // starts.shape[1] * m, -1).to(accumulated(q.dtype))
-    out, logs = rows.new_zeros(*rows.shape[:2], values.width), rows.new_full(rows.shape[:2], -torch.inf)
-    many = lengths.flatten().tolist()
+    many, found = lengths.flatten().tolist(), []
     read_keys, read_values = (reader(states, rows.dtype, few=max(many, default=0) <= FEW) for states in (keys, values))
     for some, cells in together(starts.flatten().tolist(), many):
         scores = read_keys.scores(rows[some], cells)  # r q n
@@ -45,7 +44,8 @@ def packed_attention(
         top = scores.detach().amax(dim=2, keepdim=True)
         weights = (scores - top).exp()
         total = weights.sum(dim=2, keepdim=True)
-        logs[some], out[some] = (top + total.log())[..., 0], read_values.sums(weights, cells) / total
+        found.append((some, read_values.sums(weights, cells) / total, top + total.log()))
+    out, logs = placed(found, rows.shape[:2], rows.new_empty(0, values.width))
     return out.to(q.dtype).view(b, h, m, -1), logs.view(b, h, m)
 
 
@@ -91,56 +91,66 @@ class Channels:
     """The codes of cells, channel by channel: what a product with few rows reads fastest.
 
     A channel is as many times too high as its codes stand high in their bytes; behind the last one there may be more, of no account.
+
+    Args:
+        states: The cells.
+        dtype: Of the codes that are read.
+        groups: Of channels, all as wide as the first: there are channels enough for all to be whole.
     """
 
-    def __init__(self, states: Rounded, dtype: torch.dtype):
-        self.states, self.dtype, device = states, dtype, states.codes.device
-        self.masks, factors = strip_masks(states.bits, device), strip_factors(states.bits)
-        strip = strip_width(states.width, states.bits)
-        self.count = len(factors) * strip
-        self.shares = torch.tensor([1 / factor for factor in factors for _ in range(strip)], dtype=dtype, device=device)
-        self.rooms: tuple[Tensor, Tensor] | None = None
+    def __init__(self, states: Rounded, dtype: torch.dtype, groups: int = 1):
+        self.states, self.dtype, self.groups, device = states, dtype, groups, states.codes.device
+        self.masks, shares = strip_masks(states.bits, device), strip_shares(states.bits, states.width, dtype, device)
+        self.count = groups * states.group if groups > 1 else len(shares)
+        self.stored, self.known = len(shares), min(len(shares), self.count)
+        self.shares = pad(shares, (0, self.count - self.stored)) if self.count != self.stored else shares
+        self.rooms: tuple[Tensor, ...] | None = None
 
     def chunks(self, cells: Cells, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of cells, each as many times some, and their codes (r c n), which are there until the next is asked for."""
-        packed = cells.of(self.states.codes)
+        """Parts of cells, each as many times some, and their codes (r*g c/g n), which are there until the next is asked for."""
+        packed = cells.of(self.states.codes).mT
+        packed = packed if self.masks is None else packed[:, None]
         for part in cells.chunks(CHUNK, multiple):
-            yield part, self._read(packed[:, part])
+            yield part, self._read(packed[..., part], cells.rows)
 
-    def _read(self, packed: Tensor) -> Tensor:
-        """Bytes (r n w) as codes (r c n)."""
-        s, (rows, cells, _) = self.states, packed.shape
+    def _read(self, packed: Tensor, rows: int) -> Tensor:
+        """Bytes (r w n), or (r 1 w n) where there are masks, as codes (r*g c/g n)."""
+        s, cells = self.states, packed.shape[-1]
         if self.rooms is None or self.rooms[0].shape[::2] != (rows, cells) or torch.is_grad_enabled():  # a backward pass may want them
-            room = torch.empty(rows, self.count, cells, dtype=packed.dtype, device=packed.device)
-            self.rooms = room, torch.empty_like(room, dtype=self.dtype)
-        narrow, wide = self.rooms
+            self._make_rooms(packed, rows, cells)
+        narrow, strips, wide, codes = self.rooms
         if self.masks is not None:
-            torch.bitwise_and(packed.mT[:, None], self.masks, out=narrow.unflatten(1, (len(self.masks), -1)))
-            return wide.copy_(narrow)
-        whole = packed if s.bits == MOST else unpack_bits(packed.flatten(0, 1), s.bits, s.width).unflatten(0, (rows, cells))
-        return wide.copy_(whole.mT)
+            torch.bitwise_and(packed, self.masks, out=strips)
+            wide.copy_(narrow)
+        elif s.bits == MOST:
+            wide.copy_(packed[:, : self.known])
+        else:
+            wide.copy_(unpack_bits(packed.mT.flatten(0, 1), s.bits, s.width).unflatten(0, (rows, cells)).mT[:, : self.known])
+        return codes
+
+    def _make_rooms(self, packed: Tensor, rows: int, cells: int) -> None:
+        narrow = torch.empty(rows, self.stored, cells, dtype=packed.dtype, device=packed.device)
+        make = torch.empty if self.known == self.count else torch.zeros
+        wide = make(rows, self.count, cells, dtype=self.dtype, device=packed.device)
+        strips = narrow if self.masks is None else narrow.unflatten(1, (len(self.masks), -1))
+        self.rooms = narrow[:, : self.known], strips, wide[:, : self.known], wide.view(rows * self.groups, -1, cells)
 
     def each(self, x: Tensor) -> Tensor:
         """Something of each channel (... e), by which codes are to be multiplied, (... c)."""
         lack = self.count - x.shape[-1]
-        return (pad(x, (0, lack)) if lack else x) * self.shares
-
-    def whole(self, sums: Tensor) -> Tensor:
-        """Sums of codes (r q c) of each channel, (r q e)."""
-        return (sums * self.shares)[..., : self.states.width]
+        return (x if not lack else pad(x, (0, lack)) if lack > 0 else x[..., : self.count]) * self.shares
 
 
 class Grouped:
     """Codes are multiplied, the products scaled: q (s c + l) = s (q c) + l sum q, in each group of channels."""
 
     def __init__(self, states: Rounded, dtype: torch.dtype):
-        self.states, self.channels, self.groups = states, Channels(states, dtype), states.scale.shape[1]
-        ends = [*range(states.group, states.width, states.group), self.channels.count]
-        self.slices = [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
+        self.states, self.groups = states, states.scale.shape[1]
+        self.channels = Channels(states, dtype, self.groups)
 
     def scale(self, cells: Cells) -> Tensor:
-        """The scales of cells in each group, (g r 1 n)."""
-        return cells.of(self.states.scale).movedim(2, 0).to(self.channels.dtype).contiguous()[:, :, None]
+        """The scales of cells in each group, (r g 1 n)."""
+        return cells.of(self.states.scale).mT.to(self.channels.dtype).contiguous()[:, :, None]
 
     def low(self, cells: Cells) -> Tensor:
         """The least values of cells, (r n g)."""
@@ -148,20 +158,22 @@ class Grouped:
 
     def scores(self, q: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        queries, scale, found = self.channels.each(q), self.scale(cells), []
-        for part, codes in self.channels.chunks(cells):
-            groups = zip(self.slices, scale, strict=True)
-            found.append(sum(torch.bmm(queries[..., some], codes[:, some]) * factor[..., part] for some, factor in groups))
-        sums = pad(q, (0, self.groups * self.states.group - q.shape[2])).unflatten(2, (self.groups, -1)).sum(dim=3)
-        return joined(found) + sums @ self.low(cells).mT
+        lack = self.groups * self.states.group - q.shape[2]
+        sums = (pad(q, (0, lack)) if lack else q).unflatten(2, (self.groups, -1)).sum(dim=3)
+        queries = self.channels.each(q).unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(0, 1)  # r*g q e
+        found = joined([torch.bmm(queries, codes) for _, codes in self.channels.chunks(cells)])
+        scaled = found.unflatten(0, (-1, self.groups)) * self.scale(cells)
+        return torch.baddbmm(scaled.sum(dim=1), sums, self.low(cells).mT)
 
     def sums(self, weights: Tensor, cells: Cells) -> Tensor:
         """See `Whole`."""
-        scaled, found = weights * self.scale(cells), [0] * self.groups  # g r q n
+        scaled, found = (weights[:, None] * self.scale(cells)).flatten(0, 1), None  # r*g q n
         for part, codes in self.channels.chunks(cells):
-            found = [sums + torch.bmm(w[..., part], codes[:, some].mT) for sums, w, some in zip(found, scaled, self.slices, strict=True)]
-        low = (weights @ self.low(cells)).repeat_interleave(self.states.group, dim=2)
-        return self.channels.whole(torch.cat(found, dim=2)) + low[..., : self.states.width]
+            more = torch.bmm(scaled[..., part], codes.mT)
+            found = more if found is None else found + more
+        low = torch.bmm(weights, self.low(cells)).mT[..., None]  # r g q 1
+        whole = found.unflatten(0, (-1, self.groups)) * self.channels.shares.view(self.groups, 1, -1) + low
+        return whole.transpose(1, 2).flatten(2)[..., : self.states.width]
 
 
 class Runs:
@@ -188,11 +200,12 @@ class Runs:
         """
         count, most = number.shape[1], max(1, CHUNK // len(number))
         length = int((number[0] == number[0, 0]).sum())
-        firsts = number[:, ::length]
-        end = 0
-        if length > 1 and bool((firsts.repeat_interleave(length, dim=1)[:, :count] == number).all()):
-            end = firsts.shape[1] * length
-            end = end if end <= room else count - count % length
+        even, end = count - count % length, 0
+        runs, rest = number[:, :even].unflatten(1, (-1, length)), number[:, even:]
+        alike = length > 1 and all(torch.equal(x, x[..., :1].expand_as(x)) for x in (runs, rest) if x.numel())
+        if alike:
+            end = count - count % -length
+            end = end if end <= room else even
             yield 0, end, next(part for part in range(min(length, most), 0, -1) if length % part == 0)
         for first in range(end, count, most):
             yield first, min(first + most, count), 1

@@ -114,5 +114,5 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]], sinks: Tensor | None = N
     alone = logs if sinks is None else torch.cat([logs, sinks.to(logs).view(1, 1, -1, 1).expand_as(logs[:1])])
     total = alone.logsumexp(dim=0)
     weights = (logs - torch.where(total == -torch.inf, 0, total)).exp()
-    out = sum(weight[..., None] * read for weight, (read, _) in zip(weights, parts, strict=True))
+    out = (weights[..., None] * torch.stack([read for read, _ in parts])).sum(dim=0)
     return out.to(parts[0][0].dtype)

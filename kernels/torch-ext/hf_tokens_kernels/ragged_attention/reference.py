@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..precision import accumulated
-from .cells import Cells, together
+from .cells import Cells, placed, together
 
 LONG = 256  # cells from which on a row and head is computed by itself
 PADDING = 1.25  # rows and heads of like length: the longest of them by the shortest
@@ -32,17 +32,16 @@ def ragged_attention(
     The scores of the cells go to `told`, (h/g*m c).
     """
     b, h, m, _ = q.shape
-    groups = h // starts.shape[1]
+    groups, exact, found = h // starts.shape[1], accumulated(q.dtype), []
     rows = (q * scaling).reshape(b * starts.shape[1], groups * m, -1)
-    later = torch.arange(m - 1, -1, -1, device=q.device).repeat(groups)  # last cells that each query does not see
-    out, logs = rows.new_zeros(*rows.shape[:2], values.shape[1]), rows.new_full(rows.shape[:2], -torch.inf, dtype=accumulated(q.dtype))
     for index, cells, there in blocks(starts, lengths):
         k, v, size = (None if x is None else cells.of(x) if there is None else x[cells] for x in (keys, values, sizes))  # r n ...
         k, v = (x if there is None else torch.where(there[..., None], x, 0) for x in (k, v))
-        scores = torch.matmul(rows[index], k.mT).to(logs.dtype)  # r q n
+        scores = torch.matmul(rows[index], k.mT).to(exact)  # r q n
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores if size is None else scores + size[:, None].to(logs.dtype).log()
+        scores = scores if size is None else scores + size[:, None].to(exact).log()
         if causal and m > 1:
+            later = torch.arange(m - 1, -1, -1, device=q.device).repeat(groups)  # last cells that each query does not see
             end = lengths.flatten()[index][:, None] - later  # r q
             scores = scores.masked_fill(torch.arange(k.shape[1], device=q.device) >= end[..., None], -torch.inf)
         scores = scores if there is None else scores.masked_fill(~there[:, None], -torch.inf)
@@ -50,10 +49,14 @@ def ragged_attention(
             cells.of(told.T).copy_(scores.mT)
         elif told is not None:
             told[:, cells[there]] = scores.transpose(0, 1)[:, there]
-        log = scores.logsumexp(dim=-1)
-        weights = (scores - torch.where(log == -torch.inf, 0, log)[..., None]).exp()
-        out[index], logs[index] = torch.matmul(weights.to(v.dtype), v), log
-    return out.view(b, h, m, -1), logs.view(b, h, m)
+        top = scores.detach().amax(dim=2, keepdim=True)
+        top = top if size is None else top.masked_fill(top == -torch.inf, 0)  # entries of no token
+        weights = (scores - top).exp()
+        total = weights.sum(dim=2, keepdim=True)
+        shares = weights / (total if size is None else total.clamp(min=torch.finfo(exact).tiny))
+        found.append((index, torch.matmul(shares.to(v.dtype), v), top + total.log()))
+    out, logs = placed(found, rows.shape[:2], values[:0])
+    return out.to(q.dtype).view(b, h, m, -1), logs.to(exact).view(b, h, m)
 
 
 def buckets(rows: list[int], lengths: list[int]) -> list[list[int]]:
