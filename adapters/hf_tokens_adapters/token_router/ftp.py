@@ -57,7 +57,7 @@ class FTP(TokenRouter):
     side_by_side = True
     causal = True
     chunks = False
-    trains_dense = sums_scores = True
+    trains_dense = sums_scores = observes_prompts = True
     decodes = property(lambda self: self.config.asked(self.dims.layer) > self.config.threshold)
     teaches = property(lambda self: self.config.router == "dynamic" and self.config.distillation_weight > 0)
 
@@ -116,12 +116,11 @@ class FTP(TokenRouter):
         skipped = ((1 - gate) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         self.add_loss(c.sparsity_weight * (asked - skipped).relu().mean())
 
-    def observe(self, scores: object, prefill: bool, memory: dict) -> None:
-        if prefill:
-            runs = memory.tokens[f"{self.key}.runs"]
-            with torch.no_grad():
-                received = scores.columns().mean(dim=1) / runs.sum(dim=1, keepdim=True).clamp(min=1)
-            memory.tokens[self.key] = torch.where(runs, received, memory.tokens[self.key])
+    def observe(self, scores: object, memory: dict) -> None:
+        runs = memory.tokens[f"{self.key}.runs"]
+        with torch.no_grad():
+            received = scores.columns().mean(dim=1) / runs.sum(dim=1, keepdim=True).clamp(min=1)
+        memory.tokens[self.key] = torch.where(runs, received, memory.tokens[self.key])
 
     def teach(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
         off, size = (x.square().sum(dim=-1).masked_fill(~mask, 0).sum(dim=1) for x in (student - teacher, teacher))  # b
