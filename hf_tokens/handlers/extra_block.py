@@ -45,6 +45,8 @@ class ExtraBlock:
         """The `block` signal: states (k b n d) behind such a block with each of k times its weights."""
         args, kwargs = self.surgery.call.held[LAST_BUT_ONE]
         stream = self.surgery.stream
+        if self.twin.training != stream.blocks[self.index].training:
+            self.twin.train(stream.blocks[self.index].training)
         call = BlockCall(stream, self.index, BlockFacts.of(stream.blocks[self.index]), args, kwargs)
         buffers = {name: buffer.to(states.device) for name, buffer in self.twin.named_buffers()}
 

@@ -12,6 +12,7 @@ from tolerances import close
 
 from hf_tokens import CAFTConfig, UnsupportedError, aux_loss, get_token_model, set_progress
 from hf_tokens.roles.base import Dims
+from hf_tokens.testing import zoo
 
 DIMS = dict(heads=1, kv_heads=1, head_dim=4, layer=3, layers=4, kind="text", causal=True)
 
@@ -187,3 +188,14 @@ def test_no_head_tells_a_token_of_another_packed_sample():
     rows = method.loss(hidden=hidden.view(2, 7, 4), labels=targets.view(2, 7), positions=places.view(2, 7), **told)
     close(packed, rows)
     assert apart > 0
+
+
+def test_an_extra_block_drops_out_in_training_whatever_the_base_was_put_in():
+    base = zoo.build("gpt2").model
+    assert not base.training
+    model = get_token_model(base, CAFTConfig()).train()
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    for module in model.modules():
+        vars(module).update({"p": 0.0} if isinstance(vars(module).get("p"), float) else {})
+    draws = [model(input_ids=ids, labels=ids).loss.item() for _ in range(2)]
+    assert draws[0] != draws[1]
