@@ -312,7 +312,7 @@ def a_question_is_asked_of_the_whole(case: Case) -> bool:
 
     def asked(model: nn.Module) -> list[Tensor]:
         context = compress_context(model, case.ids[:, :-PADS])
-        return case.said(model, context.ask(case.ids[:, -PADS:]))
+        return case.said(model, context.ask(case.ids[:, -PADS:]), use_cache=True)
 
     if case.base.does("asked", asked) is None or case.base.does("answered cached", lambda base: whole_again(base, case)) is None:
         return False

@@ -108,15 +108,19 @@ def refuse_pages(model: ModelSurgery, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(explain(rule, got, "Use `generate`, or disable the adapter."))
 
 
-def refuse_chunks(
+def refuse_prefill(
     model: ModelSurgery, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
 ) -> None:
-    """In chunked prefill the passes behind the first one bring no prompt of their own.
+    """In chunked prefill the passes behind the first one bring no prompt of their own; without its use, a given cache grows by all of it.
 
     Raises:
-        UnsupportedError: A method must get its prompt in one pass, or the pictures in it, and it is longer than a chunk.
+        UnsupportedError: A cache is given and not used, or a method must get its prompt, or the pictures in it, in one pass, and it is
+            longer than a chunk.
     """
     size, cache, mask = generation_config.prefill_chunk_size, find_cache(model_kwargs.values()), model_kwargs.get("attention_mask")
+    if cache is not None and cache.get_seq_length() and not generation_config.use_cache:  # each token would be read with all before it
+        rule, got = "A cache that `generate` is given is used for what it writes", "`use_cache=False`, of the call or of the model's config"
+        raise UnsupportedError(explain(rule, got, "Pass `use_cache=True`."))
     seen = cache is not None and mask is not None and mask.shape[1] == input_ids.shape[1]  # the ids are those of the whole sequence
     new = input_ids.shape[1] - (cache.get_seq_length() if seen else 0)
     if size is None or new <= size:
@@ -206,5 +210,5 @@ BEGINNINGS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("_prepare_special_tokens", refuse_at_once),
     ("_prepare_multimodal_encoder_kwargs_for_generation", forget_towers),
     ("_get_candidate_generator", refuse_drafts),
-    ("_prefill", refuse_chunks),
+    ("_prefill", refuse_prefill),
 )

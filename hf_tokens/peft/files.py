@@ -24,7 +24,7 @@ from .saving import PEFT_PREFIX, digest_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-BY_VALUE = ("BOFT", "FROD", "SHIRA", "UNILORA")  # PEFT methods whose beginning reads the numbers of tensors: no trial without any
+BY_VALUE = ("ADAMSS", "BOFT", "FROD", "SHIRA", "UNILORA")  # PEFT methods whose beginning reads the numbers of tensors: no trial without any
 
 FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "eye", "linspace", "normal")
 SECONDS, STEPS, STEPS_A_TENSOR, MOST_NUMBERS = 20, 5000, 100, 1 << 24  # of a trial, and what it allocates where it needs numbers

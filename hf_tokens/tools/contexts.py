@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,14 +31,12 @@ class CompressedContext:
         input_ids, attention_mask: The text, (b n).
         cache: What is held of it; `ask` gives copies away, so that no question changes it.
         argument: What the model calls its cache.
-        more: What its `generate` must be told beside that.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     cache: Any
     argument: str
-    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kv_bytes(self) -> int:
@@ -72,7 +70,7 @@ class CompressedContext:
             cache.batch_repeat_interleave(questions)
         text = (part.expand(questions, -1) for part in (self.input_ids, self.attention_mask))
         ids, real = (torch.cat(pair, dim=1) for pair in zip(text, (input_ids, mask), strict=True))
-        return {"input_ids": ids, "attention_mask": real, self.argument: cache, **self.more}
+        return {"input_ids": ids, "attention_mask": real, self.argument: cache}
 
 
 def check_reader(model: Any) -> None:
@@ -116,7 +114,4 @@ def compress_context(model: Any, input_ids: Tensor, attention_mask: Tensor | Non
         raise UnsupportedError(explain("A context has one real token at least, (b n)", tuple(input_ids.shape), "Leave empty texts out."))
     with evaluated(model):
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=GenerationConfig(**ONE_PASS))
-    # told to use no cache, a model would read what it is given and keep nothing of what it writes
-    without = False in (model.generation_config.use_cache, getattr(model.config, "use_cache", None))
-    argument = cache_argument(type(unwrap(model)).forward)
-    return CompressedContext(input_ids, mask, output.past_key_values, argument, {"use_cache": True} if without else {})
+    return CompressedContext(input_ids, mask, output.past_key_values, cache_argument(type(unwrap(model)).forward))

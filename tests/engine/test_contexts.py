@@ -204,10 +204,13 @@ def test_a_model_that_reads_a_question_otherwise_behind_a_context_is_refused(fam
         compress_context(zoo.build(family).model, texts()[0])
 
 
-def test_a_model_that_is_told_to_use_no_cache_answers_from_its_context():
-    model, (context, _, (question, _)) = zoo.build("mpt").model.eval(), texts()
+def test_a_context_that_would_be_read_and_not_kept_is_refused():
+    model, (context, _, (question, _)) = get_token_model(zoo.build("mpt").model, "apt").eval(), texts()
     assert not model.config.use_cache
+    asked = compress_context(model, context).ask(question)
     told = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    with pytest.raises(UnsupportedError, match="got `use_cache=False`, of the call or of the model's config. Pass `use_cache=True`"):
+        model.generate(**asked, **told)
     want = model.generate(torch.cat([context, question], dim=1), **told)
-    got = model.generate(**compress_context(model, context).ask(question), **told)
+    got = model.generate(**compress_context(model, context).ask(question), use_cache=True, **told)
     close(torch.stack(got.logits), torch.stack(want.logits))

@@ -155,7 +155,7 @@ def test_what_peft_has_for_layers_is_loaded_in_a_stack(tmp_path):
         again = get_peft_model_state_dict(hf_tokens.load(tmp_path / str(kind), zoo.build("llama").model))
         all_equal(list(again.values()), list(get_peft_model_state_dict(model).values()), str(kind))
         tried.append(str(getattr(kind, "value", kind)))
-    assert {"LORA", "BOFT", "FROD", "UNILORA"} <= set(tried) and len(tried) > 20
+    assert {"LORA", "ADAMSS", "BOFT", "FROD", "UNILORA"} <= set(tried) and len(tried) > 20
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ def test_an_extra_block_drops_out_in_training_whatever_the_base_was_put_in():
     assert not base.training
     model = get_token_model(base, CAFTConfig()).train()
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-    for module in model.modules():
-        vars(module).update({"p": 0.0} if isinstance(vars(module).get("p"), float) else {})
+    for module in base.modules():  # its own dropout apart
+        vars(module).update({name: 0.0 for name in ("p", "dropout") if isinstance(vars(module).get(name), float)})
+    set_progress(model, 0.5)
     draws = [model(input_ids=ids, labels=ids).loss.item() for _ in range(2)]
     assert draws[0] != draws[1]
