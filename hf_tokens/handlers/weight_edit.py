@@ -89,7 +89,7 @@ def weight_edits(block: BlockSurgery, adapter_name: str) -> list[WeightEdit]:
 
 
 class HolderForward(SignedForward):
-    """The forward of a module that holds weights outside of the blocks: what calls it beside the model reads the edited ones too."""
+    """The forward of a module with weights outside of the blocks in it: what calls it beside the model reads the edited ones too."""
 
     def __init__(self, module: nn.Module, edited: EditedWeights, names: frozenset[str]):
         self.edited, self.names = edited, names
@@ -126,8 +126,11 @@ class EditedWeights:
         for name, places in found.items():
             for module, _ in places:
                 held.setdefault(module, set()).add(name)
-        held.pop(self.block.base, None)  # its own call is that of the model
-        return [HolderForward(module, self, frozenset(names)) for module, names in held.items()]
+        # a module may read what one inside of it holds, and not call that; the model's own call is that of the model
+        below = {part: set().union(*(held[m] for m in part.modules() if m in held)) for part in self.block.base.modules()}
+        below.pop(self.block.base, None)
+        called = {part: names for part, names in below.items() if names and type(part).forward is not nn.Module.forward}
+        return [HolderForward(part, self, frozenset(names)) for part, names in called.items()]
 
     @property
     def edits(self) -> list[WeightEdit]:

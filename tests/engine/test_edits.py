@@ -382,3 +382,13 @@ def test_a_weight_that_is_parametrized_behind_an_edit_is_refused_in_words(halve,
         model(**inputs)
     with model.disable_adapter():
         model(**inputs)
+
+
+def test_a_part_that_is_called_alone_reads_edited_weights_that_it_takes_from_a_part_of_its_own(halve):
+    specimen = zoo.build("siglip")  # its pooling head is torch's own attention, which never calls the projection in it
+    base, pixels = specimen.model.eval().requires_grad_(False), specimen.inputs["pixel_values"]
+    twin, model = scaled(base, 0.5), get_token_model(base, HalveConfig()).eval()
+    edit(model, {"any": [specimen.inputs]})
+    with torch.no_grad():
+        all_equal(zoo.tensors(base.vision_model(pixel_values=pixels)), zoo.tensors(twin.vision_model(pixel_values=pixels)))
+        all_equal(zoo.tensors(base.get_image_features(pixel_values=pixels)), zoo.tensors(twin.get_image_features(pixel_values=pixels)))
