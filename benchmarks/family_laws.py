@@ -394,6 +394,7 @@ def checkpointed_is_trained_alike(case: Case) -> bool:
         itself = case.base.does("checkpointed", lambda base: both(base.requires_grad_()) or True)
         return itself is not None and case.attached(both)
     finally:
+        case.model.requires_grad_(False)
         for name, buffer in case.model.named_buffers():
             buffer.copy_(buffers[name])
 
