@@ -214,7 +214,8 @@ class Method(nn.Module, abc.ABC):
 
     def at_hand(self, run: Callable[[], Any]) -> Any:
         """Run something of this instance, with what its first instances hold at hand too."""
-        for method in () if self._bare else dict.fromkeys((self, *self._firsts)):
+        # what is recorded as a graph is told by its module where it is
+        for method in () if self._bare and not torch.compiler.is_compiling() else dict.fromkeys((self, *self._firsts)):
             parts = gathered(method)
             run = partial(functional_call, method, parts, (run,)) if parts else partial(method, run)
         return run()
