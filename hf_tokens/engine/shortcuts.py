@@ -10,6 +10,7 @@ import torch
 from ..kv.adopt import find_cache
 from ..kv.static import FrontedLayer
 from ..model.blocks import tells_no_places
+from ..model.streams import LAYOUTS
 from .call import BlockCall
 from .handler import handler_of
 from .opening import expect, lend
@@ -57,8 +58,8 @@ def run_as_it_came(block: BlockSurgery, args: tuple, kwargs: dict) -> Any:
         hidden = surgery.stream.bind(block.index, args, kwargs)
         surgery.count(block, hidden.numel() // hidden.shape[-1])
     if block.index == surgery.depth - 1 and surgery.call.keeps_final:
-        run = surgery.call.run
-        surgery.call.note_final(surgery.stream.read(block.index, output), None if run is None else run.padding)
+        run, to_rows = surgery.call.run, LAYOUTS[surgery.stream.layout][0]
+        surgery.call.note_final(to_rows(surgery.stream.read(block.index, output)), None if run is None else run.padding)
     return output
 
 

@@ -20,7 +20,7 @@ from hf_tokens import (
     set_method,
     set_progress,
 )
-from hf_tokens.testing import CACHE
+from hf_tokens.testing import CACHE, zoo
 from hf_tokens.tools.surgeries import surgery_of
 
 
@@ -505,3 +505,13 @@ def test_zero_strength_is_the_base():
 def test_sparsities_must_fit_the_depth():
     with pytest.raises(ConfigError, match="one value for each of 4 blocks"):
         get_token_model(gpt2(), FTPConfig(sparsities=(0.1, 0.2)))
+
+
+@pytest.mark.filterwarnings("ignore:hf-tokens")
+@pytest.mark.parametrize("family", [family for family in ("gemma3n_text", "hy_v4", "glm5_next") if family in zoo.families()])
+def test_the_teacher_of_streams_side_by_side_is_one_token_for_each(family):
+    specimen = zoo.build(family)
+    model = get_token_model(specimen.model, FTPConfig(sparsity=0.0, guide_weight=0.0, sparsity_weight=0.0)).train()
+    set_progress(model, 0.5)
+    model(**specimen.inputs)
+    assert aux_loss(model).item() == 0  # all tokens run, so the student is the teacher
