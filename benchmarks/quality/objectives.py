@@ -135,7 +135,7 @@ NOTES = (
     "0.08 at 3. At equal steps this holds two effects, the holes and 1/k fewer targets; a run with as many targets was not made. "
     "Text of other topics is told no better for it: three passages alone spoil every model, and a goldfish no less. A step costs "
     "the same. CAFT: 20 steps with untrained heads change the held-out loss by less than one seed could tell (alpha 0.01), or for "
-    "the worse (0.1), and a step takes 1.7 times as long; the paper trains its heads beforehand, which was not done here. One seed "
+    "the worse (0.1), and a step takes 2.1 times as long; the paper trains its heads beforehand, which was not done here. One seed "
     "each; seconds are of a forward and a backward, in turns."
 )
 
