@@ -56,6 +56,8 @@ def prompt_and_cache(method: CacheCompressor, call: ModelCall, sites: list[Site]
         )
     if beside := beside_text(arguments):
         raise not_said_again(method, f"`{beside[0]}` beside its ids", "Choose another compressor.")
+    if torch.is_grad_enabled() and any(vars(m).get("gradient_checkpointing") is True and m.training for m in call.model.base.modules()):
+        raise not_said_again(method, "gradient checkpointing, which reads the cache once more", "Train without one of the two.")
     if visual is not None and bool(visual.any()):
         raise not_said_again(method, "pictures among it", "Choose another compressor.")
     return ids, cache

@@ -190,6 +190,14 @@ def test_what_would_be_read_without_what_stands_in_front_is_refused(family, got)
         specimen.run(use_cache=True)
 
 
+def test_a_cache_that_a_checkpoint_would_read_again_is_refused():
+    specimen = zoo.build("diffusion_gemma")  # its decoder reads what its encoder has cached, in training too
+    model = get_token_model(specimen.model, KVzipConfig(ratio=0.5)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(UnsupportedError, match="got gradient checkpointing, which reads the cache once more"):
+        model(**specimen.inputs)
+
+
 def test_a_model_that_multiplies_its_output_by_the_mask_is_refused():
     files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     masking = [file.stem.removeprefix("modeling_") for file in files if "embeddings * attention_mask.unsqueeze(-1)  #" in file.read_text()]
