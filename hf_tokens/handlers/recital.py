@@ -20,16 +20,10 @@ from ..engine.supply import ask, recited_entries
 from ..errors import UnsupportedError, explain
 from ..kv.adopt import find_cache
 from ..model import families
-from ..model.classes import class_name
+from ..model.classes import class_name, resumes_not
 from ..model.pictures import beside_text
 from ..model.signatures import cache_argument, parameters
 from ..roles.cache_compressor import CacheCompressor
-
-UNABLE = {
-    families.MASKS_OUTPUT: "multiplies its output by the mask",
-    families.RESUMES_BY_TOKEN: "goes on from its states by one token at a time",
-    families.KEEPS_STATES: "keeps its states beside the cache",
-}
 
 
 def not_said_again(method: CacheCompressor, got: str, remedy: str) -> UnsupportedError:
@@ -44,9 +38,9 @@ def prompt_and_cache(method: CacheCompressor, call: ModelCall, sites: list[Site]
         raise not_said_again(method, "a window in each of its blocks", "Choose another compressor.")
     if call.model.base.config.is_encoder_decoder:
         raise not_said_again(method, "an encoder's output in front of it", "Choose another compressor.")
-    for models, what in UNABLE.items():
-        if models.search(class_name(call.model.base)):
-            raise not_said_again(method, f"a model that {what}", "Choose another compressor.")
+    masks = "multiplies its output by the mask" if families.MASKS_OUTPUT.search(class_name(call.model.base)) else None
+    if unable := masks or resumes_not(call.model.base):
+        raise not_said_again(method, f"a model that {unable}", "Choose another compressor.")
     arguments = call.context.arguments
     ids, visual, values = arguments.get("input_ids"), call.context.visual, output.values() if isinstance(output, dict) else output
     cache = find_cache(values) or find_cache(arguments.values())

@@ -218,10 +218,12 @@ FOREIGN_OF = (
 LAID_OVER_HEADS = re.compile(r"^(DINOv3ViT|EomtDinov3|Sapiens2)Layer$")
 # Models that multiply what they return by the mask of what they were called with: on a cache, with a mask of its entries too, they fail.
 MASKS_OUTPUT = re.compile(r"^Col(Pali|Qwen2|ModernVBert)ForRetrieval$")
-# Models whose blocks go on from what they hold of a text by one token at a time: several tokens behind it are read as if it were not there.
+# Models of which several tokens behind a cache are not read as behind the text that it holds, and why.
 RESUMES_BY_TOKEN = re.compile(r"^(Jamba|Mamba|FalconMamba)(?!2)")
-# Models whose blocks keep their states themselves, and not in the cache: a copy of the cache is no copy of these.
-KEEPS_STATES = re.compile(r"^RecurrentGemma")
+RESUMES_NOT = {
+    RESUMES_BY_TOKEN: "goes on from its states by one token at a time",
+    re.compile(r"^RecurrentGemma"): "keeps its states beside the cache",
+}
 # Models that number the tokens of a call from 0 where they are not told otherwise, whatever stands in the cache.
 NUMBERS_FROM_ZERO = re.compile(r"^Bamba")
 # Arguments by which a block gets what the one before returned for each token beside its hidden states; one of them holds places of

@@ -12,12 +12,11 @@ from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError, explain
-from ..model import families
 from ..model.anatomy import anatomy, unwrap
-from ..model.classes import class_name
+from ..model.classes import resumes_not
 from ..model.signatures import cache_argument
 from .measure import kv_bytes
-from .surgeries import evaluated, resumes_by_token
+from .surgeries import evaluated
 
 SPOKEN = ("text", "audio")  # kinds of stream that a model which generates puts out
 ONE_PASS = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
@@ -77,10 +76,8 @@ def check_reader(model: Any) -> None:
     """Whether a model reads a question behind a text as it would read both at once."""
     if model.config.is_encoder_decoder:
         why = "has an encoder"
-    elif resumes_by_token(model):
-        why = "goes on from its states by one token at a time"
-    elif families.KEEPS_STATES.search(class_name(unwrap(model))):
-        why = "keeps its states beside the cache"
+    elif (unable := resumes_not(unwrap(model))) is not None:
+        why = unable
     elif type(model.generation_config) is not GenerationConfig:
         why = "generates in a way of its own"
     elif not any(stream.causal for stream in anatomy(model).streams if stream.kind in SPOKEN):

@@ -14,8 +14,9 @@ from transformers.generation import GenerationMode
 from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..model.anatomy import unwrap
+from ..model.classes import resumes_not
 from ..model.signatures import CACHES, cache_argument, parameters
-from .surgeries import resumes_by_token, surgery_of
+from .surgeries import surgery_of
 
 Verify = Callable[[Tensor, Tensor, Tensor], bool]
 PLAIN = {"attention_mask", "position_ids", *CACHES, "use_cache", "cache_position", "logits_to_keep", "token_type_ids"}
@@ -114,11 +115,12 @@ class RouteTo:
         surgery = surgery_of(model)
         mode = generation_config.get_generation_mode()
         more = sorted(name for name, value in kwargs.items() if name not in PLAIN and not isinstance(value, (bool, int, str, type(None))))
+        unable = resumes_not(unwrap(self.large))
         reasons = {
             f"{mode.value}": mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
             f"{type(model).__name__}, which has an encoder": model.config.is_encoder_decoder or self.large.config.is_encoder_decoder,
             f"a prompt with {more}": bool(more),
-            f"{type(unwrap(self.large)).__name__}, which goes on from its states by one token at a time": resumes_by_token(self.large),
+            f"{type(unwrap(self.large)).__name__}, which {unable}": unable is not None,
         }
         for reason, holds in reasons.items():
             if holds:

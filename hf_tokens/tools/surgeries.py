@@ -14,9 +14,6 @@ from ..engine.model import ModelSurgery
 from ..errors import UnsupportedError, explain
 from ..handlers.encoders import check_words, note_encoders
 from ..handlers.words import word_of
-from ..model import families
-from ..model.anatomy import unwrap
-from ..model.classes import class_name
 from ..model.pipelines import apart, denoisers
 from ..peft.config import HFTokensConfig
 from ..peft.nested import take_off
@@ -38,11 +35,6 @@ def models_in(model: Any) -> dict[str, nn.Module]:
     if not found:
         raise UnsupportedError(explain("A pipeline needs a `transformer` or a `unet`", sorted(components), "Pass the denoiser itself."))
     return found
-
-
-def resumes_by_token(model: Any) -> bool:
-    """Whether a model reads several tokens behind what it holds of a text as if that were not there."""
-    return families.RESUMES_BY_TOKEN.search(class_name(unwrap(model))) is not None
 
 
 def blocks_in(model: Any) -> list[BlockSurgery]:

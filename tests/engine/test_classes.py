@@ -12,7 +12,8 @@ from hf_tokens.model.blocks import BlockFacts
 from hf_tokens.model.classes import LIBRARIES, class_name
 from hf_tokens.testing import zoo
 
-FAMILIES = sorted(set(zoo.families()) - zoo.unbuildable().keys(), key=lot)
+UNBUILT = {"apertus1p5", "inkling2_loop"}  # the library refuses their configs at the zoo's sizes
+FAMILIES = sorted(set(zoo.families()) - zoo.unbuildable().keys() - UNBUILT, key=lot)
 TOLD_BY_ROWS = ["clip", "aimv2", "bloom", "clvp", "big_bird", "longt5", "chmv2", "blip", "diffusers/UNet2DConditionModel"]
 
 
@@ -41,10 +42,7 @@ def own(model):
 @pytest.mark.filterwarnings("ignore")  # the libraries' own, of models that are built
 @pytest.mark.parametrize("family", FAMILIES if ALL else [*TOLD_BY_ROWS, *FAMILIES[:40]])
 def test_a_model_of_own_classes_is_read_as_what_it_is_made_from(family):
-    try:
-        model, other = (zoo.build(family).model for _ in range(2))
-    except Exception as error:
-        pytest.skip(f"un-skip when the library builds it: {error}")
+    model, other = (zoo.build(family).model for _ in range(2))
     if type(model).forward is not nn.Module.forward:  # else it is called by none of its own name
         assert read(own(model)) == read(other)
 

@@ -144,8 +144,9 @@ def test_what_two_models_cannot_write_together_is_refused():
         model.generate(**told, num_beams=2, custom_generate=route_to(large))
     with pytest.raises(UnsupportedError, match="which has an encoder"):
         model.generate(**told, custom_generate=route_to(zoo.build("t5").model))
-    with pytest.raises(UnsupportedError, match="got JambaForCausalLM, which goes on from its states by one token at a time"):
-        model.generate(**told, custom_generate=route_to(zoo.build("jamba").model))
+    for family, got in (("jamba", "JambaForCausalLM, which goes on from"), ("recurrent_gemma", "RecurrentGemmaForCausalLM, which keeps")):
+        with pytest.raises(UnsupportedError, match=f"got {got} its states"):
+            model.generate(**told, custom_generate=route_to(zoo.build(family).model))
     with pytest.raises(UnsupportedError, match="needs a model with a surgery"):
         large.generate(**told, custom_generate=route_to(large))
 
