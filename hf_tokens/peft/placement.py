@@ -280,6 +280,11 @@ def stores_otherwise(cls: type[Method]) -> bool:
     return issubclass(cls, CacheCompressor) and cls.hold is not CacheCompressor.hold
 
 
+def folds(placement: Placement) -> bool:
+    """Whether a cache compressor lets entries that stay take in those that go."""
+    return issubclass(placement.info.cls, CacheCompressor) and placement.info.cls.folds(placement.config)
+
+
 # what one block takes: a rule, the methods that it is about, and those that may not stand beside one of them, another of their own kind too
 COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
     (
@@ -301,7 +306,12 @@ COMPANY: tuple[tuple[str, Callable, Callable], ...] = (
     (
         "Entries that two blocks store as one take in no others",
         lambda p: stores_otherwise(p.info.cls) and p.info.cls.pairs,
-        lambda p: issubclass(p.info.cls, CacheCompressor) and p.info.cls.folds(p.config),
+        folds,
+    ),
+    (
+        "Entries that are turned to other places as others leave take in none",
+        lambda p: folds(p) and "rotation" in p.info.cls.words["fold"],
+        folds,
     ),
     (
         "A bank that shapes an attention call stands beside no method that looks at it",

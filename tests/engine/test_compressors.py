@@ -31,6 +31,7 @@ NAMES = [name for name in COMPRESSORS if name != "squeezeattention sinks"]
 PAIRS = list(itertools.product(NAMES, repeat=2))
 COMPANIONS = 5  # methods behind each one that it meets; `make contract` takes all
 TWO_FORMATS, SHARED = "one cache compressor that stores entries in another format", "store as one take in no others"
+TURNED = "turned to other places as others leave take in none"
 
 
 def refusal(names):
@@ -40,7 +41,9 @@ def refusal(names):
     hold, fold = [cls.hold is not CacheCompressor.hold for cls in (first, second)], [cls.folds(COMPRESSORS[n]) for cls, n in known]
     if all(hold):
         return TWO_FORMATS
-    return SHARED if first.pairs and fold[1] or second.pairs and fold[0] else None
+    if first.pairs and fold[1] or second.pairs and fold[0]:
+        return SHARED
+    return TURNED if all(fold) and any("rotation" in cls.words["fold"] for cls in (first, second)) else None
 
 
 def drawn(pairs):
