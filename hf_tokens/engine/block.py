@@ -290,8 +290,7 @@ class BlockSurgery(nn.Module, BaseTunerLayer):
                 value.data = buffers[name].to(value.device, torch.promote_types(buffers[name].dtype, value.dtype))
 
     def train(self, mode: bool = True) -> BlockSurgery:
-        """Train or evaluate; a Trainer that trains the model is found here and gets the schedule's callback."""
-        if mode:
-            for world in self.surgery.model.worlds:
-                world.training_begins(self.surgery.model)
+        """Train or evaluate; a Trainer that does so is found here: it gets the schedule's callback, and its logs what the methods do."""
+        for world in self.surgery.model.worlds:
+            (world.training_begins if mode else world.evaluation_begins)(self.surgery.model)
         return super().train(mode)

@@ -15,6 +15,10 @@ from ..errors import UnsupportedError, explain
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ..roles.base import Method
+    from .model import ModelSurgery
+    from .results import ModelCall
+
 AGREES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of two sums of the same losses
 
 
@@ -134,6 +138,47 @@ class StepLosses:
         values = (extra, replacement and replacement.value)
         if self.forwards is not None and any(value.requires_grad for value in values if value is not None):
             self.forwards.append(ForwardLoss(extra, replacement, None if loss is None else loss.grad_fn))
+
+
+def add_losses(surgery: ModelSurgery, call: ModelCall, output: Any) -> Any:
+    """The model's output, with the losses of the methods in its loss; the listeners are told each of them."""
+    if surgery.listeners:
+        tell_losses(surgery)
+    extra, replacement, arguments = surgery.extra_loss(), call.replacement, call.context.arguments
+    if extra is None and replacement is None:
+        return output
+    loss = None
+    if isinstance(output, dict) and output.get("loss") is not None:
+        loss = output["loss"] = with_losses(surgery, output["loss"], extra, replacement, arguments)
+    elif isinstance(output, tuple) and arguments.get("labels") is not None:
+        loss = with_losses(surgery, output[0], extra, replacement, arguments)
+        output = (loss, *output[1:])
+    surgery.losses.note(extra, replacement, loss)
+    return output
+
+
+def tell_losses(surgery: ModelSurgery) -> None:
+    """Tell the listeners the loss of each method, in all of its blocks."""
+    losses: dict[str, tuple[Method, list[Tensor]]] = {}
+    for method in surgery.methods():
+        losses.setdefault(method.key, (method, []))[1].extend(loss.detach().float() for loss in method.losses)
+    for method, values in losses.values():
+        for listener in surgery.listeners if values else ():
+            listener.judged(method, torch.stack(values).sum())
+
+
+def with_losses(surgery: ModelSurgery, own: Tensor, extra: Tensor | None, replacement: LossReplacement | None, arguments: dict) -> Tensor:
+    """The model's own loss, with what is added to it and what takes its place."""
+    loss, losses = own, surgery.losses
+    if replacement is not None:
+        part = share_of_step(surgery.base, arguments, replacement.unit, losses.trainer)
+        loss = replacement.put(loss, arguments.get("num_items_in_batch"), part, check=not losses.agreed)
+        losses.trust(True)
+    if extra is not None:
+        loss = loss + extra.to(loss.dtype) * share_of_step(surgery.base, arguments)
+    for listener in surgery.listeners:
+        listener.lost(own.detach(), loss.detach())
+    return loss
 
 
 def share_of_step(model: nn.Module, arguments: dict, unit: str = "token", trainer: Trainer | None = None) -> float | Tensor:

@@ -28,7 +28,7 @@ from .context import ForwardContext
 from .generation import refuse_export, refuse_pages, stand_before
 from .handler import HANDLERS, Handler
 from .hooks import LayoutForward, SharedHook, SignedForward
-from .loss import LossReplacement, StepLosses, share_of_step
+from .loss import StepLosses, add_losses
 from .results import ModelCall, World
 from .surgery import Listener, StreamSurgery
 
@@ -103,7 +103,7 @@ class ModelSurgery:
             self._bound += stand_before(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "call": None, "verdict": None, "waiting": None, "_callers": set(), "conclusions": {}}
+        return {**vars(self), "call": None, "verdict": None, "waiting": None, "_callers": set(), "conclusions": {}, "listeners": []}
 
     def methods(self) -> Iterator[Method]:
         """Every active method."""
@@ -316,7 +316,7 @@ class ModelSurgery:
             for world in self.worlds:
                 world.after_model(output)
             self._compare(call)
-            output = self._add_losses(call, output)
+            output = add_losses(self, call, output)
         except BaseException:
             self.abandon()
             raise
@@ -365,27 +365,6 @@ class ModelSurgery:
         if visual is None or not SPANS & method.asks or not (self.base.training and torch.is_grad_enabled()) or bool(visual.any()):
             return []
         return [parameter.flatten()[:0].sum() for parameter in method.parameters() if parameter.requires_grad]
-
-    def _add_losses(self, call: ModelCall, output: Any) -> Any:
-        """The model's output, with the losses of the methods in its loss."""
-        extra, replacement, arguments = self.extra_loss(), call.replacement, call.context.arguments
-        if extra is None and replacement is None:
-            return output
-        loss = None
-        if isinstance(output, dict) and output.get("loss") is not None:
-            loss = output["loss"] = self._with_losses(output["loss"], extra, replacement, arguments)
-        elif isinstance(output, tuple) and arguments.get("labels") is not None:
-            loss = self._with_losses(output[0], extra, replacement, arguments)
-            output = (loss, *output[1:])
-        self.losses.note(extra, replacement, loss)
-        return output
-
-    def _with_losses(self, loss: Tensor, extra: Tensor | None, replacement: LossReplacement | None, arguments: dict) -> Tensor:
-        if replacement is not None:
-            part = share_of_step(self.base, arguments, replacement.unit, self.losses.trainer)
-            loss = replacement.put(loss, arguments.get("num_items_in_batch"), part, check=not self.losses.agreed)
-            self.losses.trust(True)
-        return loss if extra is None else loss + extra.to(loss.dtype) * share_of_step(self.base, arguments)
 
 
 def called(thread: int) -> Iterator[Any]:

@@ -38,6 +38,7 @@ OF_THE_TOKENS = {"hidden", "entered", *HOOKED}  # signals that are as wide as th
 def run_block(pass_plan: PassPlan, call: BlockCall, site: Site) -> Any:
     """Run the block on the site's tokens, as often as its routers decide, each run on what the one before returned; returns the output."""
     gates, dense = find_gates(pass_plan, site)
+    tell_routed(site, gates)
     output, hidden = run_once(pass_plan, call, site, gates[0] if gates else None, dense)
     for number, gate in enumerate(gates[1:], start=1):
         if bool((gate != 0).any()):
@@ -61,6 +62,14 @@ def find_gates(pass_plan: PassPlan, site: Site) -> tuple[list[Tensor], bool]:
             dense |= method.training and method.trains_dense and gates[0].requires_grad
     runs = max([len(gates) for gates in of_routers]) if of_routers else 0
     return [functools.reduce(torch.mul, [gates[min(number, len(gates) - 1)] for gates in of_routers]) for number in range(runs)], dense
+
+
+def tell_routed(site: Site, gates: list[Tensor]) -> None:
+    """Tell the listeners which tokens run the block, once at least."""
+    if gates and site.surgery.heard:
+        runs = functools.reduce(torch.logical_or, [gate != 0 for gate in gates]) & site.run.ledger.flags(site.run.ledger.filled, True)
+        for listener in site.surgery.model.listeners:
+            listener.routed(site.block, runs)
 
 
 def layer_of_rerun(pass_plan: PassPlan, call: BlockCall, site: Site, number: int) -> TokenCacheLayer | None:

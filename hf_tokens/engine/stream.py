@@ -112,6 +112,9 @@ def walk(block: BlockSurgery, call: BlockCall, replaying: bool = False) -> Any:
     block.forget()
     if layer is not None:
         layer.release()
+    if surgery.heard:
+        for listener in surgery.model.listeners:
+            listener.passed(block, run)
     given = call.pack(left)
     run.passed(site.hidden, given)
     if block.index == surgery.depth - 1 and not replaying:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..model.streams import Stream
@@ -13,7 +14,7 @@ from ..roles.base import Method
 from ..tokens.altered import altered
 from .context import ForwardContext, State
 from .plan import StreamPlan
-from .results import Replays, StreamCall
+from .results import Replays, StreamCall, in_backward
 from .run import StreamRun
 
 if TYPE_CHECKING:
@@ -100,19 +101,45 @@ class StreamSurgery:
         for listener in self.model.listeners:
             listener.examined(block, method, finding)
 
+    @property
+    def heard(self) -> bool:
+        """Whether anyone listens; a block that is run again in a backward pass has been heard before."""
+        return bool(self.model.listeners) and not torch.compiler.is_compiling() and not in_backward()
+
     def count(self, block: BlockSurgery, tokens: int, part: str | None = None) -> None:
         """So many tokens were computed by a block, or by a part of it."""
         for listener in self.model.listeners:
             listener.computed(block, part, tokens)
+
+    def acted(self, block: BlockSurgery, method: Method, left: Tensor | int, of: int) -> None:
+        """A method acted in a block: so many of so many of what its role counts. Called where `heard`."""
+        for listener in self.model.listeners:
+            listener.acted(block, method, left, of)
 
 
 class Listener:
     """Called for what happens in a model, as long as it is subscribed by `ModelSurgery.listening`; it does nothing by default."""
 
     examines = False  # whether the methods are examined, and change nothing
+    scores = False  # whether token scorers are called for it
 
     def computed(self, block: BlockSurgery, part: str | None, tokens: int) -> None:
         """A block, or a part of it, computed so many tokens."""
+
+    def acted(self, block: BlockSurgery, method: Method, left: Tensor | int, of: int) -> None:
+        """A method acted in a block: so many of so many of what its role counts (`Method.counts`)."""
+
+    def routed(self, block: BlockSurgery, runs: Tensor) -> None:
+        """Which of the tokens at hand run the block, (b m) bool."""
+
+    def passed(self, block: BlockSurgery, run: StreamRun) -> None:
+        """A block has run, with methods around it; the run's ledger says which tokens are left."""
+
+    def judged(self, method: Method, loss: Tensor) -> None:
+        """A method has a loss of the forward that ends, that of all its blocks."""
+
+    def lost(self, own: Tensor, whole: Tensor) -> None:
+        """The loss of a forward: the model's own, and what stands in its place."""
 
     def examined(self, block: BlockSurgery, method: Method, finding: Any) -> None:
         """A method was examined in a block, with this result."""

@@ -62,6 +62,8 @@ def edited_update(method: AttentionEdit, site: Site, hidden: Tensor, update: Ten
     own = slice(0, m) if ledger.behind or update.shape[1] == m else slice(ledger.context, None)
     captured |= {"attention_input": hidden[:, own], "attention_output": update[:, own]}
     edited = ask(method, site.inside(site.hidden, routed=None))
+    if site.surgery.heard:
+        site.surgery.acted(site.block, method, 0 if edited is None else update[..., 0].numel(), update[..., 0].numel())
     if edited is None:
         return update
     captured["attention_output"] = edited = edited.to(update.dtype)

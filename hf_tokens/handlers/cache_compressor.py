@@ -116,6 +116,15 @@ def compress(method: CacheCompressor, site: Site) -> None:
         run.held.setdefault((WAITING, method.key), []).append(site)
         return
     limit(method, site)
+    tell_kept(method, site)
+
+
+def tell_kept(method: CacheCompressor, site: Site) -> None:
+    """Tell the listeners how many bytes a block's cache holds behind a prompt, of as many as without."""
+    if site.surgery.heard and site.run.prefill:
+        ledger, layer, (heads, *widths) = site.run.ledger, site.layer, site.layer.kv.shape
+        tokens = ledger.batch * (ledger.start + ledger.n)
+        site.surgery.acted(site.block, method, layer.nbytes, tokens * heads * sum(widths) * layer.dtype.itemsize)
 
 
 def await_recital(method: CacheCompressor, site: Site) -> None:
@@ -207,6 +216,7 @@ def allot(method: CacheCompressor, last: Site, waiting: list[Site], notes: dict[
     for site in waiting:
         note_change(site)
         limit(method, site, scores.get(site.block.index))
+        tell_kept(method, site)
 
 
 def surplus(method: CacheCompressor, site: Site) -> int | None:

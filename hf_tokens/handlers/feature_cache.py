@@ -20,7 +20,18 @@ from ..errors import UnsupportedError, explain
 from ..model.pipelines import their_caches
 from ..roles.feature_cache import FeatureCache
 from ..tokens.token_map import take
-from .kept_features import Feature, Features, added_by_block, check_alone, needs_gradient, pack_block, reuse, store_of, supply_features
+from .kept_features import (
+    Feature,
+    Features,
+    added_by_block,
+    check_alone,
+    needs_gradient,
+    pack_block,
+    reuse,
+    store_of,
+    supply_features,
+    tell_computed,
+)
 from .stacks import decide_inside, decides_inside, run_stack
 from .sublayers import Sublayer, Sublayers, refuse_on_picture, refuse_stored
 
@@ -74,6 +85,7 @@ class FeatureCacheHandler(Handler):
         kept, index = store.get(part), None
         if kept is not None and kept.output.shape[:2] == hidden.shape[:2]:
             index = reuse(method, block, hidden, kept, part)
+        tell_computed(method, block, hidden, hidden[..., 0].numel() if index is None else index.numel())
         if index is None:
             sublayer.count(hidden.shape[0] * hidden.shape[1])
             output = run_whole(method, sublayer, store, hidden, arguments)
@@ -107,8 +119,10 @@ class FeatureCacheHandler(Handler):
                 raise UnsupportedError(explain(rule, f"{chosen.shape[1]} of {hidden.shape[1]}", "Return None, or indices (b 0)."))
             if chosen is not None:
                 block.tap.site.within["reused"] = True
+                tell_computed(method, block, hidden, 0)
                 store["block"] = Feature(kept.output, kept.age + 1, kept.context, kept.form)
                 return pack_block(block, kept.form, hidden + kept.output, None if kept.context is None else context + kept.context)
+        tell_computed(method, block, hidden, hidden[..., 0].numel())
         output = block.inner(*args, **kwargs)
         store["block"] = added_by_block(block, output, hidden, context)
         if surgery.examines:

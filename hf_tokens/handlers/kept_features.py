@@ -158,3 +158,9 @@ def store_of(method: FeatureCache, block: BlockSurgery) -> dict:
 def kept_under(block: BlockSurgery, key: tuple) -> dict:
     """What was kept under a key for this denoising context."""
     return block.surgery.state(Features).setdefault(block.surgery.call.context.denoising, {}).setdefault(key, {})
+
+
+def tell_computed(method: FeatureCache, block: BlockSurgery, hidden: Tensor, computed: int) -> None:
+    """Tell the listeners how many of the tokens (b n d) are computed again."""
+    if block.surgery.heard:
+        block.surgery.acted(block, method, computed, hidden[..., 0].numel())

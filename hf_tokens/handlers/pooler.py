@@ -117,6 +117,12 @@ def leave_norm(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict
     return back(whole, output)
 
 
+def tell_pooled(method: Pooler, site: Site, vectors: Tensor) -> None:
+    """Tell the listeners how many vectors (b d) or (b k d) stand for the tokens."""
+    if site.surgery.heard:
+        site.surgery.acted(site.block, method, vectors[..., 0].numel(), site.run.ledger.rows.numel())
+
+
 def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:
     """The pooled vector in every place of the sequence (b n d), filler and padding too; a row of padding alone has none and stays."""
     padding = site.run.padding
@@ -127,6 +133,7 @@ def hand_out(method: Pooler, site: Site, whole: Tensor) -> Tensor:
     vector = pool(method, site, whole)
     if vector is None:
         return whole
+    tell_pooled(method, site, vector)
     pooled = vector[:, None].to(whole.dtype).expand_as(whole)
     pooled = pooled if empty is None else torch.where(empty[..., None], whole, pooled)
     return pooled.contiguous() if method.strength == 1 else torch.lerp(whole, pooled, method.strength)  # a head may want a view of it
@@ -144,6 +151,7 @@ def shorten_output(method: Pooler, site: Site, output: Any) -> Any:
     vectors = pool(method, site, whole)
     if vectors is None:
         return output
+    tell_pooled(method, site, vectors)
     refuse_readers_by_mask(method)
     if isinstance(output, dict):
         output[at] = vectors.to(whole.dtype)

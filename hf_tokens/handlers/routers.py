@@ -35,6 +35,8 @@ class TokenRouterHandler(Handler):
 
     def gate(self, method: TokenRouter, site: Site) -> list[Tensor] | None:
         gate = ask(method, site)
+        if gate is not None:
+            tell_run(method, site, gate)
         return None if gate is None else [gate]
 
 
@@ -47,6 +49,7 @@ class LayerRouterHandler(Handler):
         gate = ask(method, site)  # (b), or (b r) for several runs
         if gate is None:
             return None
+        tell_run(method, site, gate)
         return [of_run[:, None].expand_as(site.run.ledger.rows) for of_run in gate.reshape(len(gate), -1).unbind(1)]
 
 
@@ -70,6 +73,12 @@ class ModelRouterHandler(Handler):
         verdicts = [router.at_hand(functools.partial(router.route, **signals[router])) for router in routers]
         call.model.put_verdict(torch.stack(verdicts).any(dim=0))
         return output
+
+
+def tell_run(method: TokenRouter | LayerRouter, site: Site, gate: Tensor) -> None:
+    """Tell the listeners how many of the tokens, or of the samples' runs, a gate lets through."""
+    if site.surgery.heard:
+        site.surgery.acted(site.block, method, (gate != 0).sum(), gate.numel())
 
 
 class RoutedMlp(BoundForward):
@@ -106,7 +115,9 @@ class RoutedMlp(BoundForward):
             inside = site.inside(x)
             for router in routers:
                 route = ask(router, inside)
-                routes += [] if route is None else [route if isinstance(route, tuple) else (route, None)]
+                if route is not None:
+                    routes.append(route if isinstance(route, tuple) else (route, None))
+                    tell_run(router, site, routes[-1][0])
             self._refuse_reentrant(site.tokens, site.run.memory.tokens)
         extras = [extra for _, extra in routes if extra is not None]
         gates = [x.new_ones(x.shape[:2]), *(gate for gate, _ in routes)]

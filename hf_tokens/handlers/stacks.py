@@ -19,7 +19,7 @@ from ..errors import UnsupportedError, explain
 from ..model import families
 from ..model.signatures import bound_arguments
 from ..roles.feature_cache import FeatureCache
-from .kept_features import Feature, check_alone, kept_under, pack_block, parts_of_output, reuse, store_of
+from .kept_features import Feature, check_alone, kept_under, pack_block, parts_of_output, reuse, store_of, tell_computed
 from .sublayers import Sublayer
 
 ATTENTION_INPUT = "attention_input"  # the signal that is known inside of the first block
@@ -77,12 +77,15 @@ def run_stack(method: FeatureCache, block: BlockSurgery, args: tuple, kwargs: di
     if method.is_first_block:
         begin(method, block, state, hidden, context)
     if state.passing:
+        tell_computed(method, block, hidden, 0)
         return pass_by(method, block, state, hidden, context)
     try:
         output = run()
     except StackReused:
         begin(method, block, state, hidden, context)
+        tell_computed(method, block, hidden, 0)
         return pass_by(method, block, state, hidden, context)
+    tell_computed(method, block, hidden, hidden[..., 0].numel())
     if state.asking is not None:
         rule = "What a block's attention is given is read off a call of it"
         raise UnsupportedError(explain(rule, f"{block.path} without one", "Choose other layers or another model."))

@@ -165,6 +165,8 @@ def run_merged(reducer: TokenReducer, sublayer: Sublayer, hidden: Tensor, argume
     mapped = torch.cat([hidden[:, :front], mapped, hidden[:, front + tokens.n :]], dim=1) if front or behind else mapped
     whole = tokens.beside(front, behind)
     sublayer.count(mapped.shape[0] * mapped.shape[1])
+    if block.surgery.heard:
+        block.surgery.acted(block, reducer, len(hidden) * tokens.m, len(hidden) * tokens.n)
     output = run_short(sublayer, mapped, whole, hidden, arguments)
     return with_first(output, whole.slots.unmerge(first_of(output)))
 

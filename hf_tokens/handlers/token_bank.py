@@ -87,6 +87,7 @@ class TokenBankHandler(Handler):
         start = real.long().argmax(dim=1)
         end = real.shape[1] - real.flip(1).long().argmax(dim=1)
         at = method.place(start, end) if run.segments is None else run.starts(run.ledger)
+        tell_inserted(method, site, tokens)
         opened = TokenMap.insert(run.ledger.m, at, tokens.shape[1], len(hidden), hidden.device, beside=torch.minimum(at, end - 1))
         site.move(opened, opened.fill(hidden, tokens))
         run.memory.tokens[method.key] = opened.fresh
@@ -97,6 +98,7 @@ class TokenBankHandler(Handler):
         marked = None if marked is None else marked & real_tokens(site)
         tokens = None if marked is None or not bool(marked.any()) else tokens_of(method, site)
         if tokens is not None:
+            tell_inserted(method, site, tokens)
             opened = TokenMap.follow(marked, tokens.shape[1])
             site.move(opened, opened.fill(site.hidden, tokens))
             site.run.memory.tokens[method.key] = opened.fresh
@@ -113,6 +115,7 @@ class TokenBankHandler(Handler):
         tokens = tokens_of(method, site) if admits(method, layer, ledger) else None
         if tokens is None:
             return None
+        tell_inserted(method, site, tokens)
         if layer is not None and method.site == "block":
             layer.banks[method.key] = layer.seen
         at = beside = run.first_real(ledger) if run.segments is None else run.starts(ledger)
@@ -172,6 +175,12 @@ class TokenBankHandler(Handler):
 
     def around(self, block: BlockSurgery, run: Callable, args: tuple, kwargs: dict) -> Any:
         return words.read_own(block, lambda block, *call: prompt.on_its_own(block, run, *call), args, kwargs)
+
+
+def tell_inserted(method: TokenBank, site: Site, tokens: Tensor) -> None:
+    """Tell the listeners how many tokens (b k d) go in, beside those that are there."""
+    if site.surgery.heard:
+        site.surgery.acted(site.block, method, tokens.shape[:2].numel(), site.hidden.shape[:2].numel())
 
 
 def tokens_of(method: TokenBank, site: Site) -> Tensor | None:

@@ -104,8 +104,17 @@ def reduce_tokens(method: TokenReducer, site: Site) -> None:
     if tokens.reads is not None and not method.spans:
         rule = "Tokens read other slots than their own behind a span of blocks only"
         raise UnsupportedError(explain(rule, f"`reads` from {type(method).__name__}", "Set its `spans`, or leave `reads` out."))
+    tell_kept(method, site, tokens)
     slots = tokens.apply(site.hidden, site.run.ledger.sizes)
     site.move(tokens, slots, method.proportional, begin_span(method, tokens, site, slots) if method.spans else None)
+
+
+def tell_kept(method: TokenReducer, site: Site, tokens: TokenMap) -> None:
+    """Tell the listeners how many of the tokens a map leaves."""
+    if site.surgery.heard:
+        rows = len(tokens.slot)
+        left = rows * tokens.m if tokens.filled is None else tokens.filled.sum()
+        site.surgery.acted(site.block, method, left, rows * tokens.n)
 
 
 def report_finding(method: TokenReducer, site: Site) -> None:
@@ -126,6 +135,7 @@ def settle(method: TokenReducer, site: Site) -> None:
     """Behind the block, a merge in its middle becomes one of the stream: the mean of x + mlp(mean x) is mean x + mlp(mean x)."""
     tokens = None if site.local is None else decided(method, site)
     if tokens is not None:
+        tell_kept(method, site, tokens)
         site.move(tokens, tokens.apply(site.hidden, site.run.ledger.sizes), method.proportional)
 
 

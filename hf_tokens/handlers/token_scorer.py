@@ -20,9 +20,10 @@ def scorers_of(model: ModelSurgery) -> list[TokenScorer]:
 @handles("TokenScorer")
 class TokenScorerHandler(Handler):
     def after_head(self, call: ModelCall, hidden: Tensor | None, output: Tensor) -> Tensor:
-        for method in scorers_of(call.model) if call.model.listeners else ():
+        listeners = [listener for listener in call.model.listeners if listener.scores]
+        for method in scorers_of(call.model) if listeners else ():
             supply = {"hidden": hidden, "logits": output}
             scores = method.at_hand(partial(method.score, **{name: supply[name] for name in method.signals}))
-            for listener in call.model.listeners:
+            for listener in listeners:
                 listener.scored(method, scores)
         return output

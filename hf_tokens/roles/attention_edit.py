@@ -13,7 +13,7 @@ from .base import Method
 class AttentionEdit(Method):
     """What the self-attention of a block returns for each token, before it is added to the residual."""
 
-    role, verb, moves_tokens = "AttentionEdit", "edit", False
+    role, verb, counts, moves_tokens = "AttentionEdit", "edit", "edited", False
 
     @abc.abstractmethod
     def edit(self, *signals: Any) -> Tensor | None:

@@ -106,12 +106,15 @@ class Method(nn.Module, abc.ABC):
         recites: A cache compressor scores a prompt as the model says it again behind itself, so many tokens at a time; None if it does not.
         tower: It acts in two streams: on the text, and in the block of the vision tower whose output the projector reads.
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
+        counts: What is counted of what it does in a block, of all that is there: "kept" tokens, tokens that are "inserted", "routed",
+            "computed", "edited" or "pooled", samples that are "run", bytes of the "cache"; empty for a role that acts outside of blocks.
         shifts: A bank's tokens have places of their own: `shift` says how far the tokens behind them move on.
         turns: A bank's `attend` reads keys at other places than they stand at.
     """
 
     role: ClassVar[str]
     verb: ClassVar[str]
+    counts: ClassVar[str] = ""
     signals: ClassVar[tuple[str, ...]] = ()
     observes: ClassVar[tuple[str, ...]] = ()
     placed: ClassVar[bool] = True

@@ -66,7 +66,8 @@ class CacheCompressor(Method):
     the budget may wait while decoding, and leave at once, where its config is a `SlackConfig`: that takes less time.
     """
 
-    role, verb, causal, further, decodes = "CacheCompressor", "score", True, ("fold", "hold", "examine"), False
+    role, verb, counts, causal, decodes = "CacheCompressor", "score", "cache", True, False
+    further = ("fold", "hold", "examine")
 
     @property
     def slack(self) -> int:

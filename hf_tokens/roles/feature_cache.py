@@ -21,7 +21,7 @@ class FeatureCache(Method):
         leads: Its first block is no part of the stack, and always runs.
     """
 
-    role, verb, kinds, moves_tokens = "FeatureCache", "reuse", ("denoiser",), False
+    role, verb, counts, kinds, moves_tokens = "FeatureCache", "reuse", "computed", ("denoiser",), False
     site, sites = "sublayer", ("sublayer", "block", "stack")
     leads: ClassVar[bool] = False
 

@@ -19,7 +19,7 @@ class Pooler(Method):
     the others in the last block; no other token sees them.
     """
 
-    role, verb, site, sites, further = "Pooler", "pool", "stream", ("stream", "output"), ("examine", "ask")
+    role, verb, counts, site, sites, further = "Pooler", "pool", "pooled", "stream", ("stream", "output"), ("examine", "ask")
     kinds, moves_tokens, caches = ("text", "vision", "video", "audio"), False, False
 
     @classmethod

@@ -14,7 +14,7 @@ from .config import MethodConfig
 class TokenRouter(Method):
     """Which tokens run a `block`, or its `mlp`; the rest skip it."""
 
-    role, verb, site, sites = "TokenRouter", "route", "block", ("block", "mlp")
+    role, verb, counts, site, sites = "TokenRouter", "route", "routed", "block", ("block", "mlp")
 
     @abc.abstractmethod
     def route(self, *signals: Any) -> Tensor | tuple[Tensor, Tensor] | None:
@@ -28,7 +28,7 @@ class TokenRouter(Method):
 class LayerRouter(Method):
     """How often a sample runs a block."""
 
-    role, verb = "LayerRouter", "route"
+    role, verb, counts = "LayerRouter", "route", "run"
 
     @abc.abstractmethod
     def route(self, *signals: Any) -> Tensor | None:

@@ -32,7 +32,7 @@ class TokenBank(Method):
     on by them, `attend` how the attention of each block that it sits in reads them and all others, `conclude` what has become of them.
     """
 
-    role, verb, site, sites = "TokenBank", "tokens", "block", ("input", "block", "query", "embedding", "prompt")
+    role, verb, counts, site, sites = "TokenBank", "tokens", "inserted", "block", ("input", "block", "query", "embedding", "prompt")
     further = ("follow", "shift", "attend", "conclude", "examine", "takes")
     packed = True
     deep: ClassVar[bool] = False

@@ -19,7 +19,7 @@ class TokenReducer(Method):
     One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` returns what they become.
     """
 
-    role, verb, site, sites = "TokenReducer", "assign", "after", ("before", "middle", "after", "sublayer")
+    role, verb, counts, site, sites = "TokenReducer", "assign", "kept", "after", ("before", "middle", "after", "sublayer")
 
     @abc.abstractmethod
     def assign(self, *signals: Any) -> TokenMap | None:

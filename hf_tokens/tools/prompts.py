@@ -40,6 +40,8 @@ CHUNK_ENDS = (".", "\n")
 class TokenScores(Listener):
     """What scorers say of the tokens of one call."""
 
+    scores = True
+
     def __init__(self):
         self.found: dict[TokenScorer, Tensor] = {}
 

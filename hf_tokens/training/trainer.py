@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from ..engine.results import World
 from ..errors import UnsupportedError, explain
 from ..handlers.objective import asked_now
 from ..model.callers import callers
+from .logs import TrainingLogs, logging_by
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -46,13 +49,14 @@ def reaches(node: Any, wanted: Any) -> bool:
 
 
 class TrainingWorld(World):
-    """The trainer's part in a model; its callback takes itself off at the end of the training."""
+    """The trainer's part in a model; what it puts into a trainer goes at the end of a training, or of an evaluation without one."""
 
     def __init__(self):
-        self.compute_loss: Any = None  # what stands in the place of a trainer's method of that name
+        self.logs: TrainingLogs | None = None
+        self._undo: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"compute_loss": None}
+        return {"logs": None, "_undo": []}
 
     def training_begins(self, model: ModelSurgery) -> None:
         """Attach the callback to the Trainer that is starting to train the model, once."""
@@ -62,47 +66,77 @@ class TrainingWorld(World):
         model.losses.follow(trainer)
         warn_of_dropped_targets(trainer, model)
         trainer.add_callback(progress_callback(trainer, self, model))
-        self.add_losses(trainer, model)
+        self.take_part(trainer, model)
         model.set_progress(trainer.state.global_step / max(1, trainer.state.max_steps), trainer.state.global_step)
 
-    def add_losses(self, trainer: Trainer, surgery: ModelSurgery) -> None:
-        """Add the methods' losses in a trainer that computes its loss without reading the model's own, as TRL's do."""
-        if self.compute_loss is not None and vars(trainer).get("compute_loss") is self.compute_loss:
-            return
-        inner, reads, agreed = trainer.compute_loss, [], []
-        surgery.losses.trust(False)
+    def evaluation_begins(self, model: ModelSurgery) -> None:
+        """Take part in a Trainer that evaluates the model and does not train it, until it logs what came of that."""
+        trainer = calling_trainer() if self.logs is None else None
+        if trainer is not None:
+            self.take_part(trainer, model, once=True)
 
-        @functools.wraps(inner)
-        def compute_loss(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-            batch = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
-            surgery.losses.begin(inputs.get("labels"))
-            try:
-                output = inner(model, inputs, *args, **kwargs)
-            finally:
-                forwards = surgery.losses.end()
-            check_judged(trainer, surgery)
-            if not forwards:
-                return output
-            loss = output[0] if isinstance(output, tuple) else output
-            if not reads:
-                reads.append(any(forward.node is not None and reaches(loss.grad_fn, forward.node) for forward in forwards))
-            if reads[0]:
-                return output
-            for replacement in (forward.replacement for forward in forwards if forward.replacement is not None):
-                part = part_of_step(trainer, surgery.base, batch, "sample")
-                loss = replacement.put(loss, divisor_of(trainer, batch), part, check=not agreed)
-                agreed.append(True)
-            extras = [forward.extra for forward in forwards if forward.extra is not None]
-            if extras:
-                loss = loss + torch.stack(extras).sum().to(loss.dtype) * part_of_step(trainer, surgery.base, batch)
-            return (loss, *output[1:]) if isinstance(output, tuple) else loss
+    def take_part(self, trainer: Trainer, model: ModelSurgery, once: bool = False) -> None:
+        """Add the methods' losses where a trainer computes its loss without reading the model's own, and say in its logs what they did."""
+        self.take_back()
+        self.logs = logs = TrainingLogs(model)
+        model.listeners.append(logs)
+        self._undo.append(partial(model.listeners.remove, logs))
+        self._replace(trainer, "compute_loss", add_losses(trainer, model, logs))
+        self._replace(trainer, "log", logging_by(trainer, logs, self.take_back if once else None))
 
-        trainer.compute_loss = self.compute_loss = compute_loss
+    def _replace(self, trainer: Trainer, name: str, function: Callable) -> None:
+        def give_back() -> None:
+            if vars(trainer).get(name) is function:
+                delattr(trainer, name)
 
-    def take_back(self, trainer: Trainer) -> None:
-        """Give the trainer its own loss function back."""
-        if vars(trainer).get("compute_loss") is self.compute_loss:
-            del trainer.compute_loss
+        setattr(trainer, name, function)
+        self._undo.append(give_back)
+
+    def take_back(self) -> None:
+        """Give a trainer its own functions back."""
+        self.logs = None
+        while self._undo:
+            self._undo.pop()()
+
+    def detach(self) -> None:
+        self.take_back()
+
+
+def add_losses(trainer: Trainer, surgery: ModelSurgery, logs: TrainingLogs) -> Callable:
+    """A trainer's `compute_loss`, with the methods' losses where it does not read the model's own, as TRL's do not."""
+    inner, reads, agreed = trainer.compute_loss, [], []
+    surgery.losses.trust(False)
+
+    @functools.wraps(inner)
+    def compute_loss(model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        batch = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+        surgery.losses.begin(inputs.get("labels"))
+        logs.begin()
+        try:
+            output = inner(model, inputs, *args, **kwargs)
+        finally:
+            forwards = surgery.losses.end()
+        check_judged(trainer, surgery)
+        loss = own = output[0] if isinstance(output, tuple) else output
+        if not forwards:
+            logs.end(batch, loss)
+            return output
+        if not reads:
+            reads.append(any(forward.node is not None and reaches(loss.grad_fn, forward.node) for forward in forwards))
+        if reads[0]:
+            logs.end(batch)
+            return output
+        for replacement in (forward.replacement for forward in forwards if forward.replacement is not None):
+            part = part_of_step(trainer, surgery.base, batch, "sample")
+            loss = replacement.put(loss, divisor_of(trainer, batch), part, check=not agreed)
+            agreed.append(True)
+        extras = [forward.extra for forward in forwards if forward.extra is not None]
+        if extras:
+            loss = loss + torch.stack(extras).sum().to(loss.dtype) * part_of_step(trainer, surgery.base, batch)
+        logs.end(batch, loss, own)
+        return (loss, *output[1:]) if isinstance(output, tuple) else loss
+
+    return compute_loss
 
 
 def check_judged(trainer: Trainer, model: ModelSurgery) -> None:
@@ -145,14 +179,14 @@ def progress_callback(trainer: Trainer, world: TrainingWorld, model: ModelSurger
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            world.add_losses(trainer, model)
+            world.take_part(trainer, model)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             model.set_progress(state.global_step / max(1, state.max_steps), state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             model.set_progress(1.0)
-            world.take_back(trainer)
+            world.take_back()
 
     return Progress()
 

@@ -12,44 +12,13 @@ import torch
 from contract.pairs import METHODS, tiny
 from peft import LoraConfig
 from tolerances import all_equal, close
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainers import STACK, OwnLoss, data, losses, model, trained, trainer
+from transformers import Trainer, TrainerCallback
 
 import hf_tokens
 from hf_tokens import CAFTConfig, FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
 from hf_tokens.testing import probe_config, zoo
-from hf_tokens.testing.probe import ProbeInsertConfig
 from hf_tokens.tools.surgeries import surgery_of
-
-STACK = [FTPConfig(sparsity=0.3), ProbeInsertConfig(tokens=2)]  # a method with losses and a schedule, and one with neither
-
-
-def model(methods=STACK, specimen=None, **kwargs):
-    specimen = specimen or zoo.build("llama")
-    torch.manual_seed(0)
-    return get_token_model(specimen.model, methods, **kwargs)
-
-
-def data(rows=8, length=12):
-    ids = torch.randint(5, 80, (rows, length), generator=torch.Generator().manual_seed(3))
-    return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in ids]
-
-
-PLAIN = dict(max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0)
-QUIET = dict(logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", seed=0)
-
-
-def trainer(surgery, folder, rows=8, callbacks=(), kind=Trainer, train_dataset=None, **arguments):
-    args = TrainingArguments(output_dir=str(folder), **(PLAIN | QUIET | arguments))
-    given = train_dataset or data(rows)
-    return kind(model=surgery, args=args, train_dataset=given, eval_dataset=data(4), callbacks=list(callbacks))
-
-
-def trained(surgery):
-    return {name: p.detach().clone() for name, p in surgery.named_parameters() if p.requires_grad}
-
-
-def losses(run):
-    return [row["loss"] for row in run.state.log_history if "loss" in row]
 
 
 def test_the_methods_losses_are_in_the_loss(tmp_path):
@@ -78,16 +47,6 @@ def test_accumulated_small_batches_are_one_big_batch(tmp_path):
     for name, value in ours.items():
         close(theirs[name], value, name)
     close(torch.tensor(losses(small)), torch.tensor(losses(big)), "logged losses")
-
-
-class OwnLoss(Trainer):
-    """A trainer that does not read the model's loss, as TRL's do not."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = model(**inputs)
-        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), reduction="sum")
-        loss = loss / num_items_in_batch
-        return (loss, out) if return_outputs else loss
 
 
 def test_a_trainer_with_a_loss_of_its_own_has_the_methods_losses_too(tmp_path):
