@@ -116,10 +116,10 @@ def compress(method: CacheCompressor, site: Site) -> None:
         run.held.setdefault((WAITING, method.key), []).append(site)
         return
     limit(method, site)
-    tell_kept(method, site)
+    tell_stored(method, site)
 
 
-def tell_kept(method: CacheCompressor, site: Site) -> None:
+def tell_stored(method: CacheCompressor, site: Site) -> None:
     """Tell the listeners how many bytes a block's cache holds behind a prompt, of as many as without."""
     if site.surgery.heard and site.run.prefill:
         ledger, layer, (heads, *widths) = site.run.ledger, site.layer, site.layer.kv.shape
@@ -216,7 +216,7 @@ def allot(method: CacheCompressor, last: Site, waiting: list[Site], notes: dict[
     for site in waiting:
         note_change(site)
         limit(method, site, scores.get(site.block.index))
-        tell_kept(method, site)
+        tell_stored(method, site)
 
 
 def surplus(method: CacheCompressor, site: Site) -> int | None:

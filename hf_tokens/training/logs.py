@@ -72,7 +72,7 @@ class TrainingLogs(Listener):
         if trainer.accelerator.num_processes > 1:
             values = trainer.accelerator.reduce(values.to(trainer.accelerator.device, torch.float32), "sum").cpu()
         *rest, (own, whole) = values.tolist()
-        names = names_of(methods)
+        names = short_names(methods)
         shares = {f"{names[key]}/{what}": value / of for (key, what), (value, of) in zip(known, rest, strict=True) if of}
         return shares | self._gates(names), own / whole if whole and own != whole else None
 
@@ -86,7 +86,7 @@ class TrainingLogs(Listener):
         return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
-def names_of(methods: dict[str, Method]) -> dict[str, str]:
+def short_names(methods: dict[str, Method]) -> dict[str, str]:
     """What each method is called, by its key; with its place where a method of that name stands in two."""
     names = {key: method.config.method for key, method in methods.items()}
     several = {name for name in names.values() if [*names.values()].count(name) > 1}

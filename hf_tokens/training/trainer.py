@@ -81,7 +81,7 @@ class TrainingWorld(World):
         self.logs = logs = TrainingLogs(model)
         model.listeners.append(logs)
         self._undo.append(partial(model.listeners.remove, logs))
-        self._replace(trainer, "compute_loss", add_losses(trainer, model, logs))
+        self._replace(trainer, "compute_loss", adding_losses(trainer, model, logs))
         self._replace(trainer, "log", logging_by(trainer, logs, self.take_back if once else None))
 
     def _replace(self, trainer: Trainer, name: str, function: Callable) -> None:
@@ -102,7 +102,7 @@ class TrainingWorld(World):
         self.take_back()
 
 
-def add_losses(trainer: Trainer, surgery: ModelSurgery, logs: TrainingLogs) -> Callable:
+def adding_losses(trainer: Trainer, surgery: ModelSurgery, logs: TrainingLogs) -> Callable:
     """A trainer's `compute_loss`, with the methods' losses where it does not read the model's own, as TRL's do not."""
     inner, reads, agreed = trainer.compute_loss, [], []
     surgery.losses.trust(False)
