@@ -40,6 +40,7 @@ PUBLIC = {
     "tools.model_routing": ("label_routes", "route_to"),
     "tools.prompts": ("compress_prompt", "embed_prompt"),
     "tools.search": ("search_path", "search_shares"),
+    "tools.summary": ("RunRecord", "Summary", "record", "summary"),
     "tools.vocabulary": ("transplant",),
 }
 MODULES = {name: module for module, names in PUBLIC.items() for name in names}

@@ -404,6 +404,12 @@ from .tools.search import (
     search_path,
     search_shares,
 )
+from .tools.summary import (
+    RunRecord,
+    Summary,
+    record,
+    summary,
+)
 from .tools.vocabulary import (
     transplant,
 )
@@ -538,6 +544,7 @@ __all__ = [
     "RazorAttentionConfig",
     "RecoverableCompression",
     "RecoverableCompressionConfig",
+    "RunRecord",
     "SSDUnlearn",
     "SSDUnlearnConfig",
     "SafeLLaVA",
@@ -558,6 +565,7 @@ __all__ = [
     "Stream",
     "StreamingLLM",
     "StreamingLLMConfig",
+    "Summary",
     "TOVA",
     "TOVAConfig",
     "TeaCache",
@@ -615,6 +623,7 @@ __all__ = [
     "protect",
     "rank",
     "recipe",
+    "record",
     "register",
     "route_to",
     "save_adapter",
@@ -624,6 +633,7 @@ __all__ = [
     "set_progress",
     "share_out",
     "straight_through",
+    "summary",
     "transplant",
     "unload",
 ]

@@ -219,7 +219,7 @@ LAID_OVER_HEADS = re.compile(r"^(DINOv3ViT|EomtDinov3|Sapiens2)Layer$")
 # Models that multiply what they return by the mask of what they were called with: on a cache, with a mask of its entries too, they fail.
 MASKS_OUTPUT = re.compile(r"^Col(Pali|Qwen2|ModernVBert)ForRetrieval$")
 # Models of which several tokens behind a cache are not read as behind the text that it holds, and why.
-RESUMES_BY_TOKEN = re.compile(r"^(Jamba|Mamba|FalconMamba)(?!2)")
+RESUMES_BY_TOKEN = re.compile(r"^(Jamba|Mamba|FalconMamba|Zamba)(?!2)")
 RESUMES_NOT = {
     RESUMES_BY_TOKEN: "goes on from its states by one token at a time",
     re.compile(r"^RecurrentGemma"): "keeps its states beside the cache",

@@ -100,7 +100,7 @@ def test_what_a_mask_shows_is_known_in_either_form(dtype):
         assert bool(shown_by(torch.zeros(2, 3, dtype=dtype)).all()) and bool(shown_by(torch.tensor([[0.0, -lowest]], dtype=dtype)).all())
 
 
-RECURRENT = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "zamba2", "lfm2", "olmo_hybrid", "kimi_linear", "rwkv")
+RECURRENT = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "zamba", "zamba2", "lfm2", "olmo_hybrid", "kimi_linear", "rwkv")
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ MAY = {
     ENGINE: ENGINE_MAY | COMMANDS_MAY,
     COMMAND_LINE: {"typer", "rich*", "hf_tokens*"},
 }
-ROOMS = {"sentence_transformers.py": {"sentence_transformers"}}  # what one file is there for
+ROOMS = {"sentence_transformers.py": {"sentence_transformers"}, "plot.py": {"matplotlib", "numpy"}}  # what one file is there for
 FILES = [pytest.param(folder, path, id=str(path.relative_to(ROOT))) for folder in MAY for path in sorted(folder.rglob("*.py"))]
 
 

@@ -74,6 +74,15 @@ def test_two_of_one_name_are_told_apart(tmp_path):
     assert logged(run, "probe-insert.default.1/inserted") == [pytest.approx(2 / 13)]
 
 
+def test_a_block_that_is_run_again_in_the_backward_pass_is_counted_once(tmp_path):
+    shares = []
+    for checkpoints in (False, True):
+        run = trainer(model(FTPConfig(sparsity=0.3)), tmp_path, max_steps=2, gradient_checkpointing=checkpoints)
+        run.train()
+        shares.append([logged(run, name) for name in ("ftp/routed", "ftp/loss", "model_loss")])
+    assert shares[1] == [pytest.approx(values, rel=1e-5) for values in shares[0]]
+
+
 def test_a_run_that_raises_leaves_nothing_in_the_trainer(tmp_path):
     run = trainer(model(), tmp_path, train_dataset=[*data(3), {"input_ids": torch.tensor([3])}])
     with pytest.raises((RuntimeError, ValueError, KeyError)):
