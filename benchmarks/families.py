@@ -103,6 +103,8 @@ def table(files: list[Path]) -> str:
     lines = [json.loads(text) for file in files for text in file.read_text().splitlines()]
     heads = list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in head.items() if k != "arguments") for head in lines if "made" in head))
     cases = {(row["family"], *row["stack"], row["law"]): row for row in lines if "family" in row}
+    taken = lambda row: cases[(row["family"], *row["stack"], "attach")]["verdict"] == "right"
+    cases = {case: row for case, row in cases.items() if row["law"] == "attach" or taken(row)}  # it may be refused since
     out = ["# What every method does on every family\n", f"Made by `python benchmarks/families.py --table` of files {'; '.join(heads)}.\n"]
     for title, size in (("Methods alone", 1), ("Pairs of cache compressors", 2)):
         rows = [row for row in cases.values() if len(row["stack"]) == size]
