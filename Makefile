@@ -17,7 +17,7 @@ ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help families torture quickstart test test-newest test-oldest smoke-oldest short smoke lock freeze contract sweep bench growth quality cards new check clean
+.PHONY: help families torture quickstart test test-newest test-oldest smoke-oldest short smoke lock freeze contract sweep bench growth quality cards docs new check clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -76,6 +76,9 @@ quality: $(VENV)/benchmarks.stamp ## The experiments on real weights and data, o
 cards: $(VENV)/dev.stamp ## Write the generated files again: cards, README's table, the index of the command line, the stub of editors
 	$(BIN)/python -m hf_tokens.commands.cards $(ARGS)
 
+docs: $(VENV)/dev.stamp ## Build the documentation: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet $(ARGS)
+
 new: $(VENV)/dev.stamp ## Start a method: make new m=<name> role=<role>
 	$(BIN)/python -m hf_tokens.commands.scaffold "$(m)" "$(role)"
 
@@ -84,7 +87,7 @@ check: $(VENV)/check.stamp ## Lint, and read a user's script as an editor does
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python tests/typed_use.py
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) .venv-newest .venv-oldest quickstart-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest quickstart-output site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The environments of `test-newest` and `test-oldest`. Both hold torch at one version, that of the extra `dev`: of every other one PyPI has only
 # builds for CUDA, several GB each.

@@ -7,7 +7,7 @@ python benchmarks/families.py --method ftp           # this one; may be repeated
 python benchmarks/families.py --law padded           # this one; may be repeated
 python benchmarks/families.py --part 1/4             # every fourth family
 python benchmarks/families.py --out FILE             # a row of JSON for each case, too
-python benchmarks/families.py --table FILE FILE      # results/families.md of such files: of a case in two of them the last counts
+python benchmarks/families.py --table FILE FILE      # results/families.md and compatibility.json of such files: of a case in two the last counts
 
 A family where the base itself does not hold a law (a padded row that is not that row alone) is not asked to hold it under a surgery.
 """
@@ -113,6 +113,18 @@ def table(files: list[Path]) -> str:
     return "\n".join(out)
 
 
+def compatibility(files: list[Path]) -> str:
+    """Into which families each method goes, in JSON."""
+    lines = [json.loads(text) for file in files for text in file.read_text().splitlines()]
+    rows = {(row["family"], *row["stack"]): row["verdict"] for row in lines if row.get("law") == "attach"}
+    alone = {case: verdict for case, verdict in rows.items() if len(case) == 2}
+    methods = {name: sorted(f for f, of in alone if of == name and alone[f, of] == "right") for name in sorted({of for _, of in alone})}
+    says = (
+        f"Tried on a tiny model of each family with transformers {lines[0]['transformers']}; a family that is not named refuses the method."
+    )
+    return json.dumps({"says": says, "families": sorted({f for f, _ in alone}), "methods": methods}, indent=0)
+
+
 def counted(rows: list[dict[str, Any]]) -> Iterator[str]:
     """How many of these rows are right, refused, wrong or raised, law by law, and each of the latter two."""
     counts = Counter((row["law"], row["verdict"].partition(":")[0]) for row in rows)
@@ -138,10 +150,11 @@ def main() -> None:
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--pairs", type=int, default=0, metavar="N", help="so many pairs of compressors on each family, instead")
     parser.add_argument("--out", type=Path, help="write a row for each case to this file")
-    parser.add_argument("--table", type=Path, nargs="+", help="write results/families.md of such files, and run nothing")
+    parser.add_argument("--table", type=Path, nargs="+", help="write the results of such files, and run nothing")
     args = parser.parse_args()
     if args.table:
         (RESULTS / "families.md").write_text(table(args.table))
+        (RESULTS / "compatibility.json").write_text(compatibility(args.table) + "\n")
         return
     part, parts = map(int, args.part.split("/"))
     families = (args.family or [f for f in zoo.families("transformers") if f not in zoo.unbuildable()])[part - 1 :: parts]

@@ -1,0 +1,126 @@
+"""Every Python block of the README and of the documentation runs, page by page, with tiny models under the names that stand there."""
+
+import re
+
+import pytest
+import torch
+from denoisers import denoiser
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline
+from pages import PAGES, ROOT, blocks_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import hf_tokens_cli
+from hf_tokens.testing import zoo
+
+NAMED = re.compile(r'"([\w.-]+/[\w.-]+)"')
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ENCODER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+
+
+def bytewise():
+    """A tokenizer of bytes, with a chat template."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<eos>", "<user>", "<assistant>"]
+    raw.train_from_iterator(
+        [], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>", chat_template=template)
+
+
+def wordwise():
+    """A tokenizer of letters as BERT's has them."""
+    words = {w: i for i, w in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)))}
+    raw = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+
+
+def language_model():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=300, eos_token_id=0, pad_token_id=0, max_position_embeddings=4096)), bytewise()
+
+
+def classifier():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=16, patch_size=4)
+    return (ViTForImageClassification(ViTConfig(**sizes, num_labels=3)),)
+
+
+def dit():
+    transformer = denoiser("dit", torch.float32)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16)
+    return (DiTPipeline(transformer, vae, DDIMScheduler()),)
+
+
+def stable_diffusion():
+    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=24)
+    text = dict(hidden_size=6, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24)
+    encoder = CLIPTextModel(CLIPTextConfig(**text, vocab_size=55, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    parts = dict(
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=denoiser("unet", torch.float32),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+    )
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16)
+    return (StableDiffusionPipeline(vae=vae, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False),)
+
+
+MODELS = {  # what stands on the Hub under a name
+    "HuggingFaceTB/SmolLM2-135M-Instruct": language_model,
+    "google/vit-base-patch16-224": classifier,
+    "llava-hf/llava-1.5-7b-hf": lambda: (zoo.build("llava").model,),
+    "facebook/DiT-XL-2-256": dit,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
+    "sentence-transformers/all-MiniLM-L6-v2": lambda: (BertModel(BertConfig(vocab_size=60, **ENCODER)), wordwise()),
+    "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank": lambda: (
+        BertForTokenClassification(BertConfig(vocab_size=60, **ENCODER)),
+        wordwise(),
+    ),
+}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, hub, tmp_path, monkeypatch):
+    blocks = blocks_of(page, "python")
+    monkeypatch.chdir(tmp_path)
+    for name in sorted({*NAMED.findall("".join(blocks))} & MODELS.keys()):
+        torch.manual_seed(0)
+        hub.organizations.setdefault(name.split("/")[0], set()).add("alice")
+        for part in MODELS[name]():
+            part.push_to_hub(name)
+    names = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)  # noqa: S102
+
+
+def commands_of(page):
+    return {line.split("#")[0].split()[1] for text in blocks_of(page, "") + blocks_of(page, "bash") for line in text.splitlines()
+            if line.startswith("hf-tokens ") and not line.split()[1].startswith("-")}  # fmt: skip
+
+
+def test_the_commands_on_the_pages_are_there():
+    known = {command.name or command.callback.__name__ for command in hf_tokens_cli.app.app.registered_commands}
+    assert {command for page in PAGES for command in commands_of(page)} <= {name.replace("_", "-") for name in known}
+
+
+def test_every_page_stands_in_the_navigation():
+    written = (ROOT / "mkdocs.yml").read_text()
+    assert all(str(page.relative_to(ROOT / "docs")) in written for page in PAGES if page.parent != ROOT)

@@ -1,0 +1,14 @@
+"""The pages that a user reads, and the code in them."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(path: Path, language: str) -> list[str]:
+    """The blocks of a page in this language, padded with empty lines so that an error names the line of the page."""
+    text = path.read_text(encoding="utf-8")
+    return ["\n" * text[: match.start(2)].count("\n") + match[2] for match in BLOCK.finditer(text) if match[1] == language]
