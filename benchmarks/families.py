@@ -7,7 +7,7 @@ python benchmarks/families.py --method ftp           # this one; may be repeated
 python benchmarks/families.py --law padded           # this one; may be repeated
 python benchmarks/families.py --part 1/4             # every fourth family
 python benchmarks/families.py --out FILE             # a row of JSON for each case, too
-python benchmarks/families.py --table FILE FILE      # results/families.md and compatibility.json of such files: of a case in two the last counts
+python benchmarks/families.py --table FILE FILE      # the results of such files: of a case in two of them the last counts
 
 A family where the base itself does not hold a law (a padded row that is not that row alone) is not asked to hold it under a surgery.
 """
