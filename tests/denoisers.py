@@ -5,15 +5,21 @@ import functools
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     CacheMixin,
+    DDIMScheduler,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hf_tokens import anatomy
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 KINDS = ("unet", "dit", "pixart", "sd3", "flux")
 HEADS = dict(num_attention_heads=2, attention_head_dim=4)
@@ -136,3 +142,20 @@ def own_prompts(model, kind, tokens):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def stable_diffusion():
+    """A pipeline of Stable Diffusion whose tokenizer knows letters."""
+    torch.manual_seed(0)
+    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=24)
+    text = dict(hidden_size=6, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24)
+    encoder = CLIPTextModel(CLIPTextConfig(**text, vocab_size=55, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    parts = dict(
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=denoiser("unet", torch.float32),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+    )
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16)
+    return StableDiffusionPipeline(vae=vae, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

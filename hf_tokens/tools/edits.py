@@ -25,8 +25,11 @@ from ..tokens.token_map import in_float32
 from .surgeries import blocks_in, evaluated, models_in, surgeries_of
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
-Groups = Mapping[str, Iterable[dict[str, Any]]]
+Batch = dict[str, Any] | str
+Groups = Mapping[str, Iterable[Batch]]
+Run = Callable[[Batch], Any]
 Moved = dict[str, dict[str, float]]
+ONE_STEP = dict(num_inference_steps=1, guidance_scale=1.0, output_type="latent")  # of a pipeline, without a negative prompt
 HIDDEN = -1000.0  # an additive mask hides below: Diffusers adds -10000, Transformers the least number there is
 
 
@@ -60,7 +63,8 @@ def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | N
     Args:
         model: A PeftModel or pipeline with a surgery. It runs as it is, without the edits that are to be found.
         data: Batches by the name of their group, such as `{"forget": [...], "retain": [...]}`; a batch is keyword arguments of the
-            model's forward (of the denoiser's, for a pipeline).
+            model's forward (of the denoiser's, for a pipeline). A pipeline takes prompts in words, too, `{"erase": ["a cat"], ...}`: it
+            draws one step of each.
         adapter_name: The adapter to edit.
         loss: What the gradients are of, given the model's output and the batch; None takes the loss that the model returns.
 
@@ -79,9 +83,20 @@ def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | N
         for name, surgery in surgeries.items():
             if len(models) > 1:
                 undone.enter_context(noted_or_not(methods[name]))
-            found = find_edits(models[name], surgery, weights[name], batches, loss)
+            found = find_edits(partial(run_batch, model, models[name]), models[name], surgery, weights[name], batches, loss)
             moved |= {f"{name}.{key}" if len(models) > 1 else key: changes for key, changes in found.items()}
     return moved
+
+
+def run_batch(model: Any, inner: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch, or the pipeline that it is in on a prompt."""
+    if isinstance(batch, Mapping):
+        return inner(**batch)
+    rule = "A batch is keyword arguments of the model's forward, or a prompt in words for a pipeline with one denoiser"
+    if not isinstance(batch, str) or model is inner or len(models_in(model)) > 1:
+        got = f"{batch!r} for {type(model).__name__}" if isinstance(batch, str) else type(batch).__name__
+        raise UnsupportedError(explain(rule, got, "Pass dicts, such as `{'input_ids': ...}`."))
+    return model(batch, **ONE_STEP)
 
 
 def check_edits(weights: list[EditedWeight], adapter_name: str, data: Groups) -> list[WeightEdit]:
@@ -110,10 +125,10 @@ def noted_or_not(methods: list[WeightEdit]) -> Iterator[None]:
         raise
 
 
-def find_edits(run: nn.Module, surgery: ModelSurgery, weights: list[EditedWeight], batches: Groups, loss: Loss | None) -> Moved:
+def find_edits(run: Run, model: nn.Module, surgery: ModelSurgery, weights: list[EditedWeight], batches: Groups, loss: Loss | None) -> Moved:
     """Find the edits of one model, and how far its weights move."""
     stack, moved = list(dict.fromkeys(site.method.key for site in weights)), {}
-    with evaluated(run):
+    with evaluated(model):
         for place, key in enumerate(stack):
             sites = [site for site in weights if site.method.key == key]
             with switched_off(surgery, set(stack[place:])):
@@ -151,7 +166,7 @@ def switched_off(surgery: ModelSurgery, keys: set[str]) -> Iterator[None]:
         surgery.act(before)
 
 
-def find_changes(model: nn.Module, sites: list[EditedWeight], data: Groups, loss: Loss | None) -> dict[EditedWeight, Tensor]:
+def find_changes(run: Run, sites: list[EditedWeight], data: Groups, loss: Loss | None) -> dict[EditedWeight, Tensor]:
     """What one edit changes, by weight."""
     method, signals = sites[0].method, {}
     groups = {name: data[name] for name in (*method.groups, *method.maybe) if name in data}
@@ -159,7 +174,7 @@ def find_changes(model: nn.Module, sites: list[EditedWeight], data: Groups, loss
         signals["weights"] = {site.path: in_float32(site.effective.detach()) for site in sites}
     for name, record in RECORDERS.items():
         if name in method.signals:
-            signals[name] = {group: record(model, sites, batches_of(group, batches), loss) for group, batches in groups.items()}
+            signals[name] = {group: record(run, sites, batches_of(group, batches), loss) for group, batches in groups.items()}
     with torch.no_grad():
         new = method.edit(**signals)
         changes = {site: new[site.path] - in_float32(site.effective) for site in sites if site.path in new}
@@ -174,7 +189,7 @@ def relative_change(change: Tensor, weight: Tensor) -> float:
     return float(change.norm() / in_float32(weight).norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def batches_of(group: str, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def batches_of(group: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of a group, with a bar where they take long; refused where there is none."""
     count = 0
     for batch in logging.tqdm(batches, desc=group, delay=5):
@@ -186,7 +201,7 @@ def batches_of(group: str, batches: Iterable[dict[str, Any]]) -> Iterator[dict[s
 
 # -- what an edit may ask for ------------------------------------------------------------------------------------------
 @torch.no_grad()
-def read_context(model: nn.Module, sites: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
+def read_context(run: Run, sites: list[EditedWeight], batches: Iterable[Batch], loss: Loss | None) -> dict[str, Tensor]:
     """What each weight read, name -> (t i): the tokens that the block's mask for the context shows, of all batches."""
     masks: dict[int, Tensor | None] = {}
     rows: dict[str, list[Tensor]] = {site.path: [] for site in sites}
@@ -208,7 +223,7 @@ def read_context(model: nn.Module, sites: list[EditedWeight], batches: Iterable[
     with hooked(handles):
         for batch in batches:
             seen.clear()
-            model(**batch)
+            run(batch)
     joined = {tuple(map(id, parts)): parts for parts in rows.values()}
     joined = {ids: torch.cat(parts) for ids, parts in joined.items()}
     return {path: joined[tuple(map(id, parts))] for path, parts in rows.items()}
@@ -224,7 +239,7 @@ def real_rows(read: Tensor, mask: Tensor | None) -> Tensor:
     return read[shown.expand(len(read), -1)]
 
 
-def fisher_diagonal(model: nn.Module, sites: list[EditedWeight], batches: Iterable[dict[str, Any]], loss: Loss | None) -> dict[str, Tensor]:
+def fisher_diagonal(run: Run, sites: list[EditedWeight], batches: Iterable[Batch], loss: Loss | None) -> dict[str, Tensor]:
     """The diagonal of the empirical Fisher information, name -> (o i): mean over the batches of the squared gradient of their loss."""
     weights = [module._parameters[attribute] for module, attribute in (site.place for site in sites)]
     trainable = [weight.requires_grad for weight in weights]
@@ -234,7 +249,7 @@ def fisher_diagonal(model: nn.Module, sites: list[EditedWeight], batches: Iterab
             weight.requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
-                output = model(**batch)
+                output = run(batch)
                 value = own_loss(output) if loss is None else loss(output, batch)
             for sum_, grad in zip(total, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
                 if grad is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from contract.architectures import built
+from denoisers import stable_diffusion
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from tolerances import all_close, all_equal, differs
@@ -307,6 +308,27 @@ def scaled(base, factor):
 # models by what is outside of their blocks: a head, a tied one, weights of the root, of its parts, two streams, convolutions
 WHOLE = ["llama", "gpt2", "t5", "clip", "vit", "mobilebert", "whisper", "llava"]
 WHOLE += ["diffusers/PixArtTransformer2DModel", "diffusers/SD3Transformer2DModel", "diffusers/UNet2DConditionModel"]
+
+
+def test_a_pipeline_takes_prompts_in_words():
+    prompts = {"erase": ["a cat", "a big cat"], "anchor": ["a dog", "a big dog"], "preserve": ["a tree"]}
+    moved = []
+    for words in (True, False):
+        pipe = stable_diffusion()
+        pipe.set_progress_bar_config(disable=True)
+        call = lambda text, pipe=pipe: {
+            "sample": torch.zeros(1, 4, 8, 8), "timestep": 1, "encoder_hidden_states": pipe.encode_prompt(text, "cpu", 1, False)[0]
+        }  # fmt: skip
+        data = prompts if words else {group: [call(text) for text in texts] for group, texts in prompts.items()}
+        moved.append(edit(get_token_model(pipe, "rece"), data)["default.0"])
+    assert moved[0] == pytest.approx(moved[1], rel=1e-5) and all(moved[0].values())
+
+
+@pytest.mark.parametrize(("batch", "got"), [("a cat", "'a cat' for PeftModel"), (torch.zeros(1), "Tensor")])
+def test_what_is_no_batch_is_refused_in_words(batch, got):
+    model = get_token_model(zoo.build("llama").model, SSDUnlearnConfig())
+    with pytest.raises(UnsupportedError, match=f"or a prompt in words for a pipeline with one denoiser, got {got}. Pass dicts"):
+        edit(model, {"forget": [batch], "retain": [batch]})
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # MobileBERT's

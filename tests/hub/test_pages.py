@@ -1,20 +1,20 @@
 """Every Python block of the README and of the documentation runs, page by page, with tiny models under the names that stand there."""
 
+import json
 import re
 
 import pytest
 import torch
-from denoisers import denoiser
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline
-from pages import PAGES, ROOT, blocks_of
+from denoisers import denoiser, stable_diffusion
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from pages import NOTEBOOKS, PAGES, ROOT, blocks_of, cells_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertForTokenClassification,
     BertModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -28,6 +28,8 @@ from hf_tokens.testing import zoo
 NAMED = re.compile(r'"([\w.-]+/[\w.-]+)"')
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ENCODER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+
+TOWER = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
 
 
 def bytewise():
@@ -58,8 +60,7 @@ def language_model():
 
 
 def classifier():
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=16, patch_size=4)
-    return (ViTForImageClassification(ViTConfig(**sizes, num_labels=3)),)
+    return (ViTForImageClassification(ViTConfig(**TOWER, intermediate_size=64, image_size=16, patch_size=4, num_labels=3)),)
 
 
 def dit():
@@ -68,27 +69,15 @@ def dit():
     return (DiTPipeline(transformer, vae, DDIMScheduler()),)
 
 
-def stable_diffusion():
-    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=24)
-    text = dict(hidden_size=6, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24)
-    encoder = CLIPTextModel(CLIPTextConfig(**text, vocab_size=55, bos_token_id=0, eos_token_id=1, pad_token_id=1))
-    parts = dict(
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=denoiser("unet", torch.float32),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-    )
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=16)
-    return (StableDiffusionPipeline(vae=vae, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False),)
-
-
 MODELS = {  # what stands on the Hub under a name
     "HuggingFaceTB/SmolLM2-135M-Instruct": language_model,
     "google/vit-base-patch16-224": classifier,
     "llava-hf/llava-1.5-7b-hf": lambda: (zoo.build("llava").model,),
+    "facebook/dinov2-small": lambda: (
+        Dinov2Model(Dinov2Config(hidden_size=32, image_size=32, patch_size=4, num_hidden_layers=4, num_attention_heads=4)),
+    ),
     "facebook/DiT-XL-2-256": dit,
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": lambda: (stable_diffusion(),),
     "sentence-transformers/all-MiniLM-L6-v2": lambda: (BertModel(BertConfig(vocab_size=60, **ENCODER)), wordwise()),
     "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank": lambda: (
         BertForTokenClassification(BertConfig(vocab_size=60, **ENCODER)),
@@ -97,18 +86,27 @@ MODELS = {  # what stands on the Hub under a name
 }
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")], ids=lambda page: page.stem)
+CODE = {page: blocks_of(page, "python") for page in PAGES} | {notebook: cells_of(notebook) for notebook in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("page", [page for page, blocks in CODE.items() if blocks], ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, hub, tmp_path, monkeypatch):
-    blocks = blocks_of(page, "python")
     monkeypatch.chdir(tmp_path)
-    for name in sorted({*NAMED.findall("".join(blocks))} & MODELS.keys()):
+    for name in sorted({*NAMED.findall("".join(CODE[page]))} & MODELS.keys()):
         torch.manual_seed(0)
         hub.organizations.setdefault(name.split("/")[0], set()).add("alice")
         for part in MODELS[name]():
             part.push_to_hub(name)
     names = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)  # noqa: S102
+    for block in CODE[page]:
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_a_notebook_is_kept_with_what_it_showed():
+    for notebook in NOTEBOOKS:
+        cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)] and any(cell["outputs"] for cell in cells)
+        assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
 
 
 def commands_of(page):
