@@ -177,7 +177,7 @@ def with_losses(surgery: ModelSurgery, own: Tensor, extra: Tensor | None, replac
     if extra is not None:
         loss = loss + extra.to(loss.dtype) * share_of_step(surgery.base, arguments)
     for listener in surgery.listeners:
-        listener.lost(own.detach(), loss.detach())
+        listener.lost(own.detach().clone(), loss.detach().clone())  # a trainer multiplies its loss in place
     return loss
 
 
