@@ -25,7 +25,8 @@ def export(
     beside it.
 
     `"lora"`: the LoRA of the stack, or what else of PEFT's stands in it, as an adapter that `PeftModel.from_pretrained` reads. It answers
-    as the model does with the other methods off; several go into folders by their place in the stack, `0`, `1`.
+    as the model does with the other methods off; several go into folders by their place in the stack, `0`, `1`. vLLM serves
+    one (`LoRARequest`) beside a prompt of the next form.
 
     `"prompt-embeds"`: the learned prompt as `prompt_embeds.safetensors`, with the tensors `prompt_embeds` (tokens, hidden) and `input_ids`
     (tokens), as the model looks them up. vLLM takes the whole prompt so, a tensor (tokens, hidden) on the CPU, with the template of a chat

@@ -15,9 +15,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as UNet
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tolerances import all_close, all_equal, differs
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_tokens import (
     AdaKVConfig,
@@ -30,6 +32,7 @@ from hf_tokens import (
     GoldfishLossConfig,
     H2OConfig,
     MethodConfig,
+    OMPTransplantConfig,
     PREConfig,
     PyramidKVConfig,
     SnapKVConfig,
@@ -42,6 +45,7 @@ from hf_tokens import (
     get_token_model,
     list_methods,
     register,
+    transplant,
     unload,
 )
 from hf_tokens.roles.registry import METHODS
@@ -159,6 +163,25 @@ def test_a_plain_model_is_saved_as_it_is_and_weights_that_lay_there_are_not_take
     export(base, tmp_path)
     assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
     all_equal([logits(LlamaForCausalLM.from_pretrained(tmp_path))], [logits(base)])
+
+
+def test_another_vocabulary_leaves_with_what_was_edited_behind_it(base, tmp_path):
+    words = [f"w{i}" for i in range(90)]
+    ours, donors = (
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({w: i for i, w in enumerate(rows)}, unk_token=rows[0])))
+        for rows in (words, [*words[5:80], "new", "newer"])
+    )
+    rows = torch.randn(77, 16, generator=torch.Generator().manual_seed(2))
+    plain = transplant(copy.deepcopy(base), ours, rows, donors, OMPTransplantConfig(k=4)).model
+    ids = {"input_ids": IDS % 77}
+    export(plain, tmp_path / "plain")
+    model = get_token_model(plain, ScaleConfig()).eval()
+    edit(model, {"any": [ids]})
+    export(model, tmp_path / "edited")
+    for folder, answer in (("edited", logits(model, **ids)), ("plain", logits(model.unload(), **ids))):
+        again = LlamaForCausalLM.from_pretrained(tmp_path / folder).eval()
+        assert again.config.vocab_size == 77
+        all_equal([logits(again, **ids)], [answer])
 
 
 def test_a_pipeline_leaves_with_its_edited_denoiser(tmp_path):
