@@ -220,6 +220,8 @@ def test_the_lora_of_a_stack_is_an_adapter_of_peft_s_that_equals_it_with_our_met
     export(model, tmp_path, form="lora")
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("lora_" in name or name.endswith("lm_head.weight") for name in held) and len(held) == 4 * 2 * 2 + 1
     whole = logits(model)
     all_equal([logits(again)], [without_ours(model)])
     assert differs([logits(again)], [whole]) and differs([logits(again)], [logits(base)])
@@ -291,7 +293,7 @@ REFUSED_BY_THE_CODE = {
     "a knob out of bounds": (dict(capacity=0), "`capacity` is bounded by"),
     "less than what is always kept": (dict(capacity=2), "must be at least what is always kept"),
     "a prompt in chunks": (dict(prefill_chunk_size=8), "comes in one pass"),
-    "drafts": (dict(prompt_lookup_num_tokens=3), "a cache that can be cropped"),
+    "drafts": (dict(prompt_lookup_num_tokens=3), "a cache that can be cropped|takes no token back"),
     "another cache": (dict(cache_implementation="static"), "a cache of its own"),
 }
 
