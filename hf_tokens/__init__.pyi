@@ -385,6 +385,9 @@ from .tools.contexts import (
 from .tools.edits import (
     edit,
 )
+from .tools.export import (
+    export,
+)
 from .tools.loading import (
     load,
     save_adapter,
@@ -607,6 +610,7 @@ __all__ = [
     "conclusions",
     "edit",
     "embed_prompt",
+    "export",
     "get_token_model",
     "heavy_hitters",
     "indices",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,17 @@ def put_in(block: BlockSurgery, module: nn.Module, args: tuple, kwargs: dict, ou
             hidden = write_rows(hidden, at, tokens)
     if ids.dim() > 1:  # some models look up a single id to compare with
         call.held[LookUp] = LookUp(ids, rows)
+    return hidden
+
+
+@torch.no_grad()
+def looked_up(block: BlockSurgery, ids: Tensor, banks: Collection[TokenBank]) -> Tensor:
+    """The embeddings (b n d) of ids (b n) with the tokens of these banks, which read nothing, outside of any call of the model."""
+    hidden = block.base.get_submodule(block.surgery.stream.table).forward(ids)
+    for _, bank in block.plan.always.of("arrive"):
+        tokens = bank.at_hand(bank.tokens) if bank in banks else None
+        if tokens is not None:
+            hidden = write_rows(hidden, bank.find(ids), tokens)
     return hidden
 
 

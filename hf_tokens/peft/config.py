@@ -24,6 +24,7 @@ from .saving import ANNOUNCED, digest_of, has_bytes, hashes_of, replacing
 
 NAME = "HF_TOKENS"
 PEFT_METHOD = "peft"
+PEFT_FORMS = ("checkpoint", "lora")  # in which a PEFT method of a stack leaves, as `Method.leaves`
 FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ..engine.block import BlockSurgery
 from ..errors import UnsupportedError, explain
+from ..handlers.weight_edit import EditedWeights
 
 # knobs that act beyond the layers of their method: the value that they must have, what they need, and whether only training needs it
 BEYOND_LAYERS: tuple[tuple[str, Any, str, bool], ...] = (
@@ -34,6 +35,14 @@ def check_nested(config: PeftConfig) -> None:
         value = vars(config).get(knob) or plain
         if value != plain and not (in_training and config.inference_mode):
             raise UnsupportedError(explain(rule, f"{knob}={value!r} of {kind}, which needs {needs}", remedy))
+
+
+def check_apart(config: PeftConfig, names: set[str], taken: dict[PeftType, set[str]]) -> None:
+    """Refuse a second method of one kind in the same modules, where it would take the place of the first; note those that it took."""
+    if twice := sorted(names & taken.setdefault(config.peft_type, set())):
+        rule = f"Each module has one {config.peft_type.value} of a stack"
+        raise UnsupportedError(explain(rule, f"two in {twice[0]}", "Give them other `target_modules`, or make two adapters."))
+    taken[config.peft_type] |= names
 
 
 def bare(module: nn.Module, adapters: set[str]) -> nn.Module:
@@ -62,6 +71,21 @@ def take_off(model: nn.Module, adapters: set[str]) -> None:
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, BlockSurgery):
             for name in module._get_available_adapters() & adapters:
                 module.delete_adapter(name)
+
+
+def bake(model: nn.Module, adapters: set[str], safe_merge: bool = False, nested: bool = True) -> None:
+    """Write what acts of these adapters into a model for good: edits of weights, modules that are saved as a whole, and PEFT methods."""
+    own = [(path, m) for path, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    own = [(path, m) for path, m in own if m._get_available_adapters() & adapters]
+    blocks = [m for _, m in own if isinstance(m, BlockSurgery)]
+    for _, layer in own:
+        if nested and isinstance(layer, BaseTunerLayer) and not isinstance(layer, BlockSurgery):
+            layer.merge(safe_merge=safe_merge)
+    for block in blocks:
+        block.state(EditedWeights).bake()
+    for path, wrapper in own:
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            model.set_submodule(path, wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=safe_merge, adapter_names=None))
 
 
 def rewrites(changed: list[str]) -> UnsupportedError:

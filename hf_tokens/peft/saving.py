@@ -73,9 +73,35 @@ def left_over(path: Path) -> bool:
 @contextlib.contextmanager
 def replacing(folder: Path, name: str) -> Iterator[Path]:
     """A temporary folder, of which a file then takes its place in another one, in one step; behind it what killed saves left there goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=OURS, dir=folder) as written:
-        yield Path(written)
+    with written_beside(folder) as written:
+        yield written
         Path(written, name).replace(folder / name)
+
+
+@contextlib.contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder in one that may not be there yet, and is not after an error; behind it what killed saves left there goes."""
+    new = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=OURS, dir=folder) as written:
+            yield Path(written)
+    except BaseException:
+        for part in new:
+            with contextlib.suppress(OSError):
+                part.rmdir()
+        raise
     for path in filter(left_over, list(folder.iterdir())):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def placing(folder: Path) -> Iterator[Path]:
+    """A temporary folder, whose files then take their places in another one, each in one step, those that name others last."""
+    with written_beside(folder) as written:
+        yield written
+        files = sorted((path for path in written.rglob("*") if path.is_file()), key=lambda path: (path.suffix == ".json", path))
+        for path in files:
+            place = folder / path.relative_to(written)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)

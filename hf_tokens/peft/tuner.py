@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, _set_adapter, register_peft_method
@@ -21,7 +21,7 @@ from ..engine.model import ModelSurgery
 from ..engine.surgery import StreamSurgery
 from ..engine.trial import stripped
 from ..errors import ConfigError, UnsupportedError, explain
-from ..handlers.weight_edit import EditedWeights, edited_shapes, reaches_outside
+from ..handlers.weight_edit import edited_shapes, reaches_outside
 from ..model.anatomy import anatomy, prompt_width, special_tokens
 from ..model.changes import change_of
 from ..model.parts import OWN
@@ -32,7 +32,7 @@ from ..training.trainer import TrainingWorld
 from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
 from .doors import calling_loader, calling_saver, is_copied, tell_loader
 from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
-from .nested import BaseRecord, check_nested, take_off
+from .nested import BaseRecord, bake, check_apart, check_nested, take_off
 from .patterns import check_patterns
 from .placement import Placement, all_blocks, head_outputs, plan
 from .saving import PEFT_PREFIX
@@ -195,8 +195,10 @@ class HFTokensModel(BaseTuner):
     def _inject_nested(self, model: nn.Module, config: HFTokensConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         trained = {p: p.requires_grad for p in model.parameters()}
         with BaseRecord(model).kept(adapter_name):
+            taken: dict[PeftType, set[str]] = {}
             for inner in config.peft_configs():
-                self._inject_peft(model, inner, adapter_name, low_cpu_mem_usage)
+                names = self._inject_peft(model, inner, adapter_name, low_cpu_mem_usage)
+                check_apart(inner, names, taken)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         for parameter, flag in trained.items():  # only what came now is switched by the new config
             parameter.requires_grad = flag
@@ -211,10 +213,12 @@ class HFTokensModel(BaseTuner):
         names = [name for name in state if not name.startswith(wrapped)]
         return {name: self._remove_adapter_name_from_key(name, adapter_name) for name in names}
 
-    def _inject_peft(self, model: nn.Module, inner: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+    def _inject_peft(self, model: nn.Module, inner: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> set[str]:
+        """Put a PEFT method in; returns the modules that it took."""
         configs = vars(model).pop("peft_config", None)  # or the inner tuner would write its config into our dict
         try:
-            PEFT_TYPE_TO_TUNER_MAPPING[inner.peft_type](model, inner, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            tuner = PEFT_TYPE_TO_TUNER_MAPPING[inner.peft_type](model, inner, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            return {*tuner.targeted_module_names}
         finally:
             vars(model).pop("peft_config", None)
             if configs is not None:
@@ -315,11 +319,7 @@ class HFTokensModel(BaseTuner):
         blocks = list(self._surgeries())
         if any(block.plan.prompt.methods for block in blocks) or not any(block.plan.always.of("weights") for block in blocks):
             self.merge_adapter()
-        for layer in self._owned():
-            if not isinstance(layer, BlockSurgery):
-                layer.merge(safe_merge=safe_merge)
-        for block in blocks:
-            block.state(EditedWeights).bake()
+        bake(self.model, self._own_adapters, safe_merge)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> nn.Module:
         if merge:

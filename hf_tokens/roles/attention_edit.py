@@ -14,6 +14,7 @@ class AttentionEdit(Method):
     """What the self-attention of a block returns for each token, before it is added to the residual."""
 
     role, verb, counts, moves_tokens = "AttentionEdit", "edit", "edited", False
+    lost = "what it adds to the attention of its blocks"
 
     @abc.abstractmethod
     def edit(self, *signals: Any) -> Tensor | None:

@@ -110,6 +110,8 @@ class Method(nn.Module, abc.ABC):
             "computed", "edited" or "pooled", samples that are "run", bytes of the "cache"; empty for a role that acts outside of blocks.
         shifts: A bank's tokens have places of their own: `shift` says how far the tokens behind them move on.
         turns: A bank's `attend` reads keys at other places than they stand at.
+        leaves: Forms of `hf_tokens.export` that take it along; `leaves_as` says it of a config.
+        lost: What is lost of it in the others; empty if nothing is.
     """
 
     role: ClassVar[str]
@@ -157,6 +159,8 @@ class Method(nn.Module, abc.ABC):
     sees_all: bool = False
     shifts: bool = False
     turns: bool = False
+    leaves: ClassVar[tuple[str, ...]] = ()
+    lost: ClassVar[str] = "all that it does"
     in_block = True
     key: str = ""
 
@@ -272,6 +276,16 @@ class Method(nn.Module, abc.ABC):
     def prompt_ids(cls, config: MethodConfig) -> tuple[int, ...]:
         """Token ids, one behind the other, that a prompt must hold for the method to act; none by default."""
         return ()
+
+    @classmethod
+    def leaves_as(cls, config: MethodConfig) -> tuple[str, ...]:
+        """Forms of `hf_tokens.export` that take it along with this config."""
+        return cls.leaves
+
+    @property
+    def unready(self) -> str | None:
+        """What is to be done before it can leave, as a remedy; None if nothing."""
+        return None
 
     @classmethod
     def calibrate(cls, config: MethodConfig, records: dict[int, list]) -> MethodConfig:

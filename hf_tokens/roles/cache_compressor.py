@@ -17,6 +17,7 @@ from ..tokens.entries import alike
 from ..tokens.token_map import indices
 from .base import Method
 from .config import MethodConfig, option
+from .signals import OF_A_PAGE
 
 
 class Folded(NamedTuple):
@@ -68,6 +69,14 @@ class CacheCompressor(Method):
 
     role, verb, counts, causal, decodes = "CacheCompressor", "score", "cache", True, False
     further = ("fold", "hold", "examine")
+    lost = "which entries of the cache stay, as it decides while the model runs"
+
+    @classmethod
+    def leaves_as(cls, config: MethodConfig) -> tuple[str, ...]:
+        """As code, if all that it does is to drop entries of a block by their scores, made of what a page of code can give them."""
+        drops = (cls.hold, cls.divide, cls.allot) == (CacheCompressor.hold, CacheCompressor.divide, CacheCompressor.allot)
+        at_once = cls.recites is None and not (cls.observes or cls.of_prompts or cls.pairs or cls.folds(config))
+        return ("custom-generate",) if drops and at_once and OF_A_PAGE.issuperset(cls.signals) else ()
 
     @property
     def slack(self) -> int:

@@ -21,6 +21,7 @@ class Objective(Method):
     """
 
     role, verb, moves_tokens, packed, in_block, exports = "Objective", "loss", False, True, False, True
+    lost = ""  # it acts in training alone
     vocabulary = JUDGES | OF_ALL_OBJECTIVES
 
     @classmethod

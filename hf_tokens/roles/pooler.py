@@ -21,6 +21,7 @@ class Pooler(Method):
 
     role, verb, counts, site, sites, further = "Pooler", "pool", "pooled", "stream", ("stream", "output"), ("examine", "ask")
     kinds, moves_tokens, caches = ("text", "vision", "video", "audio"), False, False
+    lost = "how it pools what leaves the last block"
 
     @classmethod
     def default_layers(cls, config: MethodConfig, layers: int) -> tuple[int, ...]:

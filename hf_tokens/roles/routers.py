@@ -15,6 +15,7 @@ class TokenRouter(Method):
     """Which tokens run a `block`, or its `mlp`; the rest skip it."""
 
     role, verb, counts, site, sites = "TokenRouter", "route", "routed", "block", ("block", "mlp")
+    lost = "which tokens run a block, as it decides for each input"
 
     @abc.abstractmethod
     def route(self, *signals: Any) -> Tensor | tuple[Tensor, Tensor] | None:
@@ -29,6 +30,7 @@ class LayerRouter(Method):
     """How often a sample runs a block."""
 
     role, verb, counts = "LayerRouter", "route", "run"
+    lost = "which blocks a sample runs, as it decides for each input"
 
     @abc.abstractmethod
     def route(self, *signals: Any) -> Tensor | None:
@@ -43,6 +45,7 @@ class ModelRouter(Method):
     """Which of two models emits the next token: it sits in the small one, and `route_to` brings the large one."""
 
     role, verb, causal, kinds, moves_tokens, needs_head, packed = "ModelRouter", "route", True, ("text",), False, True, True
+    lost = "when the large model is asked"
 
     @abc.abstractmethod
     def route(self, *signals: Any) -> Tensor:

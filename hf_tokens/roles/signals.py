@@ -112,6 +112,8 @@ OF_THE_CACHE = {
     *{"mask", "positions", "newer", "sizes", "states", "keys", "values", "keys_below", "values_below"},
     *{"record", "budget", "stays", "goes", "rotation", "real", "memory", "prefill", "kind", "layer", "layers", "prefix", "progress"},
 }
+# What a cache compressor may read that leaves as a page of code, which has these and of `scores` the last queries' alone.
+OF_A_PAGE = {"scores", "mask", "positions", "newer", "budget", "received", "keys", "values", "layer", "layers", "kind", "prefill"}
 AT_TABLE = {"kind", "layer", "layers", "progress", "targets"}  # what is known where embeddings are looked up
 OF_A_QUERY = {"hidden", "mask", "positions", "fresh", "sizes"}  # what has a row for each query of an attention call
 # What a word may name of its role's signals where that is not all: it is called for some queries at a time, or behind the model's head.

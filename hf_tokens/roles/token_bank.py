@@ -34,7 +34,7 @@ class TokenBank(Method):
 
     role, verb, counts, site, sites = "TokenBank", "tokens", "inserted", "block", ("input", "block", "query", "embedding", "prompt")
     further = ("follow", "shift", "attend", "conclude", "examine", "takes")
-    packed = True
+    packed, lost = True, "the tokens that it puts in behind the embeddings, or writes anew in later blocks"
     deep: ClassVar[bool] = False
 
     @classmethod
@@ -42,6 +42,12 @@ class TokenBank(Method):
         """Blocks that the bank acts in when the config does not name them: at embeddings and prompt the first, unless it is deep."""
         once = cls.site == "embedding" or cls.site == "prompt" and not cls.deep
         return (0,) if once else super().default_layers(config, layers)
+
+    @classmethod
+    def leaves_as(cls, config: MethodConfig) -> tuple[str, ...]:
+        """Tokens in the place of embeddings, which read nothing and are written once, leave as embeddings."""
+        once = len(cls.default_layers(config, 2) if config.layers is None else config.layers) == 1
+        return ("prompt-embeds",) if cls.site == "embedding" and once and not cls.signals else ()
 
     @property
     def in_block(self) -> bool:

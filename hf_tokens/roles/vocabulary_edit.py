@@ -15,6 +15,7 @@ class VocabularyEdit(Method):
     """Rows of the embeddings and of the head for another tokenizer; `hf_tokens.transplant` calls it, there is no adapter."""
 
     role, verb, moves_tokens, placed = "VocabularyEdit", "rows", False, False
+    leaves, lost = ("checkpoint",), "the rows that it made"
 
     def __init__(self, config: MethodConfig, dims: Dims | None = None):
         super().__init__(config, dims)

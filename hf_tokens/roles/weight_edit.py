@@ -26,6 +26,7 @@ class WeightEdit(Method):
     """
 
     role, verb, moves_tokens, packed, in_block, exports = "WeightEdit", "edit", False, True, False, True
+    leaves, lost = ("checkpoint",), "the weights that it changed"
     site, sites = "block", ("block", "context", "model")
     groups: ClassVar[tuple[str, ...]] = ()
     maybe: ClassVar[tuple[str, ...]] = ()
@@ -53,6 +54,10 @@ class WeightEdit(Method):
         if not self._made and not torch.compiler.is_compiling():
             self._made = bool(self.made)  # once true the buffer is read no more: that would wait for the device
         return self._made or torch.compiler.is_compiling()
+
+    @property
+    def unready(self) -> str | None:
+        return None if self.is_made else "Make the edit by `hf_tokens.edit` first."
 
     def warns(self) -> bool:
         """Whether to warn that the edit is not made: once."""

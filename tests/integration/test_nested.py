@@ -263,3 +263,12 @@ def test_an_adapter_that_was_off_for_a_while_is_as_frozen_as_before(nested, trai
     model.set_adapter("default")
     model.base_model.enable_adapter_layers()
     assert any(p.requires_grad for p in model.parameters()), "what is switched on by name is trained"
+
+
+def test_two_loras_of_a_stack_in_one_layer_are_refused_and_the_model_is_as_it_was(llama):
+    model, before = copy.deepcopy(llama.model), snapshot(llama.model)
+    ours = LoraConfig(target_modules=["q_proj"]), LoraConfig(target_modules=["q_proj", "v_proj"])
+    with pytest.raises(UnsupportedError, match="Each module has one LORA of a stack, got two in model.layers.0.self_attn.q_proj"):
+        get_token_model(model, [ProbeInsertConfig(), *ours])
+    assert difference(snapshot(model), before) == []
+    get_token_model(model, [ProbeInsertConfig(), ours[0], LoraConfig(target_modules=["v_proj"])])
