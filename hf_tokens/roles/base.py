@@ -74,6 +74,7 @@ class Method(nn.Module, abc.ABC):
 
     Class attributes:
         kinds: Kinds of stream that the method supports; empty means every kind.
+        usual_kinds: Those that it is for where it supports every kind: what is listed of it, and not refused elsewhere.
         causal: True or False if the method needs a causal or a bidirectional stream; None if it takes both.
         moves_tokens: The method changes the number of tokens or of cache entries.
         caches: The method is right under cached generation; False makes the engine refuse a cache.
@@ -121,6 +122,7 @@ class Method(nn.Module, abc.ABC):
     site: ClassVar[str] = "block"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     kinds: ClassVar[tuple[str, ...]] = ()
+    usual_kinds: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[bool | None] = None
     moves_tokens: ClassVar[bool] = True
     caches: ClassVar[bool] = True

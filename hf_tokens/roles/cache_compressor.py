@@ -67,6 +67,7 @@ class CacheCompressor(Method):
     """
 
     role, verb, causal, further, decodes = "CacheCompressor", "score", True, ("fold", "hold", "examine"), False
+    usual_kinds = ("text",)
 
     @property
     def slack(self) -> int:
