@@ -11,7 +11,7 @@ import hf_tokens
 from hf_tokens import ConfigError
 from hf_tokens.commands.cards import ROOT, index_entry, method_card, pages
 from hf_tokens.roles.registry import ENTRY_POINTS
-from hf_tokens_cli import app
+from hf_tokens_cli import catalogue
 
 BUILT_IN = [info for info in hf_tokens.list_methods() if info.cls.__module__.startswith("hf_tokens_adapters.")]
 
@@ -72,8 +72,8 @@ def test_what_a_method_is_for_is_read_off_its_class():
 
 
 def test_the_index_holds_every_method():
-    assert app.built_in_cards() == [index_entry(info) for info in BUILT_IN]
-    assert app.ENTRY_POINTS == ENTRY_POINTS
+    assert catalogue.built_in_cards() == [index_entry(info) for info in BUILT_IN]
+    assert catalogue.ENTRY_POINTS == ENTRY_POINTS
 
 
 def test_every_package_is_typed_and_what_is_generated_is_shipped():
