@@ -7,6 +7,7 @@ import re
 import runpy
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -68,6 +69,12 @@ def test_a_recipe_becomes_an_adapter(train_with, here, tmp_path):
     assert found["eval_loss"] < found["eval_loss_of_base"] and found["processes"] == 1
     model = hf_tokens.load(tmp_path / "out")
     assert [method["method"] for method in model.peft_config["default"].methods] == ["deep-prompt", "snapkv", "peft"]
+
+
+def test_the_recipe_of_the_examples_is_right(train_with):
+    text = (Path(__file__).parents[2] / "examples" / "recipe.yaml").read_text()
+    code, out, err = train_with(text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "llama"), "--check", "--json")
+    assert code == 0 and [row["method"] for row in json.loads(out)["methods"]] == ["deep-prompt", "snapkv"], err
 
 
 def test_a_table_is_printed_and_logs_go_to_stderr(train_with, tmp_path):
