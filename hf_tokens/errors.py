@@ -25,6 +25,11 @@ def explain(rule: str, got: object, remedy: str) -> str:
     return f"{rule}, got {got}. {remedy}"
 
 
+def first_line(error: Exception) -> str:
+    """The first line that an error of somebody else's says."""
+    return str(error).strip().split("\n")[0]
+
+
 def nearest(name: object, known: Iterable[str]) -> str | None:
     """The known name that a misspelt one most likely means; None where none is near."""
     name, known = str(name), list(known)

@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import os
+import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -57,6 +58,21 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command line in this process: its exit code, and what it said on stdout and stderr."""
+    import hf_tokens_cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-tokens", *arguments])
+        with pytest.raises(SystemExit) as end:
+            hf_tokens_cli.main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return call
 
 
 def settle():

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
 from ..errors import UnsupportedError, explain
+from ..model.anatomy import anatomy
+from ..model.streams import Anatomy
 
 
 def check_source(model: str) -> None:
@@ -23,13 +25,17 @@ def check_source(model: str) -> None:
         raise UnsupportedError(explain("A model is a folder or a Hub id like owner/name", repr(model), "No such folder: check the path."))
 
 
-def read_json(model: str, file: str) -> dict[str, Any] | None:
-    """A JSON file of a folder or of a Hub repository; None where it has no such file."""
+def read_json(model: str, file: str, *, optional: bool = True) -> dict[str, Any] | None:
+    """A JSON file of a folder or of a Hub repository; None where it has no such file, or an optional one cannot be asked for."""
     path = Path(model) / file
     if not Path(model).is_dir():
         try:
             path = Path(hf_hub_download(model, file))
         except RemoteEntryNotFoundError:
+            return None
+        except LocalEntryNotFoundError:  # without the Hub, one that it may not have is not in the cache either
+            if not optional:
+                raise
             return None
         except RepositoryNotFoundError:
             remedy = "Check the name, or log in with `hf auth login` if it is private."
@@ -69,7 +75,7 @@ def diffusers_blueprint(config: dict[str, Any]) -> nn.Module:
 
 def part_blueprint(model: str, subfolder: str = "") -> nn.Module | None:
     """The model in one folder, or None where its config is not a model's (a scheduler, a tokenizer)."""
-    config = read_json(model, f"{subfolder}/config.json".lstrip("/"))
+    config = read_json(model, f"{subfolder}/config.json".lstrip("/"), optional=bool(subfolder))
     if config is None:
         return None
     return diffusers_blueprint(config) if "_class_name" in config else transformers_blueprint(model, subfolder)
@@ -85,3 +91,26 @@ def blueprints(model: str) -> Iterator[tuple[str, nn.Module]]:
         rule = "A model to inspect is a folder or Hub id with a config.json or a model_index.json"
         raise UnsupportedError(explain(rule, repr(model), "Check the path or the name."))
     yield from built
+
+
+def anatomies(model: str) -> list[tuple[str, nn.Module, Anatomy | None]]:
+    """Each part of a model with its anatomy; None for a part without a stream of blocks, which a model by itself must have."""
+    found = []
+    for part, blueprint in blueprints(model):
+        try:
+            found.append((part, blueprint, anatomy(blueprint)))
+        except UnsupportedError:
+            if not part:
+                raise
+            found.append((part, blueprint, None))
+    return found
+
+
+OF_A_STREAM = ("name", "kind", "paths", "owner", "width", "heads", "kv_heads", "head_dim", "causal", "layout", "mixers", "table")
+
+
+def anatomy_as_plain(part: str, model: nn.Module, base: Anatomy | None) -> dict[str, Any]:
+    """What is known of a part of a model, as JSON holds it."""
+    streams = [] if base is None else [{name: vars(stream)[name] for name in OF_A_STREAM} for stream in base.streams]
+    known = {} if base is None else {"model_type": base.model_type, "head": base.head, "embeddings": base.embeddings}
+    return {"part": part, "class": type(model).__name__, **known, "streams": streams}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import PUBLIC
 from ..errors import ConfigError, explain
 from ..roles.config import interval
-from ..roles.registry import MethodInfo, list_methods
+from ..roles.registry import NEEDS, MethodInfo, list_methods
 from .recipes import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,21 +77,48 @@ def method_card(info: MethodInfo, template: str) -> str:
     """The card of one method.
 
     Raises:
-        ConfigError: It does not say beside which code the method was run.
+        ConfigError: It does not say beside which code the method was run, or what the method needs.
     """
+    if info.need is None:
+        rule = f"A card says what its method needs: `Needs: ` and {', '.join(map(repr, NEEDS))}"
+        raise ConfigError(explain(rule, f"{info.needs!r} on that of {info.name}", "Begin the line with one of these."))
     if not is_checked(info):
         rule = "A card says `Checked: owner/name@0123abcd, what was compared: largest difference 0`, or `no public code found (date); ...`"
         remedy = "Run the authors' code beside the method, and write down how far apart the two are."
         raise ConfigError(explain(rule, f"{info.checked!r} on that of {info.name}", remedy))
     entry = index_entry(info)
-    made = {"streams": streams(info), "example": example(info), "measured": measured(info)}
+    made = {"streams": streams(info), "modalities": ", ".join(info.modality), "example": example(info), "measured": measured(info)}
     return template.format(**{**entry, **made, "knobs": "\n".join(map(table_row, entry["knobs"]))})
 
 
-def overview(methods: list[MethodInfo], folder: str) -> str:
-    """The table of all methods."""
-    rows = [[f"[{i.name}]({folder}{i.name}.md)", i.role, i.claim.split(":", 1)[-1].strip().rstrip("."), i.paper] for i in methods]
-    return "\n".join([table_row(["method", "role", "what it does", "paper"]), table_row(["---"] * 4), *map(table_row, rows)])
+# column of a table of methods -> what stands in it
+METHOD_COLUMNS: dict[str, Callable[[MethodInfo], str]] = {
+    "role": lambda info: info.role,
+    "for": lambda info: ", ".join(info.modality),
+    "needs": lambda info: str(info.need),
+    "saves": lambda info: info.cls.saves,
+    "what it does": lambda info: info.claim.split(":", 1)[-1].strip().rstrip("."),
+    "paper": lambda info: info.paper,
+}
+
+
+def overview(methods: list[MethodInfo], folder: str, columns: Sequence[str] = (*METHOD_COLUMNS,)) -> str:
+    """The table of all methods: their names, with their cards behind them, and these columns."""
+    rows = [[f"[{info.name}]({folder}{info.name}.md)", *(METHOD_COLUMNS[column](info) for column in columns)] for info in methods]
+    head = ["method", *columns]
+    return "\n".join([table_row(head), table_row(["---"] * len(head)), *map(table_row, rows)])
+
+
+def by_role(methods: list[MethodInfo], folder: str) -> str:
+    """The table of all roles: what each decides, and its methods."""
+    rows = []
+    for role in sorted({info.role for info in methods}):
+        own = [info for info in methods if info.role == role]
+        decides = inspect.getdoc(next(cls for cls in own[0].cls.__mro__ if cls.__name__ == role)).split("\n\n")[0].replace("\n", " ")
+        modalities = ", ".join(dict.fromkeys(modality for info in own for modality in info.modality))
+        rows.append([role, decides, modalities, ", ".join(f"[{info.name}]({folder}{info.name}.md)" for info in own)])
+    head = ["role", "what it decides", "for", "methods"]
+    return "\n".join([table_row(head), table_row(["---"] * len(head)), *map(table_row, rows)])
 
 
 def speeds(bench: dict[str, Any]) -> str:
@@ -112,8 +141,8 @@ def filled(page: str, tables: dict[str, str]) -> str:
 
 def index_entry(info: MethodInfo) -> dict[str, Any]:
     """What `hf-tokens list` and `hf-tokens show` print of a method."""
-    texts = {key: getattr(info, key) for key in ("name", "version", "role", "claim", "paper", "maths", "differs", "checked")}
-    return {**texts, "config": info.config.__name__, "knobs": knob_rows(info)}
+    texts = {key: getattr(info, key) for key in ("name", "version", "role", "claim", "paper", "needs", "maths", "differs", "checked")}
+    return {**texts, "need": info.need, "modality": [*info.modality], "config": info.config.__name__, "knobs": knob_rows(info)}
 
 
 def stub(methods: list[MethodInfo]) -> str:
@@ -139,7 +168,7 @@ def pages() -> dict[Path, str]:
     )
     out[ROOT / "hf_tokens" / "__init__.pyi"] = stub(methods)
     readme = ROOT / "README.md"
-    tables = {"methods": overview(methods, "model_cards/"), "bench": speeds(json.loads(BENCH.read_text()))}
+    tables = {"methods": by_role(methods, "model_cards/"), "bench": speeds(json.loads(BENCH.read_text()))}
     out[readme] = filled(readme.read_text(), tables)
     return out
 

@@ -173,13 +173,16 @@ def recipe(job: str, model: nn.Module, keep: float = 0.5, *, tokenizer: Any = No
     return configs
 
 
-def as_yaml(job: str, configs: Sequence[MethodConfig]) -> str:
-    """A stack with the knobs that are not as they come, as YAML."""
+def plain_stack(configs: Sequence[MethodConfig]) -> list[dict[str, Any]]:
+    """A stack with the knobs that are not as they come, as a recipe's file holds it."""
+    return json.loads(json.dumps([{key: value for key, value in config.to_dict().items() if key != "version"} for config in configs]))
+
+
+def as_yaml(model: str, configs: Sequence[MethodConfig]) -> str:
+    """A stack for a model as the file of a recipe, which `hf-tokens apply` and `hf-tokens train` read."""
     import yaml
 
-    changed = lambda config: {f.name: getattr(config, f.name) for f, _ in config.knobs() if getattr(config, f.name) != f.default}
-    plain = json.loads(json.dumps([{"method": config.method, **changed(config)} for config in configs]))
-    return yaml.safe_dump({"recipe": job, "stack": plain}, sort_keys=False)
+    return yaml.safe_dump({"model": model, "methods": plain_stack(configs)}, sort_keys=False)
 
 
 def chosen(job: Job, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -209,17 +212,21 @@ if recipe.__doc__ is not None:  # `python -OO` leaves none
     recipe.__doc__ = "\n\n".join([recipe.__doc__.rstrip(), *map(numbers, RECIPES_MEASURED)]) + "\n"
 
 
-def recipe_as_text(job: str, source: str, keep: float) -> str:
-    """What was measured as comments, and the stack for a folder or Hub id as YAML."""
+def recipe_for(job: str, source: str, keep: float) -> list[MethodConfig]:
+    """The stack that won at a job, for a folder or Hub id; the config is all that is read, and the tokenizer where it asks in words."""
     from transformers import AutoTokenizer
 
     refusals = []
     for _, model in blueprints(source):
         tokenizer = AutoTokenizer.from_pretrained(source) if job in JOBS and JOBS[job].in_words else None
         try:
-            stack = recipe(job, model, keep, tokenizer=tokenizer)
+            return recipe(job, model, keep, tokenizer=tokenizer)
         except UnsupportedError as refused:  # another part of a pipeline may be the one
             refusals.append(refused)
-        else:
-            return "".join(f"# {line}\n" for line in numbers(job).split("\n")) + as_yaml(job, stack)
     raise refusals[-1]
+
+
+def recipe_as_text(job: str, source: str, keep: float) -> str:
+    """What was measured as comments, and the stack for a folder or Hub id as YAML."""
+    stack = recipe_for(job, source, keep)
+    return "".join(f"# {line}\n" for line in numbers(job).split("\n")) + as_yaml(source, stack)

@@ -13,6 +13,7 @@ from ..errors import ConfigError, HFTokensError, did_you_mean, explain
 METHOD = '''"""{title}: <the claim in one line>.
 
 Paper:   <title (authors, venue year), arXiv:0000.00000>
+Needs:   <nothing, training, calibration, or an edit; and what else is to be said of it>
 Maths:   <what is computed, in the paper's symbols>
 Differs: <what is not as in the paper>
 Checked: <owner/name@0123abcd, what was compared: largest difference 0; what differs and why. Or: no public code found (2026-01-31);

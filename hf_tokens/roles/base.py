@@ -74,6 +74,7 @@ class Method(nn.Module, abc.ABC):
 
     Class attributes:
         kinds: Kinds of stream that the method supports; empty means every kind.
+        usual_kinds: Those that it is for where it supports every kind: what is listed of it, and not refused elsewhere.
         causal: True or False if the method needs a causal or a bidirectional stream; None if it takes both.
         moves_tokens: The method changes the number of tokens or of cache entries.
         caches: The method is right under cached generation; False makes the engine refuse a cache.
@@ -108,6 +109,7 @@ class Method(nn.Module, abc.ABC):
         sees_all: The stream's blocks run without their causal mask, and store nothing in a cache.
         counts: What is counted of what it does in a block, of all that is there: "kept" tokens, tokens that are "inserted", "routed",
             "computed", "edited" or "pooled", samples that are "run", bytes of the "cache"; empty for a role that acts outside of blocks.
+        saves: What it saves where it acts, in words; empty for a role that saves nothing.
         shifts: A bank's tokens have places of their own: `shift` says how far the tokens behind them move on.
         turns: A bank's `attend` reads keys at other places than they stand at.
         leaves: Forms of `hf_tokens.export` that take it along; `leaves_as` says it of a config.
@@ -117,6 +119,7 @@ class Method(nn.Module, abc.ABC):
     role: ClassVar[str]
     verb: ClassVar[str]
     counts: ClassVar[str] = ""
+    saves: ClassVar[str] = ""
     signals: ClassVar[tuple[str, ...]] = ()
     observes: ClassVar[tuple[str, ...]] = ()
     placed: ClassVar[bool] = True
@@ -126,6 +129,7 @@ class Method(nn.Module, abc.ABC):
     site: ClassVar[str] = "block"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     kinds: ClassVar[tuple[str, ...]] = ()
+    usual_kinds: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[bool | None] = None
     moves_tokens: ClassVar[bool] = True
     caches: ClassVar[bool] = True

@@ -68,7 +68,8 @@ class CacheCompressor(Method):
     """
 
     role, verb, counts, causal, decodes = "CacheCompressor", "score", "cache", True, False
-    further = ("fold", "hold", "examine")
+    saves = "bytes of the KV cache, and their reading for each token"
+    further, usual_kinds = ("fold", "hold", "examine"), ("text",)
     lost = "which entries of the cache stay, as it decides while the model runs"
 
     @classmethod

@@ -84,6 +84,26 @@ def matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def check_value(name: str, metadata: typing.Mapping, hint: Any, value: Any) -> None:
+    """Refuse a value that has not the annotated type or is out of the bounds that were declared for this name.
+
+    Raises:
+        ConfigError: It is.
+    """
+    meaning = f"Meaning: {metadata['help']}"
+    if not matches(value, hint):
+        want = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+        raise ConfigError(explain(f"{name} must be of type {want}", repr(value), meaning))
+    for item in flat(value):
+        if "choices" in metadata and item is not None and item not in metadata["choices"]:
+            remedy = f"{did_you_mean([item], metadata['choices'])}{meaning}"
+            raise ConfigError(explain(f"{name} must be one of {interval(metadata)}", repr(value), remedy))
+        if "free" in metadata and item == "":
+            raise ConfigError(explain(f"{name} must not be empty", repr(value), meaning))
+        if isinstance(item, (int, float)) and not isinstance(item, bool) and not inside(item, metadata):
+            raise ConfigError(explain(f"{name} must be in {interval(metadata)}", repr(value), meaning))
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Base of every method's config.
@@ -116,21 +136,7 @@ class MethodConfig:
             if isinstance(value, list):
                 value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
                 object.__setattr__(self, field.name, value)
-            self._check(field, hint, value)
-
-    def _check(self, field: dataclasses.Field, hint: Any, value: Any) -> None:
-        rule, meta = f"{type(self).__name__}.{field.name}", field.metadata
-        if not matches(value, hint):
-            want = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-            raise ConfigError(explain(f"{rule} must be of type {want}", repr(value), f"Meaning: {meta['help']}"))
-        for item in flat(value):
-            if "choices" in meta and item is not None and item not in meta["choices"]:
-                remedy = f"{did_you_mean([item], meta['choices'])}Meaning: {meta['help']}"
-                raise ConfigError(explain(f"{rule} must be one of {interval(meta)}", repr(value), remedy))
-            if "free" in meta and item == "":
-                raise ConfigError(explain(f"{rule} must not be empty", repr(value), f"Meaning: {meta['help']}"))
-            if isinstance(item, (int, float)) and not isinstance(item, bool) and not inside(item, meta):
-                raise ConfigError(explain(f"{rule} must be in {interval(meta)}", repr(value), f"Meaning: {meta['help']}"))
+            check_value(f"{type(self).__name__}.{field.name}", field.metadata, hint, value)
 
     @classmethod
     def take_name(cls, method: str, version: int) -> None:

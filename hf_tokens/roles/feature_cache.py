@@ -22,6 +22,7 @@ class FeatureCache(Method):
     """
 
     role, verb, counts, kinds, moves_tokens = "FeatureCache", "reuse", "computed", ("denoiser",), False
+    saves = "FLOPs of steps and blocks"
     lost = "what it spares a denoiser at each step"
     site, sites = "sublayer", ("sublayer", "block", "stack")
     leads: ClassVar[bool] = False

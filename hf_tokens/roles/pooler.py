@@ -20,6 +20,7 @@ class Pooler(Method):
     """
 
     role, verb, counts, site, sites, further = "Pooler", "pool", "pooled", "stream", ("stream", "output"), ("examine", "ask")
+    saves = "vectors behind the model"
     kinds, moves_tokens, caches = ("text", "vision", "video", "audio"), False, False
     lost = "how it pools what leaves the last block"
 

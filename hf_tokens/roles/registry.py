@@ -15,10 +15,19 @@ from typing import TypeVar
 from ..errors import ConfigError, did_you_mean, explain
 from .base import Method
 from .config import MethodConfig
-from .signals import AT_SITE, OF_A_CALL, OF_A_WORD
+from .signals import AT_SITE, OF_A_CALL, OF_A_WORD, SPANS
 
 ENTRY_POINTS = "hf_tokens.methods"
-HEADINGS = ("Paper", "Maths", "Differs", "Checked")
+HEADINGS = ("Paper", "Needs", "Maths", "Differs", "Checked")
+NEEDS = ("nothing", "training", "calibration", "an edit")  # what a method wants before it is worth something, as its card begins to say
+MODALITY_OF_KIND = {
+    "text": "text",
+    "vision": "image",
+    "video": "video",
+    "audio": "audio",
+    "denoiser": "diffusion",
+}  # kind of a stream -> word
+ANY_MODALITY, READS_PICTURES = "any", "image-text"
 FEW_NAMES = 20  # names that an error may list
 METHODS: dict[str, dict[int, MethodInfo]] = {}
 AMethod = TypeVar("AMethod", bound=type[Method])
@@ -35,6 +44,7 @@ class MethodInfo:
     config: type[MethodConfig]
     claim: str
     paper: str
+    needs: str
     maths: str
     differs: str
     checked: str
@@ -45,6 +55,18 @@ class MethodInfo:
         """The arXiv number of the paper."""
         number = re.search(r"arXiv:(\d{4}\.\d{4,5})", self.paper)
         return number and number.group(1)
+
+    @property
+    def need(self) -> str | None:
+        """Which of `NEEDS` its card says that it needs; None where it says none of them."""
+        return next((need for need in NEEDS if re.match(rf"{need}\b", self.needs)), None)
+
+    @property
+    def modality(self) -> tuple[str, ...]:
+        """What it is for: values of `MODALITY_OF_KIND`, models that read pictures among their text, or any."""
+        if SPANS & {name for names in self.cls.words.values() for name in names}:
+            return (READS_PICTURES,)
+        return tuple(MODALITY_OF_KIND[kind] for kind in self.cls.kinds or self.cls.usual_kinds) or (ANY_MODALITY,)
 
 
 def read_card(doc: str) -> dict[str, str]:

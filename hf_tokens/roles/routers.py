@@ -15,6 +15,7 @@ class TokenRouter(Method):
     """Which tokens run a `block`, or its `mlp`; the rest skip it."""
 
     role, verb, counts, site, sites = "TokenRouter", "route", "routed", "block", ("block", "mlp")
+    saves = "FLOPs of blocks"
     lost = "which tokens run a block, as it decides for each input"
 
     @abc.abstractmethod
@@ -30,6 +31,7 @@ class LayerRouter(Method):
     """How often a sample runs a block."""
 
     role, verb, counts = "LayerRouter", "route", "run"
+    saves = "FLOPs of blocks"
     lost = "which blocks a sample runs, as it decides for each input"
 
     @abc.abstractmethod
@@ -45,6 +47,7 @@ class ModelRouter(Method):
     """Which of two models emits the next token: it sits in the small one, and `route_to` brings the large one."""
 
     role, verb, causal, kinds, moves_tokens, needs_head, packed = "ModelRouter", "route", True, ("text",), False, True, True
+    saves = "tokens of the large model"
     lost = "when the large model is asked"
 
     @abc.abstractmethod

@@ -20,6 +20,7 @@ class TokenReducer(Method):
     """
 
     role, verb, counts, site, sites = "TokenReducer", "assign", "kept", "after", ("before", "middle", "after", "sublayer")
+    saves = "tokens: FLOPs, and entries of the cache behind them"
     lost = "which tokens leave, as it decides for each input (of a prompt alone `compress_prompt` gives what it leaves, as ids or text)"
 
     @abc.abstractmethod

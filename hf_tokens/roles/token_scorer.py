@@ -45,6 +45,7 @@ class TokenScorer(Method):
     """
 
     role, verb, moves_tokens, needs_head, packed, in_block, exports = "TokenScorer", "score", False, True, True, False, True
+    saves = "tokens of the prompt"
     kinds, share, chunk, chooses = ("text",), 0.5, 512, False
     lost = "which words of a prompt go (`compress_prompt` gives what it leaves of one, as ids or text)"
 

@@ -14,7 +14,7 @@ from .config import MethodConfig
 class VocabularyEdit(Method):
     """Rows of the embeddings and of the head for another tokenizer; `hf_tokens.transplant` calls it, there is no adapter."""
 
-    role, verb, moves_tokens, placed = "VocabularyEdit", "rows", False, False
+    role, verb, moves_tokens, placed, usual_kinds = "VocabularyEdit", "rows", False, False, ("text",)
     leaves, lost = ("checkpoint",), "the rows that it made"
 
     def __init__(self, config: MethodConfig, dims: Dims | None = None):

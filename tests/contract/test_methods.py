@@ -15,7 +15,7 @@ from contract.pairs import METHODS, PAIRS, PLACED, planned, refused
 
 from hf_tokens import ConfigError
 from hf_tokens.roles.config import interval, matches
-from hf_tokens.roles.registry import method_config
+from hf_tokens.roles.registry import NEEDS, method_config
 from hf_tokens.roles.signals import SIGNALS
 from hf_tokens.testing import probe
 
@@ -137,6 +137,9 @@ def test_card(name):
     assert info.claim.endswith(".") and "\n" not in info.claim, "the claim is one line, a sentence"
     assert info.arxiv is not None, "the paper has no arXiv:NNNN.NNNNN"
     assert info.maths and info.differs
+    measures = "calibrate" in vars(info.cls) and info.need not in ("training", "calibration")
+    learns = info.role == "Objective" and info.need != "training"
+    assert info.need in NEEDS and not measures and not learns, "what it needs is not what its class does"
     assert ">>>" in info.doc
 
 

@@ -70,6 +70,7 @@ def test_gradients_reach_the_adapter_and_not_the_base(pair):
     assert not dead(pair, model, grads)
     assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
     assert not [name for name in base_parameters(model) if grads[name] is not None]
+    assert not adapter_parameters(model) or not pair.info.needs or pair.info.need == "training", "what has parameters says so on its card"
 
 
 FAR = {"AttentionEdit": 1.0}  # where nothing scales what they add, products of a few of them leave float32

@@ -11,7 +11,7 @@ import hf_tokens
 from hf_tokens import ConfigError
 from hf_tokens.commands.cards import ROOT, index_entry, method_card, pages
 from hf_tokens.roles.registry import ENTRY_POINTS
-from hf_tokens_cli import app
+from hf_tokens_cli import catalogue
 
 BUILT_IN = [info for info in hf_tokens.list_methods() if info.cls.__module__.startswith("hf_tokens_adapters.")]
 
@@ -57,9 +57,23 @@ def test_a_card_says_beside_what_it_was_checked_or_is_not_written(text, holds):
         method_card(info, "{checked}")
 
 
+@pytest.mark.parametrize("text", ["", "train", "nothingness", "a lot of training"])
+def test_a_card_says_what_its_method_needs_or_is_not_written(text):
+    info = dataclasses.replace(BUILT_IN[0], needs=text)
+    with pytest.raises(ConfigError, match=f"says what its method needs: .* on that of {info.name}. Begin the line with one of these"):
+        method_card(info, "{needs}")
+    assert method_card(dataclasses.replace(info, needs="training; a router"), "{needs}") == "training; a router"
+
+
+def test_what_a_method_is_for_is_read_off_its_class():
+    modality = lambda name: hf_tokens.method_info(name).modality
+    assert modality("snapkv") == modality("omp-transplant") == ("text",) and modality("apt") == ("any",)
+    assert modality("divprune") == ("image-text",) and modality("toca") == ("diffusion",) and modality("tome") == ("image", "audio")
+
+
 def test_the_index_holds_every_method():
-    assert app.built_in_cards() == [index_entry(info) for info in BUILT_IN]
-    assert app.ENTRY_POINTS == ENTRY_POINTS
+    assert catalogue.built_in_cards() == [index_entry(info) for info in BUILT_IN]
+    assert catalogue.ENTRY_POINTS == ENTRY_POINTS
 
 
 def test_every_package_is_typed_and_what_is_generated_is_shipped():

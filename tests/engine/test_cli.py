@@ -9,23 +9,10 @@ import pytest
 from transformers import LlamaConfig
 
 import hf_tokens
-import hf_tokens_cli
 from hf_tokens.commands.blueprint import blueprints
 from hf_tokens.commands.recipes import JOBS
 from hf_tokens.testing import probe, zoo
-from hf_tokens_cli import app
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-tokens", *arguments])
-        with pytest.raises(SystemExit) as end:
-            hf_tokens_cli.main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    monkeypatch.setenv("COLUMNS", "200")
-    return call
+from hf_tokens_cli import catalogue
 
 
 @pytest.fixture
@@ -65,7 +52,7 @@ def test_every_method_is_listed_and_shows_its_knobs(cli):
     assert code == 0
     lines = out.splitlines()
     for info in hf_tokens.list_methods():
-        if not info.cls.__module__.startswith(f"{app.BUILT_IN}."):
+        if not info.cls.__module__.startswith(f"{catalogue.BUILT_IN}."):
             continue  # the probes, and what another test has registered
         assert any(line.startswith(f"{info.name} ") and info.role in line and info.arxiv in line for line in lines)
         code, card, _ = cli("show", info.name)
@@ -79,7 +66,9 @@ def test_a_role_s_methods_are_listed_alone(cli):
 
 
 def test_methods_of_third_parties_are_listed_and_shown(cli, monkeypatch):
-    entries = [EntryPoint(name, value, "hf_tokens.methods") for name, value in (("builtin", app.BUILT_IN), ("probes", probe.__name__))]
+    entries = [
+        EntryPoint(name, value, "hf_tokens.methods") for name, value in (("builtin", catalogue.BUILT_IN), ("probes", probe.__name__))
+    ]
     assert "probe-drop" not in cli("list")[1]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry for entry in entries if entry.group == group])
     code, out, _ = cli("list")
@@ -136,9 +125,9 @@ def test_a_narrow_terminal_cuts_nothing(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     code, out, _ = cli("list")
-    told = "".join(out.split())
-    assert code == 0 and all("".join((i.name + i.role + i.paper).split()) in told for i in hf_tokens.list_methods("Pooler"))
-    assert max(map(len, out.splitlines())) < 80  # the names, the roles, and 20 letters of the papers
+    told, shown = "".join(out.split()), lambda i: "".join((i.name + i.role + ", ".join(i.modality) + i.need + i.paper).split())
+    assert code == 0 and all(shown(i) in told for i in hf_tokens.list_methods("Pooler"))
+    assert max(map(len, out.splitlines())) < 110  # the names, the roles, what they are for and need, and 20 letters of the papers
     code, card, _ = cli("show", "ftp")
     assert code == 0 and "\N{HORIZONTAL ELLIPSIS}" not in card
 
@@ -165,4 +154,4 @@ def test_a_mistake_is_named_and_ends_with_2(cli, arguments, words, tmp_path, mon
 
 def test_the_help_of_a_recipe_names_the_jobs_that_there_are(cli):
     code, out, _ = cli("recipe", "--help")
-    assert code == 0 and all(job in out for job in JOBS) and app.jobs() == [*JOBS]
+    assert code == 0 and all(job in out for job in JOBS) and catalogue.jobs() == [*JOBS]

@@ -218,10 +218,13 @@ def test_what_is_no_method(spec):
 
 def test_a_card_is_read_by_its_headings():
     checked = "a/b@01234567, all: largest difference 0."
-    headings = f"Paper:   P, arXiv:1234.56789\n         and more\nMaths:   x = y\nDiffers: nothing.\nChecked: {checked}\n"
+    headings = (
+        f"Paper:   P, arXiv:1234.56789\n         and more\nNeeds:   training\nMaths:   x = y\nDiffers: nothing.\nChecked: {checked}\n"
+    )
     card = read_card(f"A claim.\n\n{headings}\n>>> 1\n1\n")
     paper = "P, arXiv:1234.56789\nand more"
-    assert card == {"claim": "A claim.", "paper": paper, "maths": "x = y", "differs": "nothing.", "checked": checked}
+    known = {"paper": paper, "needs": "training", "maths": "x = y", "differs": "nothing.", "checked": checked}
+    assert card == {"claim": "A claim.", **known}
 
 
 # -- the adapter's config --------------------------------------------------------------------------------------------

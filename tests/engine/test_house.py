@@ -16,7 +16,7 @@ HOUSE = Path(hf_tokens.__file__).parent
 # A package may import those in front of it; imports for type checkers count like all others.
 ORDER = (
     *("errors", "tokens", "model", "kv", "attention", "roles", "engine", "handlers", "diffusion", "training", "peft", "tools", "api"),
-    *("testing", "commands", "sentence_transformers", "plot"),
+    *("testing", "commands", "sentence_transformers", "plot", "__main__"),
 )
 LINES = 400
 ROLES = {name for name in roles.__all__ if isinstance(vars(roles)[name], type) and issubclass(vars(roles)[name], roles.Method)}

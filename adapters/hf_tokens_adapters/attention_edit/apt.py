@@ -1,6 +1,7 @@
 """APT: prompt tokens never enter the attention; each token reads them in a step of its own, in few dimensions, beside it.
 
 Paper:   Approximated Prompt Tuning for Vision-Language Pre-trained Models (Wu et al., 2023), arXiv:2306.15706
+Needs:   training
 Maths:   softmax([Q K^T, Q K_P^T]) [V; V_P] = (1 - l) softmax(Q K^T) V + l softmax(Q K_P^T) V_P is approximated by
          (Attention(X) + w relu(X (P + P D U)^T) P) e^s,  w = max of relu(X (P + P D U)^T) for each token, without a gradient;
          P: k x d,  D: d x r,  U: r x d;  at first P ~ N(0, 0.02^2), D ~ N(0, 1), U and s are 0

@@ -1,6 +1,7 @@
 """CrossLMM: few visual tokens stay in the language model, and in some of its blocks they and the text read all of them.
 
 Paper:   CrossLMM: Decoupling Long Video Sequences from LMMs via Dual Cross-Attention Mechanisms (Yan et al., 2025), arXiv:2505.17020
+Needs:   training
 Maths:   behind the self-attention of a block, with V all visual tokens as they came in,
          x_visual += tanh(g_v) CrossAttention_v(x_visual, V),  x_text += tanh(g_t) CrossAttention_t(x_text, V)
 Differs: how the tokens become few is the reducer's task that stands beside it in the stack, such as fourier-vlm; the queries are what the

@@ -2,6 +2,7 @@
 
 Paper:   Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference (Feng et al., NeurIPS 2025),
          arXiv:2407.11550
+Needs:   nothing
 Maths:   scores s_ij of head i as in SnapKV;  m_i = how many of the k B highest of all k heads are those of head i, B = C - w;
          b_i = alpha B + (1 - alpha) m_i;  in each head the b_i highest stay, and the w newest
 Differs: the heads of a block hold k C entries exactly: what rounding down leaves goes to the largest fractions, where the release cuts

@@ -2,6 +2,7 @@
 
 Paper:   D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models (Wan et al., ICLR 2025),
          arXiv:2406.13035
+Needs:   nothing
 Maths:   F_l = mean_h scaled Var_j sum_i A_l[h, i, j] of the prompt, scaled by its least and most over the heads;  layer shares by
          softmax(-F_l);  the first 4, the M newest and the N of most summed attention stay, N : M = 1 : 1;  u_i = max_j cos(k_i, k_j) of
          an evicted i and a kept j;  tau_0 = mean_i u_i, then tau_t = beta u_t + (1 - beta) tau_t-1;  where u_i >= tau, i joins its j:

@@ -1,6 +1,7 @@
 """DuoAttention: heads that look far back keep every entry; the others stream, and keep the first ones and the newest.
 
 Paper:   DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads (Xiao et al., ICLR 2025), arXiv:2410.10819
+Needs:   calibration, or the gates of the release
 Maths:   a gate a in [0, 1] for each key head of all blocks: those at or above the quantile `sparsity` of all gates keep the whole cache,
          the others s sinks and the r newest entries;  nothing is dropped in the prompt's own pass
 Differs: the gates are given, such as those that the release ships, or measured: `hf_tokens.calibrate(model, batches)` takes for a the

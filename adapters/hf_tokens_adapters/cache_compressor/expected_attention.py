@@ -2,6 +2,7 @@
 
 Paper:   Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution (Devoto et al., 2025),
          arXiv:2510.00636
+Needs:   nothing
 Maths:   mu, S = mean and covariance of the prompt's queries before they are turned by their places, without its first s;  R = mean of the
          rotations of the next f places;  m = R mu, C = R S R^T;  z_j = k_j m / sqrt(e) + k_j^T C k_j / (2 e);  p = softmax_j(z), without
          the first s, mean of the query heads on a key head;  score_j = (p_j + eps) |v_j|;  the first s and the highest stay

@@ -2,6 +2,7 @@
 
 Paper:   H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models (Zhang et al., NeurIPS 2023),
          arXiv:2306.14048
+Needs:   nothing
 Maths:   a_j = sum over all queries so far of softmax(q k_j / sqrt(e));  if a head holds more than C = H + R entries, the R newest stay and,
          of the older ones, the H of the highest a_j; one that goes loses its a_j
 Differs: of the release's four programs this is the one that drops entries, behind the prompt and each token; its benchmark program chooses

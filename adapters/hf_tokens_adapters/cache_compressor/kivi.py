@@ -1,6 +1,7 @@
 """KIVI: nothing is evicted; keys are rounded to two bits by channel, over groups of tokens, and values by token, over groups of channels.
 
 Paper:   KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (Liu et al., ICML 2024), arXiv:2402.02750
+Needs:   nothing
 Maths:   x ~ s round((x - z) / s) + z, z = min x, s = (max x - min x) / (2^B - 1), over G tokens of one channel of the rotated keys, and
          over G channels of one value;  of n keys the last n mod R stay as they are, and R at once are rounded when so many wait;  the
          last R values stay, and the oldest is rounded as one more comes

@@ -1,6 +1,7 @@
 """KVzip: entries stay that the model looks up when it is told to repeat its context, whatever will be asked of it later.
 
 Paper:   KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction (Kim et al., NeurIPS 2025), arXiv:2505.23416
+Needs:   nothing
 Maths:   for a part C of the context, behind all of it: A = softmax(q k^T / sqrt(e)) over [the first entries; C; the pass itself, causal];
          S[j] = max over the pass's queries, and over the heads that read a key head;  the highest r N of S in all blocks and heads stay
 Differs: the words in front of a part are ids of the model's own tokenizer, and none by default; the release's are English, in a template.

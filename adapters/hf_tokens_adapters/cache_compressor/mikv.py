@@ -2,6 +2,7 @@
 
 Paper:   No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision Quantization (Yang et al., 2024),
          arXiv:2402.18096
+Needs:   nothing
 Maths:   what a heavy-hitter policy would evict is rounded, token by token in groups of channels:
          x ~ s round((x - z) / s) + z, z = min x, s = (max x - min x) / (2^B - 1);  keys are multiplied by b before that and queries
          divided by it, b_c = sqrt(max_t |q_t,c| / max_t |k_t,c|) over the prompt, so that q k stays what it is

@@ -1,6 +1,7 @@
 """MiniCache: from the middle on, two adjacent layers hold one direction for each key and value, and only its two lengths apart.
 
 Paper:   MiniCache: KV Cache Compression in Depth Dimension for Large Language Models (Liu et al., NeurIPS 2024), arXiv:2405.14366
+Needs:   nothing
 Maths:   for the states x of a token in the layers l-1 and l, at the angle W:
          e = sin((1 - t) W) / sin W x_l-1 / |x_l-1| + sin(t W) / sin W x_l / |x_l|;  they are read as |x_l-1| e and |x_l| e;
          d = W / pi;  tokens with d >= d_max - gamma (d_max - d_min) are retained unmerged

@@ -2,6 +2,7 @@
 
 Paper:   PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient Generation (Wang et al.,
          NeurIPS 2025), arXiv:2412.03409
+Needs:   calibration; without it each layer keeps the same share, or measures its own in each prompt (`online`)
 Maths:   I_l = mean_h sum_q A_l[h, q, :] / |.|_1, sorted;  o_l(p) = min {o : the first o of I_l sum to p};  R_l = o_l(p) / n for the
          largest p, by binary search, with sum_l o_l(p) <= r L n;  the first and the newest entries stay beside the prefix;  decoding
          drops the entry at one place of the cache, `distance` in front of the prompt's end, if a layer outgrows R_l

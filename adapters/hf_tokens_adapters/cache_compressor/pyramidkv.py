@@ -1,6 +1,7 @@
 """PyramidKV: SnapKV with more entries for the lower blocks, where attention is spread, and fewer for the upper ones.
 
 Paper:   PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling (Cai et al., 2024), arXiv:2406.02069
+Needs:   nothing
 Maths:   scores as in SnapKV;  of L blocks block l keeps w + c_l, c_l from B + D in the first to B - D in the last in equal steps,
          B = C - w, D = min(B - B // beta, n - w - B);  while n < 2 B every block keeps C
 Differs: c_l is rounded towards B, so that all blocks together hold L C: the release's steps are rounded down, which holds 2.8 % more in 32

@@ -2,6 +2,7 @@
 
 Paper:   none of its own: a baseline, with the ends that must stay after Efficient Streaming Language Models with Attention Sinks (Xiao et
          al., ICLR 2024), arXiv:2309.17453
+Needs:   nothing
 Maths:   score_j = u(seed, block, key head, place j) in [0, 1);  the first s, the w newest and those of the highest scores stay
 Differs: kvpress protects nothing (`sinks=0`, `window=0` here), and with a seed draws the same numbers in every block.
 Checked: NVIDIA/kvpress@8bb29b9c, how often RandomPress keeps each of 64 places in 6000 draws of half of them: largest difference 0.03,

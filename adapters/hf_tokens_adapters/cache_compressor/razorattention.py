@@ -1,6 +1,7 @@
 """RazorAttention: retrieval heads keep every key; the others keep the first and the last ones, and one that stands for all between.
 
 Paper:   RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (Tang et al., ICLR 2025), arXiv:2407.15891
+Needs:   calibration; before it no head is one that retrieves
 Maths:   on random tokens that are repeated, a head's echo score is its attention to the same token in earlier repetitions, its induction
          score that to the token behind it; the top 1 % by echo and 14 % by induction are retrieval heads. The others keep N_0 sinks and
          L = max(S_0, N / C) newest of N tokens; of the N_d dropped ones k^ = mean k and v^ = mean v stay, and

@@ -1,6 +1,7 @@
 """SnapKV: the end of a prompt says what of it will be read; each head keeps that, with its neighbours, and the end itself.
 
 Paper:   SnapKV: LLM Knows What You are Looking for Before Generation (Li et al., NeurIPS 2024), arXiv:2404.14469
+Needs:   nothing
 Maths:   A = softmax(q_i k_j / sqrt(e)) of the last w queries over all n keys;  s_j = pool_j sum_i A_ij over the j in front of the window,
          max or average of `kernel` neighbours;  in each head the C - w highest stay, and the w newest
 Differs: entries are stored once for each key head: A is the mean of its query heads, before the pooling, where the release repeats the

@@ -2,6 +2,7 @@
 
 Paper:   SqueezeAttention: 2D Management of KV-Cache in LLM Inference via Layer-wise Optimal Budget (Wang, Cui & Gan, ICLR 2025),
          arXiv:2404.04793
+Needs:   nothing
 Maths:   c_l = mean_t cos(A_l,t, A_l,t + SelfAttention(A_l)_t) over the prompt;  k-means of the L numbers c_l into 3 groups, G3 the one
          of the largest;  b_l = p b in G3, (L b - |G3| p b) / (L - |G3|) elsewhere;  in its b_l each layer runs any eviction policy
 Differs: k-means is solved exactly (it is one-dimensional), for each row of the batch. b is a share of the tokens seen, where the release

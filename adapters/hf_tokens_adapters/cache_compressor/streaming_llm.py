@@ -1,6 +1,7 @@
 """StreamingLLM: the first tokens, on which attention rests, and the newest ones stay in the cache; what lies between goes.
 
 Paper:   Efficient Streaming Language Models with Attention Sinks (Xiao et al., ICLR 2024), arXiv:2309.17453
+Needs:   nothing
 Maths:   of n entries the first s and the last C - s stay, in every block and head, behind the prompt and behind each token;  keys are
          turned by their place in the cache:  only differences of places count, so each of the first s is turned on by R(g), where g of
          those behind it have gone, from the key as it came

@@ -1,6 +1,7 @@
 """TOVA: what the newest token attends to least leaves the cache, the same in all heads of a block, behind the prompt and each token.
 
 Paper:   Transformers are Multi-State RNNs (Oren et al., EMNLP 2024), arXiv:2401.06104
+Needs:   nothing
 Maths:   behind each pass s_j = mean_h softmax(q_h k_j / sqrt(e)) of the last query; if a block holds more than S entries, the S of the
          highest s_j stay, in all of its heads
 Differs: beside a compressor that leaves other tokens to each head, a token's score is the mean of the key heads that hold it, and each

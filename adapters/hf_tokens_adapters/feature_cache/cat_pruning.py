@@ -1,6 +1,7 @@
 """CAT Pruning: once the picture has taken shape, a step computes the tokens whose noise changed most, evenly over regions, and the stalest.
 
 Paper:   CAT Pruning: Cluster-Aware Token Pruning For Text-to-Image Diffusion Models (Cheng et al., 2025), arXiv:2502.00433
+Needs:   nothing
 Maths:   m_i = |n_t,i - n_t0,i| of the noise n;  clusters: k-means of (row / h, column / w, w_n n_i);  t > t0 computes alpha n tokens:
          a share 1 - beta by m, the best of each cluster first, then the second best, ..., and a share beta by the lowest f,
          f_i := f_i / 2 + [i was chosen];  all others take what each sublayer gave them last

@@ -1,6 +1,7 @@
 """First-block cache: a step whose first block does much the same as before adds again what all other blocks added then.
 
 Paper:   none; ParaAttention (Cheng, 2024), https://github.com/chengzeyi/ParaAttention, which makes TeaCache (arXiv:2411.19108) simpler
+Needs:   nothing
 Maths:   f = h_1 - h_0 of the first block;  mean |f - f'| < threshold mean |f'|:  h := h_1 + R
          else the others run,  R := h_L - h_1,  f' := f;  mean over all samples of the call, which decide together
 Differs: The authors' function never skips unless a threshold is given; 0.08 is that of their examples for FLUX, and diffusers has 0.05. Two

@@ -1,6 +1,7 @@
 """ProfilingDiT: once the noise has settled, blocks that attend to the background add again what they added a few steps before.
 
 Paper:   Model Reveals What to Cache: Profiling-Based Feature Reuse for Video Diffusion Models (Ma et al., ICCV 2025), arXiv:2504.03140
+Needs:   calibration
 Maths:   a_i = 1/N sum_j A_ij;  R = |{i in fg: a_i > h}| / |fg|;  B = {blocks with R < tau};  D_i = h_out - h_in of block i in B
          s > s0:  every T_s S / 50 steps all is computed,  else h := h + D_i in B;  T_s = T_max - (T_max - T_min) (s - s0) / (S - s0)
 Differs: fg is the side of the noise's first principal component that touches the border less, split where the variance between the two

@@ -1,6 +1,7 @@
 """TeaCache: a step before whose first block little has changed since all blocks last ran adds again what they added then.
 
 Paper:   Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model (Liu et al., CVPR 2025), arXiv:2411.19108
+Needs:   nothing
 Maths:   x_t = mean |m_t - m_{t-1}| / mean |m_{t-1}|,  m the first block's modulated input, or the embedding of the timestep;
          a := a + p(x_t);  a < threshold:  h := h + R,  else the blocks run,  R := h_out - h_in,  a := 0;  means over all samples
 Differs: p, threshold and the whole steps are the authors' where they fitted p for the model (Flux, HunyuanVideo, LTX, Mochi, Lumina 2,

@@ -1,6 +1,7 @@
 """ToCa: between full steps of a denoiser, compute only the tokens that matter most and take the rest from the step before.
 
 Paper:   Accelerating Diffusion Transformers with Token-wise Feature Caching (Zou et al., ICLR 2025), arXiv:2410.05317
+Needs:   nothing
 Maths:   S(x_i) = l_1 |sum_j a_ji| + l_2 |1 - sum_j c_ij log c_ij| + l_3 n_i / N, |.| divided by its norm over the tokens, of c the mean
          of both halves under guidance;  the best of each k x k cell is raised by l_4 of its score
          every N-th step computes all;  else each sublayer computes its floor(r n) best tokens, C(x_i) := F(x_i), and returns C

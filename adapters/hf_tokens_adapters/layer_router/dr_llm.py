@@ -1,6 +1,7 @@
 """Dr.LLM: a small router in front of each block of a frozen LLM lets a sample skip it, run it, or run it twice.
 
 Paper:   Dr.LLM: Dynamic Layer Routing in LLMs (Heakl et al., ICLR 2026), arXiv:2510.12773
+Needs:   training
 Maths:   z_l = mean over W windows of W2 gelu(W1 m_w + b1) + b2, m_w the mean of the hidden states of window w of the prompt;
          y_l = argmax softmax(z_l) in {skip, run, repeat};  L = -1/L sum_l a_c (1 - p_c)^gamma log p_c with c = y*_l,
          a_c ~ (1 - beta) / (1 - beta^{n_c}), scaled to a mean of 1;  in training the block follows y*, not y

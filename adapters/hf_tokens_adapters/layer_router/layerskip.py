@@ -1,6 +1,7 @@
 """LayerSkip: train with late blocks dropped and a loss at inner blocks, so that a pass may end early, or drafts for the whole model.
 
 Paper:   LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding (Elhoushi et al., ACL 2024), arXiv:2404.16710
+Needs:   training
 Maths:   in training a sample skips block l of L with p_l = p_max D(l) S(t), D(l) = 2^(l/(L-1)) - 1;  S = 1, or 2^t - 1, t the share of the
          training that is done;  L = sum_l c_l e_l CE(head(norm(x_l))) / sum_l c_l e_l over the states x_l behind each block, in the place
          of the model's own loss; c_l in {0, 1} is the curriculum's, and 1 for the last block

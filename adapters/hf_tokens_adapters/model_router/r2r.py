@@ -1,6 +1,7 @@
 """R2R: while a small model writes, a router on its last state hands those tokens to a large model that would turn the text another way.
 
 Paper:   R2R: Efficiently Navigating Divergent Reasoning Paths with Small-Large Model Token Routing (Fu et al., 2025), arXiv:2505.21600
+Needs:   training
 Maths:   u = Wh h + Wz z + We e + b of the last hidden state h, the highest logits z and the embedding e of the small model's token;
          u <- u + W2 gelu(W1 norm(u)), L times;  p = sigmoid(w norm(u) + c); the large model emits the token if p >= threshold;
          BCE against labels: 1 where the two models part and a verifier finds that it matters

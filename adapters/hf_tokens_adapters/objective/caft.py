@@ -1,6 +1,7 @@
 """CAFT: auxiliary heads tell the tokens behind the next one while a model is tuned, so that it learns concepts longer than a token.
 
 Paper:   Improving large language models with concept-aware fine-tuning (Chen et al., 2025), arXiv:2506.07833
+Needs:   training
 Maths:   L = L_1 + alpha gamma sum_{k=2}^{n} beta^{k-1} L_k,  L_k = -log p_k(x_{t+k} | x_<=t),  p_k = softmax(F_u(F_hk(x)));
          gamma falls along a quarter of a sine, sin(pi/2 (1 - progress))
 Differs: a head is `depth` blocks like the model's last but one, called as that was, mask and places too, so a model of any family has

@@ -1,6 +1,7 @@
 """Diffusion-DPO: a denoiser learns from pairs of pictures to get better at the preferred one than a frozen copy of it is.
 
 Paper:   Diffusion Model Alignment Using Direct Preference Optimization (Wallace et al., CVPR 2024), arXiv:2311.12908
+Needs:   training
 Maths:   L = -log sigmoid(-beta T w(t) [(|e - e_theta(x_w)|^2 - |e - e_ref(x_w)|^2) - (|e - e_theta(x_l)|^2 - |e - e_ref(x_l)|^2)])
 Differs: beta stands for beta T w(t), which the paper takes for constant; squared errors are means over a picture, and halved, which is
          how the paper's 2000 (Stable Diffusion 1.5) and 5000 (SDXL) are meant. The target may be noise, velocity or flow. The frozen

@@ -1,6 +1,7 @@
 """Goldfish loss: one token in k has no part in the loss, always the same one of a passage, so that no passage is learnt by heart.
 
 Paper:   Be like a Goldfish, Don't Memorize! Mitigating Memorization in Generative LLMs (Hans et al., NeurIPS 2024), arXiv:2406.10209
+Needs:   training
 Maths:   L = -1/|G| sum_i G_i log p(x_i | x_<i);  static: G_i = 0 iff k divides i;  hash: G_i = 0 iff f(x_{i-h+1}, ..., x_i) < 1/k
 Differs: the h tokens end with the one that is dropped, as in the authors' code; in the paper they stand in front of it (`window`). f is a
          polynomial of the ids in 64-bit integers, mixed, so that every machine and every run drops the same tokens; theirs looks the

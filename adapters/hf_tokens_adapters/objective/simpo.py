@@ -1,6 +1,7 @@
 """SimPO: the chosen answer shall be likelier than the rejected one, per token and by a margin, with no reference model.
 
 Paper:   SimPO: Simple Preference Optimization with a Reference-Free Reward (Meng et al., NeurIPS 2024), arXiv:2405.14734
+Needs:   training
 Maths:   L = -log sigmoid(beta/|y_w| log p(y_w | x) - beta/|y_l| log p(y_l | x) - gamma)
          or, as in the authors' code, max(0, 1 - r) for the same r, the first with a share of -log sigmoid(-r), plus a share of the
          chosen answers' own loss

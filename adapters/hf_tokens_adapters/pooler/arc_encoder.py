@@ -1,6 +1,7 @@
 """ARC-Encoder: a language model without last layers and causal mask puts out x times fewer vectors, which another one reads as tokens.
 
 Paper:   ARC-Encoder: learning compressed text representations for large language models (Pilchen et al., 2025), arXiv:2510.20535
+Needs:   training
 Maths:   in the last self-attention that runs, q_g = W_q norm(mean of group g), k_i and v_i of all n tokens i;  n / x groups of neighbours,
          as even as can be;  c_g = W_2 W_1 h_g with h_g what the block makes of g;  behind c_1 ... c_(n/x) stands <Cont> or <Rec>
 Differs: the encoder is the model that the adapter sits in, which an adapter names and does not hold: the paper trains all of its weights,

@@ -2,6 +2,7 @@
 
 Paper:   Reducing the Footprint of Multi-Vector Retrieval with Minimal Performance Impact via Token Pooling (Clavié et al., 2024),
          arXiv:2409.14683
+Needs:   nothing
 Maths:   agglomerative clustering of the n unit vectors by Ward's linkage into n / f groups, the first vector kept as it is, n / f + 1 in
          all;  each group becomes its mean
 Differs: Ward's linkage takes the squared Euclidean distances 2 - 2 cos of the unit vectors, where the authors' code takes those of the rows

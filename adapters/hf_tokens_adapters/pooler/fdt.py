@@ -2,6 +2,7 @@
 
 Paper:   Revisiting Multimodal Representation in Contrastive Learning: From Patch and Token Embeddings to Finite Discrete Tokens
          (Chen et al., CVPR 2023), arXiv:2303.14865
+Needs:   training
 Maths:   r_i = max_j <g(x_j), c_i> / sqrt(d) over patches or words j;  w = sparsemax(r / t);  f = sum_i w_i c_i;  d: features of a code
          g(x) = W_2 LN(gelu(W_1 LN(x) + b_1)) + b_2;  t falls from 1000 to 0.01 by the same factor each step
 Differs: the base model is pretrained: f goes back through one linear layer into the width of the tower, for the head that the model has.

@@ -1,6 +1,7 @@
 """GGeM: the channels fall into groups, one for each attention head, and the head reads a generalised mean with a learned exponent a group.
 
 Paper:   Group Generalized Mean Pooling for Vision Transformer (Ko et al., 2022), arXiv:2212.04114
+Needs:   training
 Maths:   y_c = (1/N sum_i x_ic^p_g)^(1 / p_g) for each channel c of group g, over the N patch tokens
 Differs: values below `eps` count as `eps`, as in every GeM, since a power of a negative number is none; the exponents start at 3, as is
          usual for GeM. Special tokens in front are left out, as in the paper; a token that stands for several counts as many times.

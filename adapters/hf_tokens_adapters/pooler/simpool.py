@@ -1,6 +1,7 @@
 """SimPool: one query, made of the mean of the tokens, attends to all of them; the head reads their generalised mean, so weighted.
 
 Paper:   Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit? (Psomas et al., ICCV 2023), arXiv:2309.06891
+Needs:   training
 Maths:   u_0 = X 1 / p,  q = W_Q u_0,  K = W_K LN(X),  a = softmax(K^T q / sqrt(d)),  V = LN(X) - min LN(X),  u = (V^gamma a)^(1/gamma)
          + beta, one number for all channels that is learnt from 0, which the authors' code adds in a ViT and the paper leaves out
 Differs: the base model is pretrained, so W_Q and W_K start from N(0, 0.02^2), which is near the plain mean; the minimum is that of each

@@ -1,6 +1,7 @@
 """SoftPool: each channel of the pooled vector is the sum of its activations, weighted by their softmax, with nothing to learn.
 
 Paper:   Refining Activation Downsampling with SoftPool (Stergiou et al., ICCV 2021), arXiv:2101.00440
+Needs:   nothing
 Maths:   w_i = exp(a_i) / sum_{j in R} exp(a_j),  y_R = sum_{i in R} w_i a_i,  for each channel and each kernel region R of k x k places
 Differs: the paper pools feature maps inside of a network; here the region is the whole stream, or, with `region`, the windows of the patch
          grid that touch each other, the rest at its edge too, whose results are averaged as a network's last layer averages its map.

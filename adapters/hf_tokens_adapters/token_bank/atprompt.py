@@ -1,6 +1,7 @@
 """ATPrompt: fixed words of universal attributes stand between the learnable tokens of a prompt, in front of the class.
 
 Paper:   Advancing Textual Prompt Learning with Anchored Attributes (Li et al., ICCV 2025), arXiv:2412.09442
+Needs:   training
 Maths:   P = [T_a1] .. [T_am] [A] [T_b1] .. [T_bm] [B] [T_1] .. [T_M] [CLASS], T learnable, A and B the embeddings of attribute words;
          deep: in front of each of the blocks 2 .. J, [T_1] .. [T_M] alone are replaced by fresh ones, [T_a] [A] [T_b] [B] pass on
 Differs: the prompt holds all of it, with `placeholder` where a learnable token goes (`ATPrompt.prompt_ids` makes it, behind the start of

@@ -1,6 +1,7 @@
 """CPT: the embeddings of few-shot examples in the prompt are trained, each kept in a small ball around where it started.
 
 Paper:   Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods (Blau et al., 2024), arXiv:2410.17222
+Needs:   training
 Maths:   X = [e(c_1) + delta_1] .. [e(c_k) + delta_k] [query];  after each step delta_j := delta_j * eps_j / max(eps_j, |delta_j|), eps_j of
          the input or the format tokens, times sqrt(d / 2048), delta_j = 0 at label tokens;  loss = mean over the label tokens of the
          examples and of the query of w * CE, w = 1 at the query and gamma^i at the i-th example before it

@@ -1,6 +1,7 @@
 """CSP: each attribute and each object is one learnable vector in the vocabulary of a frozen text encoder, composed anew in every prompt.
 
 Paper:   Learning to Compose Soft Prompts for Compositional Zero-Shot Learning (Nayak et al., ICLR 2023), arXiv:2204.03574
+Needs:   training
 Maths:   t_ao = [e(a), e(photo), e(of), theta_a, theta_o],  theta in R^{(|A|+|O|) x d};  theta_w starts from the mean of e over the tokens
          of the word w;  p(a, o | x) = softmax over pairs of cos(f(x), g(t_ao)) / tau;  only theta is trained, under attribute dropout
 Differs: a vector takes the place of one token id wherever it stands: a word of several tokens is written by one id of your choice in

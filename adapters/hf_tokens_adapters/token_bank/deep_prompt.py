@@ -2,6 +2,7 @@
 
 Paper:   P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks (Liu et al.,
          ACL 2022), arXiv:2110.07602
+Needs:   training
 Maths:   [_, H_i] = L_i([P_i, H_{i-1}]),  P_i in R^{k x d};  what comes out at P_i is dropped
 Differs: the prompts are hidden states in front of each block, as in VPT-deep; the paper stores them as keys and values.
 Checked: THUDM/P-tuning-v2@b1520c9a, `PrefixEncoder` by reading: largest difference not a number, as it learns a key and a value of each

@@ -1,6 +1,7 @@
 """Landmark attention: a token behind each block of text stands for it, and opens or shuts it to the attention of later tokens.
 
 Paper:   Landmark Attention: Random-Access Infinite Context Length for Transformers (Mohtashami and Jaggi, NeurIPS 2023), arXiv:2305.16300
+Needs:   training
 Maths:   p_j is the landmark of token j's block;  for query i, S_ij is a softmax of the scores in groups: the tokens of each other block
          are one, those of the query's own block and the landmarks p_j of the other blocks are one;  a_ij = S_ij in its own block,
          S_ij * S_i,p_j in another one, 0 for landmarks.  At inference, of the blocks behind the local ones the k with the highest
@@ -53,9 +54,8 @@ def by_block(scores: Tensor, block: Tensor, count: int) -> Tensor:
 
 @register("landmark-attention", LandmarkAttentionConfig, version=2)
 class LandmarkAttention(TokenBank):
-    site, packed = "input", False
+    site, packed, causal = "input", False, True
     kinds = ("text",)
-    causal = True
 
     def __init__(self, config: LandmarkAttentionConfig, dims: Dims):
         super().__init__(config, dims)

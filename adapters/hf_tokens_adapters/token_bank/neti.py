@@ -1,6 +1,7 @@
 """NeTI: a small network tells each block, at each denoising step, the concept's vector, in the place of one vector for all of them.
 
 Paper:   A Neural Space-Time Representation for Text-to-Image Personalization (Alaluf et al., SIGGRAPH Asia 2023), arXiv:2305.15391
+Needs:   training
 Maths:   f(t, l) = [sin W(t, l), cos W(t, l)] / |.|,  W ~ N(0, diag(sigma_t^2, sigma_l^2));  h = MLP(A f), rows of A the f of anchors;
          (u, v) = h_{<= truncation} W_out;  c = s u / |(u, v)|;  the block reads c + alpha |c| v / |v|
          with a word, the block's text encoder reads s u / |(u, v)| for it; its last state h of the word is h + alpha |h| v / |v| for values

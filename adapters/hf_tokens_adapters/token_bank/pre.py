@@ -1,6 +1,7 @@
 """PRE: the learnable context of a prompt goes through a small encoder with a skip connection before the text encoder reads it.
 
 Paper:   PRE: Vision-Language Prompt Learning with Reparameterization Encoder (Pham et al., 2023), arXiv:2309.07760
+Needs:   training
 Maths:   t_i = [V'_1] .. [V'_M] [CLASS_i],  V' = E(V) + V,  V in R^{M x d};  E is a bidirectional LSTM over the M vectors, of d/2 hidden
          units each way, or an MLP d -> bottleneck -> d on each;  V starts from the embeddings of "a photo of a"; V and E are trained
 Differs: the context is written in the prompt, as words (`ids`, one behind the other) whose embeddings V' takes the place of: positions

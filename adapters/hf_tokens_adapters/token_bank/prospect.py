@@ -1,6 +1,7 @@
 """ProSpect: a concept is one learned prompt for each stage of the denoising, and the timestep says which one the frozen model reads.
 
 Paper:   ProSpect: Prompt Spectrum for Attribute-Aware Personalization of Diffusion Models (Zhang et al., TOG 2023), arXiv:2305.16225
+Needs:   training
 Maths:   P* = {p_1 .. p_S}, one for each group of T / S steps, p_1 the noisiest;  argmin_{p_i} E |eps - eps_theta(z_t, t, p_i)|^2
          over the steps t of stage i;  layout is decided in the first stages, content in the middle, material and style in the last
 Differs: the tokens are the authors' where `word` names their placeholder and the pipeline is passed, of Stable Diffusion 1, 2 or XL:

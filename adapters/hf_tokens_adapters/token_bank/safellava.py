@@ -2,6 +2,7 @@
 
 Paper:   HoliSafe: Holistic Safety Benchmarking and Modeling with Safety Meta Token for Vision-Language Model (Lee et al., 2025),
          arXiv:2506.04704
+Needs:   training
 Maths:   [visual tokens, s, text] -> language model;  p = softmax(head(h_s)), h_s what has become of s;  loss = LM + weight * CE(p, label)
 Differs: the place (behind the last picture of a prompt), the width of the head, its norm and the weight of its loss are ours: the
          abstract leaves them open. s takes the position of the token before it. `conclusions(model)` has the logits (b c); labels come

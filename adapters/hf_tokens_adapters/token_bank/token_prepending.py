@@ -2,6 +2,7 @@
 
 Paper:   Token Prepending: A Training-Free Approach for Eliciting Better Sentence Embeddings from LLMs (Fu et al., ACL 2025),
          arXiv:2412.11556
+Needs:   nothing
 Maths:   h^0 = [h_1 .. h_{i-1}, pst, h_i .. h_n];  h^l = LLM^l(f(h^{l-1})) with f: h_i := h_n for start <= l <= end;
          the sentence's embedding is h_n^exit
 Differs: pst is a vector of the adapter, not a row of the vocabulary. `places="shared"` lets it stand at the place of the token behind

@@ -2,6 +2,7 @@
 
 Paper:   Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory Efficient Transfer Learning
          (Tu et al., CVPR 2023), arXiv:2212.03220
+Needs:   training
 Maths:   [Z_m, Z'_m] = MLP(V softmax(K^T [Q, Q'] / sqrt(d))),  Q' = W_q P_m,  P_m in R^{d x T};  K, V and Q are those of Z_{m-1} alone,
          so that the stream Z stays the base model's;  logits = W_1 cls_M + sum_m W_2m z_m, z_m = Z'_m laid end to end, or its mean, of
          length 1;  lasso * ||W_2||_{2,1} in the loss

@@ -1,6 +1,7 @@
 """ATC: join the tokens whose keys are most alike, two clusters at a time, between attention and MLP of a few blocks.
 
 Paper:   Agglomerative Token Clustering (Haurum et al., ECCV 2024), arXiv:2409.11923
+Needs:   nothing
 Maths:   D(I, J) = min, max or mean of 1 - cos(k_i, k_j) over i in I, j in J;  the nearest two join until floor(r^k n) are left behind the
          k-th of its blocks, of n patches in all;
          x_I = sum s_i x_i / sum s_i,  s_I = sum s_i;  then softmax(q K^T / sqrt(d) + log s) V

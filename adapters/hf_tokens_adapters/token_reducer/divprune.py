@@ -1,6 +1,7 @@
 """DivPrune: of the image tokens that enter an LLM only a tenth stay, those that lie farthest from each other.
 
 Paper:   DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (Alvar et al., CVPR 2025), arXiv:2503.02175
+Needs:   nothing
 Maths:   D(i, j) = 1 - cos(x_i, x_j);  first argmax_j min_{i != j} D(i, j), then round(r n) - 1 times argmax_j min_{i in S} D(i, j) joins S:
          a subset of the n image tokens whose two nearest are as far apart as can be
 Differs: Each row of a batch chooses among the image tokens of all its pictures together, and one stays at least. No position moves, where

@@ -1,15 +1,15 @@
 """Dynamic token pooling: a small predictor cuts the text into segments, and the middle blocks run once for each segment.
 
 Paper:   Efficient Transformers with Dynamic Token Pooling (Nawrot et al., ACL 2023), arXiv:2211.09761
+Needs:   training; behind it `calibrate` finds the threshold that ends as many segments as the prior wants where the predictor is unsure
 Maths:   p_t = sigmoid(W2 gelu(W1 norm(h_t) + c1) + c2);  b_t = [sigmoid((logit p_t + g) / tau) > 1/2], g logistic noise, straight through;
          s_0 learnt, s_k = sum_t a_t h_t / sum_t a_t over the t of segment k, sum_{j < t} b_j = k - 1, with a_t = 2 - k + sum_{j < t} b_j;
          the middle blocks run on s_0, s_1, ..;  behind them h_t + s'_{k(t)}, k(t) = sum_{j <= t} b_j: the last finished segment;
          L = -1/n log Binomial(sum_t b_t; n, alpha), or with labels the cross-entropy of p_t
-Differs: a segment has the position of its last token, the paper counts segments: a pretrained model's distances stay. There is no noise
-         outside of training; `calibrate` finds the threshold that ends as many segments as the prior wants where the predictor is unsure.
-         The paper's blocks end in a norm; here the predictor norms h_t, and the pooling leaves it to the blocks. Labels (of subwords, of
-         spikes of entropy) come as `hf_tokens_targets`, 1 where a segment ends, -100 where it is left open. What a token bank inserted
-         ends its segment. `upsample="update"` is ours, h_t + s'_k - s_k: milder on a model that was trained without pooling.
+Differs: a segment has the position of its last token, the paper counts segments: a pretrained model's distances stay. Outside of training
+         there is no noise. The paper's blocks end in a norm; here the predictor norms h_t, and the pooling leaves it to the blocks.
+         Labels (of subwords, of spikes of entropy) come as `hf_tokens_targets`, 1 where a segment ends, -100 where it is left open. What
+         a token bank inserted ends its segment. `upsample="update"` is ours, h_t + s'_k - s_k: milder on a model trained without pooling.
 Checked: PiotrNawrot/dynamic-pooling@1e6f360d, `downsample` and `upsample` of 13 tokens at the same boundaries: largest difference 4.2e-9.
 
 >>> from hf_tokens import DynamicTokenPoolingConfig, get_token_model

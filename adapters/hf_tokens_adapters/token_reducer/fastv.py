@@ -2,6 +2,7 @@
 
 Paper:   An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language Models (Chen et al.,
          ECCV 2024), arXiv:2403.06764
+Needs:   nothing
 Maths:   a_j = mean over heads of softmax(q_last K^T / sqrt(d))_j in block K;  of n image tokens the round((1 - R) n) with the highest a_j
          stay for the blocks behind it, in their order and with their positions
 Differs: Each row of a batch ranks the image tokens of all its pictures together, from its own last token; the release knows one row and one

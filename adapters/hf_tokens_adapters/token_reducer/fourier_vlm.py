@@ -2,6 +2,7 @@
 
 Paper:   Fourier-VLM: Compressing Vision Tokens in the Frequency Domain for Large Vision-Language Models (Wang et al., 2025),
          arXiv:2508.06038
+Needs:   nothing
 Maths:   F = D_H X D_W^T for the H x W grid X of a picture, D the orthonormal DCT-II;  its first h x w coefficients stay;
          X' = D_h^T F[:h, :w] D_w sqrt(h w / H W)
 Differs: the paper filters the encoder's features in front of the projector and trains the model again; here the projected tokens are

@@ -2,6 +2,7 @@
 
 Paper:   Hybrid-Level Instruction Injection for Video Token Compression in Multi-modal Large Language Models (Liu et al., CVPR 2025),
          arXiv:2503.16036
+Needs:   training
 Maths:   g = mean of the instruction;  inject(q) = LN(q (1 + s) + b), [s, b] = MLP(g);  for each group G of kt x k x k tokens
          o = softmax(inject(q_G) G^T / sqrt(d)) G, q the video made smaller by trilinear interpolation, and o + MLP(o) takes its place;
          for the K learnt queries Q  O = inject(Q) + MHA(inject(Q), X + P, X + P), P the sum of sines and cosines of frame, row and
@@ -76,8 +77,7 @@ class HICom(TokenReducer):
     site = "before"
     kinds = ("text",)
     causal = True
-    chunks = False
-    decodes = False
+    chunks = decodes = False
 
     def __init__(self, config: HIComConfig, dims: Dims):
         super().__init__(config, dims)

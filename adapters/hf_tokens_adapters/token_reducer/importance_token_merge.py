@@ -1,6 +1,7 @@
 """Importance-based token merging: attention runs on fewer tokens, and those that the prompt changes most are the last to be merged.
 
 Paper:   Importance-Based Token Merging for Efficient Image and Video Generation (Wu et al., ICCV 2025), arXiv:2411.16720
+Needs:   nothing
 Maths:   s_i = mean |eps_cond - eps_uncond| of token i;  P = the p (1 - r) n tokens of highest s;  D = n / 4 of P at random;
          e_i = max_{j in D} cos(x_i, x_j) of what enters the block;  of the tokens outside D, those outside P join their most alike in
          D, and so do those of P with the highest e_i, r n in all;  y = f(mean of each group), and each token gets its group's y

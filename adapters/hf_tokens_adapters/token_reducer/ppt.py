@@ -1,6 +1,7 @@
 """PPT: a few blocks each lose r tokens; where the class token tells them apart the least looked at go, else the most alike join.
 
 Paper:   PPT: Token Pruning and Pooling for Efficient Vision Transformers (Wu et al., 2023), arXiv:2310.01812
+Needs:   nothing
 Maths:   S_j = a_j |v_j| / sum_i a_i |v_i|,  a the class token's attention summed over heads, i and j image tokens
          Var(S) >= tau: the r lowest of S go;  else every second token may join its most alike other one (cosine of the heads' mean key):
          the r most alike pairs do, x = sum s_i x_i / sum s_i;  then softmax(q K^T / sqrt(d) + log s) V

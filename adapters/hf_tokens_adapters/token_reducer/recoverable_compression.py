@@ -2,6 +2,7 @@
 
 Paper:   Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information (Chen et al., AAAI 2025),
          arXiv:2409.01179
+Needs:   nothing
 Maths:   a = softmax(X x_c / sqrt(d)): the tokens with the highest a stay;  of the others, those with the highest cos(x_i, question);
          of the others, those with the highest a take in their nearest: x_i + sum_{j in N(i)} a_j x_j;  how many each time is the
          number of local outliers among the scores at hand, LOF_k > threshold

@@ -2,6 +2,7 @@
 
 Paper:   Selection-p: Self-Supervised Task-Agnostic Prompt Compression for Faithfulness and Transferability (Chung et al., EMNLP 2024),
          arXiv:2410.11786
+Needs:   training
 Maths:   p_i = sigmoid(w h_i + b), h_i what a block makes of token i;  the floor(keep n) tokens with the highest p stay, in their order;
          L = L_LM(text behind the prompt | what stays of it) + lambda mean_i p_i
 Differs: h is the paper's, of the last block, for `layers=(-1,)`: then `compress_prompt` gives the short prompt for any model. By default

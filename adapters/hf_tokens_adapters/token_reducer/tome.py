@@ -1,6 +1,7 @@
 """ToMe: in every block the r most alike pairs of tokens become one, between attention and MLP.
 
 Paper:   Token Merging: Your ViT but Faster (Bolya et al., ICLR 2023), arXiv:2210.09461
+Needs:   nothing
 Maths:   A = tokens in even places, B = those in odd ones;  b(i) = argmax_{j in B} cos(k_i, k_j),  k the heads' mean key;  the r most alike
          i in A join their b(i): x = sum s_i x_i / sum s_i, s = sum s_i;  then softmax(q K^T / sqrt(d) + log s) V.  The rest of A, then B,
          are the next block's places; special tokens stand in front, and neither join nor are joined

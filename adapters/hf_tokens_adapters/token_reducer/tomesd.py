@@ -1,6 +1,7 @@
 """ToMe for Stable Diffusion: attention runs on fewer tokens, merged into one of each cell of the picture, and each gets what its group got.
 
 Paper:   Token Merging for Fast Stable Diffusion (Bolya and Hoffman, CVPR Workshop 2023), arXiv:2303.17604
+Needs:   nothing
 Maths:   D = one token of each s_y x s_x cell, drawn at random;  e_i = max_{j in D} cos(x_i, x_j) of what enters the block;
          the r n tokens outside D with the highest e_i join their most alike in D;  y = f(mean of each group), and each gets its group's y
 Differs: The draw is that of a seed, a step and a block, so that both halves or calls of guidance share it; theirs goes on from the global

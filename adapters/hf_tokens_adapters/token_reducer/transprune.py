@@ -1,6 +1,7 @@
 """TransPrune: image tokens that the layers hardly turn or grow, and that the instruction hardly attends to, leave a multimodal LLM halfway.
 
 Paper:   TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model (Li et al., CVPR 2026), arXiv:2507.20630
+Needs:   nothing
 Maths:   TTV(F) = softmax_j(1 - cos(F(x_j), x_j)) |F(x_j)| / |x_j| over the tokens j of the row, F without residual;
          IGA = mean over instruction tokens and heads of the block's attention;  behind each layer p of P the `keep` n_0 tokens of highest
          alpha TTV' + (1 - alpha) IGA' stay of n_0 image tokens, TTV' = sum_{l in A, l <= p} (TTV(attention_l) + TTV(MLP_l)) and IGA

@@ -1,6 +1,7 @@
 """VisionZip: of a picture an LLM gets the patches that the tower's class token looks at, and a few mixtures of the others.
 
 Paper:   VisionZip: Longer is Better but Not Necessary in Vision Language Models (Yang et al., CVPR 2025), arXiv:2412.04467
+Needs:   nothing
 Maths:   in the block whose output the projector reads: a = sum over heads of the class token's attention;  the class token and the
          N - 1 patches with the highest a are dominant.  Of the m others every (m // M)-th is a target, M in all;  each of the rest joins
          the target with the most alike key (cosine of the heads' mean);  y_t = x_t + mean of those that joined t

@@ -1,6 +1,7 @@
 """FTP: each block runs the tokens that a tiny router, shared by all blocks, calls important; the others skip it.
 
 Paper:   FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing (Li et al., 2024), arXiv:2412.11494
+Needs:   training; `router="static"` needs none
 Maths:   p = sigmoid(W2 relu(W1 [i/n, a, rank(a)/n, s_l] + b1) + b2); a token runs if p >= 1/2 (strict: the n - floor(s_l n) highest);
          L = w_g BCE(p, static) + w_s sum_l max(s_l - skipped_l, 0) + w_d |H - H_base|^2 / |H_base|^2;
          a decoded token runs block l iff s_l <= threshold

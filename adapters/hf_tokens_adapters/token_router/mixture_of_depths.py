@@ -1,6 +1,7 @@
 """Mixture-of-Depths: in every other block a router lets the top eighth of the tokens of a sequence run; the others skip it.
 
 Paper:   Mixture-of-Depths: Dynamically allocating compute in transformer-based language models (Raposo et al., 2024), arXiv:2404.02258
+Needs:   training
 Maths:   r_i = w x_i;  x_i + r_i f(X)_i if r_i is among the k = capacity n highest of its sequence, else x_i; X are the tokens that run;
          that looks ahead, so outside of training a token runs iff sigmoid(z_i) > 1/2, with z a small MLP of x, behind a stop of the
          gradient, or z = r;  L = BCE(z, whether r_i was among the k)

@@ -1,6 +1,7 @@
 """MoE++: beside the MLP of a block stand experts that compute next to nothing, and a router gives each token two of them all.
 
 Paper:   MoE++: Accelerating MoE Methods with Zero-Computation Experts (Jin et al., ICLR 2025), arXiv:2410.07348
+Needs:   training
 Maths:   y = sum of g_i E_i(x) over the K highest G_i;  g = softmax(G) there, 0 for the zero experts, divided by its sum;
          G^j = V^j tanh(W^j x) + Wg^j G^{j-1};  E is the MLP, 0 (zero), x (copy) or a1 x + a2 v with a = softmax(Wc x) (constant);
          L = beta sum_i eta_i f_i P_i, eta = 1 for the MLP and tau for the others, f_i the share of tokens that take i, P_i their mean

@@ -1,6 +1,7 @@
 """VideoLLM-MoD: in every other block of a multimodal LLM a learned scorer lets a share of each frame's tokens run; the others skip it.
 
 Paper:   VideoLLM-MoD: Efficient Video-Language Streaming with Mixture-of-Depths Vision Computation (Wu et al., 2024), arXiv:2408.16730
+Needs:   training
 Maths:   mu_i = w_l x_i + b_l for each vision token i;  x_i + mu_i f_l(x_i) if mu_i is among the r n highest of its frame, else x_i;
          text tokens always run: x + f_l(x);  f_l is the block's update over the text and the chosen vision tokens
 Differs: the paper's mu has no bias; here b starts at 1 and w near 0, so that what runs at first changes as in the base model. k is

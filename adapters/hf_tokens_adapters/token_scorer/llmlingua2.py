@@ -2,6 +2,7 @@
 
 Paper:   LLMLingua-2: Data Distillation for Efficient and Faithful Task-Agnostic Prompt Compression (Pan et al., Findings of ACL 2024),
          arXiv:2403.12968
+Needs:   nothing, in a token classifier that was trained for it
 Maths:   p_t = softmax(logits_t)_keep;  p(word) = mean of its tokens' p, 1 where it is forced;  of each chunk those words stay whose p is
          above the percentile floor(100 (1 - rate) + 1) of all p, each as many times as its word has tokens for the budget
 Differs: any token classifier is the scorer; it is LLMLingua-2 with that release's weights. The text is scored as it is, forced or not,

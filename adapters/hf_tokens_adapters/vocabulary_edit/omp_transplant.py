@@ -1,6 +1,7 @@
 """OMP transplant: a new token is coded by a few shared tokens in the donor's space; the same code over the model's rows is its row.
 
 Paper:   Training-Free Tokenizer Transplantation via Orthogonal Matching Pursuit (Goddard and Fernandes Neto, 2025), arXiv:2506.06607
+Needs:   an edit: the donor's rows and tokenizer, told to `hf_tokens.transplant`
 Maths:   r = e;  k times: S := S + argmax_j |<r, a_j>|,  x = argmin_x |e - sum_{j in S} x_j a_j|^2,  r = e - sum_{j in S} x_j a_j
          the new row is sum_{j in S} x_j b_j;  a_j and b_j: the donor's and the model's rows of the shared tokens;  shared rows stay
 Differs: an atom is picked by its inner product, not its cosine, as in the authors' program. The coefficients that the donor's embeddings

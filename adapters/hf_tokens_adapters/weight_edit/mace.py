@@ -1,6 +1,7 @@
 """MACE, its closed form: the words around a concept map to what they mapped to with the concept replaced, so that they tell no more of it.
 
 Paper:   MACE: Mass Concept Erasure in Diffusion Models (Lu et al., CVPR 2024), arXiv:2403.06135
+Needs:   an edit: the concepts, told to `hf_tokens.edit`
 Maths:   W' = argmin_W sum_i |W f_i - W_0 g_i|^2 + l_1 sum_j |W p_j - W_0 p_j|^2 + l |W - W_0|^2  for each key and value projection
             = (sum_i W_0 g_i f_i^T + l_1 sum_j W_0 p_j p_j^T + l W_0) (sum_i f_i f_i^T + l_1 sum_j p_j p_j^T + l I)^-1
          f_i: a word's embedding beside the concept; g_i: the same word's with the concept replaced; p_j: prior concepts

@@ -1,6 +1,7 @@
 """RECE: erase a concept from the projections that read the prompt, derive what would still bring it back, erase that too, and so on.
 
 Paper:   Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models (Gong et al., ECCV 2024), arXiv:2407.12383
+Needs:   an edit: the concepts, told to `hf_tokens.edit`
 Maths:   W' = argmin_W sum_i |W c_i - W_0 c_i*|^2 + l_1 sum_j |W p_j - W_0 p_j|^2 + l_2 |W - W_k|^2  for each key and value projection
          c' = argmin_c sum_W |W' c - W_0 c_i|^2 + l |c - r_i|^2 = (l I + sum_W W'^T W')^-1 (sum_W W'^T W_0 c_i + l r_i),  r_i = 0
          the first step erases the concept's tokens c_i towards those of a harmless one, c_i*; each of the epochs behind it erases c' too

@@ -1,6 +1,7 @@
 """SSD: forget a part of the training data by shrinking the weights that matter far more to it than to the rest.
 
 Paper:   Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening (Foster et al., AAAI 2024), arXiv:2308.07707
+Needs:   an edit: the data to forget and the rest, told to `hf_tokens.edit`
 Maths:   F_i = E[(dL / dw_i)^2] over the data to forget (f) and over the training data (d)
          w_i := min((lambda F_d,i / F_f,i)^b, 1) w_i  where F_f,i > alpha F_d,i
 Differs: as in the authors' code the expectation is a mean over batches of the squared gradient of their mean loss, which is the paper's
