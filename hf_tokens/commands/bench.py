@@ -47,7 +47,7 @@ class Extent:
     device: str = "cpu"
 
 
-Stacks = Sequence[tuple[str, Sequence[Any]]]  # a name, and the methods
+NamedStacks = Sequence[tuple[str, Sequence[Any]]]  # a name, and the methods
 
 
 def seconds(calls: Sequence[Callable[[], Any]], rounds: int, what: str) -> list[list[float]]:
@@ -73,12 +73,12 @@ def share(value: float, of: float) -> float:
     return value / of if of else 1.0
 
 
-def models_of(base: Any, stacks: Stacks) -> dict[str, Any]:
+def models_of(base: Any, stacks: NamedStacks) -> dict[str, Any]:
     """The base, and a model for each stack over the same weights."""
     return {"base": base, **{setting: hf_tokens.get_token_model(twin(base), [*stack]).eval() for setting, stack in stacks}}
 
 
-def on_text(source: Source, stacks: Stacks, text: str, extent: Extent) -> Bench:
+def on_text(source: Source, stacks: NamedStacks, text: str, extent: Extent) -> Bench:
     """The loss of what follows a context that is read once and compressed, and the costs of it."""
     tokenizer, base = tokenizer_of(source), reader_of(source.model, extent.device, "hf-tokens bench")
     chunks = [chunk.to(extent.device) for chunk in pieces([text], tokenizer, extent.length)[: extent.most]]
@@ -131,7 +131,7 @@ def judged(base: Any, outputs: Any, paths: Sequence[Path]) -> tuple[str, Callabl
     raise UnsupportedError(explain(rule, type(base).__name__, "Choose another model."))
 
 
-def on_pictures(source: Source, stacks: Stacks, folder: Path, extent: Extent) -> Bench:
+def on_pictures(source: Source, stacks: NamedStacks, folder: Path, extent: Extent) -> Bench:
     """Whether pictures are seen as before, or right where folders name them, and the costs of it."""
     base = reader_of(source.model, extent.device, "hf-tokens bench")
     if base.main_input_name != "pixel_values":

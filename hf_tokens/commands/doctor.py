@@ -37,7 +37,7 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def requirements() -> list[Any]:
+def declared_requirements() -> list[Any]:
     """What the installed package asks for, without its extras, as `packaging` reads it."""
     from packaging.requirements import Requirement
 
@@ -49,7 +49,7 @@ def versions() -> list[dict[str, Any]]:
     """Each distribution that the engine needs, with its version and whether that is in bounds."""
     rows = [{"name": "python", "version": platform.python_version(), "wanted": "", "right": True}]
     rows.append({"name": DISTRIBUTION, "version": version_of(DISTRIBUTION), "wanted": "", "right": True})
-    for one in requirements():
+    for one in declared_requirements():
         version = version_of(one.name)
         right = version is not None and one.specifier.contains(version, prereleases=True)
         rows.append({"name": one.name, "version": version, "wanted": str(one.specifier), "right": right})

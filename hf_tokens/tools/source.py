@@ -18,7 +18,7 @@ from ..roles.registry import MethodInfo, method_info
 PAGE = Path(__file__).with_name("page.py")
 METHOD_BEGINS = "# -- the method"  # where the code of a method begins in it
 PACKAGES = ("hf_tokens", "hf_tokens_adapters")
-NEEDS = ("torch", "transformers")
+OF_THE_CODE = ("torch", "transformers")
 LAST_ALONE = "of_last"  # the one word of the signal `scores` that a page has
 
 
@@ -60,7 +60,7 @@ def repository(method: Method) -> dict[str, str]:
 def requirements() -> str:
     """What the code needs, in the versions that hf-tokens itself takes."""
     known = {re.match(r"[A-Za-z0-9_.-]+", line)[0]: line for line in requires("hf-tokens") or () if "extra ==" not in line}
-    return "".join(f"{known[name]}\n" for name in NEEDS)
+    return "".join(f"{known[name]}\n" for name in OF_THE_CODE)
 
 
 def definitions(cls: type[Method], rule: str) -> tuple[str, set[str]]:

@@ -293,7 +293,7 @@ def summary(model: Any, **inputs: Any) -> Summary:
         rule = "A summary is of inputs, or of what was recorded"
         remedy = "Pass the arguments of a forward, or run the model inside of `with hf_tokens.record(model):` first."
         raise UnsupportedError(explain(rule, "neither", remedy))
-    return Summary(rows_of(model, run), Cost(run.tokens, run.flops, run.kv_bytes), base)
+    return Summary(rows_of_run(model, run), Cost(run.tokens, run.flops, run.kv_bytes), base)
 
 
 def cost_without(surgery: ModelSurgery, model: nn.Module, inputs: dict[str, Any]) -> Cost:
@@ -302,7 +302,7 @@ def cost_without(surgery: ModelSurgery, model: nn.Module, inputs: dict[str, Any]
         return measure(model, **inputs)
 
 
-def rows_of(model: Any, run: RunRecord) -> list[Acted]:
+def rows_of_run(model: Any, run: RunRecord) -> list[Acted]:
     """What each method that acts in a model did, one that did nothing too."""
     methods = {method.key: method for surgery in surgeries_of(model).values() for method in surgery.methods()}
     names = [method.config.method for method in methods.values()]
