@@ -35,7 +35,7 @@ PUBLIC = {
     "tools.calibrate": ("calibrate", "set_method"),
     "tools.contexts": ("CompressedContext", "compress_context"),
     "tools.edits": ("edit",),
-    "tools.loading": ("load", "save_adapter"),
+    "tools.loading": ("card", "load", "save_adapter"),
     "tools.measure": ("measure",),
     "tools.model_routing": ("label_routes", "route_to"),
     "tools.prompts": ("compress_prompt", "embed_prompt"),
