@@ -386,6 +386,7 @@ from .tools.edits import (
     edit,
 )
 from .tools.loading import (
+    card,
     load,
     save_adapter,
 )
@@ -592,6 +593,7 @@ __all__ = [
     "angle_between",
     "aux_loss",
     "calibrate",
+    "card",
     "check_capacity",
     "closest_map",
     "compress_context",

@@ -10,53 +10,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from peft import PeftConfig, PeftType, get_peft_config
+from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from ..errors import ConfigError, explain
 from ..roles.config import MethodConfig
+from ..roles.in_peft import HF_TOKENS, NAME, NOTED
 from ..roles.registry import install, method_config, package_of
 from .doors import CONFIG, about_to_save, file_beside, is_loading, native_saver, tensors_being_saved, without
 from .reading import read_config, tensors_of, whole
 from .saving import ANNOUNCED, digest_of, has_bytes, hashes_of, replacing
 
-NAME = "HF_TOKENS"
 PEFT_METHOD = "peft"
 FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
-
-
-def extend_peft_type() -> PeftType:
-    """Add HF_TOKENS to PEFT's closed enum."""
-    if NAME in PeftType.__members__:
-        return PeftType[NAME]
-    member = str.__new__(PeftType, NAME)
-    member._name_, member._value_, member.__objclass__ = NAME, NAME, PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    type.__setattr__(PeftType, NAME, member)
-    PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = member
-    PeftType._value2member_map_[NAME] = member
-    return member
-
-
-class PlainType(str):
-    """Stands for the enum member where PEFT's enum cannot be extended: compares as the string, has what PEFT reads."""
-
-    value = property(str)
-    name = property(str)
-
-
-def peft_type() -> PeftType | PlainType:
-    """The PEFT type, as an enum member where that is possible."""
-    try:
-        return extend_peft_type()
-    except (AttributeError, TypeError):
-        return PlainType(NAME)
-
-
-HF_TOKENS = peft_type()
 
 
 @dataclass
@@ -226,6 +194,11 @@ class HFTokensConfig(PeftConfig):
         finally:
             self.digest = None
 
+    @classmethod
+    def around(cls, config: MethodConfig) -> HFTokensConfig:
+        """The adapter of one method, with what PEFT has noted on its config."""
+        return cls(methods=[config], **{name: value for name in NOTED if (value := getattr(config, name)) is not None})
+
     def aim(self, modules: list[str] | None) -> None:
         """Name the blocks to PEFT, for as long as it injects the adapter."""
         self.target_modules = modules
@@ -264,7 +237,7 @@ def is_release_of(own: str, package: str) -> bool:
 
 def plain_form(method: Any, source: str | None = None) -> dict[str, Any]:
     """The checked JSON form of one method, which was in this package when it was saved."""
-    if isinstance(method, PeftConfig):
+    if isinstance(method, PeftConfig) and not isinstance(method, MethodConfig):
         data = {k: sorted(v) if isinstance(v, set) else v for k, v in method.to_dict().items() if v is not None}
         method = {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
     if isinstance(method, dict) and method.get("method") == PEFT_METHOD:

@@ -28,8 +28,10 @@ from ..model.parts import OWN
 from ..model.pictures import vision_tower
 from ..model.streams import Stream
 from ..roles.base import Dims, Method
+from ..roles.config import MethodConfig
+from ..roles.in_peft import HF_TOKENS, NAME, PlainType
 from ..training.trainer import TrainingWorld
-from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
+from .config import HFTokensConfig
 from .doors import calling_loader, calling_maker, calling_saver, is_copied, tell_loader
 from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, check_nested, take_off
@@ -169,6 +171,8 @@ class HFTokensModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
+        if isinstance(config, MethodConfig):
+            config = self.peft_config[adapter_name] = HFTokensConfig.around(config)
         if config.goes_around_layers:
             with misread(config, model):
                 check_file(config, lambda held: tried(model, config, adapter_name, held))

@@ -16,7 +16,7 @@ from tolerances import all_equal
 import hf_tokens
 from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
 from hf_tokens.engine.block import BlockSurgery
-from hf_tokens.peft.config import PlainType
+from hf_tokens.roles.in_peft import PlainType
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
 
