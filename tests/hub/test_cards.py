@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 import hf_tokens
 from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, PrefixKVConfig, get_token_model, measure
 from hf_tokens.peft.card import is_blank, is_ours
+from hf_tokens.roles import registry
 from hf_tokens.testing import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # the `hub` fixture switches them off
@@ -241,13 +242,55 @@ def test_an_adapter_of_a_newer_release_names_what_to_install(hub, change, tmp_pa
         hf_tokens.load(tmp_path, zoo.build("llama").model)
 
 
-def test_an_adapter_of_another_package_s_method_names_that_package(hub, tmp_path):
-    get_token_model(zoo.build("llama").model, "deep-prompt").save_pretrained(tmp_path)
+METHOD = """
+from dataclasses import dataclass
+from hf_tokens import MethodConfig, TokenMap, TokenReducer, register
+
+@dataclass(frozen=True, kw_only=True)
+class MineConfig(MethodConfig):
+    pass
+
+@register("mine", MineConfig)
+class Mine(TokenReducer):
+    def assign(self, hidden):
+        return TokenMap.keep(hidden.shape[1])
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with a method, as an installer leaves it; the function takes it away."""
+    place = tmp_path / "site"
+    for path, text in {
+        "my_methods.py": METHOD,
+        "my_methods-1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: my-methods\nVersion: 1.2\n",
+        "my_methods-1.2.dist-info/entry_points.txt": "[hf_tokens.methods]\nmine = my_methods\n",
+    }.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_text(text)
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    for cached in (registry.discover, registry.distributions):
+        cached.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(place)
+        yield lambda: (patch.undo(), registry.METHODS.pop("mine"), sys.modules.pop("my_methods"))
+    for cached in (registry.discover, registry.distributions):
+        cached.cache_clear()
+
+
+def test_an_adapter_of_another_package_s_method_names_that_package(hub, package, tmp_path):
+    model = get_token_model(zoo.build("llama").model, ["mine", "deep-prompt"])
+    model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    data = {**json.loads(path.read_text()), "methods": [{"method": "nonesuch"}], "packages": {"nonesuch": "my-methods==1.2"}}
-    path.write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match="It was saved with my-methods==1.2: `pip install 'my-methods>=1.2'`, if you trust"):
+    data = json.loads(path.read_text())
+    assert data["packages"] == {"mine": "my-methods==1.2"}
+    assert 'pip install "hf-tokens>=0.1.0" "my-methods>=1.2"' in (tmp_path / "README.md").read_text()
+    package()
+    with pytest.raises(
+        ConfigError, match="got 'mine'. It was saved with my-methods==1.2: `pip install 'my-methods>=1.2'`, if you trust that"
+    ):
         hf_tokens.load(tmp_path, zoo.build("llama").model)
-    path.write_text(json.dumps({**data, "packages": {"nonesuch": "x'; rm -rf ~ #"}}))
-    with pytest.raises(ConfigError, match="got 'nonesuch'. Install the package that has it, or fix the name."):
-        hf_tokens.load(tmp_path, zoo.build("llama").model)
+    for old in ({"mine": "x'; rm -rf ~ #"}, None):
+        path.write_text(json.dumps({**data, "packages": old, "made_by": None}))
+        with pytest.raises(ConfigError, match="got 'mine'.* Install the package that has it, or fix the name."):
+            hf_tokens.load(tmp_path, zoo.build("llama").model)
