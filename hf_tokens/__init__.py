@@ -36,7 +36,7 @@ PUBLIC = {
     "tools.contexts": ("CompressedContext", "compress_context"),
     "tools.edits": ("edit",),
     "tools.export": ("export",),
-    "tools.loading": ("load", "save_adapter"),
+    "tools.loading": ("card", "load", "save_adapter"),
     "tools.measure": ("measure",),
     "tools.model_routing": ("label_routes", "route_to"),
     "tools.prompts": ("compress_prompt", "embed_prompt"),

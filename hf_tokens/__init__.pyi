@@ -389,6 +389,7 @@ from .tools.export import (
     export,
 )
 from .tools.loading import (
+    card,
     load,
     save_adapter,
 )
@@ -603,6 +604,7 @@ __all__ = [
     "angle_between",
     "aux_loss",
     "calibrate",
+    "card",
     "check_capacity",
     "closest_map",
     "compress_context",

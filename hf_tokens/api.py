@@ -16,7 +16,7 @@ from .handlers.judged import first_tensor
 from .handlers.objective import judge_prediction
 from .peft.config import HFTokensConfig
 from .roles.config import MethodConfig
-from .tools.loading import beside_its_like
+from .tools.loading import beside_its_like, stand_before_push
 from .tools.surgeries import inject_all, models_in, surgeries_of, surgery_of, take_out
 
 Methods = str | dict[str, Any] | MethodConfig | PeftConfig | Iterable[Any]
@@ -56,6 +56,7 @@ def get_token_model(model: Any, methods: Methods, adapter_name: str = "default",
     models, config = models_in(model), adapter_config(methods, **kwargs)
     if not isinstance(model, nn.Module):
         inject_all(model, {name: copy.deepcopy(config) if len(models) > 1 else config for name in models}, adapter_name)
+        stand_before_push(model, adapter_name)
         return model
     if beside_its_like(model, config):
         model.add_adapter(adapter_name, config)
@@ -114,4 +115,5 @@ def unload(model: Any) -> Any:
     models = models_in(model)
     for name in surgeries_of(model):
         take_out(models[name])
+    vars(model).pop("push_to_hub", None)  # a pipeline pushes itself again
     return model

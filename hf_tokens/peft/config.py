@@ -10,54 +10,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from peft import PeftConfig, PeftType, get_peft_config
+from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from ..errors import ConfigError, explain
 from ..roles.config import MethodConfig
-from ..roles.registry import method_config
-from .doors import CONFIG, about_to_save, file_beside, is_loading, tensors_being_saved, without
+from ..roles.in_peft import HF_TOKENS, NAME, NOTED
+from ..roles.registry import install, method_config, package_of
+from .doors import CONFIG, about_to_save, file_beside, is_loading, native_saver, tensors_being_saved, without
 from .reading import read_config, tensors_of, whole
 from .saving import ANNOUNCED, digest_of, has_bytes, hashes_of, replacing
 
-NAME = "HF_TOKENS"
 PEFT_METHOD = "peft"
 PEFT_FORMS = ("checkpoint", "lora")  # in which a PEFT method of a stack leaves, as `Method.leaves`
 FORMAT = 1  # of adapter_config.json and of the names of an adapter's tensors
-
-
-def extend_peft_type() -> PeftType:
-    """Add HF_TOKENS to PEFT's closed enum."""
-    if NAME in PeftType.__members__:
-        return PeftType[NAME]
-    member = str.__new__(PeftType, NAME)
-    member._name_, member._value_, member.__objclass__ = NAME, NAME, PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    type.__setattr__(PeftType, NAME, member)
-    PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = member
-    PeftType._value2member_map_[NAME] = member
-    return member
-
-
-class PlainType(str):
-    """Stands for the enum member where PEFT's enum cannot be extended: compares as the string, has what PEFT reads."""
-
-    value = property(str)
-    name = property(str)
-
-
-def peft_type() -> PeftType | PlainType:
-    """The PEFT type, as an enum member where that is possible."""
-    try:
-        return extend_peft_type()
-    except (AttributeError, TypeError):
-        return PlainType(NAME)
-
-
-HF_TOKENS = peft_type()
 
 
 @dataclass
@@ -70,6 +38,8 @@ class HFTokensConfig(PeftConfig):
         modules_to_save: Modules that are trained and saved as a whole, such as a new head.
         init_weights: Accepted for PEFT's sake.
         digest: Of the tensors that it was saved with; written when it is saved, and compared when they are loaded.
+        made_by: The hf-tokens that saved it, as pip takes it, such as `"hf-tokens==0.1.0"`; written when it is saved.
+        packages: Of each method of another package that and its version, such as `{"mine": "my-methods==1.2"}`; written when it is saved.
     """
 
     methods: list[Any] | None = field(default=None)
@@ -81,6 +51,8 @@ class HFTokensConfig(PeftConfig):
     base_type: str | None = field(default=None)
     hf_tokens_version: int = field(default=FORMAT)
     digest: str | None = field(default=None)
+    made_by: str | None = field(default=None)
+    packages: dict[str, str] | None = field(default=None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,13 +67,31 @@ class HFTokensConfig(PeftConfig):
         if not self.methods:
             remedy = "Pass methods=['...']; `hf-tokens list` names them."
             raise ConfigError(explain("An adapter has at least one method", self.methods, remedy))
-        self.methods = [plain_form(method) for method in self.methods]
+        self.methods = [plain_form(method, self.source_of(method)) for method in self.methods]
         if self.target_modules or self.exclude_modules:
             got = f"target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r}"
             raise ConfigError(explain("A method's own `layers` and `stream` say where it acts", got, "Set those in its config."))
         if self.hf_tokens_version != FORMAT:
-            rule, remedy = f"This hf-tokens reads adapters of format {FORMAT}", "Update hf-tokens, or train the adapter again."
+            rule = f"This hf-tokens reads adapters of format {FORMAT}"
+            remedy = install(self.made_by).rstrip() or "Update hf-tokens, or train the adapter again."
             raise ConfigError(explain(rule, f"hf_tokens_version={self.hf_tokens_version!r}", remedy))
+
+    def source_of(self, method: Any) -> str | None:
+        """The package that a method was in when the adapter was saved, as pip takes it; None where that is not known."""
+        name = method.get("method") if isinstance(method, dict) else None
+        return (self.packages or {}).get(name, self.made_by) if isinstance(name, str) else None
+
+    def note_makers(self) -> None:
+        """Note the packages of the methods, and ours."""
+        names = [method["method"] for method in self.methods if method["method"] != PEFT_METHOD]
+        own = hf_tokens_release()
+        foreign = {name: found for name in names if (found := package_of(name)) is not None and not is_release_of(own, found)}
+        self.made_by, self.packages = own, foreign or None
+
+    def needs(self) -> list[str]:
+        """The packages that it is made of, as pip takes them."""
+        self.note_makers()
+        return [self.made_by, *dict.fromkeys((self.packages or {}).values())]
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -169,6 +159,11 @@ class HFTokensConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config whole or not at all, with the digest of the tensors that a model's `save_pretrained` writes beside it."""
         self.save_with(tensors_being_saved(), save_directory, **kwargs)
+        saver = native_saver()
+        if saver is not None:
+            from .publishing import publish
+
+            publish(saver.f_locals["self"], Path(save_directory))
 
     def prepare_to_save(self, tensors: Iterable[Tensor], saver: FrameType, adapter_name: str) -> None:
         """Note the hashes of what PEFT is about to save, and announce the config that it will write behind its tensors."""
@@ -192,12 +187,18 @@ class HFTokensConfig(PeftConfig):
     def save_with(self, tensors: Mapping[str, Tensor] | None, folder: str | Path, **kwargs: Any) -> None:
         """Write the config beside these tensors; where they are not known, nothing is said of them."""
         known = tensors is not None and all(map(has_bytes, tensors.values()))
+        self.note_makers()
         self.digest, self._hashes = digest_of(tensors.items(), self._hashes) if known else None, {}
         try:
             with replacing(Path(folder), CONFIG) as written:
                 super().save_pretrained(str(written), **kwargs)
         finally:
             self.digest = None
+
+    @classmethod
+    def around(cls, config: MethodConfig) -> HFTokensConfig:
+        """The adapter of one method, with what PEFT has noted on its config."""
+        return cls(methods=[config], **{name: value for name in NOTED if (value := getattr(config, name)) is not None})
 
     def aim(self, modules: list[str] | None) -> None:
         """Name the blocks to PEFT, for as long as it injects the adapter."""
@@ -223,9 +224,21 @@ class HFTokensConfig(PeftConfig):
         return {**told, "modules_to_save": list(saved)} if saved and "modules_to_save" in takes else told
 
 
-def plain_form(method: Any) -> dict[str, Any]:
-    """The checked JSON form of one method."""
-    if isinstance(method, PeftConfig):
+def hf_tokens_release() -> str:
+    """This hf-tokens, as pip takes it."""
+    from .. import __version__
+
+    return f"hf-tokens=={__version__}"
+
+
+def is_release_of(own: str, package: str) -> bool:
+    """Whether a package is a release of another one's distribution."""
+    return own.partition("==")[0] == package.partition("==")[0]
+
+
+def plain_form(method: Any, source: str | None = None) -> dict[str, Any]:
+    """The checked JSON form of one method, which was in this package when it was saved."""
+    if isinstance(method, PeftConfig) and not isinstance(method, MethodConfig):
         data = {k: sorted(v) if isinstance(v, set) else v for k, v in method.to_dict().items() if v is not None}
         method = {"method": PEFT_METHOD, "config": {**data, "peft_type": str(data["peft_type"].value)}}
     if isinstance(method, dict) and method.get("method") == PEFT_METHOD:
@@ -239,4 +252,4 @@ def plain_form(method: Any) -> dict[str, Any]:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(explain("The numbers of a 'peft' method are finite", f"{key}={value}", "Set another one."))
         return method
-    return method_config(method).to_dict()
+    return method_config(method, source).to_dict()

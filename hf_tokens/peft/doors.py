@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import get_peft_model_state_dict
 from torch import Tensor
@@ -21,8 +21,10 @@ from ..model.callers import callers
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # arguments that say where a file is
 OF_PEFT, OF_MODELS, OF_ADAPTERS = "peft.peft_model", "transformers.modeling_utils", "transformers.integrations.peft"
+OF_TRAINER, OF_PUSHES = "transformers.trainer", "transformers.utils.hub"
 SAVED = {OF_PEFT: "output_state_dict", OF_MODELS: "state_dict"}  # what a `save_pretrained` calls the tensors of a file
 FRAMES_TO_SAVER = 8  # frames between a model's `save_pretrained` and our search for it
+FRAMES_TO_PUSH = 24  # frames between a trainer's `save_model` or a push, and the card
 FRAMES_TO_LOADER = 20  # frames between a `load_adapter` and our search for it
 COPIERS = tuple(
     f"trl.trainer.{kind}_trainer" for kind in ("dpo", "grpo", "kto", "rloo")
@@ -54,6 +56,11 @@ def tensors_being_saved() -> Mapping[str, Tensor] | None:
     return next(found, None)
 
 
+def native_saver() -> FrameType | None:
+    """The call of a Transformers model's own `save_pretrained` that is under way, if one is."""
+    return next(under_way(OF_MODELS, ("save_pretrained",), FRAMES_TO_SAVER), None)
+
+
 def calling_saver() -> FrameType | None:
     """The call of a PeftModel's `save_pretrained` that is under way, if one is."""
     return next(under_way(OF_PEFT, ("save_pretrained",), FRAMES_TO_SAVER), None)
@@ -81,6 +88,46 @@ def about_to_save(saver: FrameType, adapter_name: str) -> PeftSave | None:
         values["base_model_name_or_path"] = vars(base).get("name_or_path") or None
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__} if config.task_type is None else None
     return PeftSave(folder if adapter_name == "default" else folder / adapter_name, tensors, values, mapping)
+
+
+def calling_maker() -> Any:
+    """The PeftModel that is being made, if one is."""
+    frame = next(under_way(OF_PEFT, ("__init__",), FRAMES_TO_SAVER), None)
+    return None if frame is None else frame.f_locals["self"]
+
+
+class Push(NamedTuple):
+    """A push of a model that is under way: where to, and the card that it will upload."""
+
+    repo: str
+    card: ModelCard
+    tags: tuple[str, ...]
+    token: str | bool | None
+
+
+def calling_push() -> Push | None:
+    """The push of a model that saves it first, if one is under way."""
+    frame = next(under_way(OF_PUSHES, ("push_to_hub",), FRAMES_TO_PUSH), None)
+    if frame is None:
+        return None
+    names = frame.f_locals
+    return Push(names["repo_id"], names["model_card"], tuple(names["tags"] or ()), names["token"])
+
+
+def saving_trainer() -> Any:
+    """The trainer that saves or pushes a model, if one does."""
+    frame = next(under_way(OF_TRAINER, ("save_model", "create_model_card"), FRAMES_TO_PUSH), None)
+    return None if frame is None else frame.f_locals["self"]
+
+
+def is_drafting() -> bool:
+    """Whether a trainer has just written a draft of the card."""
+    return any(True for _ in under_way(OF_TRAINER, ("create_model_card",), FRAMES_TO_SAVER))
+
+
+def saves_checkpoint() -> bool:
+    """Whether a trainer saves a checkpoint."""
+    return any(True for _ in under_way(OF_TRAINER, ("_save_checkpoint",), FRAMES_TO_PUSH))
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

@@ -28,13 +28,16 @@ from ..model.parts import OWN
 from ..model.pictures import vision_tower
 from ..model.streams import Stream
 from ..roles.base import Dims, Method
+from ..roles.config import MethodConfig
+from ..roles.in_peft import HF_TOKENS, NAME, PlainType
 from ..training.trainer import TrainingWorld
-from .config import HF_TOKENS, NAME, HFTokensConfig, PlainType
-from .doors import calling_loader, calling_saver, is_copied, tell_loader
+from .config import HFTokensConfig
+from .doors import calling_loader, calling_maker, calling_saver, is_copied, tell_loader
 from .files import MISREAD, Bounds, Saved, check_file, check_state, in_silence, misread, tried
 from .nested import BaseRecord, bake, check_apart, check_nested, take_off
 from .patterns import check_patterns
 from .placement import Placement, all_blocks, head_outputs, plan
+from .publishing import CardDoor, CardWorld
 from .saving import PEFT_PREFIX
 
 
@@ -69,6 +72,9 @@ class HFTokensModel(BaseTuner):
         except BaseException:
             configs.pop(adapter_name, None)
             raise
+        maker = calling_maker()
+        if maker is not None:
+            maker.create_or_update_model_card = CardDoor(maker)
 
     def _prepare_adapter_config(self, peft_config: HFTokensConfig, model_config: dict) -> HFTokensConfig:
         with misread(peft_config, self.model):
@@ -156,7 +162,7 @@ class HFTokensModel(BaseTuner):
         if surgery is None:
             base = self._anatomy.model
             denoising = DenoisingWorld(base) if "diffusers" in sys.modules else None
-            worlds = (TrainingWorld(),) if denoising is None else (TrainingWorld(), denoising)
+            worlds = (TrainingWorld(), CardWorld()) if denoising is None else (TrainingWorld(), CardWorld(), denoising)
             is_denoiser = denoising is not None and denoising.hook is not None
             surgery = ModelSurgery(base, self._anatomy.head, vision_tower(self._anatomy), worlds, is_denoiser)
             vars(self)["_new_surgery"] = surgery
@@ -165,6 +171,8 @@ class HFTokensModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter; if anything fails, the model is as it was."""
         config = self.peft_config[adapter_name]
+        if isinstance(config, MethodConfig):
+            config = self.peft_config[adapter_name] = HFTokensConfig.around(config)
         if config.goes_around_layers:
             with misread(config, model):
                 check_file(config, lambda held: tried(model, config, adapter_name, held))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import ConfigError, did_you_mean, explain
+from .in_peft import for_peft
 
 
 def option(
@@ -108,7 +109,8 @@ def check_value(name: str, metadata: typing.Mapping, hint: Any, value: Any) -> N
 class MethodConfig:
     """Base of every method's config.
 
-    `register` gives each subclass its `method` name and `version`. Two knobs are common to all methods: `layers` and `stream`.
+    `register` gives each subclass its `method` name and `version`. Two knobs are common to all methods: `layers` and `stream`. A config is
+    a `peft.PeftConfig` as well: `peft.get_peft_model(model, FTPConfig())` and TRL's `peft_config=FTPConfig()` take it as an adapter of one.
     """
 
     method: ClassVar[str]
@@ -124,11 +126,12 @@ class MethodConfig:
             if unknown := [name for name in knobs if name not in known]:
                 remedy = f"{did_you_mean(unknown, known)}`help({cls.__name__})` names them."
                 raise ConfigError(explain(f"{cls.__name__} takes the knobs that it declares", ", ".join(map(repr, unknown)), remedy))
-            return super().__new__(cls)
+            return super().__new__(for_peft(cls))
 
         def __getattr__(self, name: str) -> Any:
-            rule = f"{type(self).__name__} has the knobs that it declares, and is no config of PEFT's by itself"
-            raise AttributeError(explain(rule, repr(name), "Call `get_token_model`, or give PEFT `HFTokensConfig(methods=[...])`."))
+            rule = f"{type(self).__name__} has the knobs that it declares, and what every config of PEFT's has"
+            remedy = "What belongs to a whole adapter stands in `HFTokensConfig(methods=[...])`."
+            raise AttributeError(explain(rule, repr(name), remedy))
 
     def __post_init__(self):
         for field, hint in self.knobs():

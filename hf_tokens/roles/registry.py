@@ -28,6 +28,7 @@ MODALITY_OF_KIND = {
     "denoiser": "diffusion",
 }  # kind of a stream -> word
 ANY_MODALITY, READS_PICTURES = "any", "image-text"
+RELEASE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}==[A-Za-z0-9][A-Za-z0-9.+!_-]{0,40}"  # of a distribution, as pip takes it
 FEW_NAMES = 20  # names that an error may list
 METHODS: dict[str, dict[int, MethodInfo]] = {}
 AMethod = TypeVar("AMethod", bound=type[Method])
@@ -128,6 +129,34 @@ def discover() -> None:
             raise ConfigError(explain(rule, got, "Repair or uninstall that package.")) from error
 
 
+@functools.cache
+def distributions() -> dict[str, str]:
+    """Of each package that an entry point names the distribution and its version, as pip takes them."""
+    entries = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return {entry.module.partition(".")[0]: f"{entry.dist.name}=={entry.dist.version}" for entry in entries}
+
+
+def package_of(name: str) -> str | None:
+    """The distribution and version that a registered method comes from, as pip takes them; None where no entry point names its package."""
+    return distributions().get(method_info(name).cls.__module__.partition(".")[0])
+
+
+def is_installed(release: str) -> bool:
+    """Whether a release is the one that is here."""
+    name, _, number = release.partition("==")
+    try:
+        return importlib.metadata.version(name) == number
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def install(source: str | None) -> str:
+    """What to do where an adapter's file names another package or release than is here; empty where that is no help."""
+    if source is None or re.fullmatch(RELEASE, source) is None or is_installed(source):
+        return ""
+    return f"It was saved with {source}: `pip install '{source.replace('==', '>=')}'`, if you trust that package. "
+
+
 def list_methods(role: str | None = None) -> list[MethodInfo]:
     """Every registered method in its newest version, sorted by name; of one role if given."""
     discover()
@@ -139,8 +168,13 @@ def list_methods(role: str | None = None) -> list[MethodInfo]:
     return [info for info in newest if role in (None, info.role)]
 
 
-def method_info(name: str, version: int | None = None) -> MethodInfo:
+def method_info(name: str, version: int | None = None, source: str | None = None) -> MethodInfo:
     """The registered method of a name; a version that is no more registered is read by the next one that is.
+
+    Args:
+        name: Its name.
+        version: Its version; None takes the newest.
+        source: The package that it was in when it was saved, which an error names.
 
     Raises:
         ConfigError: No method, or no such version of it, is registered.
@@ -148,22 +182,22 @@ def method_info(name: str, version: int | None = None) -> MethodInfo:
     if name not in METHODS:
         discover()
     if name not in METHODS:
-        remedy = f"{did_you_mean([name], METHODS)}Install the package that has it, or fix the name."
+        remedy = install(source).rstrip() or f"{did_you_mean([name], METHODS)}Install the package that has it, or fix the name."
         raise ConfigError(explain("A method must be one of those that `hf-tokens list` names", repr(name), remedy))
     versions = METHODS[name]
     version = max(versions) if version is None else version
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= max(versions):
         rule, remedy = f"Method {name!r} has the versions 1 to {max(versions)}", "Update hf-tokens, or train the adapter again."
-        raise ConfigError(explain(rule, repr(version), remedy))
+        raise ConfigError(explain(rule, repr(version), install(source).rstrip() or remedy))
     return versions[min(known for known in versions if known >= version)]
 
 
-def method_config(spec: str | dict | MethodConfig) -> MethodConfig:
-    """A config from a method's name, its JSON form, or itself."""
+def method_config(spec: str | dict | MethodConfig, source: str | None = None) -> MethodConfig:
+    """A config from a method's name, its JSON form, or itself; `source` is the package that it was in when it was saved."""
     if isinstance(spec, MethodConfig):
         return spec
     if isinstance(spec, str):
         return method_info(spec).config()
     if isinstance(spec, dict) and isinstance(spec.get("method"), str):
-        return method_info(spec["method"], spec.get("version")).config.from_dict(spec)
+        return method_info(spec["method"], spec.get("version"), source).config.from_dict(spec)
     raise ConfigError(explain("A method is a name, a MethodConfig, or a dict with the key 'method'", repr(spec), "See `hf-tokens list`."))

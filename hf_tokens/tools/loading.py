@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,10 +22,14 @@ from ..model.pipelines import SECOND, SURGICAL
 from ..peft.config import HFTokensConfig
 from ..peft.doors import CONFIG, WEIGHTS, without
 from ..peft.files import MISREAD, header
+from ..peft.publishing import base_of, known_of, put_card
 from ..peft.reading import whole
 from ..peft.saving import PEFT_PREFIX
 from ..peft.tuner import check_name
 from .surgeries import blocks_in, inject_all, instances, models_in, surgeries_of
+
+if TYPE_CHECKING:
+    from ..peft.card import Known
 
 DENOISERS = (*SURGICAL, *SECOND)
 FILES = [str(Path(folder, name)) for folder in ("", *DENOISERS) for name in (CONFIG, WEIGHTS)]  # of an adapter
@@ -78,6 +85,7 @@ def load(
     with whole(f"The methods in {CONFIG} must go into {type(model).__name__}", "Save the adapter again.", MISREAD):
         if not isinstance(model, nn.Module):
             inject_all(model, configs, adapter_name, lambda name: fill(models[name], parts[name], adapter_name))
+            stand_before_push(model, adapter_name)
             return model
         if beside:
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
@@ -184,12 +192,49 @@ def recall(model: nn.Module, adapter_name: str) -> None:
     configs[adapter_name] = HFTokensConfig(methods=[stack[slot] for slot in sorted(stack)])
 
 
+def card(model: Any, adapter_name: str = "default") -> ModelCard:
+    """The card of an adapter, as a save or push writes it: what it does, how it is loaded, its knobs, how it was made.
+
+    Args:
+        model: A PeftModel, a model or a pipeline with a surgery.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        A `huggingface_hub.ModelCard`. A trainer's results and what `hf_tokens.measure` found of this model stand in it, as text and as
+        `model-index`. Of the base it says what the base does itself: a licence that nobody named is left out.
+
+    Raises:
+        UnsupportedError: The model has no surgery, or no adapter of that name.
+    """
+    from ..peft.card import make_card
+
+    return make_card(known(model, adapter_name))
+
+
+def known(model: Any, adapter_name: str, repo: str | None = None, **asking: Any) -> Known:
+    """What the card of a model's or pipeline's adapter says."""
+    surgeries_of(model)
+    models = models_in(model)
+    for inner in models.values():
+        if not isinstance(inner, PeftModel):
+            recall(inner, adapter_name)
+    parts = {name: known_of(inner, [adapter_name], repo, **asking) for name, inner in models.items()}
+    adapters = {name if len(models) > 1 else "": next(iter(part.adapters.values())) for name, part in parts.items()}
+    first = next(iter(parts.values()))
+    return replace(first, adapters=adapters, base=base_of(model, adapters, **asking), parameters=sum(p.parameters for p in parts.values()))
+
+
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
-    """Save the adapter of a PeftModel or of a pipeline's denoiser; those of two denoisers into folders of their names in this one."""
+    """Save the adapter of a PeftModel or of a pipeline's denoiser, with its card; those of two into folders of their names in this one."""
     surgeries_of(model)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
-        return
+    else:
+        write_adapter(model, Path(folder), adapter_name)
+
+
+def write_adapter(model: Any, folder: Path, adapter_name: str, repo: str | None = None, **asking: Any) -> None:
+    """Write the files of an adapter that is in no PeftModel, with its card; `repo` and `asking` are for that."""
     models = models_in(model)
     for inner in models.values():
         recall(inner, adapter_name)
@@ -198,6 +243,7 @@ def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
         (part / CONFIG).unlink(missing_ok=True)
     for inner, part in zip(models.values(), parts, strict=True):
         save_into(part, inner, adapter_name)
+    put_card(folder, known(model, adapter_name, repo, **asking))
 
 
 def save_into(folder: Path, model: nn.Module, adapter_name: str) -> None:
@@ -211,3 +257,43 @@ def save_into(folder: Path, model: nn.Module, adapter_name: str) -> None:
     config.announce(tensors, folder)
     save_file(tensors, str(folder / WEIGHTS))
     config.save_with(tensors, folder)
+
+
+# -- pushing ---------------------------------------------------------------------------------------------------------
+class PipelinePush:
+    """`pipe.push_to_hub` while an adapter is in a pipeline: what is pushed is the adapter, as `PeftModel.push_to_hub` does it."""
+
+    def __init__(self, pipeline: Any, adapter_name: str):
+        self.pipeline, self.adapter_name = pipeline, adapter_name
+
+    def __call__(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Push the adapter and its card.
+
+        Args:
+            repo_id: Repository on the Hub, which is made if there is none.
+            commit_message: Of the commit.
+            private: Whether a repository that is made is private.
+            token: Hub token.
+            create_pr: Whether to open a pull request.
+        """
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.suppress(EntryNotFoundError):  # what somebody has written there stays
+                card = Path(hf_hub_download(repo, "README.md", token=token))
+                Path(folder, card.name).write_bytes(card.read_bytes())
+            write_adapter(self.pipeline, Path(folder), self.adapter_name, repo, asks=True, token=token)
+            message = commit_message or "Upload adapter"
+            return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr)
+
+
+def stand_before_push(pipeline: Any, adapter_name: str) -> None:
+    """Have a pipeline push the adapter that has come into it."""
+    vars(pipeline)["push_to_hub"] = PipelinePush(pipeline, adapter_name)

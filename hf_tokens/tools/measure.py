@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..kv.adopt import find_cache, self_attention_cache
 from ..kv.layer import TokenCacheLayer, count_bytes
 from ..model.anatomy import anatomy
 from ..model.parts import OWN
+from ..peft.publishing import note_cost
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def measure(model: nn.Module, **inputs: Any) -> Cost:
-    """Run one forward and count what it cost.
+    """Run one forward and count what it cost. An adapter's card tells it, beside the base's where that is measured with the adapter off.
 
     Args:
         model: A model with or without a surgery.
@@ -118,4 +119,7 @@ def measure(model: nn.Module, **inputs: Any) -> Cost:
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             output = model(**inputs)
     cache = find_cache(output.values()) if isinstance(output, dict) else None
-    return Cost(tokens=counts.tokens, flops=counter.get_total_flops(), kv_bytes=kv_bytes(cache))
+    cost = Cost(tokens=counts.tokens, flops=counter.get_total_flops(), kv_bytes=kv_bytes(cache))
+    for surgery in surgeries.values():
+        note_cost(surgery, inputs, asdict(cost))
+    return cost

@@ -195,19 +195,46 @@ def test_a_method_may_be_named_in_three_ways(spec):
 
 
 DOORS_OF_PEFT = {
-    "get_peft_model": lambda model: peft.get_peft_model(model, ProbeDropConfig()),
-    "mixed": lambda model: peft.get_peft_model(model, ProbeDropConfig(), mixed=True),
-    "add_adapter": lambda model: peft.get_peft_model(model, HFTokensConfig(methods=["probe-drop"])).add_adapter("b", ProbeDropConfig()),
-    "inject_adapter_in_model": lambda model: peft.inject_adapter_in_model(ProbeDropConfig(), model),
+    "get_peft_model": lambda model, config: peft.get_peft_model(model, config),
+    "add_adapter": lambda model, config: peft.get_peft_model(model, ProbeInsertConfig(), "first").add_adapter("default", config),
+    "inject_adapter_in_model": lambda model, config: peft.inject_adapter_in_model(config, model),
 }
 
 
 @pytest.mark.parametrize("door", DOORS_OF_PEFT)
-def test_where_a_config_of_peft_s_is_due_a_method_s_says_what_would_be_one(door):
+def test_where_a_config_of_peft_s_is_due_a_method_s_is_an_adapter_of_one(door):
+    model = zoo.build("llama").model
+    DOORS_OF_PEFT[door](model, ProbeDropConfig())
+    config = model.peft_config["default"]
+    assert type(config) is HFTokensConfig and config.stack() == [ProbeDropConfig()]
+
+
+def test_what_peft_notes_on_a_method_s_config_is_the_adapter_s():
+    model, config = zoo.build("llama").model, ProbeDropConfig()
+    model.name_or_path, config.task_type = "me/base", "CAUSAL_LM"
+    surgery = peft.get_peft_model(model, config, revision="v1")
+    adapter = surgery.peft_config["default"]
+    assert isinstance(surgery, peft.PeftModelForCausalLM)
+    assert (adapter.base_model_name_or_path, adapter.revision, adapter.task_type) == ("me/base", "v1", "CAUSAL_LM")
+    assert config == ProbeDropConfig() and config.to_dict() == {"method": "probe-drop", "version": 1}
+
+
+def test_a_method_s_config_is_peft_s_and_frozen_all_the_same(tmp_path):
+    config = ProbeDropConfig()
+    assert (
+        isinstance(config, peft.PeftConfig) and type(config).__name__ == "ProbeDropConfig" and repr(config).startswith("ProbeDropConfig(")
+    )
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert again == config and hash(again) == hash(config) and type(again) is type(config)
+    for name in ("layers", "typo", "peft_type"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"cannot assign to field '{name}'"):
+            setattr(config, name, 1)
     with pytest.raises(
-        AttributeError, match=r"is no config of PEFT's by itself, got '\w+'\. Call `get_token_model`, or give PEFT `HFTokensC"
+        AttributeError, match="has the knobs that it declares, and what every config of PEFT's has, got 'typo'. What belongs"
     ):
-        DOORS_OF_PEFT[door](zoo.build("llama").model)
+        _ = config.typo
+    with pytest.raises(ConfigError, match="saved in that of an adapter, got `ProbeDropConfig.save_pretrained`. Save the model, or"):
+        config.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("spec", [3, None, {"name": "probe-drop"}, ["probe-drop"]])

@@ -238,9 +238,8 @@ def test_two_experts_have_one_surgery(life, guidance, tmp_path):
     get_token_model(pipe, LIVES[life])
     all_equal([filmed(pipe, guidance)], [want], "each by itself")
     save_adapter(pipe, tmp_path)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
-        f"{name}/{file}" for name in PAIRS["WanPipeline"] for file in ("adapter_config.json", "adapter_model.safetensors")
-    ]
+    files = [f"{name}/{file}" for name in PAIRS["WanPipeline"] for file in ("adapter_config.json", "adapter_model.safetensors")]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == ["README.md", *files, "use_it.py"]
     pipe.disable_lora()  # as diffusers calls it
     all_equal([filmed(pipe, guidance)], [base], "disabled")
     loaded = load(tmp_path, pair())

@@ -49,6 +49,7 @@ OVERRIDDEN = "PEFT calls it on our tuner, which does it for blocks"
 ENUM = "PEFT's enum of types is closed: HF_TOKENS is put in as Enum itself would do it"
 MASK = "a model whose code names it says by that whether its stream is causal"
 LAYER_OF_CACHE = "our cache layer stands in the place of theirs"
+PUSH = "transformers.utils.hub.PushToHubMixin.push_to_hub"
 LOSS = "says what the Trainer divides the loss by, and so what ours must be divided by"
 TAPPED = "a tapped backend is registered beside the one it stands for"
 HIDDEN = "which argument and which result of a block are its hidden states"
@@ -132,6 +133,18 @@ PEFT = (
 )
 
 TRANSFORMERS = (
+    Private(TRAINER, "_save_checkpoint", "a checkpoint that is pushed as it is saved is pushed with its card"),
+    Private(TRAINER, "hub_model_id", "the repository that a trainer's card names"),
+    Private(f"{TRAINER}.push_to_hub", "save_model", "it saves the adapter before the card is written"),
+    Private(f"{TRAINER}.push_to_hub", "create_model_card", "a trainer's draft of the card becomes ours"),
+    Private(f"{TRAINER}.create_model_card", "create_or_update_model_card", "it asks the PeftModel for the card"),
+    Private("transformers.modelcard", "extract_hyperparameters_from_trainer", "the arguments on a card", ("trainer",)),
+    Private("transformers.modelcard", "TASK_MAPPING", "what a class of models does"),
+    Private(PUSH, "model_card", "a local: the card that is uploaded"),
+    Private(PUSH, "repo_id", "a local: where it is uploaded to"),
+    Private(PUSH, "tags", "a local: what it has put on the card"),
+    Private("peft.PeftModel.save_pretrained", "selected_adapters", "a local: the adapters that the card is about"),
+    Private("peft.PeftModel.save_pretrained", "create_or_update_model_card", "it asks the model for the card"),
     Private("transformers.PreTrainedConfig", "_attn_implementation", "the attention backend in use"),
     Private("transformers.PreTrainedConfig", "_attn_implementation_internal", "is set to the tapped backend, and back, without a reload"),
     Private("transformers.utils.generic.GeneralInterface", "_global_mapping", "a tapped function leaves the registry with its last tap"),

@@ -16,7 +16,7 @@ from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig
 
 REPO = "alice/surgery"
-FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "use_it.py"}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import gates
 import pytest
@@ -16,7 +17,7 @@ from tolerances import all_equal
 import hf_tokens
 from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, HFTokensConfig, HFTokensModel, UnsupportedError, get_token_model
 from hf_tokens.engine.block import BlockSurgery
-from hf_tokens.peft.config import PlainType
+from hf_tokens.roles.in_peft import PlainType
 from hf_tokens.testing import zoo
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
 
@@ -373,3 +374,11 @@ def test_hooks_of_accelerate_around_a_surgery_outlive_it():
     for module in modules:
         remove_hook_from_module(module)
     assert torch.equal(base(**specimen.inputs).logits, want)
+
+
+def test_the_patch_that_peft_is_asked_for_still_fits():
+    page = (Path(hf_tokens.__file__).parents[1] / "docs" / "upstream-peft.md").read_text()
+    lines = page.partition("```diff\n")[2].partition("```")[0].splitlines()
+    hunks = "\n".join(line[1:] for line in lines if line.startswith((" ", "-", "@@")) and not line.startswith("---")).split("@ -")[1:]
+    assert len(hunks) == 2
+    assert all(hunk.partition("\n")[2].strip("\n") in Path(mapping.__file__).read_text() for hunk in hunks)

@@ -11,6 +11,7 @@ from tolerances import ROUNDING
 
 from hf_tokens import DeepPromptConfig, FTPConfig, SSDUnlearnConfig, TokenPrependingConfig, edit
 from hf_tokens.peft.doors import COPIED, COPIERS
+from hf_tokens.testing import zoo
 
 trl = pytest.importorskip("trl", reason="un-skip when the extra `dev` is installed")
 datasets = pytest.importorskip("datasets", reason="un-skip when the extra `dev` is installed")
@@ -57,6 +58,18 @@ def test_sft(tokenizer, tmp_path, more, config):
     assert any(not torch.equal(before[name], after[name]) for name in after)
     run.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+def test_a_method_s_config_is_a_peft_config(tokenizer, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": [sentence(i) for i in range(4)]})
+    args = trl.SFTConfig(output_dir=str(tmp_path), **ARGUMENTS)
+    run = trl.SFTTrainer(
+        model=zoo.build("llama").model, peft_config=FTPConfig(sparsity=0.3), args=args, train_dataset=rows, processing_class=tokenizer
+    )
+    before = trained(run.model)
+    run.train()
+    assert run.model.peft_config["default"].stack() == [FTPConfig(sparsity=0.3)]
+    assert any(not torch.equal(before[name], after) for name, after in trained(run.model).items())
 
 
 def first_loss(tokenizer, folder, config):

@@ -122,7 +122,8 @@ def make(folder: Path) -> None:
         path = folder / method_info(case.config.method).role
         model = attach(case)
         model.save_pretrained(path)
-        (path / "README.md").unlink()  # the model card, which no one loads
+        for name in ("README.md", "use_it.py"):  # which no one loads
+            (path / name).unlink()
         found = {
             "family": case.family,
             "question": case.question,
