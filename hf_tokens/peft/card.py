@@ -114,7 +114,7 @@ def part_of_peft(config: dict[str, Any]) -> MethodPart:
     return MethodPart(kind.lower(), "PEFT", f"PEFT's {kind}, trained and saved in one file with the rest.", "", rows)
 
 
-def requirements(known: Known) -> list[str]:
+def packages_needed(known: Known) -> list[str]:
     """What is to be installed, as pip takes it."""
     needed = [requirement for config in known.adapters.values() for requirement in config.needs()]
     beside = ["diffusers"] if known.base.library == "diffusers" else []
@@ -134,10 +134,10 @@ def title(known: Known) -> str:
     if known.repo is not None:
         return known.repo.rpartition("/")[2]
     names = " + ".join(part.name for config in known.adapters.values() for part in method_parts(config))
-    return f"{names} on {named(known.base)}"
+    return f"{names} on {name_shown(known.base)}"
 
 
-def named(base: Base) -> str:
+def name_shown(base: Base) -> str:
     """How a base is called, without the folders of anyone's machine."""
     return base.kind if base.name is None else base.name if base.is_public else re.split(r"[/\\]", base.name.rstrip("/\\"))[-1]
 
@@ -181,9 +181,9 @@ def eval_results(known: Known) -> Iterator[EvalResult]:
 def body(known: Known) -> Iterator[str]:
     """The lines of the card below its header."""
     base = known.base
-    where = f"[{base.name}](https://huggingface.co/{base.name})" if base.is_public else f"`{named(base)}`"
+    where = f"[{base.name}](https://huggingface.co/{base.name})" if base.is_public else f"`{name_shown(base)}`"
     yield f"# {title(known)}\n"
-    of = f", a `{base.kind}`" if named(base) != base.kind else ""
+    of = f", a `{base.kind}`" if name_shown(base) != base.kind else ""
     size = f" with {known.parameters:,} parameters" if known.parameters else ""
     yield f"An adapter{size} for {where}{of}, made with hf-tokens on PEFT. The base stays as it is.\n"
     yield "## What it does\n"
@@ -214,7 +214,7 @@ def paper(part: MethodPart) -> str:
 def use(known: Known) -> Iterator[str]:
     """How it is loaded."""
     yield "## Use it\n"
-    needed = " ".join(f'"{each}"' for each in requirements(known))
+    needed = " ".join(f'"{each}"' for each in packages_needed(known))
     yield f"```\npip install {needed}\n```\n"
     yield "```python"
     yield from loading(known, repr(known.repo or "path/to/this/folder"))
@@ -239,7 +239,7 @@ def loading(known: Known, place: str) -> Iterator[str]:
         return
     variable = "pipe" if base.is_pipeline else "model"
     known_class = base.library in ("transformers", "diffusers")
-    name = repr(base.name if base.is_public else f"path/to/{named(base)}")
+    name = repr(base.name if base.is_public else f"path/to/{name_shown(base)}")
     if known_class:
         yield f"from {base.library} import {base.kind}"
     if at != place:
@@ -267,7 +267,7 @@ def made(known: Known) -> Iterator[str]:
 def make_script(known: Known) -> str:
     """`use_it.py`: the lines that load an adapter, for who finds it beside them; nothing of ours runs it."""
     place = "Path(__file__).parent" if known.repo is None else repr(known.repo)
-    needed = " ".join(f"'{each}'" for each in requirements(known))
+    needed = " ".join(f"'{each}'" for each in packages_needed(known))
     lines = [f'"""Load this adapter. First: pip install {needed}"""', ""]
     lines += [] if known.repo is not None else ["from pathlib import Path", ""]
     text = "\n".join([*lines, *loading(known, place), ""])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .history import MeasuredCost, Training
 
 OF_LICENCE = ("license", "license_name", "license_link")
-UNKNOWN = (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)  # what the Hub says of what it does not tell
+NOT_TOLD = (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)  # what the Hub says of what it does not tell
 
 
 class CardWorld(World):
@@ -116,7 +116,7 @@ def licence_of(name: str | None, asks: bool, token: str | bool | None = None) ->
         return {}
     try:
         where = name if Path(name).is_dir() else Path(hf_hub_download(name, README, token=token, local_files_only=not asks)).parent
-    except UNKNOWN:
+    except NOT_TOLD:
         return {}
     told = read_header(text_of(Path(where, README)) or "")
     return {key: told[0][key] for key in OF_LICENCE if isinstance(told[0].get(key), str)} if told is not None else {}
@@ -131,7 +131,7 @@ def task_of(kind: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def base_of(model: Any, configs: Mapping[str, HFTokensConfig], asks: bool = False, token: str | bool | None = None) -> Base:
+def known_base(model: Any, configs: Mapping[str, HFTokensConfig], asks: bool = False, token: str | bool | None = None) -> Base:
     """What is known of the base of an adapter: a model, or a pipeline of diffusers."""
     from .card import Base
 
@@ -166,7 +166,7 @@ def known_of(model: nn.Module, names: list[str] | None = None, repo: str | None 
     world = world_of(surgery_in(model))
     count = sum(p.numel() for key, p in model.named_parameters() if any(f".{name}." in key for name in configs))
     folders = {"" if name == "default" else name: configs[name] for name in sorted(configs, key=lambda name: name != "default")}
-    return Known(folders, base_of(model, configs, **asking), count, repo, world.trained, world.measured)
+    return Known(folders, known_base(model, configs, **asking), count, repo, world.trained, world.measured)
 
 
 # -- where it is put -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ..model.pipelines import SECOND, SURGICAL
 from ..peft.config import HFTokensConfig
 from ..peft.doors import CONFIG, WEIGHTS, without
 from ..peft.files import MISREAD, header
-from ..peft.publishing import base_of, known_of, put_card
+from ..peft.publishing import known_base, known_of, put_card
 from ..peft.reading import whole
 from ..peft.saving import PEFT_PREFIX
 from ..peft.tuner import check_name
@@ -221,7 +221,9 @@ def known(model: Any, adapter_name: str, repo: str | None = None, **asking: Any)
     parts = {name: known_of(inner, [adapter_name], repo, **asking) for name, inner in models.items()}
     adapters = {name if len(models) > 1 else "": next(iter(part.adapters.values())) for name, part in parts.items()}
     first = next(iter(parts.values()))
-    return replace(first, adapters=adapters, base=base_of(model, adapters, **asking), parameters=sum(p.parameters for p in parts.values()))
+    return replace(
+        first, adapters=adapters, base=known_base(model, adapters, **asking), parameters=sum(p.parameters for p in parts.values())
+    )
 
 
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from integration.test_training import OwnLoss, data, losses, same_run, trained, trainer
+from integration.test_training import same_run
 from integration.test_trl import ARGUMENTS, PACKING, datasets, sentence, tokenizer, trl  # noqa: F401 (a fixture)
 from peft import LoraConfig
 from tolerances import close
+from trainers import OwnLoss, data, losses, trained, trainer
 
 from hf_tokens import CAFTConfig, GoldfishLossConfig, SimPOConfig, UnsupportedError, aux_loss, get_token_model, set_progress
 from hf_tokens.testing import zoo

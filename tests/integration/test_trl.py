@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.test_training import QUIET, STACK, data, model, trained
 from tolerances import ROUNDING
+from trainers import QUIET, STACK, data, model, trained
 
 from hf_tokens import DeepPromptConfig, FTPConfig, SSDUnlearnConfig, TokenPrependingConfig, edit
 from hf_tokens.peft.doors import COPIED, COPIERS

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-from integration.test_training import SHARDED, batches, model, step_twice, trained, trainer
+from integration.test_training import SHARDED, batches, step_twice
 from torch.distributed.fsdp import fully_shard
+from trainers import model, trained, trainer
 
 folder = Path(sys.argv[1])
 run = trainer(model(), folder / "run", max_steps=2, per_device_train_batch_size=2)
