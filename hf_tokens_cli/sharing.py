@@ -48,6 +48,24 @@ def pull(
     show_contents(found)
 
 
+@group.command(rich_help_panel=PANEL)
+def card(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")],
+    output: Annotated[Path | None, typer.Option(help="A file to write it to. Default: print it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The card of an adapter, made anew from what it holds: what it does, two lines that load it, its knobs."""
+    import hf_tokens
+
+    made = working(lambda: hf_tokens.card(hf_tokens.load(adapter)))
+    if output is not None:
+        made.save(output)
+    if as_json:
+        print_json({"data": made.data.to_dict(), "text": made.text, "file": output})
+    elif output is None:
+        typer.echo(str(made))
+
+
 def show_contents(found: dict[str, Any]) -> None:
     say(f"{found['adapter']}, for {found['base']}: {found['bytes'] / 1e3:.0f} kB in {found['folder']}")
     knobs = lambda method: ", ".join(f"{k}={v}" for k, v in method["config"].items() if k not in ("method", "version", "peft_type"))

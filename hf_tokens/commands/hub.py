@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..errors import AdapterError, explain, first_line
+from ..peft.card import README, SCRIPT
 from ..peft.config import PEFT_METHOD, HFTokensConfig
 from ..peft.doors import CONFIG
 from ..roles.registry import method_info
@@ -16,7 +17,6 @@ from ..tools.loading import DENOISERS, FILES, OF_A_BASE, check_files
 from .apply import describe
 from .report import size_of
 
-CARD_FILE = "README.md"
 LOGIN = "Log in with `hf auth login`, and check the name and what your token may do."
 
 
@@ -61,7 +61,7 @@ def push(folder: Path, repo: str, private: bool, message: str, token: str | None
     api = HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*FILES, CARD_FILE], commit_message=message)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*FILES, README, SCRIPT], commit_message=message)
     except HFValidationError as error:
         raise AdapterError(explain("A repository is named like owner/name", f"{repo!r}: {first_line(error)}", "Fix the name.")) from None
     except HfHubHTTPError as error:
@@ -79,7 +79,7 @@ def pull(repo: str, output: Path | None, revision: str | None, token: str | None
     if Path(repo).is_dir():
         return contents(Path(repo), repo)
     try:
-        wanted = [*FILES, CARD_FILE, *OF_A_BASE]
+        wanted = [*FILES, README, *OF_A_BASE]
         found = snapshot_download(repo, revision=revision, token=token, local_dir=output, allow_patterns=wanted)
     except HFValidationError:
         rule = "An adapter is a folder or a Hub id like owner/name"

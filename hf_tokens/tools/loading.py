@@ -221,9 +221,8 @@ def known(model: Any, adapter_name: str, repo: str | None = None, **asking: Any)
     parts = {name: known_of(inner, [adapter_name], repo, **asking) for name, inner in models.items()}
     adapters = {name if len(models) > 1 else "": next(iter(part.adapters.values())) for name, part in parts.items()}
     first = next(iter(parts.values()))
-    return replace(
-        first, adapters=adapters, base=known_base(model, adapters, **asking), parameters=sum(p.parameters for p in parts.values())
-    )
+    count = sum(part.parameters for part in parts.values())
+    return replace(first, adapters=adapters, base=known_base(model, adapters, **asking), parameters=count)
 
 
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:

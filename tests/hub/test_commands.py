@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig
+from transformers import LlamaForCausalLM
 
 import hf_tokens
 from hf_tokens import DeepPromptConfig, SnapKVConfig, get_token_model
@@ -34,6 +35,19 @@ def test_push_and_pull_bring_an_adapter_there_and_back(hub, cli, adapter, tmp_pa
     assert [method["method"] for method in pulled["methods"]] == ["deep-prompt", "snapkv", "LORA"]
     assert hf_tokens.load(pulled["folder"], zoo.build("llama").model)
     assert (tmp_path / "there" / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_card_of_an_adapter_is_printed_and_written(hub, cli, adapter, tmp_path):
+    zoo.build("llama").model.save_pretrained(tmp_path / "base")
+    stack = [DeepPromptConfig(tokens=3), SnapKVConfig(budget=0.5)]
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_token_model(base, stack).save_pretrained(tmp_path / "own")
+    code, out, err = cli("card", str(tmp_path / "own"))
+    assert code == 0 and out.startswith("---") and "import hf_tokens" in out and "budget" in out, err
+    code, out, _ = cli("card", str(tmp_path / "own"), "--json", "--output", str(tmp_path / "card.md"))
+    told = json.loads(out)
+    assert code == 0 and "snapkv" in told["data"]["tags"] and ModelCard.load(tmp_path / "card.md").data.to_dict() == told["data"]
+    assert cli("card", "nowhere")[0] == 2
 
 
 def test_push_and_pull_say_what_they_did(hub, cli, adapter):
