@@ -12,11 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
+from . import authors
 from .options import Options
 
 DISTRIBUTION, BUILT_IN, ENTRY_POINTS = "hf-tokens", "hf_tokens_adapters", "hf_tokens.methods"
 
 app = typer.Typer(name="hf-tokens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+authors.add_to(app)
 
 
 def show_version(asked: bool) -> None:

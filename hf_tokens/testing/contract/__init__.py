@@ -26,10 +26,10 @@ import torch  # noqa: E402
 from ...roles.registry import method_info  # noqa: E402
 from .cases import has_cases, parametrize, prepare_check  # noqa: E402
 
-__all__ = ["Contract", "checks", "of"]
+__all__ = ["Contract", "every_check", "of"]
 
 
-def checks() -> dict[str, Callable]:
+def every_check() -> dict[str, Callable]:
     """Every check of the contract, by its name."""
     modules = [importlib.import_module(f"{__name__}.checks.{name}") for name in CHECKS]
     return {name: check for module in modules for name, check in vars(module).items() if name.startswith("test_")}
@@ -62,5 +62,5 @@ def of(*methods: str) -> type:
         ConfigError: No method is registered under one of the names.
     """
     names = tuple(method_info(name).name for name in methods)
-    owed = {name: staticmethod(check) for name, check in checks().items() if has_cases(check, names)}
+    owed = {name: staticmethod(check) for name, check in every_check().items() if has_cases(check, names)}
     return type("Contract", (Contract,), {"methods": names, **owed})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -92,8 +93,10 @@ def parametrize(metafunc: pytest.Metafunc, methods: Iterable[str], chosen: Chose
 
 def has_cases(check: Callable, methods: tuple[str, ...]) -> bool:
     """Whether there is anything to run a check with: an objective's checks have nothing where there is none."""
-    arguments = check.__code__.co_varnames[: check.__code__.co_argcount]
-    return all(of_argument(argument, methods) for argument in arguments if argument in (*PAIR_ARGUMENTS, SINGLE))
+    arguments = inspect.signature(check).parameters
+    named = [NAMED[argument] for argument in arguments if argument in NAMED]
+    pairs = [of_argument(argument, methods) for argument in arguments if argument in (*PAIR_ARGUMENTS, SINGLE)]
+    return all(pairs) and all(any(takes(method_info(name)) for name in methods) for takes in named)
 
 
 def prepare_check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
