@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import hf_tokens
 from hf_tokens import UnsupportedError, aux_loss
-from hf_tokens.testing.contract.pairs import generate, mildest, planned, refused
+from hf_tokens.testing.contract.pairs import ContractPair, generate, mildest, planned, refused
 from hf_tokens.testing.contract.parameters import adapter_parameters, lora
 
 torch.set_num_threads(1)
