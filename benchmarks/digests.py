@@ -35,11 +35,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from contract.pairs import PAIRS, Pair, adapter_parameters, generate, lora, mildest, planned, refused
+from contract.pairs import PAIRS
 from torch import Tensor, nn
 
 import hf_tokens
 from hf_tokens import UnsupportedError, aux_loss
+from hf_tokens.testing.contract.pairs import ContractPair, generate, mildest, planned, refused
+from hf_tokens.testing.contract.parameters import adapter_parameters, lora
 
 torch.set_num_threads(1)
 logging.disable(logging.WARNING)
@@ -69,10 +71,10 @@ def seen(function: Callable[[], list[Tensor] | dict[str, Tensor | None]]) -> Any
     return {name: digest(t) for name, t in given.items()} if isinstance(given, dict) else [digest(t) for t in given]
 
 
-# What is looked at: each look gets the pair, its row of the record, and a maker of the model, which takes the arguments of `Pair.attach`.
+# What is looked at: each look gets the pair, its row of the record, and a maker of the model, with the arguments of `ContractPair.attach`.
 
 
-def outputs(pair: Pair, row: Row, make: Make) -> Any:
+def outputs(pair: ContractPair, row: Row, make: Make) -> Any:
     """What the model puts out, in its own precision and in bfloat16."""
     cast = lambda value: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
     half = {name: cast(value) for name, value in pair.inputs.items()}
@@ -80,12 +82,12 @@ def outputs(pair: Pair, row: Row, make: Make) -> Any:
 
 
 @torch.no_grad()
-def padded(pair: Pair, row: Row, make: Make) -> Any:
+def padded(pair: ContractPair, row: Row, make: Make) -> Any:
     """The outputs of a batch with padding."""
     return {side: seen(lambda side=side: pair.row.run(make(), pair.row.padded(pair.inputs, side))) for side in pair.row.pads}
 
 
-def generation(pair: Pair, row: Row, make: Make) -> Any:
+def generation(pair: ContractPair, row: Row, make: Make) -> Any:
     """Four greedy tokens and their logits: with a cache and without, in beams with padding, and over two turns."""
     if not pair.row.generates:
         return None
@@ -100,7 +102,7 @@ def generation(pair: Pair, row: Row, make: Make) -> Any:
     return found
 
 
-def second_turn(pair: Pair, model: nn.Module) -> list[Tensor]:
+def second_turn(pair: ContractPair, model: nn.Module) -> list[Tensor]:
     """A generation that goes on with the cache of another one, three tokens later."""
     with torch.no_grad():
         first = model.generate(**pair.inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True)
@@ -114,14 +116,14 @@ def second_turn(pair: Pair, model: nn.Module) -> list[Tensor]:
     return generate(model, inputs, 4, **{next(name for name in CACHES if name in names): first.past_key_values})
 
 
-def loss(pair: Pair, row: Row, make: Make) -> Any:
+def loss(pair: ContractPair, row: Row, make: Make) -> Any:
     """The loss of a training step."""
     has_text = "input_ids" in pair.inputs or "decoder_input_ids" in pair.inputs
     has_loss = has_text and "labels" in inspect.signature(pair.base().forward).parameters
     return seen(lambda: [pair.loss(make(train=True))]) if pair.row.timesteps or has_loss else None
 
 
-def gradients(pair: Pair, row: Row, make: Make) -> Any:
+def gradients(pair: ContractPair, row: Row, make: Make) -> Any:
     """The gradient of every adapter parameter, and under checkpointing."""
     found = {"plain": seen(lambda: adapter_gradients(pair, row, make(train=True)))}
     if pair.row.library == "diffusers" or pair.base().supports_gradient_checkpointing:
@@ -129,7 +131,7 @@ def gradients(pair: Pair, row: Row, make: Make) -> Any:
     return found
 
 
-def stack(pair: Pair, row: Row, make: Make) -> Any:
+def stack(pair: ContractPair, row: Row, make: Make) -> Any:
     """The outputs, and the gradients, with another method and a LoRA beside it."""
     stacked = lambda **more: pair.stack(lora(pair.streams()[0]), **arguments(pair, row), **more)
     return {
@@ -141,7 +143,7 @@ def stack(pair: Pair, row: Row, make: Make) -> Any:
 LOOKS = {look.__name__: look for look in (outputs, padded, generation, loss, gradients, stack)}
 
 
-def adapter_gradients(pair: Pair, row: Row, model: nn.Module) -> dict[str, Tensor | None]:
+def adapter_gradients(pair: ContractPair, row: Row, model: nn.Module) -> dict[str, Tensor | None]:
     """The gradients from a loss that no output can hide from; an objective has its own."""
     if pair.info.role == "Objective":
         total = pair.loss(model)
@@ -156,7 +158,7 @@ def adapter_gradients(pair: Pair, row: Row, model: nn.Module) -> dict[str, Tenso
     return {name: p.grad for name, p in adapter_parameters(model).items()}
 
 
-def checkpointing(pair: Pair, model: nn.Module) -> nn.Module:
+def checkpointing(pair: ContractPair, model: nn.Module) -> nn.Module:
     """The model with gradient checkpointing on."""
     base = model.get_base_model()
     if pair.row.library == "diffusers":
@@ -173,18 +175,18 @@ TARGETS = {  # what a method that learns from labels alone is told
 }
 
 
-def targets(pair: Pair) -> str | None:
+def targets(pair: ContractPair) -> str | None:
     if pair.info.role == "ModelRouter":
         return "tokens"
     return "samples" if "targets" in pair.info.cls.words.get("conclude", ()) else None
 
 
-def arguments(pair: Pair, row: Row) -> dict[str, Any]:
-    """What `Pair.attach` must be told to make the recorded model again."""
+def arguments(pair: ContractPair, row: Row) -> dict[str, Any]:
+    """What `ContractPair.attach` must be told to make the recorded model again."""
     return {"config": pair.info.config.from_dict(row["config"]), "size": row["size"]}
 
 
-def refusal(pair: Pair) -> Row | None:
+def refusal(pair: ContractPair) -> Row | None:
     """Who refuses a pair and in which words; None if no one does."""
     for who, ask in {"plan": planned, "model": refused}.items():
         if text := ask(pair):
@@ -192,11 +194,11 @@ def refusal(pair: Pair) -> Row | None:
     return None
 
 
-def name_of(pair: Pair) -> str:
+def name_of(pair: ContractPair) -> str:
     return f"{pair.method}-{pair.architecture}"
 
 
-def examine(pair: Pair, known: Row | None = None) -> Row:
+def examine(pair: ContractPair, known: Row | None = None) -> Row:
     """One row of the record; with the config of a known one where there is one."""
     row: Row = {"pair": name_of(pair), "role": pair.info.role}
     try:
@@ -229,18 +231,18 @@ def read(path: Path) -> tuple[Row, dict[str, Row]]:
     return head["machine"], {row["pair"]: row for row in rows}
 
 
-def chosen(part: str, match: str) -> list[Pair]:
+def chosen(part: str, match: str) -> list[ContractPair]:
     i, n = map(int, part.split("/"))
     return [pair for pair in PAIRS if match in name_of(pair)][i - 1 :: n]
 
 
-def progress(done: int, pairs: list[Pair], start: float, row: Row, says: str) -> None:
+def progress(done: int, pairs: list[ContractPair], start: float, row: Row, says: str) -> None:
     spent = time.time() - start
     left = spent / done * (len(pairs) - done)
     print(f"{done}/{len(pairs)}  {spent:.0f} s, {left:.0f} s left  {row['pair']}: {says}", flush=True)
 
 
-def record(path: Path, pairs: list[Pair]) -> int:
+def record(path: Path, pairs: list[ContractPair]) -> int:
     if not path.exists():
         path.write_text(json.dumps({"machine": machine()}) + "\n")
     then, rows = read(path)
@@ -281,7 +283,7 @@ def changes(old: Any, new: Any) -> tuple[list[str], list[str]]:
     return bits, [place for place in before if place not in bits and before[place] != after[place]]
 
 
-def compare(path: Path, pairs: list[Pair]) -> int:
+def compare(path: Path, pairs: list[ContractPair]) -> int:
     then, rows = read(path)
     for name, value in machine().items():
         if value != then[name]:

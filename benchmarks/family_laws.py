@@ -21,7 +21,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from contract.pairs import LOCAL, MAYBE, stir, strong, tiny
 from peft import PeftModel
 from tolerances import close
 from torch import Tensor, nn
@@ -32,6 +31,9 @@ from hf_tokens import compress_context, get_token_model, list_methods
 from hf_tokens.roles.base import Method
 from hf_tokens.roles.config import MethodConfig
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.configs import strong, tiny_config
+from hf_tokens.testing.contract.pairs import LOCAL, MAYBE
+from hf_tokens.testing.contract.parameters import stir
 
 torch.set_num_threads(1)
 logging.disable(logging.WARNING)
@@ -460,4 +462,4 @@ OF_PAIRS = ("generation", "padded", "one token")
 def configs_of(method: str) -> list[MethodConfig]:
     """Configs to try, the one that does the most first: knobs half way from their zeros in all blocks, in the method's own; its example."""
     found = list(strong(METHODS[method].config))
-    return [found[3], found[2], tiny(METHODS[method].config)]
+    return [found[3], found[2], tiny_config(METHODS[method].config)]

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from . import looking, sharing, working
+from . import authors, looking, sharing, working
 
 DISTRIBUTION = "hf-tokens"
 
 app = typer.Typer(name=DISTRIBUTION, no_args_is_help=True, pretty_exceptions_enable=False)
 for group in (looking.group, working.group, sharing.group):
     app.add_typer(group)
+authors.add_to(app)
 
 
 def show_version(asked: bool) -> None:

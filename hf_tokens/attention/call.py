@@ -22,6 +22,11 @@ class Attending(NamedTuple):
         index: The keys that are read, (b k r) for each key head; None reads all.
         bias: Added to the scores of each query with these, (b h m r), -inf where it must not look; None adds nothing.
         by: How many places further on those keys are read than they stand, (b 1|k r); None reads them where they stand.
+
+    All queries of one head read keys 0 and 2 alone:
+
+    >>> Attending(index=torch.tensor([[[0, 2]]]), bias=None).index.shape
+    torch.Size([1, 1, 2])
     """
 
     index: Tensor | None

@@ -18,10 +18,10 @@ import hf_tokens
 
 from ..errors import ConfigError, UnsupportedError, explain
 from ..tools.measure import Cost
+from ..tools.progress import track
 from .cost import processor_of
 from .material import pieces
 from .pareto import Bench, Trial, check_drawing, draw_fronts, marked
-from .progress import track
 from .quickstart import Answers, held_out_loss, twin, wait
 from .sources import PICTURE_SUFFIXES, Source, picture_of_file, reader_of, text_of_file, tokenizer_of
 from .strengths import stacks_for

@@ -139,11 +139,12 @@ class ModelSurgery:
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
         """Call a listener for what happens, for a while."""
-        self.listeners.append(listener)
         try:
+            self.listeners.append(listener)
             yield
         finally:
-            self.listeners.remove(listener)
+            if listener in self.listeners:  # who undid all that was begun has taken it away
+                self.listeners.remove(listener)
 
     def detach(self) -> None:
         """Take the hooks off the model; its parameters are trainable again where they were (some kernels differ by that)."""

@@ -22,7 +22,12 @@ from .signals import JUDGES, OF_A_WORD, SIGNALS
 
 @dataclass(frozen=True)
 class Dims:
-    """What a method may know about the block that it sits in."""
+    """What a method may know about the block that it sits in.
+
+    >>> dims = Dims(width=4, heads=2, kv_heads=2, head_dim=2, layer=1, layers=4, kind="text", causal=True)
+    >>> dims.layer + 1 == dims.layers  # is it the last block of its stream?
+    False
+    """
 
     width: int
     heads: int
@@ -114,6 +119,12 @@ class Method(nn.Module, abc.ABC):
         turns: A bank's `attend` reads keys at other places than they stand at.
         leaves: Forms of `hf_tokens.export` that take it along; `leaves_as` says it of a config.
         lost: What is lost of it in the others; empty if nothing is.
+
+    An example is at each role; `dims` in it is that of `Dims`. What the verb may name is in `hf_tokens.roles.SIGNALS`:
+
+    >>> from hf_tokens.roles import SIGNALS
+    >>> SIGNALS["layer"]
+    'index of the block in its stream, int'
     """
 
     role: ClassVar[str]

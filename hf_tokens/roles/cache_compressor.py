@@ -27,6 +27,13 @@ class Folded(NamedTuple):
         index: Entries that change, (b k r); -1 stands for none.
         keys, values: What they become, (b k r e); None leaves the values.
         sizes: How many tokens each entry stands for, (b k n); None leaves that.
+
+    The first entry of one head takes in the others:
+
+    >>> keys, values = torch.arange(3.0).view(1, 1, 3, 1), torch.ones(1, 1, 3, 1)
+    >>> folded = Folded(torch.zeros(1, 1, 1, dtype=torch.long), keys.mean(2, keepdim=True), values.mean(2, keepdim=True))
+    >>> folded.keys.item()
+    1.0
     """
 
     index: Tensor
@@ -43,6 +50,13 @@ class Holding(NamedTuple):
         scale: Factor on each channel of the keys, (b k e), before they are packed; they are divided by it when they are read. Or None.
         kept: Formats of the keys and values that stay; None leaves them as they are.
         early: Entries that are put into the formats `kept` before any others are stored, (b k n) bool; None: those that stay.
+
+    Keys and values beyond the budget in two bits, the others as they are:
+
+    >>> packed = Quantized(bits=2, width=8, group=4)
+    >>> holding = Holding(keys=packed, values=packed)
+    >>> holding.kept is None
+    True
     """
 
     keys: KVFormat
@@ -54,7 +68,11 @@ class Holding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SlackConfig(MethodConfig):
-    """Config of a method whose heads may hold more than their budget for a while."""
+    """Config of a method whose heads may hold more than their budget for a while.
+
+    >>> SlackConfig(slack=16).slack
+    16
+    """
 
     slack: int = option(0, ge=0, help="Entries above its budget that a head may hold while decoding; then all of these leave at once.")
 
@@ -65,6 +83,16 @@ class CacheCompressor(Method):
     The others are dropped; before that, `fold` may let the ones that stay take them in. A method that defines `hold` drops none, and one
     that defines `divide` gives each key head a number of its own, by the scores of all in its block. Entries above
     the budget may wait while decoding, and leave at once, where its config is a `SlackConfig`: that takes less time.
+
+    >>> class Newest(CacheCompressor):
+    ...     chunks = False
+    ...     def score(self, newer):
+    ...         return -newer.float()
+    ...     def budget(self, length, seen):
+    ...         return allowance(length, seen, capacity=2, budget=None)
+    >>> newest = Newest(MethodConfig(), dims)
+    >>> newest.score(torch.tensor([[2, 1, 0]])).topk(newest.budget(3, 3)).indices
+    tensor([[2, 1]])
     """
 
     role, verb, counts, causal, decodes = "CacheCompressor", "score", "cache", True, False

@@ -41,6 +41,10 @@ def option(
         size: Whether it only sets how large the adapter is, so that a tiny model may do with less.
         example: A value to try the method with, where the default is for the user to fill in.
         was: Defaults of earlier versions of the method, each by the last version that had it: what their files leave unsaid.
+
+    >>> field = option(0.5, ge=0, lt=1, zero=0.0, help="Share of the tokens that vanish (s).")
+    >>> interval(field.metadata)
+    '[0, 1)'
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "free": free or None, "zero": zero, "size": size or None}
     bounds |= {"example": example, "was": was}
@@ -111,6 +115,12 @@ class MethodConfig:
 
     `register` gives each subclass its `method` name and `version`. Two knobs are common to all methods: `layers` and `stream`. A config is
     a `peft.PeftConfig` as well: `peft.get_peft_model(model, FTPConfig())` and TRL's `peft_config=FTPConfig()` take it as an adapter of one.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class ShareConfig(MethodConfig):
+    ...     share: float = option(0.5, ge=0, lt=1, zero=0.0, help="Share of the tokens that vanish (s).")
+    >>> ShareConfig(share=0.25).at_zero()
+    ShareConfig(layers=None, stream=None, share=0.0)
     """
 
     method: ClassVar[str]

@@ -19,6 +19,13 @@ class FeatureCache(Method):
 
     Class attributes:
         leads: Its first block is no part of the stack, and always runs.
+
+    >>> class EveryOtherStep(FeatureCache):
+    ...     site = "block"
+    ...     def reuse(self, hidden, step):
+    ...         return None if step % 2 == 0 else torch.zeros(len(hidden), 0, dtype=torch.long)
+    >>> [EveryOtherStep(MethodConfig(), dims).reuse(torch.ones(1, 3, 4), step) is None for step in range(3)]
+    [True, False, True]
     """
 
     role, verb, counts, kinds, moves_tokens = "FeatureCache", "reuse", "computed", ("denoiser",), False

@@ -18,6 +18,13 @@ class Objective(Method):
     It stands in one block, so that it is saved and switched like any method, but touches no token: the model's outputs stay as they are. A
     text model's objective is called behind each forward that has labels; a denoiser's by `hf_tokens.objective_loss`. An objective need not
     know of accumulation: the engine lets each batch count by its share of the optimizer step.
+
+    >>> class Unsure(Objective):
+    ...     kinds, causal, needs_head = ("text",), True, True
+    ...     def loss(self, logps, labels):
+    ...         return (logps.exp() * (labels != -100)).mean()
+    >>> Unsure(MethodConfig(), dims).loss(torch.zeros(1, 2), torch.tensor([[7, -100]]))
+    tensor(0.5000)
     """
 
     role, verb, moves_tokens, packed, in_block, exports = "Objective", "loss", False, True, False, True

@@ -17,6 +17,12 @@ class Pooler(Method):
     The site is where they are read: at `stream` one vector is given to all that reads the stream, the model's own head among it; at
     `output` a few are returned to the caller, in the place of `last_hidden_state`. One that defines `ask` may let tokens of its own read
     the others in the last block; no other token sees them.
+
+    >>> class Mean(Pooler):
+    ...     def pool(self, hidden, mask):
+    ...         return (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    >>> Mean(MethodConfig(), dims).pool(torch.ones(1, 3, 4), torch.tensor([[True, True, False]]))
+    tensor([[1., 1., 1., 1.]])
     """
 
     role, verb, counts, site, sites, further = "Pooler", "pool", "pooled", "stream", ("stream", "output"), ("examine", "ask")

@@ -12,7 +12,14 @@ from .config import MethodConfig
 
 
 class TokenRouter(Method):
-    """Which tokens run a `block`, or its `mlp`; the rest skip it."""
+    """Which tokens run a `block`, or its `mlp`; the rest skip it.
+
+    >>> class Half(TokenRouter):
+    ...     def route(self, positions):
+    ...         return (positions % 2 == 0).float()
+    >>> Half(MethodConfig(), dims).route(torch.arange(4)[None])
+    tensor([[1., 0., 1., 0.]])
+    """
 
     role, verb, counts, site, sites = "TokenRouter", "route", "routed", "block", ("block", "mlp")
     saves = "FLOPs of blocks"
@@ -28,7 +35,14 @@ class TokenRouter(Method):
 
 
 class LayerRouter(Method):
-    """How often a sample runs a block."""
+    """How often a sample runs a block.
+
+    >>> class Skip(LayerRouter):
+    ...     def route(self, mask, layer):
+    ...         return torch.full((len(mask),), float(layer != 2))
+    >>> Skip(MethodConfig(), dims).route(torch.ones(2, 5, dtype=torch.bool), layer=2)
+    tensor([0., 0.])
+    """
 
     role, verb, counts = "LayerRouter", "route", "run"
     saves = "FLOPs of blocks"
@@ -44,7 +58,14 @@ class LayerRouter(Method):
 
 
 class ModelRouter(Method):
-    """Which of two models emits the next token: it sits in the small one, and `route_to` brings the large one."""
+    """Which of two models emits the next token: it sits in the small one, and `route_to` brings the large one.
+
+    >>> class Unsure(ModelRouter):
+    ...     def route(self, logits):
+    ...         return logits.softmax(dim=-1).amax(dim=-1) < 0.5
+    >>> Unsure(MethodConfig(), dims).route(torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]))
+    tensor([[False,  True]])
+    """
 
     role, verb, causal, kinds, moves_tokens, needs_head, packed = "ModelRouter", "route", True, ("text",), False, True, True
     saves = "tokens of the large model"

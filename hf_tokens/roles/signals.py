@@ -1,4 +1,10 @@
-"""The signals that a verb may name as its arguments, and where each may be named."""
+"""The signals that a verb may name as its arguments, and where each may be named.
+
+>>> SIGNALS["mask"]
+'tokens (for a CacheCompressor: entries) that are real, neither padding nor filler, (b m) bool'
+>>> "logits" in SIGNALS and "logits" not in OF_THE_CACHE  # a compressor looks at no head
+True
+"""
 
 from __future__ import annotations
 

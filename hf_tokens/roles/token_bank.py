@@ -30,6 +30,15 @@ class TokenBank(Method):
 
     At the site `input` a method may define four more words: `follow` returns behind which tokens they go, `shift` how far tokens have moved
     on by them, `attend` how the attention of each block that it sits in reads them and all others, `conclude` what has become of them.
+
+    >>> class Prompt(TokenBank):
+    ...     def __init__(self, config, dims):
+    ...         super().__init__(config, dims)
+    ...         self.bank = torch.nn.Parameter(torch.zeros(2, dims.width))
+    ...     def tokens(self):
+    ...         return self.bank
+    >>> Prompt(MethodConfig(), dims).tokens().shape
+    torch.Size([2, 4])
     """
 
     role, verb, counts, site, sites = "TokenBank", "tokens", "inserted", "block", ("input", "block", "query", "embedding", "prompt")

@@ -17,6 +17,12 @@ class TokenReducer(Method):
     At the site `sublayer` it is for the time of the block's `parts` only: each token keeps its own residual, and gets what its slot got.
     There and in the middle the verb is called without gradients: the map is a decision, and what it joins has the gradient.
     One that `spans` shortens the stream from its first block to its last, which must follow each other; `regain` returns what they become.
+
+    >>> class EveryOther(TokenReducer):
+    ...     def assign(self, positions):
+    ...         return TokenMap.select(positions % 2 == 0)
+    >>> EveryOther(MethodConfig(), dims).assign(torch.arange(6)[None]).source
+    tensor([[0, 2, 4]])
     """
 
     role, verb, counts, site, sites = "TokenReducer", "assign", "kept", "after", ("before", "middle", "after", "sublayer")

@@ -26,6 +26,14 @@ class TextWords:
         counts: How many tokens of the budget each word is, (b w).
         share: Share of its chunk that stays, (b).
         text: The text whose chunk it is, (b): one that may go as a whole, or -1.
+
+    Two words of one text, the second of two tokens:
+
+    >>> words = torch.ones(1, 2, dtype=torch.bool)
+    >>> none, all_ = torch.full((1, 2), -1), torch.ones(1, 2, dtype=torch.long)
+    >>> text = TextWords(torch.tensor([[0, 1, 1]]), torch.zeros(1, 3).bool(), words, none, all_, torch.tensor([0.5]), torch.tensor([-1]))
+    >>> int(text.real.sum())
+    2
     """
 
     of: Tensor
@@ -42,6 +50,14 @@ class TokenScorer(Method):
 
     A forward of the model is as without it. `share` of the tokens stay where a text names no share of its own; the model reads chunks of
     `chunk` tokens. One that `chooses` lets some of several texts go as a whole.
+
+    >>> class Sure(TokenScorer):
+    ...     def score(self, logits):
+    ...         return logits.softmax(dim=-1)[..., 1]
+    ...     def keep(self, scores, words):
+    ...         return words.real
+    >>> Sure(MethodConfig(), dims).score(torch.zeros(1, 2, 2))
+    tensor([[0.5000, 0.5000]])
     """
 
     role, verb, moves_tokens, needs_head, packed, in_block, exports = "TokenScorer", "score", False, True, True, False, True

@@ -23,6 +23,12 @@ class WeightEdit(Method):
     Class attributes:
         groups: Names of the groups of data that the verb needs.
         maybe: Names of those that it can do without.
+
+    >>> class Halve(WeightEdit):
+    ...     def edit(self, weights):
+    ...         return {name: weight / 2 for name, weight in weights.items()}
+    >>> Halve(MethodConfig(), dims).edit({"layers.0.q_proj.weight": torch.ones(1, 2)})
+    {'layers.0.q_proj.weight': tensor([[0.5000, 0.5000]])}
     """
 
     role, verb, moves_tokens, packed, in_block, exports = "WeightEdit", "edit", False, True, False, True

@@ -80,6 +80,17 @@ class TokenMap:
         reads: Slot from which each token comes back behind a span of blocks, -1 for one of an earlier pass, (b n); None if its own.
         loses: Whether a token may vanish.
         gone: Tokens that join another or vanish in each row, if they are known to be as many and none is special or padding; None else.
+
+    Of four tokens the last joins the first, and each reads what its slot became:
+
+    >>> merged = TokenMap.merge(4, src=torch.tensor([[3]]), dst=torch.tensor([[0]]))
+    >>> merged.slot, merged.m
+    (tensor([[0, 1, 2, 0]]), 3)
+    >>> x = torch.tensor([[[1.0], [2.0], [3.0], [5.0]]])
+    >>> merged.restore(merged.mean(x), before=x).flatten()
+    tensor([3., 2., 3., 3.])
+    >>> merged.then(TokenMap.keep(3, torch.tensor([[1, 2]]))).slot
+    tensor([[-1,  0,  1, -1]])
     """
 
     slot: Tensor

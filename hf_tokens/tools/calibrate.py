@@ -15,7 +15,9 @@ from ..errors import UnsupportedError, explain
 from ..roles.base import Method
 from ..roles.config import MethodConfig
 from ..roles.registry import method_config
+from .progress import track
 from .surgeries import blocks_in, evaluated, instances, models_in, surgeries_of
+from .undo import AllOrNothing
 
 
 class Findings(Listener):
@@ -45,7 +47,7 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
         The JSON form of every method that changed, by its key; of two denoisers, behind the denoiser's name.
 
     Raises:
-        UnsupportedError: There is no batch, or the adapter is not active.
+        UnsupportedError: There is no batch, or the adapter is not active. After this or an interrupt the model is as it was.
     """
     surgeries, models, changed = surgeries_of(model), models_in(model), {}
     batches = list(batches)
@@ -57,18 +59,19 @@ def calibrate(model: Any, batches: Iterable[dict[str, Any]], adapter_name: str =
         raise UnsupportedError(explain(rule, repr(adapter_name), "Switch to it with `set_adapter`."))
     more = {} if all(surgery.is_denoiser for surgery in surgeries.values()) else {"use_cache": True}
     findings = {name: Findings(adapter_name) for name in surgeries}
-    with contextlib.ExitStack() as around:
-        for name, surgery in surgeries.items():
-            around.enter_context(evaluated(models[name]))
-            around.enter_context(surgery.listening(findings[name]))
-        for batch in batches:
-            model(**{**batch, **more})
-    for name, found in findings.items():
-        for key, records in found.records.items():
-            method = next(m for m in surgeries[name].methods() if m.key == key)
-            changed[name, key] = type(method).calibrate(method.config, records)
-    for (name, key), config in changed.items():
-        rewrite(models[name], key, config)
+    with AllOrNothing(models.values()):
+        with contextlib.ExitStack() as around:
+            for name, surgery in surgeries.items():
+                around.enter_context(evaluated(models[name]))
+                around.enter_context(surgery.listening(findings[name]))
+            for batch in track(batches, "calibrate"):
+                model(**{**batch, **more})
+        for name, found in findings.items():
+            for key, records in found.records.items():
+                method = next(m for m in surgeries[name].methods() if m.key == key)
+                changed[name, key] = type(method).calibrate(method.config, records)
+        for (name, key), config in changed.items():
+            rewrite(models[name], key, config)
     return {f"{name}.{key}" if len(models) > 1 else key: config.to_dict() for (name, key), config in changed.items()}
 
 
@@ -85,8 +88,9 @@ def set_method(model: Any, config: MethodConfig, adapter_name: str = "default") 
     """
     surgeries, models, config = surgeries_of(model), models_in(model), method_config(config)
     keys = {name: check_config(models[name], config, adapter_name) for name in surgeries}
-    for name, key in keys.items():
-        rewrite(models[name], key, config)
+    with AllOrNothing(models.values()):
+        for name, key in keys.items():
+            rewrite(models[name], key, config)
 
 
 def check_config(model: nn.Module, config: MethodConfig, adapter_name: str) -> str:
@@ -118,19 +122,9 @@ def rewrite(model: nn.Module, key: str, config: MethodConfig) -> None:
     """Write a method's config into all its instances and into the adapter's config."""
     adapter_name, slot = key.rsplit(".", 1)
     methods = [method for method in instances(model, adapter_name) if method.key == key]
-    before = methods[0].config
-    try:
-        give(model, methods, config)
-    except UnsupportedError:
-        give(model, methods, before)
-        raise
-    stack = model.peft_config[adapter_name].methods
-    stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = config.to_dict()
-
-
-def give(model: Any, methods: list[Method], config: MethodConfig) -> None:
-    """Give methods another config, and the blocks the hooks that it needs."""
     for method in methods:
         method.reconfigure(config)
     for block in blocks_in(model):
         block.renew()
+    stack = model.peft_config[adapter_name].methods
+    stack[[i for i, m in enumerate(stack) if m["method"] != "peft"][int(slot)]] = config.to_dict()

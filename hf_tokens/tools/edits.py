@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ..engine.block import BlockSurgery
 from ..engine.hooks import hooked
@@ -22,7 +21,9 @@ from ..model.parts import OUTSIDE, Place
 from ..model.signatures import bound_arguments
 from ..roles.weight_edit import WeightEdit
 from ..tokens.token_map import in_float32
+from .progress import track
 from .surgeries import blocks_in, evaluated, models_in, surgeries_of
+from .undo import AllOrNothing, Undo
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 Batch = dict[str, Any] | str
@@ -58,7 +59,7 @@ class EditedWeight:
 def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | None = None) -> Moved:
     """Find the closed-form edits of an adapter on data, in the order of its stack; those that were found before are found anew.
 
-    Those of a pipeline's two denoisers are found for each, on the same data: for both, or after an error for none.
+    Those of a pipeline's two denoisers are found for each, on the same data. After an error or an interrupt all is as it was.
 
     Args:
         model: A PeftModel or pipeline with a surgery. It runs as it is, without the edits that are to be found.
@@ -79,10 +80,8 @@ def edit(model: Any, data: Groups, adapter_name: str = "default", loss: Loss | N
     methods = {name: check_edits(sites, adapter_name, data) for name, sites in weights.items()}
     batches = {name: list(group) if iter(group) is group else group for name, group in data.items()}
     moved = {}
-    with contextlib.ExitStack() as undone:
+    with AllOrNothing(models.values(), noted_now(methods.values())):
         for name, surgery in surgeries.items():
-            if len(models) > 1:
-                undone.enter_context(noted_or_not(methods[name]))
             found = find_edits(partial(run_batch, model, models[name]), models[name], surgery, weights[name], batches, loss)
             moved |= {f"{name}.{key}" if len(models) > 1 else key: changes for key, changes in found.items()}
     return moved
@@ -113,16 +112,15 @@ def check_edits(weights: list[EditedWeight], adapter_name: str, data: Groups) ->
     return list({id(site.method): site.method for site in weights}.values())
 
 
-@contextlib.contextmanager
-def noted_or_not(methods: list[WeightEdit]) -> Iterator[None]:
-    """Edits hold what they held after an error."""
-    before = [(method, method.noted()) for method in methods]
-    try:
-        yield
-    except BaseException:
+def noted_now(methods: Iterable[list[WeightEdit]]) -> Undo:
+    """What lets edits hold what they hold now."""
+    before = [(method, method.noted()) for several in methods for method in several]
+
+    def undo() -> None:
         for method, changes in before:
             method.note(changes)
-        raise
+
+    return undo
 
 
 def find_edits(run: Run, model: nn.Module, surgery: ModelSurgery, weights: list[EditedWeight], batches: Groups, loss: Loss | None) -> Moved:
@@ -192,7 +190,7 @@ def relative_change(change: Tensor, weight: Tensor) -> float:
 def batches_of(group: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of a group, with a bar where they take long; refused where there is none."""
     count = 0
-    for batch in logging.tqdm(batches, desc=group, delay=5):
+    for batch in track(batches, f"edit: {group}"):
         count += 1
         yield batch
     if not count:

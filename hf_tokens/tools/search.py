@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError, explain
+from .progress import track
 
 Shares = tuple[float, ...]
 Path = tuple[int, ...]
@@ -67,7 +68,8 @@ def search_shares(
     known: dict[Shares, float] = {}
     living = [start, *(mutated(start) for _ in range(population - 1))]
     for generation in range(generations + 1):
-        known.update({shares: fitness(shares) for shares in living if shares not in known})
+        new = [shares for shares in dict.fromkeys(living) if shares not in known]
+        known.update({shares: fitness(shares) for shares in track(new, f"search: generation {generation} of {generations}")})
         living = sorted(dict.fromkeys(living), key=known.__getitem__)[: max(2, population // 2)]
         if generation < generations:
             living += [mutated(blend(draw.choice(living), draw.choice(living), draw)) for _ in range(population - len(living))]
@@ -140,7 +142,7 @@ def search_path(
         return Node(path, parent, untried=new)
 
     root = node = grown(start, None)
-    for _ in range(simulations):
+    for _ in track(range(simulations), "search: paths"):
         while node.children and (not node.untried or len(node.children) > math.sqrt(node.visits)):
             likely = max(node.children, key=lambda child: child.worth(exploration, penalty))
             node = draw.choice(node.children) if draw.random() < chance else likely

@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.utils import logging
 
 from ..errors import UnsupportedError, explain
 from ..model.anatomy import image_tokens
@@ -23,6 +22,8 @@ from ..roles.config import MethodConfig
 from ..roles.registry import method_config, method_info
 from ..roles.vocabulary_edit import VocabularyEdit
 from ..tokens.token_map import in_float32
+from .progress import track
+from .undo import AllOrNothing
 
 CHUNK = 1024  # rows that are made at once
 ROLES = {"bos": ("bos", "cls"), "eos": ("eos", "sep"), "cls": ("cls", "bos"), "sep": ("sep", "eos"), "pad": ("pad",), "unk": ("unk",)}
@@ -79,7 +80,8 @@ def transplant(
         What was done. The model saves by `save_pretrained` like any other, beside the donor's tokenizer.
 
     Raises:
-        UnsupportedError: The model is no plain one with a vocabulary of its own, or the tokenizers share no token.
+        UnsupportedError: The model is no plain one with a vocabulary of its own, or the tokenizers share no token. After this or an
+            interrupt the model is as it was.
     """
     config = method_config(method)
     info = method_info(config.method, config.version)
@@ -93,20 +95,21 @@ def transplant(
     known = torch.zeros(size, dtype=torch.bool)
     known[torch.cat([donor_ids, torch.tensor(list(roles), dtype=torch.long)])] = True
     unseen = (~known).nonzero().flatten()
-    for group in {False, True} if donor_head is not None else {False}:
-        chosen = [table for table in tables if donor_head is None or table.head == group]
-        space = in_float32((donor_head if group else donor_embeddings).detach())
-        own = torch.cat([in_float32(table.rows.detach()) for table in chosen], dim=1)  # all that are made from one space, at once: v d
-        made = own.new_empty(size, own.shape[1])
-        made[donor_ids.to(own.device)] = own[base_ids.to(own.device)]
-        for donor, base in roles.items():
-            made[donor] = own[base]
-        anchors = {"anchors": own[base_ids], "donor_anchors": space[donor_ids].to(own.device)}
-        for ids in logging.tqdm(unseen.split(CHUNK), desc="rows", delay=5):
-            made[ids] = call(edit, {**anchors, "donor_rows": space[ids].to(own.device)})
-        for table, part in zip(chosen, made.split([table.rows.shape[1] for table in chosen], dim=1), strict=True):
-            replace(done, table, part)
-    resize(done, size, tokenizer, donor_tokenizer, dict(zip(base_ids.tolist(), donor_ids.tolist(), strict=True)))
+    with AllOrNothing((), done.undo):
+        for group in {False, True} if donor_head is not None else {False}:
+            chosen = [table for table in tables if donor_head is None or table.head == group]
+            space = in_float32((donor_head if group else donor_embeddings).detach())
+            own = torch.cat([in_float32(table.rows.detach()) for table in chosen], dim=1)  # all that are made from one space, at once: v d
+            made = own.new_empty(size, own.shape[1])
+            made[donor_ids.to(own.device)] = own[base_ids.to(own.device)]
+            for donor, base in roles.items():
+                made[donor] = own[base]
+            anchors = {"anchors": own[base_ids], "donor_anchors": space[donor_ids].to(own.device)}
+            for ids in track(unseen.split(CHUNK), "transplant: rows"):
+                made[ids] = call(edit, {**anchors, "donor_rows": space[ids].to(own.device)})
+            for table, part in zip(chosen, made.split([table.rows.shape[1] for table in chosen], dim=1), strict=True):
+                replace(done, table, part)
+        resize(done, size, tokenizer, donor_tokenizer, dict(zip(base_ids.tolist(), donor_ids.tolist(), strict=True)))
     return done
 
 

@@ -1,42 +1,37 @@
-"""`pair` runs a test with every method on every architecture that takes it, `talker` with those of them that generate text, and so on;
-`host` is `pair` for what hardly depends on where in a model the method acts.
-
-`selection.py` says on which architectures; `make contract` takes all of them.
+"""The contract over all methods: `hf_tokens/testing/contract/cases.py` says what a check is given, `selection.py` which architectures a
+method meets in it; `make contract` takes all of them.
 """
 
 import pytest
-from contract.pairs import PAIRS, Pair, planned, refused
+import torch
+from contract.pairs import METHODS, PAIRS, one_of_each_role, with_pictures
 from contract.selection import library, streams, thin
 from lots import ALL
 
-from hf_tokens.peft.publishing import CardDoor
+from hf_tokens.testing.contract.cases import SINGLE, parametrize, prepare_check
+from hf_tokens.testing.contract.pairs import ContractPair
 
-FIXTURES = {
-    "any_pair": lambda pair: True,
-    "pair": lambda pair: planned(pair) is None,
-    "host": lambda pair: planned(pair) is None,
-    "talker": lambda pair: planned(pair) is None and pair.row.generates,
-    "objective": lambda pair: planned(pair) is None and pair.info.role == "Objective",
-    "padded_objective": lambda pair: planned(pair) is None and pair.info.role == "Objective" and not pair.row.timesteps,
-    "padded_talker": lambda pair: planned(pair) is None and pair.row.generates and "left" in pair.row.pads,
-}
 PLACES = {pair: i for i, pair in enumerate(PAIRS)}
+COMPILED = 2  # blocks for which a piece of code is compiled anew; the others run as they are
 
 
 def pytest_generate_tests(metafunc):
-    for name, takes in FIXTURES.items():
-        if name in metafunc.fixturenames:
-            sides = "side" in metafunc.fixturenames
-            pairs = [pair for pair in PAIRS if takes(pair)]
-            pairs = pairs if ALL else thin(metafunc.function.__name__, pairs, kinds_of(name))
-            cases = [(pair, side) for pair in pairs for side in (pair.row.pads if sides else ("",))]
-            ids = [f"{pair.method}-{pair.architecture}{side and '-' + side}" for pair, side in cases]
-            names = [name, "side"] if sides else [name]
-            metafunc.parametrize(names, [case if sides else case[:1] for case in cases], ids=ids, indirect=[name])
+    parametrize(metafunc, METHODS, chosen)
 
 
-def kinds_of(fixture):
-    return library if fixture == "host" else streams
+def chosen(check, argument, pairs):
+    if argument == SINGLE:
+        return with_pictures() if "raises" in check else one_of_each_role()
+    return pairs if ALL else thin(check, pairs, kinds_of(argument))
+
+
+def kinds_of(argument):
+    return library if argument == "host" else streams
+
+
+def pytest_itemcollected(item):
+    if vars(item.function).get("drawn"):
+        item.add_marker("drawn")
 
 
 def pytest_collection_modifyitems(items):
@@ -49,51 +44,18 @@ def pytest_collection_modifyitems(items):
 def pair_of(item):
     """The pair that a check runs with; None for another test."""
     cases = vars(item).get("callspec")
-    return None if cases is None else next((value for value in cases.params.values() if isinstance(value, Pair)), None)
+    return None if cases is None else next((value for value in cases.params.values() if isinstance(value, ContractPair)), None)
 
 
 @pytest.fixture(autouse=True)
-def no_card(monkeypatch):
-    """Nothing here reads the card that is written at each save; `tests/hub` does."""
-    monkeypatch.setattr(CardDoor, "__call__", lambda *_: None)
+def prepared(request, monkeypatch):
+    prepare_check(request, monkeypatch)
 
 
-def accepted(pair):
-    if reason := refused(pair):
-        pytest.skip(f"un-skip when the engine takes this pair: {reason}")
-    return pair
-
-
-@pytest.fixture
-def any_pair(request):
-    return request.param
-
-
-@pytest.fixture
-def pair(request):
-    return accepted(request.param)
-
-
-@pytest.fixture
-def host(request):
-    return accepted(request.param)
-
-
-@pytest.fixture
-def talker(request):
-    return accepted(request.param)
-
-
-@pytest.fixture
-def objective(request):
-    return accepted(request.param)
-
-
-@pytest.fixture
-def padded_objective(request):
-    return accepted(request.param)
-
-
-@pytest.fixture
-def padded_talker(request):
-    return accepted(request.param)
+@pytest.fixture(autouse=True)
+def compiles_little(request):
+    if ALL or "compiled" not in request.node.name:
+        yield
+        return
+    with torch._dynamo.config.patch(recompile_limit=COMPILED):
+        yield

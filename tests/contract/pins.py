@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract.pairs import METHODS, PAIRS, Pair, cast, mildest, planned, refused, tiny
+from contract.pairs import METHODS, PAIRS, PUBLISHED
 from lots import lot
 from torch import Tensor, nn
 
 from hf_tokens.roles.config import MethodConfig
 from hf_tokens.roles.registry import method_config
-from hf_tokens.testing import probe
+from hf_tokens.testing.contract.configs import tiny_config
+from hf_tokens.testing.contract.pairs import ContractPair, cast, mildest, planned, refused
 
 FOLDER = Path(__file__).parent / "pins"
-PUBLISHED = [name for name, info in METHODS.items() if info.cls.__module__ != probe.__name__]
 DIGITS, TENSORS = 6, 4
 SINGLE = ("mixtral",)  # torch multiplies grouped matrices in no double precision
 Pin = dict[str, Any]
@@ -64,15 +64,15 @@ def starts(model: nn.Module) -> dict[str, list]:
     return {name: [len(found[name]), list(found[name][0].shape), *moments] for name, moments in spread.items()}
 
 
-def outcome(pair: Pair, model: nn.Module) -> list[float]:
+def outcome(pair: ContractPair, model: nn.Module) -> list[float]:
     """The numbers of what a model puts out, in double precision; of an objective's model its loss."""
     model, inputs = model.double(), cast(pair.inputs, torch.float64)
     return numbers([pair.loss(model.train(), inputs).detach()] if pair.info.role == "Objective" else pair.run(model, inputs))
 
 
-def example(pair: Pair, version: int, config: MethodConfig, size: float) -> dict[str, Any]:
+def example(pair: ContractPair, version: int, config: MethodConfig, size: float) -> dict[str, Any]:
     """Where the parameters of the version's defaults start, and what a config that does something makes of a tiny model."""
-    default = tiny(pair.info.config, **pair.info.config.defaults_of(version))
+    default = tiny_config(pair.info.config, **pair.info.config.defaults_of(version))
     return {
         "starts": starts(pair.attach(config=default, stirred=False)),
         "outputs": outcome(pair, pair.attach(config=config, size=size)),
@@ -80,7 +80,7 @@ def example(pair: Pair, version: int, config: MethodConfig, size: float) -> dict
     }
 
 
-def home(name: str) -> Pair | None:
+def home(name: str) -> ContractPair | None:
     """The pair on which a method is pinned; None for one that a door of its own applies."""
     taken = [p for p in PAIRS if p.method == name and p.architecture not in SINGLE and planned(p) is None]
     taken = sorted(taken, key=lambda pair: (len(pair.row.streams), lot(name, pair.architecture)))
@@ -102,7 +102,7 @@ def again(name: str, pinned: Pin) -> Pin:
     made = {"version": pinned["version"], "defaults": defaults(METHODS[name].config, pinned["version"])}
     if "architecture" not in pinned:
         return made
-    pair, config = Pair(name, pinned["architecture"]), method_config(pinned["config"])
+    pair, config = ContractPair(name, pinned["architecture"]), method_config(pinned["config"])
     return (
         made | {key: pinned[key] for key in ("architecture", "config", "stir")} | example(pair, pinned["version"], config, pinned["stir"])
     )

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from contract.architectures import ARCHITECTURES, BATCH, PADS, built, fresh
-from contract.pairs import difference, snapshot
-from tolerances import all_close
 
 from hf_tokens import anatomy
+from hf_tokens.testing.contract.architectures import ARCHITECTURES, BATCH, PADS, built, fresh
+from hf_tokens.testing.contract.snapshots import difference, snapshot
+from hf_tokens.testing.tolerances import all_close
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -6,10 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from contract.conftest import FIXTURES, kinds_of
-from contract.pairs import PAIRS, planned
+from contract.conftest import kinds_of
+from contract.pairs import PAIRS
 from contract.selection import is_probe, own, pool
 from contract.selection import thin as thinned
+
+from hf_tokens.testing.contract.cases import PAIR_ARGUMENTS
+from hf_tokens.testing.contract.pairs import planned
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 MODULES = [importlib.import_module(f"contract.{path.stem}") for path in FILES if path.stem != "test_selection"]
@@ -17,13 +20,13 @@ CHECKS = {
     name: fixture
     for module in MODULES
     for name, check in inspect.getmembers(module, inspect.isfunction)
-    for fixture in FIXTURES.keys() & inspect.signature(check).parameters.keys()
+    for fixture in PAIR_ARGUMENTS.keys() & inspect.signature(check).parameters.keys()
     if name.startswith("test_")
 }
 
 
 def whole(check):
-    return [pair for pair in PAIRS if FIXTURES[CHECKS[check]](pair)]
+    return [pair for pair in PAIRS if PAIR_ARGUMENTS[CHECKS[check]](pair)]
 
 
 def thin(check):
@@ -31,7 +34,7 @@ def thin(check):
 
 
 def test_the_checks_are_found():
-    assert set(CHECKS.values()) == FIXTURES.keys() and len(CHECKS) > 20
+    assert set(CHECKS.values()) == PAIR_ARGUMENTS.keys() and len(CHECKS) > 20
 
 
 @pytest.mark.parametrize("check", CHECKS)

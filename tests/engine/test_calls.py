@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from contract.pairs import difference, snapshot, tiny
 from tolerances import all_close, all_equal, close
 from transformers import DynamicCache
 
@@ -15,6 +14,8 @@ from hf_tokens.model.parts import checks_mask
 from hf_tokens.model.signatures import cache_argument
 from hf_tokens.model.streams import axes
 from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing.contract.configs import tiny_config
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
 CARRYING = """
@@ -145,7 +146,7 @@ def test_every_method_takes_parallel_streams_or_is_refused(family):
     specimen, refused = zoo.build(family), []
     for info in list_methods():
         try:
-            model = get_token_model(specimen.model, [tiny(info.config)])
+            model = get_token_model(specimen.model, [tiny_config(info.config)])
         except UnsupportedError as error:
             refused += [info.name] if "of one residual stream" in str(error) else []
             continue

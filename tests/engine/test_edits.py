@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contract.architectures import built
 from denoisers import stable_diffusion
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
@@ -32,6 +31,7 @@ from hf_tokens import (
 from hf_tokens.model.parts import block_weights
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.architectures import built
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contract.architectures import ARCHITECTURES
-from contract.pairs import difference, snapshot
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from tolerances import all_equal
@@ -19,6 +17,8 @@ from hf_tokens import AdapterError, ConfigError, HFTokensConfig, HFTokensError, 
 from hf_tokens.errors import did_you_mean, explain
 from hf_tokens.roles import registry
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.architectures import ARCHITECTURES
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
 WORDS = re.compile(r"(?s)^.+, got .+\. .+\.$")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from contract.architectures import BATCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import close
 
 from hf_tokens import TokenMap, UnsupportedError
 from hf_tokens.model.arguments import realign
+from hf_tokens.testing.contract.architectures import BATCH
 from hf_tokens.tokens.entries import Stored
 from hf_tokens.tokens.ledger import TokenLedger, hide
 

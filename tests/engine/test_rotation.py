@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from contract.pairs import difference, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -12,6 +11,7 @@ from hf_tokens.engine.block import BlockSurgery
 from hf_tokens.engine.rotation import BlockRotation, pattern
 from hf_tokens.model.rotations import STEADY, find_rotation
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 
 APART = "llama mixtral qwen3_moe gpt_oss gemma3_text gpt_neox phi stablelm persimmon falcon nemotron exaone4 smollm3".split()
 PAIRS = "cohere glm glm4v_text helium ernie4_5".split()

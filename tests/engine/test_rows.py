@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from contract.pairs import stir
 from held import ASKED, LENGTH, STEPS, ask, decoded, texts
 from tolerances import all_close, close
 
@@ -24,6 +23,7 @@ from hf_tokens import (
     get_token_model,
 )
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.parameters import stir
 
 STRONG = {
     "prefixkv": PrefixKVConfig(budget=0.5, distance=2),

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contract.pairs import difference, snapshot
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_tokens import MethodConfig, UnsupportedError, VocabularyEdit, get_token_model, register, transplant
 from hf_tokens.roles.registry import METHODS
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 from hf_tokens.tools.vocabulary import shared, surfaces
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from contract.pairs import stir
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
@@ -13,6 +12,7 @@ from tolerances import all_equal, differs
 import hf_tokens
 from hf_tokens import AdapterError, DeepPromptConfig, get_token_model
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.parameters import stir
 from hf_tokens.testing.probe import ProbeDropConfig
 
 REPO = "alice/surgery"

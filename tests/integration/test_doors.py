@@ -5,13 +5,13 @@ import types
 
 import pytest
 import torch
-from contract.pairs import Pair
 from peft import LoraConfig, get_peft_model
 from tolerances import all_equal, differs
 from transformers.generation import ContinuousBatchingConfig
 
 from hf_tokens import DeepPromptConfig, TransPruneConfig, UnsupportedError, get_token_model
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.pairs import ContractPair
 from hf_tokens.testing.probe import ProbeDropConfig
 from hf_tokens.tools.surgeries import surgery_of
 
@@ -68,7 +68,7 @@ def test_continuous_batching_is_the_base_s_own_behind_a_surgery():
 
 def test_a_forward_behind_a_call_that_broke_off_around_it_hears_its_own_inputs():
     """Another library's forward stands around ours, and the error comes from there."""
-    pair = Pair("transprune", "llava")
+    pair = ContractPair("transprune", "llava")
     model, fresh = pair.attach(config=TransPruneConfig(), stirred=False), pair.attach(config=TransPruneConfig(), stirred=False)
     base, ours = surgery_of(model).base, surgery_of(model).base.forward
 

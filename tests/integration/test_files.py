@@ -11,7 +11,6 @@ import time
 import gates
 import pytest
 import torch
-from contract.pairs import difference, snapshot
 from damage import ADAPTERS, FIRST, MAKERS, MORE, ODD, change, filled, held, killed_in, leaves, planted, without_digest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,6 +24,7 @@ from hf_tokens import AdapterError, ConfigError, DeepPromptConfig, HFTokensConfi
 from hf_tokens.peft.patterns import check_patterns
 from hf_tokens.peft.saving import ANNOUNCED
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig
 
 

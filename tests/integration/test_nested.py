@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import gates
 import pytest
 import torch
-from contract.pairs import difference, snapshot
 from peft import LoraConfig, PeftModel, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -16,6 +15,7 @@ import hf_tokens
 from hf_tokens import HFTokensConfig, UnsupportedError, get_token_model
 from hf_tokens.peft.nested import BEYOND_LAYERS, check_nested
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 from hf_tokens.testing.probe import ProbeInsertConfig
 
 KINDS = {str(kind.value): tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if issubclass(tuner, BaseTuner)}

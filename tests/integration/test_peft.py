@@ -9,8 +9,6 @@ from pathlib import Path
 import gates
 import pytest
 import torch
-from contract.architectures import ARCHITECTURES
-from contract.pairs import difference, snapshot, stir
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, mapping
 from tolerances import all_equal
 
@@ -19,6 +17,9 @@ from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, HFTokensConfig, 
 from hf_tokens.engine.block import BlockSurgery
 from hf_tokens.roles.in_peft import PlainType
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.architectures import ARCHITECTURES
+from hf_tokens.testing.contract.parameters import stir
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 from hf_tokens.testing.probe import ProbeDropConfig, ProbeInsertConfig, probe_config
 
 

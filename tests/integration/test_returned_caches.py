@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from contract.pairs import stir
 from tolerances import close
 
 from hf_tokens import DeepPromptConfig, DrLLMConfig, H2OConfig, KIVIConfig, MiKVConfig, RandomConfig, UnsupportedError, get_token_model
 from hf_tokens.model import families
 from hf_tokens.testing import CACHE, zoo
+from hf_tokens.testing.contract.parameters import stir
 
 # whether the cache of the decoder comes back as rows of keys, or not at all, as more is known of it
 CASES = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.pairs import METHODS, tiny
+from contract.pairs import METHODS
 from peft import LoraConfig
 from tolerances import all_equal, close
 from trainers import STACK, OwnLoss, data, losses, model, trained, trainer
@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 import hf_tokens
 from hf_tokens import CAFTConfig, FTPConfig, VQTConfig, aux_loss, get_token_model, set_progress
 from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing.contract.configs import tiny_config
 from hf_tokens.tools.surgeries import surgery_of
 
 
@@ -179,7 +180,7 @@ WITH_STATE = ["ftp", "dr-llm", "token-prepending", "moe-plus-plus", "apt", "caft
 
 @pytest.mark.parametrize("method", WITH_STATE)
 def test_a_training_that_was_killed_goes_on_to_the_bit(tmp_path, method):
-    stack = lambda: model([tiny(METHODS[method].config), DROPPING])
+    stack = lambda: model([tiny_config(METHODS[method].config), DROPPING])
     saving = dict(save_strategy="steps", save_steps=1, lr_scheduler_type="linear", optim="adamw_torch", remove_unused_columns=False)
     whole = trainer(stack(), tmp_path / "whole", **saving)
     whole.train()

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from by_hand import batch, blocks, embed, gpt2, greedy, llama, lm_head, turned
-from contract.pairs import stir
 from largest import Largest
 from tolerances import close
 
@@ -22,6 +21,7 @@ from hf_tokens import (
 )
 from hf_tokens.handlers import token_bank as handler
 from hf_tokens.testing import CACHE, zoo
+from hf_tokens.testing.contract.parameters import stir
 
 IGNORED = -1
 SINGLE = {"rtol": 1e-4, "atol": 1e-6}  # a Llama's norms and tables are in single precision

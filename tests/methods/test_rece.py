@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from contract.architectures import built
 from torch import nn
 
 from hf_tokens import RECE, Dims, RECEConfig, UnsupportedError, edit, get_token_model
+from hf_tokens.testing.contract.architectures import built
 
 D = torch.float64
 

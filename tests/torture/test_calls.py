@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
-from contract.pairs import PAIRS as ALL_PAIRS
-from contract.pairs import PLACED, difference, found, one_of_each_role, planned, snapshot
-from contract.test_failures import PAIRS, residue
+from contract.pairs import PAIRS, PLACED, one_of_each_role, with_pictures
 from tolerances import all_equal
 
 from hf_tokens import UnsupportedError, get_token_model
 from hf_tokens.testing import probe_config, zoo
+from hf_tokens.testing.contract.checks.failures import residue
+from hf_tokens.testing.contract.pairs import found, planned
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 
 ERRORS = (
     *(KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError, KeyError, TypeError, OSError, Warning),
@@ -33,7 +34,7 @@ class Raising:
             raise self.error
 
 
-@pytest.mark.parametrize("one", PAIRS, ids=lambda one: f"{one.info.role}-{one.method}-{one.architecture}")
+@pytest.mark.parametrize("one", with_pictures(), ids=lambda one: f"{one.info.role}-{one.method}-{one.architecture}")
 def test_an_error_anywhere_is_its_own_and_the_next_call_is_right(one, amount, count):
     chance, model = random.Random(one.method), one.attach()
     want = one.run(model)
@@ -108,7 +109,7 @@ def test_cycles_of_attaching_and_taking_out_leave_nothing(one, amount, count):
     assert counts[1] - counts[0] <= 100, f"{counts[1] - counts[0]} objects more"
 
 
-PAIRS_OF = {method: [pair for pair in ALL_PAIRS if pair.method == method] for method in PLACED}
+PAIRS_OF = {method: [pair for pair in PAIRS if pair.method == method] for method in PLACED}
 HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 

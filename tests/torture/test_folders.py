@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
-from contract.architectures import built, fresh
-from contract.pairs import difference, snapshot
 from damage import ADAPTERS, FIRST, MORE, ODD, change, leaves, planted
 from peft import LoraConfig, PeftConfig, PeftModel
 
 import hf_tokens
 from hf_tokens import DeepPromptConfig, HFTokensError, get_token_model
+from hf_tokens.testing.contract.architectures import built, fresh
+from hf_tokens.testing.contract.snapshots import difference, snapshot
 from hf_tokens.testing.probe import ProbeInsertConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

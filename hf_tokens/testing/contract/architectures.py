@@ -15,12 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_tokens import objective_loss
-from hf_tokens.engine.block import BlockSurgery
-from hf_tokens.handlers.objective import objectives_of
-from hf_tokens.testing import zoo
+from ...api import objective_loss
+from ...engine.block import BlockSurgery
+from ...handlers.objective import objectives_of
+from .. import zoo
+from ..zoo_rules import BATCH
 
-BATCH = zoo.BATCH
 PADS = 5  # padding tokens of the second row
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 SHARED = ("img_ids", "txt_ids")  # tables that all samples of a batch share
@@ -243,39 +243,39 @@ def small_unet() -> tuple[nn.Module, Inputs]:
     return model, {"sample": torch.randn(BATCH, 4, 8, 8), "timestep": torch.tensor([10, 10]), "encoder_hidden_states": context}
 
 
-BOTH = ("left", "right")
-INTEGERS, SHARES = (900, 500, 100), (0.9, 0.5, 0.1)
-ROWS = (
-    Architecture("llama", ("text*",), BOTH, generates=True),
-    Architecture("qwen2", ("text*",), BOTH, generates=True),
-    Architecture("gpt2", ("text*",), BOTH, generates=True),
-    Architecture("gemma3", ("vision", "text*"), BOTH, generates=True),
-    Architecture("mixtral", ("text*",), BOTH, generates=True),
-    Architecture("bert", ("text",), BOTH),
-    Architecture("bert_model", ("text",), BOTH, make=bert_model),
-    Architecture("bert_tagger", ("text",), BOTH, make=tagger("bert"), tagger=True),
-    Architecture("xlm_roberta_tagger", ("text",), BOTH, make=tagger("xlm-roberta"), tagger=True),
-    Architecture("t5", ("text", "text*"), BOTH, generates=True),
-    Architecture("llama_encoder", ("text*",), BOTH, headless=True),
-    Architecture("qwen2_encoder", ("text*",), BOTH, headless=True),
-    Architecture("gpt2_encoder", ("text*",), BOTH, headless=True),
-    Architecture("t5_encoder", ("text",), BOTH, headless=True),
+BOTH_SIDES = ("left", "right")
+INTEGER_TIMES, SHARE_TIMES = (900, 500, 100), (0.9, 0.5, 0.1)
+LISTED = (
+    Architecture("llama", ("text*",), BOTH_SIDES, generates=True),
+    Architecture("qwen2", ("text*",), BOTH_SIDES, generates=True),
+    Architecture("gpt2", ("text*",), BOTH_SIDES, generates=True),
+    Architecture("gemma3", ("vision", "text*"), BOTH_SIDES, generates=True),
+    Architecture("mixtral", ("text*",), BOTH_SIDES, generates=True),
+    Architecture("bert", ("text",), BOTH_SIDES),
+    Architecture("bert_model", ("text",), BOTH_SIDES, make=bert_model),
+    Architecture("bert_tagger", ("text",), BOTH_SIDES, make=tagger("bert"), tagger=True),
+    Architecture("xlm_roberta_tagger", ("text",), BOTH_SIDES, make=tagger("xlm-roberta"), tagger=True),
+    Architecture("t5", ("text", "text*"), BOTH_SIDES, generates=True),
+    Architecture("llama_encoder", ("text*",), BOTH_SIDES, headless=True),
+    Architecture("qwen2_encoder", ("text*",), BOTH_SIDES, headless=True),
+    Architecture("gpt2_encoder", ("text*",), BOTH_SIDES, headless=True),
+    Architecture("t5_encoder", ("text",), BOTH_SIDES, headless=True),
     Architecture("whisper", ("audio", "text*"), generates=True),
     Architecture("vit", ("vision",)),
     Architecture("deit", ("vision",)),
     Architecture("dinov2_with_registers", ("vision",)),
     Architecture("clip", ("text*", "vision"), ("right",), tensors=("text_embeds", "image_embeds")),
     Architecture("siglip", ("text", "vision"), tensors=("text_embeds", "image_embeds"), make=siglip),
-    Architecture("llava", ("vision", "text*"), BOTH, generates=True, tensors=("logits",)),
-    Architecture("qwen2_vl", ("vision", "text*"), BOTH, generates=True, tensors=("logits",)),
-    Architecture("idefics3", ("vision", "text*"), BOTH, generates=True, tensors=("logits",), make=idefics3),
-    Architecture("diffusers/UNet2DConditionModel", ("denoiser",) * 4, timesteps=INTEGERS, make=small_unet),
-    Architecture("diffusers/DiTTransformer2DModel", ("denoiser",), timesteps=INTEGERS),
-    Architecture("diffusers/SD3Transformer2DModel", ("denoiser",), timesteps=INTEGERS),
-    Architecture("diffusers/FluxTransformer2DModel", ("denoiser", "denoiser"), timesteps=SHARES),
-    Architecture("diffusers/PixArtTransformer2DModel", ("denoiser",), timesteps=INTEGERS),
+    Architecture("llava", ("vision", "text*"), BOTH_SIDES, generates=True, tensors=("logits",)),
+    Architecture("qwen2_vl", ("vision", "text*"), BOTH_SIDES, generates=True, tensors=("logits",)),
+    Architecture("idefics3", ("vision", "text*"), BOTH_SIDES, generates=True, tensors=("logits",), make=idefics3),
+    Architecture("diffusers/UNet2DConditionModel", ("denoiser",) * 4, timesteps=INTEGER_TIMES, make=small_unet),
+    Architecture("diffusers/DiTTransformer2DModel", ("denoiser",), timesteps=INTEGER_TIMES),
+    Architecture("diffusers/SD3Transformer2DModel", ("denoiser",), timesteps=INTEGER_TIMES),
+    Architecture("diffusers/FluxTransformer2DModel", ("denoiser", "denoiser"), timesteps=SHARE_TIMES),
+    Architecture("diffusers/PixArtTransformer2DModel", ("denoiser",), timesteps=INTEGER_TIMES),
 )
-ARCHITECTURES = {row.name: row for row in ROWS}
+ARCHITECTURES = {row.name: row for row in LISTED}
 
 
 @cache
