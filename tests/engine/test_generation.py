@@ -11,6 +11,7 @@ from hf_tokens import (
     CacheCompressor,
     DeepPromptConfig,
     FTPConfig,
+    KIVIConfig,
     LayerSkipConfig,
     MethodConfig,
     MixtureOfDepthsConfig,
@@ -37,9 +38,11 @@ STACKS = {
     "an entry that goes for each that comes": [PrefixKVConfig(budget=0.5)],
     "entries that go by what they receive": [SqueezeAttentionConfig(budget=0.5, policy="heavy_hitters")],
     "entries that stand for several": [RazorAttentionConfig(sinks=1, compression=2)],
+    "heads of different lengths": [RazorAttentionConfig(sinks=1, compression=2, heads=(1, 2))],
+    "entries in few bits": [KIVIConfig(group=4, residual=4)],
     "all of them": [DeepPromptConfig(tokens=3), FTPConfig(sparsity=0.5, router="static", layers=(1, 2)), PrefixKVConfig(budget=0.5)],
 }
-QUIET = {"tokens in front", "tokens that skip blocks", "an entry that goes for each that comes", "all of them"}
+QUIET = {*STACKS} - {"entries that go by what they receive"}
 STEPS = 5
 
 
