@@ -193,12 +193,13 @@ def announce(call: BlockCall, site: Site, ledger: TokenLedger) -> Stored | None:
     return (Stored(ledger.rows[:, :0]) if masks else None) if packed else stored  # no mask is needed
 
 
-def announce_to(site: Site, ledger: TokenLedger, packed: bool) -> Stored | None:
-    """Announce the tokens of a block to its layer, which the attention reads as it lies where it is `packed`; returns what is stored."""
+def announce_to(site: Site, ledger: TokenLedger, packed: bool, cuts: bool = True) -> Stored | None:
+    """Announce the tokens of a block to its layer, which the attention reads as it lies where it is `packed`; returns what is stored, where
+    something `cuts` a mask to it."""
     layer = site.layer
     if layer is not None and layer.gaps > (GAPS if packed else 0):
         layer.close_up()
-    stored = lend(site.surgery, site.block, ledger, site.run, expect(layer, ledger))
+    stored = lend(site.surgery, site.block, ledger, site.run, expect(layer, ledger, cuts))
     if packed:
         layer.read_packed()
     return stored

@@ -86,13 +86,13 @@ def run_quietly(block: BlockSurgery, layer: TokenCacheLayer, args: tuple, kwargs
     run = surgery.call.run
     run.enter(block.index, run.ledger.context)
     site = Site(surgery, block, run, surgery.stream.bind(block.index, args, kwargs), layer, local=run.ledger)
-    announce_to(site, run.ledger, layer.packed)
+    announce_to(site, run.ledger, layer.packed, cuts=surgery.plan.shares_keys)
     output = read_as_it_lies(site, args, kwargs) if layer.packed else block.inner(*args, **kwargs)
     surgery.count(block, run.ledger.batch)
+    layer.release()  # nobody asks for what the attention call got
     if block.plan.decode.of("after"):
         ask_behind(block.plan.decode, altered(site, hidden=surgery.stream.read(block.index, output)))
     block.forget()
-    layer.release()
     return output
 
 

@@ -29,6 +29,7 @@ from hf_tokens import (
 from hf_tokens.engine.tap import AttentionTap
 from hf_tokens.kv.formats import GroupTable, Plain, QuantizedTokens
 from hf_tokens.kv.layer import TokenCacheLayer
+from hf_tokens.kv.states import KVStates
 from hf_tokens.kv.storage import Part
 from hf_tokens.model.arguments import realign
 from hf_tokens.roles.registry import METHODS
@@ -215,6 +216,23 @@ def test_directions_meet_where_they_lie_alike_or_opposite():
     close(read[0][0], a[0])
     close(read[1][0], b[0])
     assert all(x.isfinite().all() for x in read) and torch.equal(read[0][2], a[2])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_entries_that_come_take_the_places_of_as_many_that_have_left(count):
+    generator, plain = torch.Generator().manual_seed(0), [(5 + i) * torch.ones(2, 2, 1, 4) for i in range(9)]
+    kv, index = KVStates(), torch.stack([torch.randperm(8, generator=generator)[: 8 - count].sort().values for _ in range(2)])
+    for states in plain[:8]:
+        kv.append(states, states, None)
+    for i in range(3):  # the same places leave each time, whatever lies there by then
+        before, gone = kv.ordered()[0].clone(), kv.slots.clone() if i else torch.arange(8).expand(2, -1)
+        kv.keep(index, None, None, in_place=True)
+        new = torch.randn(2, 2, count, 4, generator=generator)
+        kv.append(new, new, None)
+        held = before.gather(2, index[:, None, :, None].expand(-1, 2, -1, 4))
+        assert torch.equal(kv.ordered()[0], torch.cat([held, new], dim=2))
+        left = torch.ones(2, 8, dtype=torch.bool).scatter(1, index, False)
+        assert torch.equal(kv.slots[:, -count:].sort(dim=1).values, gone[left].view(2, count).sort(dim=1).values)
 
 
 def test_cells_come_and_go_without_a_copy_of_the_others():
