@@ -66,9 +66,13 @@ class Handler:
         """Hang such a hook on a block; returns what takes it off, by `remove()`."""
         raise NotImplementedError(hook)
 
-    def quiet(self, method: Method, layer: TokenCacheLayer) -> bool:
-        """Whether a method has nothing to do in front of a block or in it, in the pass of a generated token."""
+    def quiet(self, method: Method) -> bool:
+        """Whether a method has nothing to do in front of a block or in it, in the pass of a generated token, whose cache is `settled`."""
         return False
+
+    def settled(self, method: Method, layer: TokenCacheLayer) -> bool:
+        """Whether the cache of a block holds all that a quiet method gives it."""
+        return True
 
     def fronts(self, method: Method) -> bool:
         """Whether all that a method does in a block is to put tokens in front of a prompt, which see none of it."""

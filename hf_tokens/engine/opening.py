@@ -189,13 +189,19 @@ def lend(surgery: StreamSurgery, block: BlockSurgery, ledger: TokenLedger, run: 
     return before
 
 
-def expect(layer: TokenCacheLayer | None, ledger: TokenLedger) -> Stored | None:
-    """Announce the tokens of a block to its cache; returns what is stored there already, where its mask must be cut for it."""
+def expect(layer: TokenCacheLayer | None, ledger: TokenLedger, cuts: bool = True) -> Stored | None:
+    """Announce the tokens of a block to its cache; returns what is stored there already, where its mask must be cut for it.
+
+    Where nothing `cuts` a mask to the layer, it is not asked how its entries lie.
+    """
     if layer is None:
         return None
+    known = ledger.memo.get(id(ledger.rows))
+    if known is None:
+        known = ledger.memo[id(ledger.rows)] = ledger.rows, ledger.rows + ledger.start
     sizes = ledger.sizes if ledger.proportional else None
-    layer.expect(Arrival(ledger.rows + ledger.start, ledger.filled, ledger.fresh, ledger.start + ledger.n, sizes))
+    layer.expect(Arrival(known[1], ledger.filled, ledger.fresh, ledger.start + ledger.n, sizes))
     if layer.origins is None:
         empty = ledger.rows.new_empty(ledger.batch, 0)
         return None if ledger.untouched and not ledger.start else Stored(empty)  # every token of the prompt may have skipped it
-    return None if layer.whole and ledger.untouched else layer.stored()
+    return None if layer.whole and ledger.untouched or not cuts else layer.stored()

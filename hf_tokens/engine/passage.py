@@ -196,14 +196,22 @@ def announce(call: BlockCall, site: Site, ledger: TokenLedger) -> Stored | None:
     fronted = fronted_layer(block, call.cache)
     if fronted is not None:
         fronted.expect(ledger.m - ledger.n, site.run.first_real(site.run.ledger))
-    packed = layer is not None and layer.packed and block.tap.reads_itself(call, layer, ledger)
+    masks = [*token_masks(call.arguments)] if layer is not None and layer.packed else []
+    packed = layer is not None and layer.packed and not call.biased and block.tap.reads_itself(layer, ledger, masks)
+    stored = announce_to(site, ledger, packed)
+    return (Stored(ledger.rows[:, :0]) if masks else None) if packed else stored  # no mask is needed
+
+
+def announce_to(site: Site, ledger: TokenLedger, packed: bool, cuts: bool = True) -> Stored | None:
+    """Announce the tokens of a block to its layer, which the attention reads as it lies where it is `packed`; returns what is stored, where
+    something `cuts` a mask to it."""
+    layer = site.layer
     if layer is not None and layer.gaps > (GAPS if packed else 0):
         layer.close_up()
-    stored = lend(site.surgery, block, ledger, site.run, expect(layer, ledger))
-    if not packed:
-        return stored
-    layer.read_packed()
-    return Stored(ledger.rows[:, :0]) if any(True for _ in token_masks(call.arguments)) else None  # no mask is needed
+    stored = lend(site.surgery, site.block, ledger, site.run, expect(layer, ledger, cuts))
+    if packed:
+        layer.read_packed()
+    return stored
 
 
 def insert_tokens(pass_plan: PassPlan, site: Site) -> tuple[TokenLedger, Tensor, list[BlockTokens]]:

@@ -16,10 +16,17 @@ HandledMethods = tuple[tuple[Handler, Method], ...]
 
 @dataclass(frozen=True)
 class PassPlan:
-    """The methods that are called in one kind of pass, by phase, in the order of the adapters and of their stacks."""
+    """The methods that are called in one kind of pass, by phase, in the order of the adapters and of their stacks.
+
+    Attributes:
+        methods: All of them.
+        phases: Those of a phase, each with its handler.
+        quiet: Whether none has anything to do in front of a block or in it, where it is the pass of a generated token.
+    """
 
     methods: tuple[Method, ...] = ()
     phases: dict[str, HandledMethods] = field(default_factory=dict)
+    quiet: bool = True
 
     def of(self, phase: str) -> HandledMethods:
         """Those of a phase, each with its handler."""
@@ -33,7 +40,8 @@ class PassPlan:
             handler = handler_of(method)
             for phase in handler.phases(method):
                 phases.setdefault(phase, []).append((handler, method))
-        return cls(methods, {phase: tuple(handled) for phase, handled in phases.items()})
+        quiet = all(handler_of(method).quiet(method) for method in methods)
+        return cls(methods, {phase: tuple(handled) for phase, handled in phases.items()}, quiet)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class BlockPlan:
         sums: Whether one of those that are called at a prompt reads what each key gets from all of its queries.
         taps, taps_decode: Whether the attention call is to be noted in such passes.
         attends: The method that decides how the attention call reads its keys.
+        needs_scores: Whether one may need the keys of the attention call, which then cannot read its cache by itself.
     """
 
     acting: tuple[Method, ...] = ()
@@ -58,6 +67,7 @@ class BlockPlan:
     taps: bool = False
     taps_decode: bool = False
     attends: Method | None = None
+    needs_scores: bool = False
 
     @classmethod
     def of(cls, acting: list[Method]) -> BlockPlan:
@@ -74,6 +84,7 @@ class BlockPlan:
             taps=any(taps(method, method.asks) for method in acting),
             taps_decode=any(taps(method, method.asks_later) for method in later),
             attends=next((method for method in acting if method.words.get("attend")), None),
+            needs_scores=any(handler_of(method).needs_scores(method) for method in acting),
         )
 
 

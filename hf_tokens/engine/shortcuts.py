@@ -3,6 +3,7 @@ at."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,10 @@ from ..kv.adopt import find_cache
 from ..kv.static import FrontedLayer
 from ..model.blocks import tells_no_places
 from ..model.streams import LAYOUTS
+from ..tokens.altered import altered
 from .call import BlockCall
 from .handler import handler_of
-from .opening import expect, lend
-from .passage import ask_behind, cache_layer, fronted_layer
+from .passage import announce_to, ask_behind, cache_layer, fronted_layer
 from .plan import PassPlan
 from .run import BESIDE, Site
 
@@ -67,14 +68,16 @@ def is_quiet(block: BlockSurgery, pass_plan: PassPlan, layer: TokenCacheLayer, a
     """Whether a block runs on a generated token as it came: no method is called before it is done, and no mask is cut to its cache."""
     surgery = block.surgery
     run = surgery.call.run
-    if layer.filled is not None or layer.packed or layer.outlives or not run.ledger.untouched:
+    if layer.outlives or not pass_plan.quiet or not run.ledger.untouched:
         return False
     ends = block.index >= min(surgery.plan.exit, surgery.depth) - 1 or surgery.plan.sees_all
     shaped = block.shares_keys or block.drops_cache or block.plan.attends is not None
-    if ends or shaped or torch.is_grad_enabled() and block.checkpointed_outside:
+    if ends or shaped or surgery.examines or torch.is_grad_enabled() and block.checkpointed_outside:
         return False
-    quiet = all(handler_of(method).quiet(method, layer) for method in pass_plan.methods)
-    return quiet and tells_no_places(block.module, block.facts, args, kwargs)
+    if (layer.filled is not None or layer.packed) and not (layer.packed and block.tap.reads_itself(layer, run.ledger)):
+        return False
+    settled = all(handler_of(method).settled(method, layer) for method in pass_plan.methods)
+    return settled and tells_no_places(block.module, block.facts, args, kwargs)
 
 
 def run_quietly(block: BlockSurgery, layer: TokenCacheLayer, args: tuple, kwargs: dict) -> Any:
@@ -82,12 +85,22 @@ def run_quietly(block: BlockSurgery, layer: TokenCacheLayer, args: tuple, kwargs
     surgery = block.surgery
     run = surgery.call.run
     run.enter(block.index, run.ledger.context)
-    lend(surgery, block, run.ledger, run, expect(layer, run.ledger))
-    output = block.inner(*args, **kwargs)
+    site = Site(surgery, block, run, surgery.stream.bind(block.index, args, kwargs), layer, local=run.ledger)
+    announce_to(site, run.ledger, layer.packed, cuts=surgery.plan.shares_keys)
+    output = read_as_it_lies(site, args, kwargs) if layer.packed else block.inner(*args, **kwargs)
     surgery.count(block, run.ledger.batch)
+    layer.release()  # nobody asks for what the attention call got
     if block.plan.decode.of("after"):
-        hidden = surgery.stream.read(block.index, output)
-        ask_behind(block.plan.decode, Site(surgery, block, run, hidden, layer, local=run.ledger))
-    block.signals.captured.clear()
-    layer.release()
+        ask_behind(block.plan.decode, altered(site, hidden=surgery.stream.read(block.index, output)))
+    block.forget()
+    return output
+
+
+def read_as_it_lies(site: Site, args: tuple, kwargs: dict) -> Any:
+    """Run a block whose attention reads its cache as it lies."""
+    tap = site.block.tap
+    tap.open()
+    with site.block.open_while_it_runs(partial(tap.running, True, 0, site)):
+        output = site.block.inner(*args, **kwargs)
+    tap.check_read(site.layer)
     return output

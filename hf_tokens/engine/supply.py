@@ -45,6 +45,12 @@ def real_entries(site: Site) -> Tensor:
     return flags
 
 
+def all_real(site: Site) -> bool:
+    """Whether the books alone tell that every cached entry is real."""
+    layer, run = site.layer, site.run
+    return all(reason is None for reason in (layer.filled, layer.window, run.real, run.first, run.padding, site.alike))
+
+
 def cells(layer: TokenCacheLayer, x: Tensor) -> Tensor:
     """Something of each entry, (b n) or (b k n), as (b k n)."""
     return cells_of(x, layer.heads)
@@ -205,6 +211,9 @@ def entry_sizes(site: Site) -> Tensor:
 
 def newer_entries(site: Site) -> Tensor:
     """The `newer` signal."""
+    layer = site.layer
+    if all_real(site):
+        return torch.arange(layer.length - 1, -1, -1, device=layer.origins.device).expand_as(layer.origins)
     count = real_entries(site).cumsum(dim=-1)
     return count[..., -1:] - count
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,13 @@ from ..attention.tap import BACKENDS, TAPPED_PREFIX, close_tap, open_tap, tapped
 from ..errors import UnsupportedError, explain
 from ..kv.layer import TokenCacheLayer
 from ..model import families
-from ..model.arguments import shown_by, token_masks
+from ..model.arguments import shown_by
 from ..model.classes import class_name
 from ..roles.base import Method
 from ..roles.signals import SCORED, TAPPED
 from ..tokens.altered import altered
 from ..tokens.entries import cells_of
 from ..tokens.ledger import TokenLedger
-from .call import BlockCall
 from .handler import handler_of
 from .hooks import own_attention
 from .run import Site
@@ -138,18 +137,18 @@ class AttentionTap:
             rule = "An attention must get the keys as the cache returns them in each pass, as it did before"
             raise UnsupportedError(explain(rule, f"other ones in {type(self.block.attention).__name__}", "Choose other layers."))
 
-    def reads_itself(self, call: BlockCall, layer: TokenCacheLayer, ledger: TokenLedger) -> bool:
-        """Whether the next attention call may read the cache by itself, as it lies: one query that sees all its entries."""
+    def reads_itself(self, layer: TokenCacheLayer, ledger: TokenLedger, masks: Iterable[Tensor] = ()) -> bool:
+        """Whether the next attention call may read the cache by itself, as it lies: one query that sees all its entries by these masks, in
+        a block that is given no bias."""
         block = self.block
         if not self.hands_on or block.plan.attends is not None or block.module.training or torch.is_grad_enabled():
             return False
-        if block.surgery.examines:
+        if block.plan.needs_scores or block.surgery.examines:
             return False
         alone = ledger.m == 1 and ledger.untouched and layer.readable and not block.surgery.plan.shares_keys
-        backend = block.attention.config._attn_implementation.removeprefix(TAPPED_PREFIX)
-        if not alone or backend != "sdpa" or call.biased or any(handler_of(m).needs_scores(m) for m in block.plan.acting):
+        if not alone or block.attention.config._attn_implementation.removeprefix(TAPPED_PREFIX) != "sdpa":
             return False
-        return all(hides_none(mask, layer) for mask in token_masks(call.arguments))
+        return all(hides_none(mask, layer) for mask in masks)
 
     def noted(self) -> AttentionCall:
         """The attention call of this block; refused where there was none that we could see."""

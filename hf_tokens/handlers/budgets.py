@@ -50,7 +50,7 @@ def count_entries(method: CacheCompressor, site: Site) -> tuple[Tensor, Tensor, 
     One that drops entries decides on all, whatever their format; one that stores them otherwise on those that are stored as they came.
     """
     there, beyond = real_entries(site), site.layer.record.entries.get(BEYOND)
-    real = cells(site.layer, there) & (beyond == 0) if beyond is not None and holds(method) else there
+    real = cells(site.layer, there) & ~beyond if beyond is not None and holds(method) else there
     lengths, seen = real.sum(dim=-1), brought(site, there)
     return real, lengths, seen if seen.shape == lengths.shape else seen[:, None].expand_as(lengths)
 

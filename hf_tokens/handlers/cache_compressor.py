@@ -51,9 +51,9 @@ class CacheCompressorHandler(Handler):
     def hooks(self, method: CacheCompressor) -> set[str]:
         return {"tap"} if method.by_head else set()
 
-    def quiet(self, method: CacheCompressor, layer: TokenCacheLayer) -> bool:
+    def quiet(self, method: CacheCompressor) -> bool:
         """Whether it scores a generated token by what is in the cache alone."""
-        return method.asks_later <= OF_THE_CACHE
+        return method.asks_decoding <= OF_THE_CACHE
 
     def notes_later(self, method: CacheCompressor) -> bool:
         """It notes what each entry receives, for a later prompt."""

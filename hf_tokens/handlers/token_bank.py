@@ -52,9 +52,13 @@ class TokenBankHandler(Handler):
         table = block.base.get_submodule(block.surgery.stream.table)
         return [table.register_forward_hook(SharedHook(block, put_in), with_kwargs=True)]
 
-    def quiet(self, method: TokenBank, layer: TokenCacheLayer) -> bool:
-        """Whether all that it does in a block is to give tokens, which the cache holds already."""
-        return method.site == "block" and method.key in layer.banks and not method.observes
+    def quiet(self, method: TokenBank) -> bool:
+        """Whether all that it does in a block is to give tokens."""
+        return method.site == "block" and not method.observes
+
+    def settled(self, method: TokenBank, layer: TokenCacheLayer) -> bool:
+        """Whether the cache holds its tokens already."""
+        return method.key in layer.banks
 
     def fronts(self, method: TokenBank) -> bool:
         return method.site == "block" and not method.observes

@@ -13,10 +13,10 @@ def lowest(score: Tensor, real: Tensor | None = None) -> Tensor:
     score, most = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), score.shape[-1] - 1
     turned = (score if real is None else score.masked_fill_(~real, torch.inf)).flip(-1)
     place = most - turned.argmin(dim=-1, keepdim=True)
-    if real is None:
+    if real is None or bool((there := real.gather(-1, place)).all()):
         return place
     last = most - real.flip(-1).max(dim=-1, keepdim=True).indices
-    return torch.where(real.gather(-1, place), place, last)  # where all real ones are infinite
+    return torch.where(there, place, last)  # where all real ones are infinite
 
 
 def highest(score: Tensor, budgets: Tensor, real: Tensor) -> Tensor:

@@ -24,16 +24,22 @@ class KVStates:
 
     Attributes:
         parts: Where all entries lie, or None.
-        slots: Where in the one tensor each entry lies, (b n) or (b k n); None if in order.
     """
 
     def __init__(self):
         self.parts: list[Part] | None = None
-        self.slots: Tensor | None = None
+        self._slots: Tensor | None = None  # where in the one tensor each entry lies, (b n) or (b k n); None if in order
+        self._holes: Tensor | None = None  # places among these that a few entries have left, (b h) or (b k h): as many new ones take them
         self._pair: Pair | None = None  # all keys and values; none, of their shape, where there are parts
         self._buffers: Pair | None = None  # what the pair is a view of, with room behind it
         self._begin = 0  # where in the buffers the pair begins
         self._unpacked: Pair | None = None  # the entries of the parts, while a block runs
+
+    @property
+    def slots(self) -> Tensor | None:
+        """Where in the one tensor each entry lies, (b n) or (b k n); None if in order."""
+        self._close()
+        return self._slots
 
     @property
     def heads(self) -> int:
@@ -48,7 +54,9 @@ class KVStates:
     @property
     def length(self) -> int:
         """Entries, filler included."""
-        return self._pair[0].shape[2] if self.parts is None else self.parts[0].cells.shape[-1]
+        if self.parts is not None:
+            return self.parts[0].cells.shape[-1]
+        return self._pair[0].shape[2] - (0 if self._holes is None else self._holes.shape[-1])
 
     @property
     def readable(self) -> bool:
@@ -57,19 +65,20 @@ class KVStates:
 
     def tensors(self) -> list[Tensor]:
         """All that is stored."""
+        self._close()
         return [*(t for part in self.parts or () for t in part.tensors()), *(self._pair or ())]
 
     def unpack(self) -> Pair:
         """All keys and values as they lie, unpacked."""
+        self._close()
         if self.parts is None or self._unpacked is not None:
             return self._unpacked or self._pair
         return tuple(dense(self.parts, which, self._pair[which].shape[3]) for which in BOTH)
 
     def ordered(self) -> Pair:
         """All keys and values in the order of the entries, unpacked."""
-        if self.slots is None:
-            return self.unpack()
-        return self._gather(torch.arange(self.slots.shape[-1], device=self.slots.device).expand_as(self.slots))
+        slots = self.slots
+        return self.unpack() if slots is None else self._gather(torch.arange(slots.shape[-1], device=slots.device).expand_as(slots))
 
     def pick(self, index: Tensor) -> Pair:
         """Keys and values of the entries of an index (b k r), unpacked."""
@@ -108,18 +117,20 @@ class KVStates:
         return attend(self.parts or [self._as_part()], q, sizes, sinks, weighs, **shape)
 
     def _as_part(self) -> Part:
+        self._close()
         b, k, n, _ = self._pair[0].shape
         buffers, begin = self._where()
         room, device = buffers[0].shape[2], buffers[0].device
         starts = begin + room * torch.arange(b * k, device=device).view(b, k)
-        slots = torch.arange(n, device=device).expand(b, n) if self.slots is None else self.slots
+        slots = torch.arange(n, device=device).expand(b, n) if self._slots is None else self._slots
         packed = tuple((t.flatten(0, 2),) for t in buffers)
         cells, lengths = starts[..., None] + cells_of(slots, k), torch.full_like(starts, n)
         return Part(cells, (Plain(), Plain()), packed, starts, lengths, starts + room, b * k * n)
 
     def _gather(self, index: Tensor) -> Pair:
         """Keys and values of entries (b r) or (b k r) that lie in one tensor, or are unpacked."""
-        places = cells_of(index if self.slots is None else pick_entries(self.slots, index), self.heads)
+        slots = self.slots
+        places = cells_of(index if slots is None else pick_entries(slots, index), self.heads)
         b, k, r = places.shape
         buffers, begin = self._where()
         if self._unpacked is not None or not all(t.is_contiguous() for t in buffers):
@@ -154,8 +165,11 @@ class KVStates:
             self._pair = k, v
         elif torch.is_grad_enabled() and (k.requires_grad or self._pair[0].requires_grad):
             self._pair = tuple(torch.cat(pair, dim=2) for pair in zip(self.ordered(), (k, v), strict=True))
-            self._buffers = self.slots = None
+            self._buffers = self._slots = None
+        elif self._holes is not None and self._holes.shape[-1] == m:
+            self._take_holes(k, v)
         else:
+            self._close()
             self._grow(k, v)
 
     def _extended(self, k: Tensor, v: Tensor, filled: Tensor | None) -> Part | None:
@@ -164,12 +178,18 @@ class KVStates:
         fixed = plain is None or plain.fixed or k.requires_grad or v.requires_grad
         return None if fixed or filled is not None and not bool(filled[..., -1].all()) else plain
 
+    def _take_holes(self, k: Tensor, v: Tensor) -> None:
+        place = cells_of(self._holes, self.heads)[..., None]
+        for states, new in zip(self._pair, (k, v), strict=True):
+            states.scatter_(2, place.expand_as(new), new.to(states.dtype))
+        self._slots, self._holes = torch.cat([self._slots, self._holes], dim=-1), None
+
     def _grow(self, k: Tensor, v: Tensor) -> None:
         old, m = self._pair[0].shape[2], k.shape[2]
         new = old + m
-        if self.slots is not None:
-            new_slots = torch.arange(old, new, device=self.slots.device)
-            self.slots = torch.cat([self.slots, new_slots.expand(*self.slots.shape[:-1], -1)], dim=-1)
+        if self._slots is not None:
+            new_slots = torch.arange(old, new, device=self._slots.device)
+            self._slots = torch.cat([self._slots, new_slots.expand(*self._slots.shape[:-1], -1)], dim=-1)
         if self._buffers is None or self._buffers[0].shape[2] < self._begin + new:
             capacity = max(FIRST_CAPACITY, new + new // 2)
             buffers = tuple(t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in (k, v))
@@ -187,7 +207,7 @@ class KVStates:
             self.parts = filled_parts([part.settle(part.cells[..., place]) for part in self.parts])
             sweep(self.parts)
         else:
-            self._pair, self._buffers, self.slots = tuple(t[:, :, place].clone() for t in self.ordered()), None, None
+            self._pair, self._buffers, self._slots = tuple(t[:, :, place].clone() for t in self.ordered()), None, None
 
     def drop_first(self, count: int) -> None:
         """Drop the first entries; where there are buffers, nothing is copied."""
@@ -213,9 +233,11 @@ class KVStates:
             self.parts = filled_parts([part.settle(cells) for part, cells in zip(self.parts, picked, strict=True)])
             sweep(self.parts)
         elif in_place and self._buffers is not None and self.length - index.shape[-1] <= FEW:
-            self._fill_up(index, others(index, self.length) if gone is None else gone)
+            gone, slots = others(index, self.length) if gone is None else gone, self.slots
+            slots = torch.arange(self.length, device=index.device).expand(len(index), -1) if slots is None else slots
+            self._slots, self._holes = pick_entries(slots, index), pick_entries(slots, gone)
         else:
-            self._pair, self._buffers, self.slots = self._gather(index), None, None
+            self._pair, self._buffers, self._slots = self._gather(index), None, None
 
     def vacate(self, place: Tensor, leaves: Tensor) -> None:
         """Let the entries at a place of each row and key head go, (b k 1), where they leave, (b k 1) bool; they lie in parts."""
@@ -223,19 +245,19 @@ class KVStates:
         self.parts = filled_parts([part.vacate(place, leaves) for part in self.parts])
         sweep(self.parts)
 
-    def _fill_up(self, index: Tensor, gone: Tensor) -> None:
-        """Let the last states move to where those lie that leave: the others stay where they are."""
-        n, kept = self.length, index.shape[-1]
-        slots = torch.arange(n, device=index.device).expand(len(index), n) if self.slots is None else self.slots
-        slots, holes = pick_entries(slots, index), pick_entries(slots, gone)
-        for i, last in enumerate(range(n - 1, kept - 1, -1)):
+    def _close(self) -> None:
+        """Let the last states move to where entries have left: the others stay where they are."""
+        if self._holes is None:
+            return
+        slots, holes, n, few = self._slots, self._holes, self._pair[0].shape[2], self._holes.shape[-1]
+        for i, last in enumerate(range(n - 1, n - 1 - few, -1)):
             hole = holes[..., i : i + 1]
             place = cells_of(hole, self.heads)[..., None]
             for states in self._pair:
                 states.scatter_(2, place.expand(-1, -1, -1, states.shape[3]), states[:, :, last : last + 1].clone())
             slots = torch.where(slots == last, hole, slots)
-            holes = torch.where(holes == last, hole, holes) if i + 1 < n - kept else holes
-        self.slots, self._pair = slots, tuple(t[:, :, :kept] for t in self._pair)
+            holes = torch.where(holes == last, hole, holes) if i + 1 < few else holes
+        self._slots, self._holes, self._pair = slots, None, tuple(t[:, :, : n - few] for t in self._pair)
 
     def write(self, index: Tensor, keys: Tensor, values: Tensor | None) -> None:
         """Put other keys and values (b k r e) in the places of some entries, (b k r); -1 stands for none, None leaves the values."""
@@ -247,7 +269,8 @@ class KVStates:
             for part in self.parts:
                 part.write(part.cells.gather(-1, index).masked_fill(~chosen, -1), keys, values)
             return
-        places, new = index if self.slots is None else pick_entries(self.slots, index), (keys, values)
+        slots, new = self.slots, (keys, values)
+        places = index if slots is None else pick_entries(slots, index)
         copied = self._buffers is None or any(x is not None and x.requires_grad for x in new)
         if not copied and bool(chosen.all()):
             for states, x in zip(self._pair, new, strict=True):
@@ -260,18 +283,18 @@ class KVStates:
 
     def rewrite(self, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values (b k n e) in the places of all."""
-        self._unpacked = self._buffers = self.slots = self.parts = None
+        self._unpacked = self._buffers = self._slots = self._holes = self.parts = None
         self._pair = keys, values
 
     def split(self, filled: Tensor | None) -> None:
         """Store the entries in parts from now on; `filled` marks those that count."""
         if self.parts is not None:
             return
-        where = torch.ones(*self._pair[0].shape[:3], dtype=torch.bool, device=self._pair[0].device)
-        where = where if filled is None else where & cells_of(filled, self.heads)
         keys, values = self.ordered()
+        where = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+        where = where if filled is None else where & cells_of(filled, self.heads)
         self.parts = [Part.of((keys[where], values[where]), where, (Plain(), Plain()))]
-        self._pair, self._buffers, self.slots = tuple(t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in self._pair), None, None
+        self._pair, self._buffers, self._slots = tuple(t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in self._pair), None, None
 
     def add_part(self, part: Part, filled: Tensor | None) -> None:
         """Store some entries in a part; `filled` marks those that count among all."""
@@ -320,9 +343,10 @@ class KVStates:
 
     def map_rows(self, change: Change) -> None:
         """Change the batch by a function of any tensor (b ...)."""
+        self._close()
         self._unpacked = None
         self._pair, self._buffers = tuple(change(t) for t in self._pair), None
-        self.slots = None if self.slots is None else change(self.slots)
+        self._slots = None if self._slots is None else change(self._slots)
         self.parts = None if self.parts is None else [part.change_rows(change) for part in self.parts]
         sweep(self.parts or [])
 
@@ -330,8 +354,9 @@ class KVStates:
         """Lie on a device."""
         if self._pair is None or self._pair[0].device == device:
             return
+        self._close()
         self._pair = tuple(t.to(device, non_blocking=True) for t in self._pair)
-        self.slots = None if self.slots is None else self.slots.to(device)
+        self._slots = None if self._slots is None else self._slots.to(device)
         self.parts = None if self.parts is None else [part.to(device) for part in self.parts]
         self._buffers = self._unpacked = None
 

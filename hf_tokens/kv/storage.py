@@ -277,8 +277,8 @@ class Part:
                 rows = self.forms[which].pack(read if which or self.scale is None else read * self.scale.flatten(0, 2))
             for x, new in zip(self.packed[which], rows, strict=True):
                 x.index_copy_(0, to, new)
-        self.cells, self.lengths = self.cells.scatter(-1, place, into[..., None]), self.lengths + 1
-        self.count += into.numel()
+        self.cells.scatter_(-1, place, into[..., None])
+        self.lengths, self.count = self.lengths + 1, self.count + into.numel()
         other.give_each(place, cell)
 
     def give_each(self, place: Tensor, cell: Tensor) -> None:

@@ -101,7 +101,13 @@ def tells_no_places(block: nn.Module, facts: BlockFacts, args: tuple, kwargs: di
     """Whether a block is given no mask, makes no bias of the places, and does not count its tokens by itself."""
     if any(facts.counts) or facts.bias_maker is not None:
         return False
-    return all(value is None for name, value in bound_arguments(block, args, kwargs).items() if BETWEEN.search(name))
+    return all(value is None or not stands_between(name) for name, value in bound_arguments(block, args, kwargs).items())
+
+
+@read_once
+def stands_between(name: str) -> bool:
+    """Whether an argument of this name has something for each pair of tokens, as a mask does."""
+    return BETWEEN.search(name) is not None
 
 
 def borrows_keys(attention: nn.Module | None) -> bool:

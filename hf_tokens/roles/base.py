@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -201,7 +201,15 @@ class Method(nn.Module, abc.ABC):
     @property
     def asks_later(self) -> set[str]:
         """Those of them that are of use in the pass of a generated token."""
-        later = {name for word, names in self.words.items() if word != "observe" or not self.observes_prompts for name in names}
+        return self._asked_later(self.words)
+
+    @property
+    def asks_decoding(self) -> set[str]:
+        """Those of them that are of use there where no method is examined."""
+        return self._asked_later(word for word in self.words if word != "examine")
+
+    def _asked_later(self, words: Iterable[str]) -> set[str]:
+        later = {name for word in words if word != "observe" or not self.observes_prompts for name in self.words[word]}
         return later - {*self.ignores, *self.of_prompts}
 
     @property

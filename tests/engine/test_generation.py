@@ -5,12 +5,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tolerances import close
+from tolerances import all_close, close
 
 from hf_tokens import (
     CacheCompressor,
     DeepPromptConfig,
     FTPConfig,
+    KIVIConfig,
     LayerSkipConfig,
     MethodConfig,
     MixtureOfDepthsConfig,
@@ -37,9 +38,11 @@ STACKS = {
     "an entry that goes for each that comes": [PrefixKVConfig(budget=0.5)],
     "entries that go by what they receive": [SqueezeAttentionConfig(budget=0.5, policy="heavy_hitters")],
     "entries that stand for several": [RazorAttentionConfig(sinks=1, compression=2)],
+    "heads of different lengths": [RazorAttentionConfig(sinks=1, compression=2, heads=(1, 2))],
+    "entries in few bits": [KIVIConfig(group=4, residual=4)],
     "all of them": [DeepPromptConfig(tokens=3), FTPConfig(sparsity=0.5, router="static", layers=(1, 2)), PrefixKVConfig(budget=0.5)],
 }
-QUIET = {"tokens in front", "tokens that skip blocks", "an entry that goes for each that comes", "all of them"}
+QUIET = {*STACKS} - {"entries that go by what they receive"}
 STEPS = 5
 
 
@@ -65,7 +68,7 @@ def test_a_quiet_block_says_what_one_that_keeps_all_books_says(stack, family):
         said, kept = decoded(model, ids)
     with patch.object(stream, "is_quiet", return_value=False):
         slow, held = decoded(model, ids)
-    assert all(torch.equal(a, b) for a, b in zip(said, slow, strict=True))
+    all_close(said, slow)  # entries lie in another order
     assert all(torch.equal(a, b) for a, b in zip(kept, held, strict=True))
     assert (quiet.call_count > 0) == (stack in QUIET)
 
