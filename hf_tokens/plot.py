@@ -31,7 +31,7 @@ from .tools.summary import BlockFate, Passage, RunRecord, Summary
 FATES = {"kept": "#2f7ed8", "joined": "#8bbc21", "skipped": "#f2b134", "gone": "#e6e9ed", "padding": "#ffffff"}
 COLORS = ListedColormap([*FATES.values()])
 ACCENT, MUTED = "#2f7ed8", "#9aa5b1"
-WORDS = 60  # as many tokens are written out below a picture
+FEW_WORDS = 60  # as many tokens are written out below a picture
 
 
 def tokens(run: RunRecord, *, words: Sequence[str] | None = None, row: int = 0, passage: int = 0) -> Figure:
@@ -52,7 +52,7 @@ def tokens(run: RunRecord, *, words: Sequence[str] | None = None, row: int = 0, 
     axis = figure.subplots()
     axis.imshow(table, cmap=COLORS, vmin=-0.5, vmax=len(FATES) - 0.5, aspect="auto", interpolation="nearest")
     axis.set(xlabel="token", ylabel="block", title=f"what became of the tokens ({seen.stream})")
-    if words is not None and len(words) <= WORDS:
+    if words is not None and len(words) <= FEW_WORDS:
         axis.set_xticks(range(len(words)), [printable(word) for word in words], rotation=90, fontsize=7)
     legend(figure, table)
     return figure

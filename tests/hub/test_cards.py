@@ -10,7 +10,6 @@ from pathlib import Path
 import gates
 import pytest
 import torch
-from contract.pairs import stir
 from datasets import Dataset
 from denoisers import denoiser
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
@@ -26,6 +25,7 @@ from hf_tokens import ConfigError, DeepPromptConfig, FTPConfig, PrefixKVConfig, 
 from hf_tokens.peft.card import is_blank, is_ours
 from hf_tokens.roles import registry
 from hf_tokens.testing import zoo
+from hf_tokens.testing.contract.parameters import stir
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # the `hub` fixture switches them off
 REPO = "alice/surgery"

@@ -144,7 +144,7 @@ class ContractPair:
         operated = self.info.role == "ModelRouter" and any(isinstance(module, BlockSurgery) for module in model.modules())
         more = {"custom_generate": route_to(other(self.architecture))} if operated else {}
         with torch.no_grad():
-            outputs = generate(model, inputs, 3, **more) if self.speaks else self.row.run(model, inputs)
+            outputs = generated(model, inputs, 3, **more) if self.speaks else self.row.run(model, inputs)
         surgery = next((module.surgery.model for module in model.modules() if isinstance(module, BlockSurgery)), None)
         if surgery is not None and scorers_of(surgery):
             return only_of_kept(surgery, inputs, outputs)
@@ -199,7 +199,7 @@ def pairs_of(methods: Iterable[str]) -> list[ContractPair]:
     ]
 
 
-def generate(model: nn.Module, inputs: Inputs, new: int = 4, **more: Any) -> list[Tensor]:
+def generated(model: nn.Module, inputs: Inputs, new: int = 4, **more: Any) -> list[Tensor]:
     """The tokens and logits of a greedy generation."""
     given = {name: value for name, value in inputs.items() if name not in ("position_ids", "decoder_input_ids")}
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def base_snapshot(pair: ContractPair) -> dict[str, Any]:
 def unoperated(architecture: str, words: tuple[int, ...], speaks: bool) -> tuple[list[Tensor], dict[str, Any]]:
     row, model, inputs = ARCHITECTURES[architecture], fresh(architecture), with_prompt(built(architecture)[1], words)
     with torch.no_grad():
-        outputs = generate(model, inputs, 3) if speaks else row.run(model, inputs)
+        outputs = generated(model, inputs, 3) if speaks else row.run(model, inputs)
     return outputs, snapshot(model)
 
 

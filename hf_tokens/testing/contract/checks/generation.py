@@ -13,7 +13,7 @@ from hf_tokens.tools.surgeries import surgery_of
 
 from ..architectures import BATCH, PADS
 from ..cases import drawn
-from ..pairs import LOCAL, MAYBE, generate
+from ..pairs import LOCAL, MAYBE, generated
 
 NEW = 4
 
@@ -69,19 +69,19 @@ def length_of(pair):
 
 def test_without_a_cache(talker):
     model = talker.attach()
-    uncached = generate(model, talker.inputs, NEW, use_cache=False)
+    uncached = generated(model, talker.inputs, NEW, use_cache=False)
     assert uncached[0].shape[1] == length_of(talker) + NEW
     if is_causal(talker, model):
-        all_close(generate(model, talker.inputs, NEW), uncached, "cached")
+        all_close(generated(model, talker.inputs, NEW), uncached, "cached")
     elif not caches(talker):
         with pytest.raises(UnsupportedError, match="must see the whole sequence in one pass"):
-            generate(model, talker.inputs, NEW, use_cache=True)
+            generated(model, talker.inputs, NEW, use_cache=True)
 
 
 def test_zero_strength_generates_as_the_base(talker):
     model = talker.attach(config=talker.config.at_zero(), stirred=False)
     cache = {} if caches(talker) else {"use_cache": False}
-    all_close(generate(model, talker.inputs, NEW, **cache), generate(talker.base(), talker.inputs, NEW, **cache), "zero strength")
+    all_close(generated(model, talker.inputs, NEW, **cache), generated(talker.base(), talker.inputs, NEW, **cache), "zero strength")
 
 
 @drawn
@@ -91,9 +91,9 @@ def test_a_padded_row_is_that_row_alone(padded_talker, beams):
     model, cache = talker.attach(), {} if caches(talker) else {"use_cache": False}
     more = {**cache, "num_beams": beams}
     row, padded = talker.row, talker.row.padded(talker.inputs, "left")
-    ids, *logits = generate(model, padded, NEW, **more)
+    ids, *logits = generated(model, padded, NEW, **more)
     for i in range(BATCH):
-        alone, *steps = generate(model, row.alone(talker.inputs, i, PADS * i), NEW, **more)
+        alone, *steps = generated(model, row.alone(talker.inputs, i, PADS * i), NEW, **more)
         assert ids[i, -NEW:].tolist() == alone[0, -NEW:].tolist(), f"row {i}"
         if beams == 1:
             all_close([step[i : i + 1] for step in logits], steps, f"row {i}")
@@ -105,7 +105,7 @@ def test_a_padded_batch_goes_on_under_an_autocast(padded_talker):
         return  # their blocks do in a cache what they do without one
     model, padded = talker.attach(), talker.row.padded(talker.inputs, "left")
     with torch.autocast("cpu", torch.bfloat16):
-        said = generate(model, padded, NEW)
+        said = generated(model, padded, NEW)
     assert all(t.isfinite().all() for t in said)
 
 
@@ -128,11 +128,11 @@ def test_a_second_turn(talker):
         pad = ids.shape[1] - given["mm_token_type_ids"].shape[1]
         given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, pad))
     text = {name: given[name] for name in (*PER_TEXT, "input_ids") if name in given}  # the cache has seen the images
-    kept = generate(model, text, NEW, **{CACHE: first.past_key_values})
+    kept = generated(model, text, NEW, **{CACHE: first.past_key_values})
     assert kept[0].shape[1] == ids.shape[1] + NEW and all(t.isfinite().all() for t in kept)
     assert first.past_key_values.get_seq_length() == ids.shape[1] + NEW - 1
     if is_causal(talker, model):
-        all_close(kept, generate(model, given, NEW), "second turn")
+        all_close(kept, generated(model, given, NEW), "second turn")
 
 
 def test_chunked_prefill(talker):
@@ -157,11 +157,11 @@ def test_a_static_cache_is_right_or_refused(talker):
         return
     model = talker.attach()
     try:
-        static = generate(model, talker.inputs, NEW, cache_implementation="static", disable_compile=True)
+        static = generated(model, talker.inputs, NEW, cache_implementation="static", disable_compile=True)
     except UnsupportedError as error:
         assert "needs a dynamic cache, got a cache of Static" in str(error)
         return
-    all_close(static, generate(model, talker.inputs, NEW), "static cache")
+    all_close(static, generated(model, talker.inputs, NEW), "static cache")
 
 
 def test_sampling_and_prompt_lookup_run(talker):
