@@ -112,14 +112,15 @@ def tile(name: str, value: float, base: float, write: Callable[[float], str]) ->
 
 def tiles(trial: Trial) -> str:
     """All numbers; one that the base has none of is left out."""
-    unit = lambda name, places: EngFormatter(unit=name, places=places)
+    unit = lambda name: EngFormatter(unit=name, places=1)
+    seconds = lambda s: f"{s:.2f} s" if s >= 1 else f"{s * 1000:.0f} ms"
     first = "First token after" if trial.base.later else "Time"
     rows = [
         ("Tokens in all blocks", trial.cost.tokens, trial.base.tokens, lambda n: f"{n:,}"),
-        ("FLOPs", trial.cost.flops, trial.base.flops, unit("FLOP", 1)),
-        ("KV cache", trial.cost.kv_bytes, trial.base.kv_bytes, unit("B", 1)),
-        (first, trial.cost.seconds, trial.base.seconds, unit("s", 0)),
-        ("Each further token", trial.cost.later, trial.base.later, unit("s", 0)),
+        ("FLOPs", trial.cost.flops, trial.base.flops, unit("FLOP")),
+        ("KV cache", trial.cost.kv_bytes, trial.base.kv_bytes, unit("B")),
+        (first, trial.cost.seconds, trial.base.seconds, seconds),
+        ("Each further token", trial.cost.later, trial.base.later, seconds),
     ]
     return f'<div class="tiles">{"".join(tile(*row) for row in rows if row[2])}</div>'
 
@@ -206,7 +207,7 @@ def tab(kind: str, bring: Callable[[], Sequence[Any]], read: Callable[..., Trial
         return show(choice, {name: start for name, (_, _, start) in knobs_of(choice).items()}, values)
 
     quiet = {"outputs": outputs, "show_progress_on": [result], "concurrency_id": "machine", "api_visibility": "private"}
-    gr.on([page_of().load, choice.input], at_start, [choice, *given], trigger_mode="always_last", **quiet)
+    gr.on([page_of().load, choice.select], at_start, [choice, *given], trigger_mode="always_last", **quiet)
     choice.change(claim, choice, about, show_progress="hidden", api_visibility="private")
 
     with strengths:
@@ -224,9 +225,13 @@ def tab(kind: str, bring: Callable[[], Sequence[Any]], read: Callable[..., Trial
                 number = len(widgets)
                 return show(chosen, dict(zip(widgets, values[:number], strict=True)), values[number:])
 
+            def with_input(*values: Any) -> list[Any]:
+                return [gr.skip() for _ in outputs] if None in values[len(widgets) :] else with_knobs(*values)
+
             moved = [one.release if isinstance(one, gr.Slider) else one.input for one in widgets.values()]
-            typed = [one.change for one in given if isinstance(one, gr.Slider)] + [one.upload for one in given if isinstance(one, gr.Image)]
-            gr.on([run.click, *moved, *typed], with_knobs, [*widgets.values(), *given], trigger_mode="always_last", **quiet)
+            brought = [one.release if isinstance(one, gr.Slider) else one.change for one in given if not isinstance(one, gr.Textbox)]
+            gr.on([run.click, *moved], with_knobs, [*widgets.values(), *given], trigger_mode="always_last", **quiet)
+            gr.on(brought, with_input, [*widgets.values(), *given], trigger_mode="always_last", **quiet)
 
 
 def page_of() -> gr.Blocks:
