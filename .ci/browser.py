@@ -13,7 +13,7 @@ DIGEST = "sha512-jiGWqSvPMdu4+P9TilYqAR7yEGPEHINx+lCvE/NqNO/EHYzF/x1hUiI5T6ioVIt
 ARCHIVES = ("al2023.tar.br", "fonts.tar.br")  # the libraries that a bare system lacks, and a font
 FONTS = """<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
-<fontconfig><dir prefix="relative">fonts</dir><cachedir prefix="relative">fonts-cache</cachedir></fontconfig>
+<fontconfig><dir>{0}/fonts</dir><cachedir>{0}/fonts-cache</cachedir></fontconfig>
 """
 
 
@@ -41,7 +41,7 @@ def unpack(source: Path, folder: Path) -> None:
                 archive.extractall(folder, filter="data")
         unfinished = folder / "chromium.unfinished"
         unfinished.write_bytes(read("chromium.br"))
-    (folder / "fonts.conf").write_text(FONTS)  # the package's own names folders of another machine
+    (folder / "fonts.conf").write_text(FONTS.format(folder.resolve()))  # the package's own names folders of another machine
     unfinished.chmod(0o755)
     unfinished.rename(folder / "chromium")
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,8 +81,8 @@ def picture(run: RunRecord, image: Any, *, row: int = 0, passage: int = 0, block
         fates = fates_of(seen, seen.behind(index), row)[rows].reshape(height, width)
         axis.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, extent=(0, width, height, 0))
         axis.imshow(shades(fates), extent=(0, width, height, 0), interpolation="nearest")
-        left = int((fates < 3).sum())
-        axis.set(title=f"behind block {index}\n{left} of {fates.size} patches", xticks=[], yticks=[])
+        left = len({*seen.behind(index).slot[row][rows].tolist()} - {-1})
+        axis.set(title=f"behind block {index}\n{left} tokens of {fates.size} patches", xticks=[], yticks=[])
     legend(figure, np.concatenate([fates_of(seen, seen.behind(index), row)[rows] for index in chosen]))
     return figure
 
@@ -167,16 +168,24 @@ def pareto(series: Mapping[str, Sequence[tuple[float, float]]], *, cost: str, qu
 
 
 # -- what the pictures are made of -------------------------------------------------------------------------------------
+class ShownFigure(Figure):
+    """A figure that no state of pyplot knows of, and that a notebook shows where a cell returns it."""
+
+    def _repr_png_(self) -> bytes:
+        self.savefig(written := io.BytesIO(), format="png", dpi=100)
+        return written.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that no state of pyplot knows of; a notebook shows it where a cell returns it."""
-    return Figure(figsize=(width, height), layout="constrained")
+    """An empty one, its size in inches."""
+    return ShownFigure(figsize=(width, height), layout="constrained")
 
 
 def nth_passage(run: RunRecord, number: int, row: int) -> Passage:
     """A pass of a run, refused where there is none."""
     if not run.passages:
         rule, got = "A picture of tokens needs a method that acts on them", "a run in which none did"
-        raise UnsupportedError(explain(rule, got, "RunRecord a prompt or a picture, with a reducer, router or bank."))
+        raise UnsupportedError(explain(rule, got, "Record a prompt or a picture, with a reducer, router or bank."))
     if not 0 <= number < len(run.passages) or not 0 <= row < len(run.passages[number].real):
         rows = [len(passage.real) for passage in run.passages]
         rule = f"The run has {len(rows)} passes, with {rows} samples"

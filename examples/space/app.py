@@ -61,7 +61,7 @@ def knobs_of(choice: str) -> dict[str, Knob]:
     """What can be set of a recipe or a method, by name, strengths first; lists and words stay as they come."""
     if choice.startswith("recipe:"):
         share = JOBS[choice.removeprefix("recipe:")].share
-        return {"keep": (float, {**KEEP, "zero": 1.0, "help": f"Share of {share} that stays."}, FEWEST)}
+        return {"keep": (float, {**KEEP, "zero": 1.0, "help": f"What stays, as a share of {share}."}, FEWEST)}
     found = {}
     for field, hint in hf_tokens.method_info(choice).config.knobs():
         kinds = {*(typing.get_args(hint) or (hint,))} - {type(None)}

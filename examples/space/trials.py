@@ -79,7 +79,9 @@ def twin(base: Any) -> Any:
 
 def operated(base: Any, configs: Sequence[Any]) -> tuple[Any, list[str]]:
     """The model with methods, and what is to be said of it."""
-    model = hf_tokens.get_token_model(twin(base), list(configs)).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what is not trained starts the same in each run
+        model = hf_tokens.get_token_model(twin(base), list(configs)).eval()
     fresh = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     untrained = f"It brings {fresh:,} numbers that nobody has trained here: what it answers is where training would begin."
     return model, [untrained] if fresh else []

@@ -18,7 +18,7 @@ from ..engine.model import ModelSurgery
 from ..engine.run import StreamRun
 from ..engine.surgery import StreamSurgery
 from ..errors import UnsupportedError, explain
-from ..kv.layer import count_bytes
+from ..kv.layer import TokenCacheLayer, count_bytes
 from ..roles.base import Method
 from .measure import UNCOUNTED, Cost, TokenCounts, measure, without_gradients
 from .surgeries import models_in, surgeries_of, surgery_of
@@ -63,16 +63,26 @@ class BlockFate:
     """What became of the tokens that entered a stream, behind one of its blocks.
 
     Attributes:
-        gone: Those that are not there any more, (b n) bool.
-        joined: Those that stand together with others, (b n) bool.
+        slot: Where each lives, those that joined at one place, -1 for one that is gone, (b n).
         skipped: Those that are there and did not run the block, (b n) bool.
         inserted: Tokens that stand beside them, in each row.
     """
 
-    gone: Tensor
-    joined: Tensor
+    slot: Tensor
     skipped: Tensor
     inserted: int
+
+    @property
+    def gone(self) -> Tensor:
+        """Those that are not there any more, (b n) bool."""
+        return self.slot < 0
+
+    @property
+    def joined(self) -> Tensor:
+        """Those that stand together with others, (b n) bool."""
+        at = self.slot.clamp(min=0)
+        held = torch.zeros_like(at).resize_(len(at), int(at.max()) + 1).zero_().scatter_add(1, at, (~self.gone).long())
+        return (held.gather(1, at) > 1) & ~self.gone
 
 
 @dataclass
@@ -105,9 +115,9 @@ class Passage:
         earlier = [i for i in self.fates if i <= index]
         none = torch.zeros_like(self.real)
         if not earlier:
-            return BlockFate(none, none, none, 0)
+            return BlockFate(torch.arange(none.shape[1]).expand(none.shape), none, 0)
         last = self.fates[max(earlier)]
-        return last if index in self.fates else BlockFate(last.gone, last.joined, none, last.inserted)
+        return last if index in self.fates else BlockFate(last.slot, none, last.inserted)
 
 
 class RunRecord(TokenCounts):
@@ -116,10 +126,11 @@ class RunRecord(TokenCounts):
     Attributes:
         acts: What each method did, by its key.
         passages: The passes of several tokens, in their order.
-        entries: Entries that each row and head holds in each block behind the last pass, (b k), by stream and block.
+        entries: Entries that each row and head holds in each block behind the run, (b k), by stream and block.
         seen: Tokens that its cache has seen by then, by stream and block.
         bytes: Bytes of its keys and values, by stream and block.
         flops: Of matrix products and attention.
+        kv_bytes: Of the keys and values in all caches.
     """
 
     def __init__(self):
@@ -129,15 +140,10 @@ class RunRecord(TokenCounts):
         self.entries: dict[tuple[str, int], Tensor] = {}
         self.seen: dict[tuple[str, int], int] = {}
         self.bytes: dict[tuple[str, int], int] = {}
-        self.flops = 0
-        self._totals: dict[str, int] = {}
+        self.flops = self.kv_bytes = 0
+        self._layers: dict[tuple[str, int], TokenCacheLayer] = {}
         self._runs: dict[int, tuple[StreamRun, Passage]] = {}  # what is under way in each stream
         self._skipped: Tensor | None = None
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the keys and values that the caches hold behind the last pass."""
-        return sum(self._totals.values())
 
     def acted(self, block: BlockSurgery, method: Method, left: Tensor | int, of: int) -> None:
         known = self.acts.setdefault(method.key, Acted(method.config.method, method.role, method.counts))
@@ -150,26 +156,30 @@ class RunRecord(TokenCounts):
             self._skipped = (~runs).gather(1, run.ledger.slot.clamp(min=0)) & (run.ledger.slot >= 0)
 
     def passed(self, block: BlockSurgery, run: StreamRun) -> None:
-        if run.ledger.n == 1:
+        if run.ledger.n == 1 or run.context.recital is not None:
             return
         surgery, slot = block.surgery, run.ledger.slot
         known = self._runs.get(id(surgery))
         if known is None or known[0] is not run:
             known = self._runs[id(surgery)] = run, passage_of(surgery, run)
             self.passages.append(known[1])
-        held = torch.zeros_like(run.ledger.rows).scatter_add(1, slot.clamp(min=0), (slot >= 0).long())
-        joined = (held.gather(1, slot.clamp(min=0)) > 1) & (slot >= 0)
-        skipped = torch.zeros_like(joined) if self._skipped is None else self._skipped
+        skipped = torch.zeros_like(slot, dtype=torch.bool) if self._skipped is None else self._skipped
         inserted = 0 if run.ledger.fresh is None else int(run.ledger.fresh.sum(dim=1).max())
         self._skipped = None
-        known[1].fates[block.index] = BlockFate(*(flags.cpu() for flags in (slot < 0, joined, skipped)), inserted)
+        known[1].fates[block.index] = BlockFate(slot.cpu(), skipped.cpu(), inserted)
 
     def closed(self, surgery: StreamSurgery, run: StreamRun) -> None:
         self._runs.pop(id(surgery), None)
-        held = {index: layer for index, layer in run.caches.items() if layer.origins is not None}
-        self._totals[surgery.stream.name] = count_bytes(t for layer in held.values() for t in layer.tensors())  # some share theirs
-        for index, layer in held.items():
-            key = surgery.stream.name, index
+        if run.context.recital is not None:  # a prompt that is said again is no pass of the user's, and what it stores is not kept
+            return
+        self._layers |= {(surgery.stream.name, index): layer for index, layer in run.caches.items()}
+
+    def settle(self, flops: int) -> None:
+        """The run is over: read off what its caches hold, which some methods compress behind the pass."""
+        self.flops, held = flops, {key: layer for key, layer in self._layers.items() if layer.origins is not None}
+        self._layers = {}
+        self.kv_bytes = count_bytes(t for layer in held.values() for t in layer.tensors())  # some share theirs
+        for key, layer in held.items():
             self.entries[key], self.seen[key], self.bytes[key] = layer.there.sum(dim=-1).cpu(), layer.seen, layer.nbytes
 
 
@@ -216,12 +226,12 @@ def record(model: Any, flops: bool = True) -> Iterator[RunRecord]:
             stack.enter_context(surgery.listening(noted))
         counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=UNCOUNTED)) if flops else None
         yield noted
-    noted.flops = counter.get_total_flops() if counter is not None else 0
+    noted.settle(counter.get_total_flops() if counter is not None else 0)
     for surgery in surgeries.values():
         RECORDED[surgery] = noted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """A table of what methods did, in text and in a notebook.
 
@@ -229,11 +239,13 @@ class Summary:
         rows: What each method of the model did; one that did nothing stands there too.
         cost: Of what ran.
         base: Of the same without the adapter; None if that did not run.
+        run: What was recorded, for pictures of it.
     """
 
     rows: list[Acted]
     cost: Cost
     base: Cost | None = None
+    run: RunRecord | None = None
 
     def costs(self) -> list[list[str]]:
         """The rows of the second table: what was counted, so many, of as many without the adapter, and the share."""
@@ -249,7 +261,7 @@ class Summary:
         rows = [{"method": row.name, "role": row.role, "acted": row.calls, "counts": row.counts, "share": row.share} for row in self.rows]
         return {"methods": rows, "cost": vars(self.cost), "base": None if self.base is None else vars(self.base)}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         tables = [[list(COLUMNS), *(row.cells() for row in self.rows)], [["", "with", "without", "share"], *self.costs()]]
         return "\n\n".join(map(in_columns, tables))
 
@@ -293,7 +305,7 @@ def summary(model: Any, **inputs: Any) -> Summary:
         rule = "A summary is of inputs, or of what was recorded"
         remedy = "Pass the arguments of a forward, or run the model inside of `with hf_tokens.record(model):` first."
         raise UnsupportedError(explain(rule, "neither", remedy))
-    return Summary(rows_of_run(model, run), Cost(run.tokens, run.flops, run.kv_bytes), base)
+    return Summary(rows_of_run(model, run), Cost(run.tokens, run.flops, run.kv_bytes), base, run)
 
 
 def cost_without(surgery: ModelSurgery, model: nn.Module, inputs: dict[str, Any]) -> Cost:

