@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_tokens_cli import app
+from hf_tokens_cli import catalogue
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {
@@ -104,7 +104,7 @@ def test_it_says_what_pip_and_other_programs_read(unpacked):
     assert said["Requires-Python"] == f">={pythons[0]}" and f"{sys.version_info.major}.{sys.version_info.minor}" in pythons
     assert {"testing", "diffusers", "triton", "quickstart"} <= set(said.get_all("Provides-Extra"))
     entries = (folder / "entry_points.txt").read_text()
-    assert "hf-tokens = hf_tokens_cli:main" in entries and f"[{app.ENTRY_POINTS}]\nbuiltin = {app.BUILT_IN}" in entries
+    assert "hf-tokens = hf_tokens_cli:main" in entries and f"[{catalogue.ENTRY_POINTS}]\nbuiltin = {catalogue.BUILT_IN}" in entries
     assert (folder / "licenses" / "LICENSE").is_file()
 
 
