@@ -294,7 +294,7 @@ TRANSFORMERS = (
 )
 
 DIFFUSERS = (
-    Private("diffusers.models.modeling_utils.ModelMixin", "_supports_gradient_checkpointing", "the contract turns checkpointing on where a model has it"),
+    Private("diffusers.models.modeling_utils.ModelMixin", "_supports_gradient_checkpointing", "whether a model can be checkpointed"),
     Private(f"{HOOKS}.HookRegistry", "_diffusers_hook", "`cache_context` finds the registry of a module of ours under it"),
     Private(f"{HOOKS}.HookRegistry", "_hook_order", "a hook is listed without a rewritten forward, which no deepcopy survives"),
     Private(f"{HOOKS}.HookRegistry", "hooks", "a hook is listed without a rewritten forward, which no deepcopy survives"),
