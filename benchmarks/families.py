@@ -119,9 +119,7 @@ def compatibility(files: list[Path]) -> str:
     rows = {(row["family"], *row["stack"]): row["verdict"] for row in lines if row.get("law") == "attach"}
     alone = {case: verdict for case, verdict in rows.items() if len(case) == 2}
     methods = {name: sorted(f for f, of in alone if of == name and alone[f, of] == "right") for name in sorted({of for _, of in alone})}
-    says = (
-        f"Tried on a tiny model of each family with transformers {lines[0]['transformers']}; a family that is not named refuses the method."
-    )
+    says = f"Tried on a tiny model of each family with transformers {lines[0]['transformers']}. A family that is not named refuses it."
     return json.dumps({"says": says, "families": sorted({f for f, _ in alone}), "methods": methods}, indent=0)
 
 
