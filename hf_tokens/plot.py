@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -168,17 +169,17 @@ def pareto(series: Mapping[str, Sequence[tuple[float, float]]], *, cost: str, qu
 
 
 # -- what the pictures are made of -------------------------------------------------------------------------------------
-class ShownFigure(Figure):
-    """A figure that no state of pyplot knows of, and that a notebook shows where a cell returns it."""
-
-    def _repr_png_(self) -> bytes:
-        self.savefig(written := io.BytesIO(), format="png", dpi=100)
-        return written.getvalue()
-
-
 def new_figure(width: float, height: float) -> Figure:
-    """An empty one, its size in inches."""
-    return ShownFigure(figsize=(width, height), layout="constrained")
+    """A figure that no state of pyplot knows of, and that a notebook shows where a cell returns it; its size is in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = partial(as_png, figure)  # a class of our own would be no matplotlib figure to Gradio
+    return figure
+
+
+def as_png(figure: Figure) -> bytes:
+    """What a figure looks like."""
+    figure.savefig(written := io.BytesIO(), format="png", dpi=100)
+    return written.getvalue()
 
 
 def nth_passage(run: RunRecord, number: int, row: int) -> Passage:
