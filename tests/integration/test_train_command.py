@@ -89,6 +89,7 @@ def test_a_check_trains_nothing_and_reads_no_weight(train_with, monkeypatch, tmp
     assert not (tmp_path / "out").exists() and "deep-prompt" in train_with(recipe_of(), "--check")[1]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 4.7 leaves files to the garbage collector
 @pytest.mark.parametrize(
     ("data", "texts"),
     [
