@@ -81,7 +81,7 @@ class BlockFate:
     def joined(self) -> Tensor:
         """Those that stand together with others, (b n) bool."""
         at = self.slot.clamp(min=0)
-        held = torch.zeros_like(at).resize_(len(at), int(at.max()) + 1).zero_().scatter_add(1, at, (~self.gone).long())
+        held = at.new_zeros(len(at), int(at.max()) + 1).scatter_add(1, at, (~self.gone).long())
         return (held.gather(1, at) > 1) & ~self.gone
 
 
@@ -261,13 +261,15 @@ class Summary:
         rows = [{"method": row.name, "role": row.role, "acted": row.calls, "counts": row.counts, "share": row.share} for row in self.rows]
         return {"methods": rows, "cost": vars(self.cost), "base": None if self.base is None else vars(self.base)}
 
+    def tables(self) -> list[list[list[str]]]:
+        """The rows of both tables, each with its head."""
+        return [[[*COLUMNS], *(row.cells() for row in self.rows)], [["", "with", "without", "share"], *self.costs()]]
+
     def __repr__(self) -> str:
-        tables = [[list(COLUMNS), *(row.cells() for row in self.rows)], [["", "with", "without", "share"], *self.costs()]]
-        return "\n\n".join(map(in_columns, tables))
+        return "\n\n".join(map(in_columns, self.tables()))
 
     def _repr_html_(self) -> str:
-        tables = [[list(COLUMNS), *(row.cells() for row in self.rows)], [["", "with", "without", "share"], *self.costs()]]
-        return "".join(map(as_html, tables))
+        return "".join(map(as_html, self.tables()))
 
 
 def summary(model: Any, **inputs: Any) -> Summary:
@@ -338,7 +340,7 @@ def spans(indices: set[int]) -> str:
 
 
 def in_columns(rows: list[list[str]]) -> str:
-    """A table of plain columns; what is no word is at the right."""
+    """A table of plain columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
