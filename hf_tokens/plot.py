@@ -172,12 +172,12 @@ def pareto(series: Mapping[str, Sequence[tuple[float, float]]], *, cost: str, qu
 def new_figure(width: float, height: float) -> Figure:
     """A figure that no state of pyplot knows of, and that a notebook shows where a cell returns it; its size is in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure._repr_png_ = partial(as_png, figure)  # a class of our own would be no matplotlib figure to Gradio
+    figure._repr_png_ = partial(_repr_png_, figure)  # a class of our own would be no matplotlib figure to Gradio
     return figure
 
 
-def as_png(figure: Figure) -> bytes:
-    """What a figure looks like."""
+def _repr_png_(figure: Figure) -> bytes:
+    """What IPython shows of a figure."""
     figure.savefig(written := io.BytesIO(), format="png", dpi=100)
     return written.getvalue()
 
